@@ -1,0 +1,35 @@
+# Every target makes the virtual environment that it needs; a second run finds it ready.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test lint clean
+
+help: ## Show this help
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# One stamp per extra: what setup.cfg asks for is installed again when it changes.
+$(VENV)/%.installed: setup.cfg pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$*]'
+	@touch $@
+
+demo: $(VENV)/demo.installed ## Real engines, the real gateway, a session server and agents: the plugin on and off
+	@exec $(BIN)/python examples/demo.py
+
+test: $(VENV)/test.installed ## All tests, the ones on the real gateway included, with branch coverage
+	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=100
+
+lint: $(VENV)/lint.installed ## ruff, mypy --strict, a wheel built and checked
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	rm -rf build dist
+	$(BIN)/python -m build --outdir dist . > /dev/null
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
+
+clean: ## Remove what the other targets made
+	rm -rf $(VENV) build dist *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache

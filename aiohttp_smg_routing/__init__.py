@@ -1,0 +1,26 @@
+"""Pin each session of an aiohttp session server to one worker behind an SMG gateway."""
+
+from .config import ConfigError, RoutingConfig
+from .context import current_session_id, routing_session
+from .gateway import ROUTING_KEY_HEADER
+from .hook import MissingSessionError, attach, routing_trace_config
+from .key import routing_key
+from .middleware import routing_middleware
+from .plugin import ROUTING_CONFIG, setup
+
+__version__ = "0.1.0"
+
+__all__ = (
+    "ROUTING_CONFIG",
+    "ROUTING_KEY_HEADER",
+    "ConfigError",
+    "MissingSessionError",
+    "RoutingConfig",
+    "attach",
+    "current_session_id",
+    "routing_key",
+    "routing_middleware",
+    "routing_session",
+    "routing_trace_config",
+    "setup",
+)

@@ -1,0 +1,24 @@
+"""What an SMG gateway reads, and which keys it takes: the one file that knows it.
+
+Measured on SMG 1.9.0, 1.10.1 and 1.13.0; ``docs/gateway.md`` has the whole table.
+"""
+
+import re
+from typing import Final
+
+from multidict import istr
+
+#: The request header that the policies ``manual`` and ``consistent_hashing`` route on.
+#: Every other policy ignores it. Where it comes twice, the first one wins.
+ROUTING_KEY_HEADER: Final = istr("X-SMG-Routing-Key")
+
+#: Names a worker by its index and outranks the key under ``consistent_hashing``.
+#: An index that does not exist is answered 503.
+TARGET_WORKER_HEADER: Final = istr("X-SMG-Target-Worker")
+
+#: A key that every version takes: 1 to 128 bytes of visible ASCII. The gateway drops any other
+#: silently, and routes the call as if it had none.
+VALID_KEY: Final = re.compile(r"[!-~]{1,128}")
+
+#: The OpenAI chat completions call, below the gateway's base path.
+CHAT_COMPLETIONS: Final = "/v1/chat/completions"

@@ -1,0 +1,66 @@
+"""The plugin: one line joins both halves to an app."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from aiohttp import ClientSession, web
+
+from .config import ConfigError, RoutingConfig, as_config, as_tuple
+from .hook import attach
+from .middleware import routing_middleware
+
+ROUTING_CONFIG = web.AppKey("ROUTING_CONFIG", RoutingConfig)
+"""Where ``setup()`` keeps the config: ``request.config_dict[ROUTING_CONFIG]`` in a handler."""
+
+
+def setup(app: web.Application, config: RoutingConfig | Mapping[str, Any]) -> None:
+    """Pin each session of ``app`` to one worker behind the gateway.
+
+    Installs the middleware, innermost of those that ``app`` has at this moment, and keeps the
+    config under ``ROUTING_CONFIG``. At start-up it attaches the hook to each ``ClientSession`` that
+    ``config.client_session`` names; other sessions take it as ``routing_trace_config(config)``.
+    A config that is not enabled is kept, and nothing is installed.
+
+    Raises ``ConfigError`` with every fault of the config, at start-up for a ``client_session`` that
+    is not there; ``RuntimeError`` when ``app`` is set up already, or frozen.
+
+    >>> setup(app, {"gateway": "http://10.0.0.1:30000", "client_session": "client"})
+    """
+    config = as_config(config)
+    if ROUTING_CONFIG in app:
+        raise RuntimeError("this app is set up already: one setup() takes several gateways")
+    if app.middlewares.frozen:
+        raise RuntimeError(
+            "this app is frozen: call setup() before it is started or added to another app"
+        )
+    app[ROUTING_CONFIG] = config
+    if config.enabled:
+        app.middlewares.append(routing_middleware(config))
+        app.on_startup.append(_attach_client_sessions)
+
+
+async def _attach_client_sessions(app: web.Application) -> None:
+    config = app[ROUTING_CONFIG]
+    faults = []
+    for name in as_tuple(config.client_session):
+        found = [value for key, value in app.items() if _is_named(key, name)]
+        if len(found) == 1 and isinstance(found[0], ClientSession):
+            attach(found[0], config)
+        else:
+            there = [key for key, value in app.items() if isinstance(value, ClientSession)]
+            faults.append(
+                (
+                    "client_session",
+                    f"{name!r} does not name one ClientSession of this app when it starts; "
+                    f"there is {there or 'none'}. Where the app makes its session in on_startup, "
+                    "call setup() after that is registered",
+                )
+            )
+    if faults:
+        raise ConfigError(faults)
+
+
+def _is_named(key: str | web.AppKey[Any], name: str | web.AppKey[Any]) -> bool:
+    if key == name or isinstance(key, str) or not isinstance(name, str):
+        return key == name
+    return key._name == name or key._name.endswith(f".{name}")

@@ -1,0 +1,105 @@
+"""A session id is found in the request."""
+
+import logging
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from importlib import import_module
+from inspect import isawaitable
+from typing import Any
+
+from aiohttp import hdrs, web
+
+from .key import SessionId, as_session_id
+
+logger = logging.getLogger(__name__)
+
+#: Where a session id is found: ``"header:X-Session-Id"``, or a function of the request.
+Source = str | Callable[[web.Request], SessionId | Awaitable[SessionId | None] | None]
+
+_Reader = Callable[[web.Request], Any]
+_BEARER = re.compile(r"bearer +(\S+)", re.IGNORECASE)
+
+
+def _header(name: str) -> _Reader:
+    if name.lower() != hdrs.AUTHORIZATION.lower():
+        return lambda request: request.headers.get(name)
+
+    def bearer_token(request: web.Request) -> str | None:
+        credentials = _BEARER.fullmatch(request.headers.get(name, ""))
+        return credentials and credentials[1]
+
+    return bearer_token
+
+
+def _call(path: str) -> _Reader:
+    module, separator, name = path.partition(":")
+    if not (module and separator and name):
+        raise ValueError("does not have the form 'call:package.module:function'")
+    try:
+        function = getattr(import_module(module), name)
+    except Exception as error:  # whatever the module raises while it is imported
+        raise ValueError(f"cannot be imported: {error!r}") from error
+    if not callable(function):
+        raise ValueError(f"names a {type(function).__name__}, which cannot be called")
+    return function  # type: ignore[no-any-return]
+
+
+_KINDS: dict[str, Callable[[str], _Reader]] = {
+    "match_info": lambda name: lambda request: request.match_info.get(name),
+    "header": _header,
+    "query": lambda name: lambda request: request.query.get(name),
+    "cookie": lambda name: lambda request: request.cookies.get(name),
+    "request": lambda name: lambda request: request.get(name),
+    "call": _call,
+}
+_FORMS = ", ".join(f"'{kind}:NAME'" for kind in _KINDS if kind != "call")
+
+
+def source_reader(source: object) -> _Reader:
+    """Return the function that reads ``source`` from a request; ``ValueError`` says what is wrong.
+
+    >>> source_reader("header:X-Session-Id")(request)
+    's-17'
+    """
+    if callable(source):
+        return source
+    kind, _, name = source.partition(":") if isinstance(source, str) else ("", "", "")
+    if kind not in _KINDS or not name:
+        raise ValueError(
+            f"is not a source: one is {_FORMS}, 'call:package.module:function' or a function"
+        )
+    return _KINDS[kind](name)
+
+
+def session_id_finder(
+    sources: Sequence[Source],
+) -> Callable[[web.Request], Awaitable[str | None]]:
+    """Return a function that gives a request's session id: that of the first source with one.
+
+    A source that raises, or gives what can't be a session id, counts as one without; the first
+    time it is logged with its traceback.
+    """
+    readers = [(source, source_reader(source)) for source in sources]
+    logged: set[int] = set()
+
+    async def find(request: web.Request) -> str | None:
+        for place, (source, read) in enumerate(readers):
+            try:
+                found = read(request)
+                if isawaitable(found):
+                    found = await found
+                session_id = as_session_id(found)
+            except Exception:
+                if place not in logged:
+                    logged.add(place)
+                    logger.exception(
+                        "session id source %r failed: it counts as no session, "
+                        "and further failures of it are not logged",
+                        source,
+                    )
+            else:
+                if session_id is not None:
+                    return session_id
+        return None
+
+    return find

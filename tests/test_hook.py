@@ -1,0 +1,421 @@
+"""The contract on the wire, read as raw lines at a socket."""
+
+import io
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+from aiohttp import (
+    ClientError,
+    ClientResponseError,
+    ClientSession,
+    FormData,
+    TraceConfig,
+    WSServerHandshakeError,
+)
+from multidict import CIMultiDict
+from yarl import URL
+
+from aiohttp_smg_routing import (
+    MissingSessionError,
+    RoutingConfig,
+    attach,
+    routing_session,
+    routing_trace_config,
+)
+
+from .wire import OK, Call, Wire, redirect
+
+SMUGGLED = [
+    ("x-smg-routing-key", ""),
+    ("x-smg-routing-key", "evil"),
+    ("X-Smg-Target-Worker", "1"),
+]
+
+
+@pytest.fixture
+async def hooked(gateway: Wire) -> AsyncIterator[ClientSession]:
+    trace_config = routing_trace_config(RoutingConfig(gateway.url))
+    async with ClientSession(trace_configs=[trace_config]) as session:
+        yield session
+
+
+@pytest.fixture
+async def plain() -> AsyncIterator[ClientSession]:
+    async with ClientSession() as session:
+        yield session
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"json": {"stream": True}},
+        {"data": b"{}"},
+        {"data": io.BytesIO(b"{}")},
+        {"data": FormData({"a": "b"})},
+        {"json": {}, "compress": "deflate"},
+        {"json": {}, "params": {"a": "b"}},
+        {"headers": {"x-smg-routing-key": "evil"}},
+        {"headers": {"X-SMG-Routing-Key": ""}},
+        {"headers": SMUGGLED},
+        {"headers": CIMultiDict(SMUGGLED)},
+        {"skip_auto_headers": ["User-Agent", "X-SMG-Routing-Key"]},
+    ],
+)
+async def test_a_matching_call_carries_exactly_one_key(
+    gateway: Wire, hooked: ClientSession, arguments: dict[str, Any]
+) -> None:
+    with routing_session("s-1"):
+        async with hooked.post(gateway.chat, **arguments):
+            pass
+    assert gateway.last.keys == [b"s-1"]
+    assert gateway.last.values("X-SMG-Target-Worker") == []
+
+
+async def test_session_wide_headers_do_not_survive(gateway: Wire) -> None:
+    async with ClientSession(
+        gateway.url,
+        headers=SMUGGLED,
+        trace_configs=[routing_trace_config({"gateway": str(gateway.url)})],
+    ) as session:
+        with routing_session("s-1"):
+            async with session.post("/v1/chat/completions"):
+                pass
+    assert gateway.last.keys == [b"s-1"]
+    assert gateway.last.values("X-SMG-Target-Worker") == []
+
+
+async def test_every_call_of_a_session_carries_the_key(
+    gateway: Wire, hooked: ClientSession
+) -> None:
+    statuses = iter((500, 200, 503, 200))
+    gateway.answer = lambda call: OK.replace(b"200 OK", b"%d X" % next(statuses))
+    async with routing_session("s-1"):
+        for _ in range(4):
+            async with hooked.post(gateway.chat, json={}):
+                pass
+    assert [call.keys for call in gateway.calls] == [[b"s-1"]] * 4
+
+
+async def test_the_callers_headers_stay_as_they_were(gateway: Wire, hooked: ClientSession) -> None:
+    headers = CIMultiDict(SMUGGLED)
+    with routing_session("s-1"):
+        async with hooked.post(gateway.chat, headers=headers):
+            pass
+    assert list(headers.items()) == SMUGGLED
+
+
+async def test_an_own_header_carries_the_key_and_the_gateways_does_not_survive(
+    gateway: Wire,
+) -> None:
+    config = RoutingConfig(gateway.url, header="X-Pin")
+    async with ClientSession(trace_configs=[routing_trace_config(config)]) as session:
+        with routing_session("s-1"):
+            async with session.post(gateway.chat, headers=[*SMUGGLED, ("x-pin", "evil")]):
+                pass
+    assert gateway.last.values("X-Pin") == [b"s-1"]
+    assert gateway.last.keys == []
+
+
+async def test_an_id_that_the_gateway_would_drop_goes_out_as_a_digest(
+    gateway: Wire, hooked: ClientSession
+) -> None:
+    config = RoutingConfig(gateway.url)
+    for session_id in ("a\r\nX-Evil: 1", "é" * 10, "x" * 10_000, "\0", "\udcff"):
+        with routing_session(session_id):
+            async with hooked.post(gateway.chat):
+                pass
+        assert gateway.last.keys == [config.routing_key(session_id).encode()]
+        assert gateway.last.values("X-Evil") == []
+
+
+Caller = Callable[[ClientSession, Wire], Awaitable[object]]
+
+
+async def _websocket(session: ClientSession, wire: Wire) -> None:
+    with pytest.raises(WSServerHandshakeError):
+        await session.ws_connect(wire.chat, headers=SMUGGLED)
+
+
+UNTAGGED: dict[str, Caller] = {
+    "another method": lambda session, wire: session.get(wire.chat, headers=SMUGGLED),
+    "another method with a body": lambda session, wire: session.put(wire.chat, json={}),
+    "another path": lambda session, wire: session.post(wire.url / "v1/models", headers=SMUGGLED),
+    "a path below": lambda session, wire: session.post(wire.chat / "x", headers=SMUGGLED),
+    "a websocket": _websocket,
+}
+
+
+async def assert_unchanged(
+    wire: Wire, hooked: ClientSession, plain: ClientSession, call: Caller
+) -> None:
+    """Assert that a call leaves byte for byte as it does without the plugin."""
+    seen = []
+    for session in (plain, hooked):
+        response = await call(session, wire)
+        if response is not None:
+            response.release()  # type: ignore[attr-defined]
+        lines = wire.last.header_lines
+        # The one header that is random.
+        kept = [line for line in lines if not line.startswith(b"Sec-WebSocket-Key")]
+        seen.append((wire.last.start_line, kept, wire.last.body))
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("call", UNTAGGED.values(), ids=UNTAGGED)
+async def test_other_calls_to_the_gateway_leave_byte_for_byte_as_without_the_plugin(
+    gateway: Wire, hooked: ClientSession, plain: ClientSession, call: Caller
+) -> None:
+    with routing_session("s-1"):
+        await assert_unchanged(gateway, hooked, plain, call)
+
+
+async def test_calls_to_other_hosts_leave_byte_for_byte_as_without_the_plugin(
+    elsewhere: Wire, hooked: ClientSession, plain: ClientSession
+) -> None:
+    with routing_session("s-1"):
+        await assert_unchanged(
+            elsewhere,
+            hooked,
+            plain,
+            lambda session, wire: session.post(wire.chat, json={}, headers=SMUGGLED),
+        )
+
+
+async def test_calls_without_a_session_leave_byte_for_byte_as_without_the_plugin(
+    gateway: Wire, hooked: ClientSession, plain: ClientSession
+) -> None:
+    await assert_unchanged(
+        gateway,
+        hooked,
+        plain,
+        lambda session, wire: session.post(wire.chat, json={}, headers=SMUGGLED),
+    )
+
+
+@pytest.mark.parametrize("call", [*UNTAGGED.values(), lambda s, w: s.post(w.chat, json={})])
+async def test_a_trace_config_that_is_not_enabled_does_nothing(
+    gateway: Wire, plain: ClientSession, call: Caller
+) -> None:
+    config = RoutingConfig(gateway.url, enabled=False, on_missing="raise")
+    async with ClientSession(trace_configs=[routing_trace_config(config)]) as session:
+        attach(session, config)
+        assert len(session.trace_configs) == 1
+        with routing_session("s-1"):
+            await assert_unchanged(gateway, session, plain, call)
+        await assert_unchanged(gateway, session, plain, call)
+
+
+async def test_key_does_not_follow_a_redirect_off_the_gateway(
+    gateway: Wire, elsewhere: Wire, hooked: ClientSession
+) -> None:
+    gateway.answer = lambda call: redirect(elsewhere.chat)
+    with routing_session("s-1"):
+        async with hooked.post(gateway.chat, json={}, headers=SMUGGLED):
+            pass
+    assert gateway.last.keys == [b"s-1"]
+    assert elsewhere.last.keys == []
+    assert elsewhere.last.values("X-SMG-Target-Worker") == []
+
+
+async def test_key_does_not_follow_a_redirect_to_another_path(
+    gateway: Wire, hooked: ClientSession
+) -> None:
+    gateway.answer = lambda call: OK if call.path == "/other" else redirect("/other")
+    with routing_session("s-1"):
+        async with hooked.post(gateway.chat, json={}):
+            pass
+    assert [(call.path, call.keys) for call in gateway.calls] == [
+        ("/v1/chat/completions", [b"s-1"]),
+        ("/other", []),
+    ]
+
+
+@pytest.mark.parametrize("status", [301, 302, 303])
+async def test_key_does_not_follow_a_redirect_that_turns_the_call_into_a_get(
+    gateway: Wire, hooked: ClientSession, status: int
+) -> None:
+    gateway.answer = lambda call: (
+        OK if call.start_line.startswith(b"GET") else redirect(gateway.chat, status)
+    )
+    with routing_session("s-1"):
+        async with hooked.post(gateway.chat, json={}):
+            pass
+    assert [call.keys for call in gateway.calls] == [[b"s-1"], []]
+
+
+@pytest.mark.parametrize("status", [307, 308])
+async def test_key_is_there_again_when_a_redirect_comes_back(
+    gateway: Wire, elsewhere: Wire, hooked: ClientSession, status: int
+) -> None:
+    def from_the_gateway(call: Call) -> bytes:
+        return OK if b"?" in call.start_line else redirect(elsewhere.url / "a", status)
+
+    gateway.answer = from_the_gateway
+    elsewhere.answer = lambda call: redirect(gateway.chat.with_query("again"), status)
+    with routing_session("s-1"):
+        async with hooked.post(gateway.chat, json={}):
+            pass
+    assert [call.keys for call in gateway.calls] == [[b"s-1"], [b"s-1"]]
+    assert [call.keys for call in elsewhere.calls] == [[]]
+
+
+@pytest.mark.parametrize("location", ["/v1/chat/completions?b", "completions?b", "?b", "//{host}"])
+async def test_relative_redirects_are_judged_by_where_they_lead(
+    gateway: Wire, hooked: ClientSession, location: str
+) -> None:
+    location = location.format(host=f"{gateway.url.authority}/v1/chat/completions?b")
+    gateway.answer = lambda call: OK if b"?b" in call.start_line else redirect(location)
+    with routing_session("s-1"):
+        async with hooked.post(gateway.chat, json={}):
+            pass
+    assert [call.keys for call in gateway.calls] == [[b"s-1"], [b"s-1"]]
+
+
+async def test_a_call_that_is_redirected_to_the_gateway_gets_the_key_there_only(
+    gateway: Wire, elsewhere: Wire, hooked: ClientSession
+) -> None:
+    elsewhere.answer = lambda call: redirect(gateway.chat)
+    with routing_session("s-1"):
+        async with hooked.post(elsewhere.chat, json={}, headers=SMUGGLED):
+            pass
+    assert elsewhere.last.keys == [b"", b"evil"]
+    assert gateway.last.keys == [b"s-1"]
+    assert gateway.last.values("X-SMG-Target-Worker") == []
+
+
+@pytest.mark.parametrize("location", ["http://[", "ftp://x/", "http://h:99999/"])
+async def test_a_redirect_that_aiohttp_refuses_fails_as_without_the_plugin(
+    gateway: Wire, hooked: ClientSession, plain: ClientSession, location: str
+) -> None:
+    gateway.answer = lambda call: redirect(location)
+    raised = []
+    for session in (plain, hooked):
+        with routing_session("s-1"), pytest.raises(ClientError) as caught:
+            await session.post(gateway.chat, json={})
+        raised.append((type(caught.value), str(caught.value)))
+    assert raised[0] == raised[1]
+
+
+async def test_a_redirect_without_a_location_is_the_callers_to_read(
+    gateway: Wire, hooked: ClientSession
+) -> None:
+    gateway.answer = lambda call: OK.replace(b"200 OK", b"307 Nowhere")
+    with routing_session("s-1"):
+        async with hooked.post(gateway.chat, json={}) as response:
+            assert response.status == 307
+
+
+async def test_an_error_status_is_raised_as_without_the_plugin(
+    gateway: Wire, hooked: ClientSession
+) -> None:
+    gateway.answer = lambda call: OK.replace(b"200 OK", b"503 Busy")
+    with routing_session("s-1"), pytest.raises(ClientResponseError):
+        await hooked.post(gateway.chat, raise_for_status=True)
+
+
+@pytest.mark.parametrize(("on_missing", "records"), [("pass", 0), ("warn", 1)])
+async def test_on_missing_says_what_a_call_without_a_session_does(
+    gateway: Wire, caplog: pytest.LogCaptureFixture, on_missing: Any, records: int
+) -> None:
+    config = RoutingConfig(gateway.url, on_missing=on_missing)
+    async with ClientSession(trace_configs=[routing_trace_config(config)]) as session:
+        url = gateway.chat.with_user("user").with_password("hush").with_query("a=b")
+        async with session.post(url):
+            pass
+        async with session.post(gateway.url / "other"):
+            pass
+    assert gateway.calls[0].keys == []
+    assert [record.levelno for record in caplog.records] == [logging.WARNING] * records
+    assert f"POST {gateway.chat} has no session" in caplog.text or not records
+    assert "hush" not in caplog.text
+
+
+async def test_on_missing_raise_fails_the_call_before_it_leaves(gateway: Wire) -> None:
+    config = RoutingConfig(gateway.url, on_missing="raise")
+    async with ClientSession(trace_configs=[routing_trace_config(config)]) as session:
+        with pytest.raises(MissingSessionError, match="has no session"):
+            await session.post(gateway.chat)
+        assert gateway.calls == []
+        async with session.post(gateway.url / "other"):
+            pass
+        with routing_session("s-1"):
+            async with session.post(gateway.chat):
+                pass
+    assert [call.keys for call in gateway.calls] == [[], [b"s-1"]]
+
+
+async def test_attach_adds_the_hook_to_a_session_in_use_and_once_only(gateway: Wire) -> None:
+    config = RoutingConfig(gateway.url)
+    async with ClientSession() as session:
+        with routing_session("s-1"):
+            async with session.post(gateway.chat):
+                pass
+            attach(session, config)
+            attach(session, {"gateway": str(gateway.url)})
+            assert len(session.trace_configs) == 1
+            async with session.post(gateway.chat):
+                pass
+    assert [call.keys for call in gateway.calls] == [[], [b"s-1"]]
+
+
+async def test_attach_finds_a_hook_that_the_session_was_made_with(gateway: Wire) -> None:
+    config = RoutingConfig(gateway.url)
+    async with ClientSession(trace_configs=[routing_trace_config(config)]) as session:
+        attach(session, config)
+        assert len(session.trace_configs) == 1
+        attach(session, RoutingConfig(gateway.url, header="X-Other"))
+        assert len(session.trace_configs) == 2
+
+
+async def test_attach_leaves_a_list_alone_that_the_caller_shares_with_another_session(
+    gateway: Wire,
+) -> None:
+    shared = [TraceConfig()]
+    async with (
+        ClientSession(trace_configs=shared) as one,
+        ClientSession(trace_configs=shared) as other,
+    ):
+        attach(one, RoutingConfig(gateway.url))
+        assert len(shared) == 1
+        with routing_session("s-1"):
+            for session in (one, other):
+                async with session.post(gateway.chat):
+                    pass
+    assert [call.keys for call in gateway.calls] == [[b"s-1"], []]
+
+
+async def test_attached_hook_is_frozen(gateway: Wire) -> None:
+    async with ClientSession() as session:
+        attach(session, RoutingConfig(gateway.url))
+        assert session.trace_configs[0].on_request_start.frozen
+        assert session.trace_configs[0].on_request_redirect.frozen
+
+
+async def test_hooks_of_two_gateways_on_one_session_stay_apart(
+    gateway: Wire, elsewhere: Wire
+) -> None:
+    async with ClientSession() as session:
+        attach(session, RoutingConfig(gateway.url))
+        attach(session, RoutingConfig(elsewhere.url, key="digest", header="X-Pin"))
+        with routing_session("s-1"):
+            for wire in (gateway, elsewhere):
+                async with session.post(wire.chat):
+                    pass
+    assert gateway.last.keys == [b"s-1"]
+    assert gateway.last.values("X-Pin") == []
+    assert elsewhere.last.keys == []
+    [pin] = elsewhere.last.values("X-Pin")
+    assert pin.startswith(b"sha256-")
+
+
+async def test_a_base_path_in_the_gateways_url_is_respected(gateway: Wire) -> None:
+    config = RoutingConfig(gateway.url / "base/")
+    async with ClientSession(trace_configs=[routing_trace_config(config)]) as session:
+        with routing_session("s-1"):
+            for path in ("base/v1/chat/completions", "v1/chat/completions"):
+                async with session.post(URL(f"{gateway.url}/{path}")):
+                    pass
+    assert [call.keys for call in gateway.calls] == [[b"s-1"], []]

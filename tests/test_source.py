@@ -1,0 +1,96 @@
+import logging
+from typing import Any
+from uuid import UUID
+
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import make_mocked_request
+
+from aiohttp_smg_routing.key import SessionId
+from aiohttp_smg_routing.source import Source, session_id_finder
+
+
+def sync_source(request: web.Request) -> SessionId | None:
+    return request.query.get("imported")
+
+
+async def async_source(request: web.Request) -> SessionId | None:
+    return 17
+
+
+async def find(source: Any, target: str = "/", **arguments: Any) -> str | None:
+    request = make_mocked_request("POST", target, **arguments)
+    sources = source if isinstance(source, tuple) else (source,)
+    return await session_id_finder(sources)(request)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "arguments", "session_id"),
+    [
+        ("match_info:sid", "/", {"match_info": {"sid": "s-1"}}, "s-1"),
+        ("match_info:sid", "/", {"match_info": {}}, None),
+        ("header:x-session-id", "/", {"headers": {"X-Session-Id": "s-1"}}, "s-1"),
+        ("header:x-session-id", "/", {"headers": {"X-Session-Id": "  "}}, None),
+        ("header:x-session-id", "/", {}, None),
+        ("header:Authorization", "/", {"headers": {"Authorization": "Bearer sk-1"}}, "sk-1"),
+        ("header:authorization", "/", {"headers": {"Authorization": "bearer  sk-1"}}, "sk-1"),
+        ("header:Authorization", "/", {"headers": {"Authorization": "Bearer"}}, None),
+        ("header:Authorization", "/", {"headers": {"Authorization": "Basic dTpw"}}, None),
+        ("header:Authorization", "/", {"headers": {"Authorization": "sk-1"}}, None),
+        ("header:Authorization", "/", {}, None),
+        ("query:sid", "/?sid=a%20b", {}, "a b"),
+        ("query:sid", "/?sid=", {}, None),
+        ("query:sid", "/?sid", {}, None),
+        ("query:sid", "/", {}, None),
+        ("cookie:sid", "/", {"headers": {"Cookie": "a=b; sid=s-1"}}, "s-1"),
+        ("cookie:sid", "/", {"headers": {"Cookie": "a=b"}}, None),
+        ("call:tests.test_source:sync_source", "/?imported=s-1", {}, "s-1"),
+        ("call:tests.test_source:async_source", "/", {}, "17"),
+        (lambda request: UUID(int=1), "/", {}, str(UUID(int=1))),
+        (lambda request: 0, "/", {}, "0"),
+        (lambda request: None, "/", {}, None),
+        (async_source, "/", {}, "17"),
+    ],
+)
+async def test_a_source_gives_the_id_or_none(
+    source: Source, target: str, arguments: dict[str, Any], session_id: str | None
+) -> None:
+    assert await find(source, target, **arguments) == session_id
+
+
+async def test_request_source_reads_what_was_stored_on_the_request() -> None:
+    finder = session_id_finder(("request:sid",))
+    request = make_mocked_request("POST", "/")
+    assert await finder(request) is None
+    request._state["sid"] = "s-1"  # without the warning that aiohttp has for string keys
+    assert await finder(request) == "s-1"
+
+
+async def test_sources_are_tried_in_order() -> None:
+    sources = ("query:one", "header:Two", "query:three")
+    headers = {"Two": "2"}
+    assert await find(sources, "/?one=1&three=3", headers=headers) == "1"
+    assert await find(sources, "/?one=&three=3", headers=headers) == "2"
+    assert await find(sources, "/?three=3") == "3"
+    assert await find(sources) is None
+
+
+async def _raise_async(request: web.Request) -> str:
+    raise web.HTTPUnauthorized
+
+
+def _raise(request: web.Request) -> str:
+    raise KeyError("boom")
+
+
+@pytest.mark.parametrize("broken", [_raise, _raise_async, lambda r: b"bytes", lambda r: True])
+async def test_a_source_that_fails_is_no_session_and_logged_once_with_its_traceback(
+    broken: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    finder = session_id_finder((broken, "query:sid"))
+    assert await finder(make_mocked_request("POST", "/?sid=s-1")) == "s-1"
+    assert await finder(make_mocked_request("POST", "/")) is None
+    [record] = caplog.records
+    assert record.levelno == logging.ERROR
+    assert record.exc_info is not None
+    assert "session id source" in record.getMessage()
