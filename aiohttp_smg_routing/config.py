@@ -187,7 +187,8 @@ def _gateway(value: Any) -> URL:
     try:
         url = URL(value)
         if url.scheme in ("http", "https") and url.raw_host and not url.query_string + url.fragment:
-            return URL(f"{url.origin()}{url.raw_path.rstrip('/')}", encoded=True)
+            origin = url.origin().with_port(None if url.is_default_port() else url.port)
+            return URL(f"{origin}{url.raw_path.rstrip('/')}", encoded=True)
     except (TypeError, ValueError):
         pass
     shown = re.sub(r"//[^/@]*@", "//***@", repr(value))  # without credentials

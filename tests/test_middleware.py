@@ -4,11 +4,11 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from aiohttp import ClientSession, TCPConnector, web
-from pytest_aiohttp.plugin import AiohttpClient, AiohttpServer
+from pytest_aiohttp.plugin import AiohttpClient
 
 from aiohttp_smg_routing import (
     RoutingConfig,
@@ -22,6 +22,9 @@ from aiohttp_smg_routing import (
 
 from .conftest import CLIENT, session_server
 from .wire import Wire
+
+if TYPE_CHECKING:
+    from pytest_aiohttp.plugin import AiohttpServer  # since 1.1, which needs aiohttp 3.11
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -150,7 +153,7 @@ async def test_thousands_of_sessions_at_once_stay_apart(
 
 
 async def test_pipelined_requests_of_one_connection_stay_apart(
-    gateway: Wire, aiohttp_server: AiohttpServer
+    gateway: Wire, aiohttp_server: "AiohttpServer"
 ) -> None:
     app = session_server(gateway)
     app.router.add_post("/{session_id}", partial(in_handler, wire=gateway))
@@ -175,7 +178,7 @@ async def test_pipelined_requests_of_one_connection_stay_apart(
 
 
 async def test_a_hostile_client_can_neither_choose_nor_break_its_pin(
-    gateway: Wire, aiohttp_server: AiohttpServer
+    gateway: Wire, aiohttp_server: "AiohttpServer"
 ) -> None:
     server = await aiohttp_server(session_server(gateway))
     reader, writer = await asyncio.open_connection(server.host, server.port)
@@ -203,7 +206,7 @@ async def test_a_hostile_client_can_neither_choose_nor_break_its_pin(
     [("a%0d%0aX-Evil:%201", "a\r\nX-Evil: 1"), ("%00", "\0"), ("%C3%A9", "é"), ("a%2Fb", "a/b")],
 )
 async def test_a_hostile_session_id_gives_one_clean_key(
-    gateway: Wire, aiohttp_server: AiohttpServer, path: str, session_id: str
+    gateway: Wire, aiohttp_server: "AiohttpServer", path: str, session_id: str
 ) -> None:
     server = await aiohttp_server(session_server(gateway))
     reader, writer = await asyncio.open_connection(server.host, server.port)
