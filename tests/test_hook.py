@@ -201,8 +201,8 @@ async def test_a_trace_config_that_is_not_enabled_does_nothing(
 ) -> None:
     config = RoutingConfig(gateway.url, enabled=False, on_missing="raise")
     async with ClientSession(trace_configs=[routing_trace_config(config)]) as session:
-        attach(session, config)
-        assert len(session.trace_configs) == 1
+        attach(plain, config)
+        assert plain.trace_configs == []
         with routing_session("s-1"):
             await assert_unchanged(gateway, session, plain, call)
         await assert_unchanged(gateway, session, plain, call)
