@@ -5,17 +5,25 @@ from .context import current_session_id, routing_session
 from .gateway import ROUTING_KEY_HEADER
 from .hook import MissingSessionError, attach, routing_trace_config
 from .key import routing_key
+from .ledger import Move, PinLedger, PinSummary, SessionPin
+from .log import SessionIdFilter
 from .middleware import routing_middleware
-from .plugin import ROUTING_CONFIG, setup
+from .plugin import PINS, ROUTING_CONFIG, setup
 
 __version__ = "0.1.0"
 
 __all__ = (
+    "PINS",
     "ROUTING_CONFIG",
     "ROUTING_KEY_HEADER",
     "ConfigError",
     "MissingSessionError",
+    "Move",
+    "PinLedger",
+    "PinSummary",
     "RoutingConfig",
+    "SessionIdFilter",
+    "SessionPin",
     "attach",
     "current_session_id",
     "routing_key",

@@ -2,15 +2,14 @@
 
 import difflib
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from aiohttp import hdrs, web
-from multidict import istr
 from yarl import URL
 
+from . import values
 from .gateway import CHAT_COMPLETIONS, ROUTING_KEY_HEADER
 from .key import KeyForm, SessionId, routing_key
 from .source import Source, source_reader
@@ -28,10 +27,11 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class RoutingConfig:
-    """Which calls are tagged, and with the key of which session.
+    """Which calls are tagged, with the key of which session, and what is kept of it.
 
-    A field that takes several values takes one alone, too. Values are checked and brought to one
-    form, so that equal configs compare equal. Raises ``ConfigError`` with every fault.
+    A field that takes several values takes one alone, or a text with commas, too. Values are
+    checked and brought to one form, so that equal configs compare equal. Raises ``ConfigError``
+    with every fault.
 
     >>> RoutingConfig("http://10.0.0.1:30000", session_id=["header:X-Session-Id", "cookie:sid"])
     """
@@ -73,35 +73,56 @@ class RoutingConfig:
     A text names a string key, or an ``AppKey`` by its name with or without the module.
     """
 
+    track_sessions: int = 100_000
+    """How many sessions the ledger keeps: those that called last. 0 switches the ledger off."""
+
+    on_move: Callable[[Any], object] | str | None = None
+    """Called with a ``Move`` when a session is seen on another worker than before: a function or
+    ``call:package.module:function``. It runs in the call's task; what it raises is logged."""
+
+    metrics: Literal["prometheus"] | None = None
+    """``prometheus`` keeps the ledger's counts as metrics; needs the extra ``metrics``."""
+
+    metrics_registry: Any = None
+    """The registry that takes the metrics: a ``prometheus_client.CollectorRegistry``, or where it
+    is imported from as ``package.module:NAME``. None stands for prometheus-client's default."""
+
+    hide_worker_ids: bool = False
+    """Take the header that names the worker off what the server answers to agents."""
+
     _calls: frozenset[tuple[str, str | None, int | None, str]] = field(
         init=False, repr=False, compare=False
     )
 
     def __post_init__(self) -> None:
         faults: list[tuple[str, str]] = []
-        for name, convert in _CONVERTERS.items():
+        for name, check in _CHECKS.items():
             value = getattr(self, name)
-            given = as_tuple(value) if name in _SEVERAL else (value,)
+            given = values.several(value) if name in _SEVERAL else (value,)
             good = []
             for item in given:
                 try:
-                    good.append(convert(item))
+                    good.append(check(item))
                 except ValueError as error:
                     faults.append((name, str(error)))
-            if not given and name != "client_session":
-                faults.append((name, _REQUIRED.get(name, "is empty: name at least one")))
-            elif good:
+            if not given and name in _REQUIRED:
+                faults.append((name, _REQUIRED[name]))
+            elif len(good) == len(given):
                 object.__setattr__(self, name, tuple(good) if name in _SEVERAL else good[0])
         if self.secret is not None and self.key == "session_id":
             faults.append(("secret", "is used with key = 'digest' only, and key is 'session_id'"))
+        if self.metrics and self.track_sessions == 0:
+            faults.append(
+                ("metrics", "come from the ledger, and track_sessions = 0 switches it off")
+            )
         if faults:
             raise ConfigError(faults)
         calls = (
             (url.scheme, url.raw_host, url.port, url.raw_path.rstrip("/") + path)
-            for url in as_tuple(self.gateway)
-            for path in as_tuple(self.paths)
+            for url in values.several(self.gateway)
+            for path in values.several(self.paths)
         )
-        object.__setattr__(self, "_calls", frozenset(calls))
+        object.__setattr__(self, "_calls", frozenset(calls if self.enabled else ()))
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> "RoutingConfig":
@@ -113,7 +134,7 @@ class RoutingConfig:
 
         >>> RoutingConfig.from_mapping({"gateway": "http://10.0.0.1:30000", "enabled": "yes"})
         """
-        return _from_strings(mapping, {name: name for name in _CONVERTERS})
+        return _from_named(mapping, {name: name for name in _CHECKS})
 
     @classmethod
     def from_env(
@@ -127,7 +148,7 @@ class RoutingConfig:
         >>> RoutingConfig.from_env(environ={"SMG_ROUTING_GATEWAY": "http://10.0.0.1:30000"})
         """
         given = {name: text for name, text in environ.items() if name.startswith(prefix) and text}
-        return _from_strings(given, {prefix + name.upper(): name for name in _CONVERTERS})
+        return _from_named(given, {prefix + name.upper(): name for name in _CHECKS})
 
     def tags(self, method: str, url: URL) -> bool:
         """Tell whether a call is one that carries a key: POST, to a path of the gateway."""
@@ -148,115 +169,63 @@ def as_config(config: RoutingConfig | Mapping[str, Any]) -> RoutingConfig:
     return RoutingConfig.from_mapping(config)
 
 
-def as_tuple(value: object) -> tuple[Any, ...]:
-    """Return several values as a tuple, and one alone as a tuple of one."""
-    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
-
-
-def _from_strings(mapping: Mapping[str, Any], known: Mapping[str, str]) -> RoutingConfig:
-    """Build a config from ``mapping``, whose keys are the ``known`` names of the fields."""
+def _from_named(mapping: Mapping[str, Any], fields: Mapping[str, str]) -> RoutingConfig:
+    """Build a config from ``mapping``, in which the fields have the names in ``fields``."""
     faults: list[tuple[str, str]] = []
-    values: dict[str, Any] = {"gateway": ()}
+    given: dict[str, Any] = {"gateway": ()}
     for name, value in mapping.items():
-        if name in known:
-            values[known[name]] = _parse(known[name], value)
+        if name in fields:
+            given[fields[name]] = value
         else:
-            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0)
+            near = difflib.get_close_matches(str(name), fields, n=1, cutoff=0)
             faults.append((str(name), f"unknown key; the nearest one is {near[0]!r}"))
     try:
-        config = RoutingConfig(**values)
+        config = RoutingConfig(**given)
     except ConfigError as error:
-        names = {field_name: name for name, field_name in known.items()}
+        names = {field_name: name for name, field_name in fields.items()}
         faults += [(names[field_name], problem) for field_name, problem in error.faults]
     if faults:
         raise ConfigError(faults)
     return config
 
 
-def _parse(name: str, value: Any) -> Any:
-    if not isinstance(value, str):
+def _as_given(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return ``check`` for a value that is kept as it was given.
+
+    A text, unlike the function that it names, can go to another process.
+    """
+
+    def keep(value: Any) -> Any:
+        try:
+            check(value)
+        except ValueError as error:
+            raise ValueError(f"{value!r} {error}") from error
         return value
-    if name == "enabled":
-        return _BOOLS.get(value.strip().lower(), value)
-    if name in _SEVERAL:
-        return [item.strip() for item in value.split(",") if item.strip()]
-    return value
+
+    return keep
 
 
-def _gateway(value: Any) -> URL:
-    try:
-        url = URL(value)
-        if url.scheme in ("http", "https") and url.raw_host and not url.query_string + url.fragment:
-            origin = url.origin().with_port(None if url.is_default_port() else url.port)
-            return URL(f"{origin}{url.raw_path.rstrip('/')}", encoded=True)
-    except (TypeError, ValueError):
-        pass
-    shown = re.sub(r"//[^/@]*@", "//***@", repr(value))  # without credentials
-    raise ValueError(f"{shown} is not an absolute http(s) URL")
-
-
-def _path(value: Any) -> str:
-    if isinstance(value, str) and re.fullmatch(r"/[^/?#][^?#]*", value):
-        return URL(f"http://gateway{value}").raw_path
-    raise ValueError(f"{value!r} is not a path such as {CHAT_COMPLETIONS!r}")
-
-
-def _source(value: Any) -> Source:
-    try:
-        source_reader(value)
-    except ValueError as error:
-        raise ValueError(f"{value!r} {error}") from error
-    return value  # type: ignore[no-any-return]
-
-
-def _header(value: Any) -> istr:
-    if isinstance(value, str) and _TOKEN.fullmatch(value):
-        return istr(value)
-    raise ValueError(f"{value!r} is not a header name such as {str(ROUTING_KEY_HEADER)!r}")
-
-
-def _enabled(value: Any) -> bool:
-    if isinstance(value, bool):
-        return value
-    raise ValueError(f"{value!r} is not true or false")
-
-
-def _secret(value: Any) -> str | None:
-    if value is None or (isinstance(value, str) and value):
-        return value
-    raise ValueError("is not a text of one character or more")  # its value is never shown
-
-
-def _app_key(value: Any) -> str | web.AppKey[Any]:
-    if isinstance(value, (str, web.AppKey)) and value:
-        return value
-    raise ValueError(f"{value!r} is not an app key: a text or a web.AppKey")
-
-
-def _one_of(choices: tuple[str, ...]) -> Callable[[Any], str]:
-    def convert(value: Any) -> str:
-        if value in choices:
-            return str(value)
-        raise ValueError(f"{value!r} is not one of {', '.join(map(repr, choices))}")
-
-    return convert
-
-
-_CONVERTERS: dict[str, Callable[[Any], Any]] = {
-    "gateway": _gateway,
-    "enabled": _enabled,
-    "session_id": _source,
-    "paths": _path,
-    "header": _header,
-    "key": _one_of(get_args(KeyForm)),
-    "secret": _secret,
-    "on_missing": _one_of(get_args(OnMissing)),
-    "client_session": _app_key,
+_CHECKS: dict[str, Callable[[Any], Any]] = {
+    "gateway": values.gateway_url,
+    "enabled": values.boolean,
+    "session_id": _as_given(source_reader),
+    "paths": values.call_path,
+    "header": values.header_name,
+    "key": values.one_of(get_args(KeyForm)),
+    "secret": values.secret,
+    "on_missing": values.one_of(get_args(OnMissing)),
+    "client_session": values.app_key,
+    "track_sessions": values.count,
+    "on_move": values.optional(_as_given(values.function)),
+    "metrics": values.optional(
+        values.needing(values.one_of(("prometheus",)), package="prometheus_client", extra="metrics")
+    ),
+    "metrics_registry": values.optional(_as_given(values.registry)),
+    "hide_worker_ids": values.boolean,
 }
 _SEVERAL = frozenset(("gateway", "session_id", "paths", "client_session"))
-_REQUIRED = {"gateway": "is required: the URL of the gateway, such as 'http://10.0.0.1:30000'"}
-_BOOLS = {
-    **dict.fromkeys(("true", "yes", "on", "1"), True),
-    **dict.fromkeys(("false", "no", "off", "0"), False),
+_REQUIRED = {
+    "gateway": "is required: the URL of the gateway, such as 'http://10.0.0.1:30000'",
+    "session_id": "is empty: name at least one source",
+    "paths": "is empty: name at least one path",
 }
-_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5.1

@@ -9,51 +9,69 @@ from yarl import URL
 
 from .config import RoutingConfig
 from .key import SessionId, as_session_id
+from .ledger import PinLedger
 
 
 @dataclass(frozen=True, slots=True)
-class RoutedSession:
-    """A session id, and the config whose middleware found it.
+class Scope:
+    """What the running code belongs to: a session, and the app whose request it is.
 
-    A ``config`` of None means that ``routing_session()`` set the id: it goes wherever the hook
-    that carries the call says. An id found under a config is bound to it: it goes to that config's
-    gateways only, in that config's key form. ``outer`` is what the middleware of an app around
-    this one found for the same request.
+    A session id that an app's middleware found is bound to the ``config`` of that app: it goes to
+    that config's gateways only, in that config's key form. Without a ``config``, which is how
+    ``routing_session()`` sets it, it goes where the hook that carries the call says. ``outer`` is
+    the scope of an app around this one, for the same request.
     """
 
-    session_id: str
+    session_id: str | None
     config: RoutingConfig | None = None
-    outer: "RoutedSession | None" = None
+    pins: PinLedger | None = None
+    outer: "Scope | None" = None
 
 
-#: The session of the code that runs now. Tasks and ``asyncio.to_thread`` inherit it.
-_session: ContextVar[RoutedSession | None] = ContextVar("aiohttp_smg_routing", default=None)
+#: The scope of the code that runs now. Tasks and ``asyncio.to_thread`` inherit it.
+_scope: ContextVar[Scope | None] = ContextVar("aiohttp_smg_routing", default=None)
 
 
-def enter_session(session: RoutedSession | None) -> None:
-    """Make ``session`` that of the current context, for good.
+def enter_scope(scope: Scope) -> None:
+    """Make ``scope`` that of the current context, for good.
 
     It is never taken back: aiohttp runs each request in a task, and so in a context, of its own,
     and sends a streamed body in there after the handler has returned.
     """
-    _session.set(session)
+    _scope.set(scope)
+
+
+def current_scope() -> Scope | None:
+    """Return the innermost scope of the running code that has a session, or None."""
+    scope = _scope.get()
+    while scope and scope.session_id is None:
+        scope = scope.outer
+    return scope
 
 
 def current_session_id() -> str | None:
     """Return the id of the session that the running code belongs to, or None.
 
-    >>> logger.info("turn done", extra={"session_id": current_session_id()})
+    >>> logger.info("turn done in session %s", current_session_id())
     """
-    session = _session.get()
-    return session.session_id if session else None
+    scope = current_scope()
+    return scope.session_id if scope else None
 
 
-def session_of_call(method: str, url: URL) -> RoutedSession | None:
-    """Return the innermost session of the current context that may go with this call."""
-    session = _session.get()
-    while session and session.config and not session.config.tags(method, url):
-        session = session.outer
-    return session
+def scope_of_call(method: str, url: URL) -> Scope | None:
+    """Return the scope that a call belongs to: the innermost one with a session that may go there.
+
+    Without any such session it is the innermost scope of an app that tags this call.
+    """
+    sessionless = None
+    scope = _scope.get()
+    while scope:
+        if scope.config is None or scope.config.tags(method, url):
+            if scope.session_id is not None:
+                return scope
+            sessionless = sessionless or scope
+        scope = scope.outer
+    return sessionless
 
 
 class routing_session:  # noqa: N801 - used like a function, as contextlib.suppress is
@@ -67,17 +85,18 @@ class routing_session:  # noqa: N801 - used like a function, as contextlib.suppr
     ...     await client.post("http://gateway:30000/v1/chat/completions", json=turn)
     """
 
-    __slots__ = ("_session", "_token")
+    __slots__ = ("_session_id", "_token")
 
     def __init__(self, session_id: SessionId | None) -> None:
-        text = as_session_id(session_id)
-        self._session = RoutedSession(text) if text is not None else None
-        self._token: Token[RoutedSession | None] | None = None
+        self._session_id = as_session_id(session_id)
+        self._token: Token[Scope | None] | None = None
 
     def __enter__(self) -> None:
         if self._token is not None:
             raise RuntimeError("this routing_session() is in use: make a new one for each block")
-        self._token = _session.set(self._session)
+        around = _scope.get()
+        # Calls in the block still count in the ledger of the app whose request it is in.
+        self._token = _scope.set(Scope(self._session_id, pins=around.pins if around else None))
 
     def __exit__(
         self,
@@ -89,7 +108,7 @@ class routing_session:  # noqa: N801 - used like a function, as contextlib.suppr
         # An async generator can be closed, and a fixture torn down, in another context than the
         # one that entered: there is nothing to take back in that one.
         with suppress(ValueError):
-            _session.reset(self._token)
+            _scope.reset(self._token)
 
     async def __aenter__(self) -> None:
         self.__enter__()

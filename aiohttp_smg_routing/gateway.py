@@ -16,6 +16,10 @@ ROUTING_KEY_HEADER: Final = istr("X-SMG-Routing-Key")
 #: An index that does not exist is answered 503.
 TARGET_WORKER_HEADER: Final = istr("X-SMG-Target-Worker")
 
+#: What an answer calls the worker that gave it: its address, internal to the cluster. HTTP workers
+#: of 1.10 and newer; ``@rank`` stands behind it where a worker has data-parallel ranks.
+ROUTED_WORKER_HEADER: Final = istr("X-SMG-Routed-Worker-Id")
+
 #: A key that every version takes: 1 to 128 bytes of visible ASCII. The gateway drops any other
 #: silently, and routes the call as if it had none.
 VALID_KEY: Final = re.compile(r"[!-~]{1,128}")

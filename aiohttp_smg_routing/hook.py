@@ -1,14 +1,17 @@
-"""The outbound half: the hook puts the key on the call."""
+"""The outbound half: the hook puts the key on the call, and tells the ledger where it went."""
 
 import logging
 from collections.abc import Mapping
+from itertools import takewhile
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from aiohttp import (
     ClientResponse,
     ClientSession,
     TraceConfig,
+    TraceRequestEndParams,
+    TraceRequestExceptionParams,
     TraceRequestRedirectParams,
     TraceRequestStartParams,
     hdrs,
@@ -17,8 +20,9 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from .config import RoutingConfig, as_config
-from .context import session_of_call
-from .gateway import ROUTING_KEY_HEADER, TARGET_WORKER_HEADER
+from .context import Scope, scope_of_call
+from .gateway import ROUTED_WORKER_HEADER, ROUTING_KEY_HEADER, TARGET_WORKER_HEADER
+from .ledger import PinLedger
 
 logger = logging.getLogger(__name__)
 
@@ -27,48 +31,119 @@ class MissingSessionError(LookupError):
     """A call to the gateway has no session, and the config says ``on_missing = "raise"``."""
 
 
-class RoutingTraceConfig(TraceConfig):
-    """A ``TraceConfig`` that knows its config, so that ``attach()`` finds it."""
+class Call(NamedTuple):
+    """A call to the gateway that is under way."""
 
-    def __init__(self, config: RoutingConfig) -> None:
+    header: str | None
+    """The header that carries its key; None where it has no session."""
+    key: str
+    """How the ledger names its session."""
+    pins: PinLedger | None
+    number: int
+
+
+class RoutingTraceConfig(TraceConfig):
+    """The hook: a ``TraceConfig`` that knows its routing config and the ledger of its app."""
+
+    def __init__(self, config: RoutingConfig, pins: PinLedger | None) -> None:
         super().__init__()
         self.config = config
+        self.pins = pins
+        if config.enabled:
+            self.on_request_start.append(self._start)
+            self.on_request_redirect.append(self._redirect)
+            self.on_request_end.append(self._end)
+            self.on_request_exception.append(self._exception)
+
+    async def _start(
+        self, session: ClientSession, context: SimpleNamespace, params: TraceRequestStartParams
+    ) -> None:
+        context.call = self._begin(session, params.method, params.url, params.headers)
+
+    async def _redirect(
+        self, session: ClientSession, context: SimpleNamespace, params: TraceRequestRedirectParams
+    ) -> None:
+        if context.call and context.call.header:
+            params.headers.popall(context.call.header, None)
+        method, url = _next_hop(params.method, params.url, params.response)
+        context.call = self._begin(session, method, url, params.headers)
+
+    async def _end(
+        self, session: ClientSession, context: SimpleNamespace, params: TraceRequestEndParams
+    ) -> None:
+        call: Call | None = context.call
+        if call is None or call.pins is None:
+            return
+        if params.response.status >= 400:
+            call.pins.count("failed")
+        elif call.header is None:
+            call.pins.count("untagged")
+        else:
+            worker = params.response.headers.get(ROUTED_WORKER_HEADER)
+            call.pins.answered(call.key, worker, call.number)
+
+    async def _exception(
+        self, session: ClientSession, context: SimpleNamespace, params: TraceRequestExceptionParams
+    ) -> None:
+        if context.call and context.call.pins:
+            context.call.pins.count("failed")
+
+    def _begin(
+        self, session: ClientSession, method: str, url: URL, headers: CIMultiDict[str]
+    ) -> Call | None:
+        """Put the key on ``headers`` where the call is to have one."""
+        if not (self.config.tags(method, url) and self._decides(session, method, url)):
+            return None
+        scope = scope_of_call(method, url) or Scope(None)
+        config = scope.config or self.config
+        pins = scope.pins or self.pins
+        if scope.session_id is None:
+            if pins:
+                pins.missing()
+            _missing(config, method, url)
+            return Call(None, "", pins, 0)
+        # What a client sent, and a naive proxy copied, must not choose the worker: of two keys the
+        # gateway takes the first, and an index of a worker outranks them.
+        for name in (ROUTING_KEY_HEADER, TARGET_WORKER_HEADER):
+            headers.popall(name, None)
+        headers[config.header] = key = config.routing_key(scope.session_id)
+        if pins is None:
+            return Call(config.header, key, None, 0)
+        if pins.config is not config:
+            key = pins.config.routing_key(scope.session_id)
+        return Call(config.header, key, pins, pins.start())
+
+    def _decides(self, session: ClientSession, method: str, url: URL) -> bool:
+        """Tell whether no hook before this one has the call: it is tagged and counted once."""
+        before = takewhile(lambda hook: hook is not self, session.trace_configs)
+        return not any(
+            isinstance(hook, RoutingTraceConfig) and hook.config.tags(method, url)
+            for hook in before
+        )
 
 
-def routing_trace_config(config: RoutingConfig | Mapping[str, Any]) -> TraceConfig:
+def routing_trace_config(
+    config: RoutingConfig | Mapping[str, Any], pins: PinLedger | None = None
+) -> TraceConfig:
     """Return a trace config that puts the routing key on each call that ``config`` tags.
 
     The session is that of the request whose handler makes the call, or of ``routing_session()``.
     A redirect is judged again on every hop. It does nothing where ``config`` is not enabled.
+    A call within a request of an app is entered in that app's ledger, any other in ``pins``.
 
     >>> ClientSession(trace_configs=[routing_trace_config(config)])
     """
-    config = as_config(config)
-    trace_config = RoutingTraceConfig(config)
-
-    async def on_request_start(
-        session: ClientSession, context: SimpleNamespace, params: TraceRequestStartParams
-    ) -> None:
-        context.routing_header = _tag(config, params.method, params.url, params.headers)
-
-    async def on_request_redirect(
-        session: ClientSession, context: SimpleNamespace, params: TraceRequestRedirectParams
-    ) -> None:
-        if context.routing_header is not None:
-            params.headers.popall(context.routing_header, None)
-        method, url = _next_hop(params.method, params.url, params.response)
-        context.routing_header = _tag(config, method, url, params.headers)
-
-    if config.enabled:
-        trace_config.on_request_start.append(on_request_start)
-        trace_config.on_request_redirect.append(on_request_redirect)
-    return trace_config
+    return RoutingTraceConfig(as_config(config), pins)
 
 
-def attach(session: ClientSession, config: RoutingConfig | Mapping[str, Any]) -> None:
-    """Add the hook of ``routing_trace_config(config)`` to a session that exists already.
+def attach(
+    session: ClientSession,
+    config: RoutingConfig | Mapping[str, Any],
+    pins: PinLedger | None = None,
+) -> None:
+    """Add the hook of ``routing_trace_config(config, pins)`` to a session that exists already.
 
-    Nothing happens where the session has that hook, or where ``config`` is not enabled.
+    Nothing happens where the session has a hook of that config, or ``config`` is not enabled.
 
     >>> attach(app[CLIENT], config)
     """
@@ -78,27 +153,10 @@ def attach(session: ClientSession, config: RoutingConfig | Mapping[str, Any]) ->
         isinstance(hook, RoutingTraceConfig) and hook.config == config for hook in hooks
     ):
         return
-    hook = routing_trace_config(config)
+    hook = routing_trace_config(config, pins)
     hook.freeze()  # the session does that in its constructor only
     # A new list: the old one may be the caller's own, and that of other sessions.
     session._trace_configs = [*hooks, hook]
-
-
-def _tag(config: RoutingConfig, method: str, url: URL, headers: CIMultiDict[str]) -> str | None:
-    """Put the key on ``headers`` where the call is to have one, and return the header's name."""
-    if not config.tags(method, url):
-        return None
-    session = session_of_call(method, url)
-    if session is None:
-        _missing(config, method, url)
-        return None
-    governing = session.config or config
-    # What a client sent, and a naive proxy copied, must not choose the worker: of two keys the
-    # gateway takes the first, and an index of a worker outranks them.
-    for name in (ROUTING_KEY_HEADER, TARGET_WORKER_HEADER):
-        headers.popall(name, None)
-    headers[governing.header] = governing.routing_key(session.session_id)
-    return governing.header
 
 
 def _missing(config: RoutingConfig, method: str, url: URL) -> None:

@@ -5,21 +5,28 @@ from typing import Any
 
 from aiohttp import ClientSession, web
 
-from .config import ConfigError, RoutingConfig, as_config, as_tuple
+from .config import ConfigError, RoutingConfig, as_config
+from .gateway import ROUTED_WORKER_HEADER
 from .hook import attach
+from .ledger import PinLedger
 from .middleware import routing_middleware
+from .values import several
 
 ROUTING_CONFIG = web.AppKey("ROUTING_CONFIG", RoutingConfig)
 """Where ``setup()`` keeps the config: ``request.config_dict[ROUTING_CONFIG]`` in a handler."""
+
+PINS = web.AppKey("PINS", PinLedger)
+"""Where ``setup()`` keeps the ledger: ``request.config_dict[PINS]`` in a handler."""
 
 
 def setup(app: web.Application, config: RoutingConfig | Mapping[str, Any]) -> None:
     """Pin each session of ``app`` to one worker behind the gateway.
 
     Installs the middleware, innermost of those that ``app`` has at this moment, and keeps the
-    config under ``ROUTING_CONFIG``. At start-up it attaches the hook to each ``ClientSession`` that
-    ``config.client_session`` names; other sessions take it as ``routing_trace_config(config)``.
-    A config that is not enabled is kept, and nothing is installed.
+    config under ``ROUTING_CONFIG`` and the ledger under ``PINS``. At start-up it attaches the hook
+    to each ``ClientSession`` that ``config.client_session`` names; other sessions take it as
+    ``routing_trace_config(config)``. A config that is not enabled is kept, with an empty ledger,
+    and nothing is installed.
 
     Raises ``ConfigError`` with every fault of the config, at start-up for a ``client_session`` that
     is not there; ``RuntimeError`` when ``app`` is set up already, or frozen.
@@ -34,18 +41,34 @@ def setup(app: web.Application, config: RoutingConfig | Mapping[str, Any]) -> No
             "this app is frozen: call setup() before it is started or added to another app"
         )
     app[ROUTING_CONFIG] = config
+    app[PINS] = _ledger(config)
     if config.enabled:
-        app.middlewares.append(routing_middleware(config))
+        app.middlewares.append(routing_middleware(config, _tracking(app)))
         app.on_startup.append(_attach_client_sessions)
+        app.on_cleanup.append(_log_held_back)
+        if config.hide_worker_ids:
+            app.on_response_prepare.append(_hide_worker_id)
+
+
+def _ledger(config: RoutingConfig) -> PinLedger:
+    if config.enabled and config.metrics:
+        from .metrics import prometheus_metrics
+
+        return PinLedger(config, metrics=prometheus_metrics(config.metrics_registry))
+    return PinLedger(config)
+
+
+def _tracking(app: web.Application) -> PinLedger | None:
+    return app[PINS] if app[ROUTING_CONFIG].track_sessions else None
 
 
 async def _attach_client_sessions(app: web.Application) -> None:
     config = app[ROUTING_CONFIG]
     faults = []
-    for name in as_tuple(config.client_session):
+    for name in several(config.client_session):
         found = [value for key, value in app.items() if _is_named(key, name)]
         if len(found) == 1 and isinstance(found[0], ClientSession):
-            attach(found[0], config)
+            attach(found[0], config, _tracking(app))
         else:
             there = [key for key, value in app.items() if isinstance(value, ClientSession)]
             faults.append(
@@ -64,3 +87,11 @@ def _is_named(key: str | web.AppKey[Any], name: str | web.AppKey[Any]) -> bool:
     if key == name or isinstance(key, str) or not isinstance(name, str):
         return key == name
     return key._name == name or key._name.endswith(f".{name}")
+
+
+async def _log_held_back(app: web.Application) -> None:
+    app[PINS].log_held_back()
+
+
+async def _hide_worker_id(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers.popall(ROUTED_WORKER_HEADER, None)

@@ -2,14 +2,14 @@
 
 import logging
 import re
-from collections.abc import Awaitable, Callable, Sequence
-from importlib import import_module
+from collections.abc import Awaitable, Callable, Iterable
 from inspect import isawaitable
 from typing import Any
 
 from aiohttp import hdrs, web
 
 from .key import SessionId, as_session_id
+from .values import imported_function
 
 logger = logging.getLogger(__name__)
 
@@ -31,26 +31,13 @@ def _header(name: str) -> _Reader:
     return bearer_token
 
 
-def _call(path: str) -> _Reader:
-    module, separator, name = path.partition(":")
-    if not (module and separator and name):
-        raise ValueError("does not have the form 'call:package.module:function'")
-    try:
-        function = getattr(import_module(module), name)
-    except Exception as error:  # whatever the module raises while it is imported
-        raise ValueError(f"cannot be imported: {error!r}") from error
-    if not callable(function):
-        raise ValueError(f"names a {type(function).__name__}, which cannot be called")
-    return function  # type: ignore[no-any-return]
-
-
 _KINDS: dict[str, Callable[[str], _Reader]] = {
     "match_info": lambda name: lambda request: request.match_info.get(name),
     "header": _header,
     "query": lambda name: lambda request: request.query.get(name),
     "cookie": lambda name: lambda request: request.cookies.get(name),
     "request": lambda name: lambda request: request.get(name),
-    "call": _call,
+    "call": imported_function,
 }
 _FORMS = ", ".join(f"'{kind}:NAME'" for kind in _KINDS if kind != "call")
 
@@ -72,7 +59,7 @@ def source_reader(source: object) -> _Reader:
 
 
 def session_id_finder(
-    sources: Sequence[Source],
+    sources: Iterable[Source],
 ) -> Callable[[web.Request], Awaitable[str | None]]:
     """Return a function that gives a request's session id: that of the first source with one.
 

@@ -8,12 +8,14 @@ Needs the extra ``gateway``: ``pip install 'aiohttp_smg_routing[gateway]'``.
 """
 
 import asyncio
+import os
+import signal
 import socket
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -63,7 +65,10 @@ async def child_process(
             yield process
         finally:
             if process.returncode is None:
-                process.kill()
+                # Not process.kill(): that reaps a child which has just died, and asyncio, which
+                # then cannot, logs a warning.
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
             await process.wait()
 
 

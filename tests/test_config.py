@@ -276,3 +276,33 @@ def test_an_import_that_explodes_is_a_fault_of_the_config(
     (tmp_path / "exploding_source.py").write_text("1 / 0")
     monkeypatch.syspath_prepend(tmp_path)
     assert "ZeroDivisionError" in faults(session_id="call:exploding_source:find")["session_id"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("track_sessions", -1, "-1 is not a whole number of 0 or more"),
+        ("track_sessions", "many", "'many' is not a whole number of 0 or more"),
+        ("track_sessions", True, "True is not a whole number of 0 or more"),
+        ("on_move", 5, "5 is not a function or 'call:package.module:function'"),
+        ("on_move", "os:sep", "'os:sep' is not a function or 'call:package.module:function'"),
+        ("on_move", "call:os:sep", "'call:os:sep' names a str, which cannot be called"),
+        ("metrics", "statsd", "'statsd' is not one of 'prometheus'"),
+        ("metrics_registry", "os:sep", "'os:sep' is not a prometheus_client.CollectorRegistry"),
+        ("hide_worker_ids", "maybe", "'maybe' is not true or false"),
+    ],
+)
+def test_faults_of_the_ledgers_keys(key: str, value: Any, problem: str) -> None:
+    assert faults(**{key: value}) == {key: problem}
+
+
+def test_metrics_need_the_ledger() -> None:
+    problem = "come from the ledger, and track_sessions = 0 switches it off"
+    assert faults(metrics="prometheus", track_sessions=0) == {"metrics": problem}
+
+
+def test_the_ledgers_keys_take_plain_strings() -> None:
+    config = RoutingConfig.from_mapping(
+        {"gateway": GATEWAY, "track_sessions": "5000", "hide_worker_ids": "yes", "on_move": None}
+    )
+    assert (config.track_sessions, config.hide_worker_ids) == (5000, True)

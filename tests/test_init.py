@@ -6,11 +6,17 @@ import aiohttp_smg_routing
 
 def test_public_names() -> None:
     assert set(aiohttp_smg_routing.__all__) == {
+        "PINS",
         "ROUTING_CONFIG",
         "ROUTING_KEY_HEADER",
         "ConfigError",
         "MissingSessionError",
+        "Move",
+        "PinLedger",
+        "PinSummary",
         "RoutingConfig",
+        "SessionIdFilter",
+        "SessionPin",
         "attach",
         "current_session_id",
         "routing_key",

@@ -1,0 +1,247 @@
+"""The ledger sees where each call went: the worker of every session, and every move."""
+
+import itertools
+import logging
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal, NamedTuple, Protocol
+
+from .config import RoutingConfig
+from .key import SessionId
+from .values import function
+
+logger = logging.getLogger(__name__)
+
+Outcome = Literal["first", "kept", "moved", "unknown", "untagged", "failed"]
+
+MOVES_LOGGED_PER_MINUTE = 60
+
+
+@dataclass(frozen=True, slots=True)
+class PinSummary:
+    """How many calls to the gateway had which outcome, and how many sessions are tracked.
+
+    An evicted or forgotten session's calls stay in the counts.
+    """
+
+    first: int = 0
+    """The session was seen on a worker for the first time."""
+    kept: int = 0
+    """It was on the worker that served it before."""
+    moved: int = 0
+    """It was on another one."""
+    unknown: int = 0
+    """The answer did not name its worker: SMG before 1.10, or gRPC workers."""
+    untagged: int = 0
+    """The call had no session."""
+    failed: int = 0
+    """The call raised, or was answered with a status of 400 or more: it says nothing of a pin."""
+    sessions: int = 0
+    """The sessions that are tracked now."""
+
+
+class SessionPin(NamedTuple):
+    """Where a session is pinned."""
+
+    worker: str | None
+    """The worker that served it last, as the gateway names it; None where it never did."""
+    turns: int
+    """Its answered calls."""
+    moves: int
+    """How often it changed its worker."""
+    previous: str | None
+    """The worker before the last move."""
+    since: int
+    """The number of the call that came to ``worker`` first: calls are numbered as they start."""
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A session's calls went to one worker and now go to another."""
+
+    session: str
+    """Its routing key: the session id itself, unless that goes out as a digest."""
+    from_worker: str
+    to_worker: str
+    turns: int
+    """The session's answered calls before this one."""
+
+
+class Metrics(Protocol):
+    """What the ledger tells the metrics."""
+
+    def called(self, outcome: Outcome) -> None:
+        """Count a call."""
+
+    def missing(self) -> None:
+        """Count a call that matched but had no session."""
+
+    def pinned(self, worker: str, change: int) -> None:
+        """Add ``change`` to the sessions of a worker."""
+
+
+class PinLedger:
+    """What an app's calls to its gateways show of the pins; ``app[PINS]`` after ``setup()``.
+
+    Sessions are named by their routing key: the session id itself, unless that goes out as a
+    digest. The ``config.track_sessions`` that called last are kept. It may be used from any thread.
+
+    >>> app[PINS].summary().moved
+    0
+    """
+
+    def __init__(
+        self,
+        config: RoutingConfig,
+        *,
+        metrics: Metrics | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.config = config
+        self._metrics = metrics
+        self._on_move = function(config.on_move) if config.on_move else None
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+        self._sessions: OrderedDict[str, SessionPin] = OrderedDict()
+        self._workers: Counter[str] = Counter()
+        self._calls: Counter[str] = Counter()
+        self._minute = clock()
+        self._logged = self._held_back = 0
+
+    def sessions(self) -> Mapping[str, SessionPin]:
+        """Return a live, read-only view of the tracked sessions; the last one called last.
+
+        Copy it before you await while you go through it: ``dict(ledger.sessions())``.
+        """
+        return MappingProxyType(self._sessions)
+
+    def workers(self) -> dict[str, int]:
+        """Return how many of the tracked sessions each worker has."""
+        with self._lock:
+            return dict(self._workers)
+
+    def summary(self) -> PinSummary:
+        """Return the counts of all calls so far."""
+        with self._lock:
+            return PinSummary(**self._calls, sessions=len(self._sessions))
+
+    def forget(self, session_id: SessionId) -> None:
+        """Stop tracking a session, one that has ended say; nothing happens if it is not tracked."""
+        with self._lock:
+            self._drop(self._sessions.pop(self.config.routing_key(session_id), None))
+
+    def start(self) -> int:
+        """Return the number of a call that starts now."""
+        return next(self._numbers)
+
+    def missing(self) -> None:
+        """Note a call that matched but had no session."""
+        if self._metrics:
+            self._metrics.missing()
+
+    def count(self, outcome: Outcome) -> None:
+        """Count a call that shows nothing of a pin: ``untagged`` or ``failed``."""
+        with self._lock:
+            self._count(outcome)
+
+    def answered(self, key: str, worker: str | None, number: int) -> None:
+        """Enter the answer to the call ``number`` of the session with the routing key ``key``."""
+        with self._lock:
+            before = self._sessions.get(key)
+            after, outcome, move = _enter(key, before, worker, number)
+            self._sessions[key] = after
+            self._sessions.move_to_end(key)
+            self._count(outcome)
+            if before is None or before.worker != after.worker:
+                self._drop(before)
+                self._pinned(after.worker, +1)
+            if len(self._sessions) > self.config.track_sessions:
+                self._drop(self._sessions.popitem(last=False)[1])
+        if move:
+            self._moved(move)
+
+    def log_held_back(self) -> None:
+        """Log how many moves the cap on log records held back, if it did."""
+        with self._lock:
+            held_back, self._held_back = self._held_back, 0
+        if held_back:
+            logger.warning(
+                "%d more moves: no more than %d a minute are logged one by one",
+                held_back,
+                MOVES_LOGGED_PER_MINUTE,
+            )
+
+    def _count(self, outcome: Outcome) -> None:
+        self._calls[outcome] += 1
+        if self._metrics:
+            self._metrics.called(outcome)
+
+    def _drop(self, pin: SessionPin | None) -> None:
+        if pin:
+            self._pinned(pin.worker, -1)
+
+    def _pinned(self, worker: str | None, change: int) -> None:
+        if worker is None:
+            return
+        self._workers[worker] += change
+        if not self._workers[worker]:
+            del self._workers[worker]
+        if self._metrics:
+            self._metrics.pinned(worker, change)
+
+    def _moved(self, move: Move) -> None:
+        with self._lock:
+            new_minute = self._clock() - self._minute >= 60
+            if new_minute:
+                self._minute, self._logged = self._clock(), 0
+            is_logged = self._logged < MOVES_LOGGED_PER_MINUTE
+            self._logged += is_logged
+            self._held_back += not is_logged
+        if new_minute:
+            self.log_held_back()
+        if is_logged:
+            logger.warning(
+                "session %s moved from %s to %s after %d turns",
+                move.session,
+                move.from_worker,
+                move.to_worker,
+                move.turns,
+            )
+        if self._on_move:
+            try:
+                self._on_move(move)
+            except Exception:
+                logger.exception("on_move failed: the call goes on")
+
+
+def _enter(
+    key: str, pin: SessionPin | None, worker: str | None, number: int
+) -> tuple[SessionPin, Outcome, Move | None]:
+    """Return the session's pin after an answer, its outcome, and the move if there was one."""
+    if pin is None:
+        outcome: Outcome = "unknown" if worker is None else "first"
+        return SessionPin(worker, 1, 0, None, number), outcome, None
+    seen = pin._replace(turns=pin.turns + 1)
+    if worker is None:
+        return seen, "unknown", None
+    if pin.worker is None:
+        return seen._replace(worker=worker, since=number), "first", None
+    # Turns of a session can overlap. One that started before the move, and ended after it, was
+    # where the session was at that time.
+    late = number < pin.since
+    if worker == pin.worker or (late and worker == pin.previous):
+        return seen, "kept", None
+    if late:
+        move = Move(key, worker, pin.worker, pin.turns)
+        return seen._replace(moves=pin.moves + 1, previous=worker), "moved", move
+    move = Move(key, pin.worker, worker, pin.turns)
+    return (
+        SessionPin(worker, seen.turns, pin.moves + 1, pin.worker, number),
+        "moved",
+        move,
+    )

@@ -1,0 +1,150 @@
+"""Plain values are checked and brought to one form; ``ValueError`` says what is wrong with one."""
+
+import re
+from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+from aiohttp import web
+from multidict import istr
+from yarl import URL
+
+from .gateway import CHAT_COMPLETIONS, ROUTING_KEY_HEADER
+
+_BOOLS = {
+    **dict.fromkeys(("true", "yes", "on", "1"), True),
+    **dict.fromkeys(("false", "no", "off", "0"), False),
+}
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5.1
+
+
+def several(value: Any) -> tuple[Any, ...]:
+    """Return a list or a tuple as a tuple, a text as its parts between commas, else one alone."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+
+
+def imported(path: str) -> Any:
+    """Return what ``package.module:name`` names."""
+    module, separator, name = path.partition(":")
+    if not (module and separator and name):
+        raise ValueError("does not have the form 'package.module:name'")
+    try:
+        return getattr(import_module(module), name)
+    except Exception as error:  # whatever the module raises while it is imported
+        raise ValueError(f"cannot be imported: {error!r}") from error
+
+
+def imported_function(path: str) -> Callable[..., Any]:
+    """Return the function that ``package.module:function`` names."""
+    function = imported(path)
+    if not callable(function):
+        raise ValueError(f"names a {type(function).__name__}, which cannot be called")
+    return function  # type: ignore[no-any-return]
+
+
+def function(value: Any) -> Callable[..., Any]:
+    """Return a function, or the one that ``call:package.module:function`` names."""
+    if callable(value):
+        return value  # type: ignore[no-any-return]
+    if not (isinstance(value, str) and value.startswith("call:")):
+        raise ValueError("is not a function or 'call:package.module:function'")
+    return imported_function(value.removeprefix("call:"))
+
+
+def registry(value: Any) -> Any:
+    """Return a registry of metrics, or the one that ``package.module:NAME`` names."""
+    found = imported(value) if isinstance(value, str) else value
+    if not hasattr(found, "register"):
+        raise ValueError("is not a prometheus_client.CollectorRegistry")
+    return found
+
+
+def gateway_url(value: Any) -> URL:
+    """Return the URL of a gateway without credentials, default port and trailing slash."""
+    try:
+        url = URL(value)
+        if url.scheme in ("http", "https") and url.raw_host and not url.query_string + url.fragment:
+            origin = url.origin().with_port(None if url.is_default_port() else url.port)
+            return URL(f"{origin}{url.raw_path.rstrip('/')}", encoded=True)
+    except (TypeError, ValueError):
+        pass
+    shown = re.sub(r"//[^/@]*@", "//***@", repr(value))  # without credentials
+    raise ValueError(f"{shown} is not an absolute http(s) URL")
+
+
+def call_path(value: Any) -> str:
+    """Return a path, percent-encoded as it goes out."""
+    if isinstance(value, str) and re.fullmatch(r"/[^/?#][^?#]*", value):
+        return URL(f"http://gateway{value}").raw_path
+    raise ValueError(f"{value!r} is not a path such as {CHAT_COMPLETIONS!r}")
+
+
+def header_name(value: Any) -> istr:
+    """Return the name of a header."""
+    if isinstance(value, str) and _TOKEN.fullmatch(value):
+        return istr(value)
+    raise ValueError(f"{value!r} is not a header name such as {str(ROUTING_KEY_HEADER)!r}")
+
+
+def boolean(value: Any) -> bool:
+    """Return a truth value, or what a text such as ``yes`` or ``off`` says."""
+    said = _BOOLS.get(value.strip().lower()) if isinstance(value, str) else value
+    if isinstance(said, bool):
+        return said
+    raise ValueError(f"{value!r} is not true or false")
+
+
+def count(value: Any) -> int:
+    """Return a whole number of 0 or more, or what its text says."""
+    if isinstance(value, str) and re.fullmatch(r"\s*[0-9_]{1,18}\s*", value):
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise ValueError(f"{value!r} is not a whole number of 0 or more")
+
+
+def secret(value: Any) -> str | None:
+    """Return a secret; no message shows it."""
+    if value is None or (isinstance(value, str) and value):
+        return value
+    raise ValueError("is not a text of one character or more")
+
+
+def app_key(value: Any) -> str | web.AppKey[Any]:
+    """Return an app key or the name of one."""
+    if isinstance(value, (str, web.AppKey)):
+        return value
+    raise ValueError(f"{value!r} is not an app key: a text or a web.AppKey")
+
+
+def one_of(choices: tuple[str, ...]) -> Callable[[Any], str]:
+    """Return a check that a value is one of the ``choices``."""
+
+    def check(value: Any) -> str:
+        if value in choices:
+            return str(value)
+        raise ValueError(f"{value!r} is not one of {', '.join(map(repr, choices))}")
+
+    return check
+
+
+def optional(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return ``check`` for a value that may be None."""
+    return lambda value: None if value is None else check(value)
+
+
+def needing(check: Callable[[Any], Any], *, package: str, extra: str) -> Callable[[Any], Any]:
+    """Return ``check`` for a value that needs an optional ``package``."""
+
+    def check_both(value: Any) -> Any:
+        good = check(value)
+        if find_spec(package) is None:
+            raise ValueError(
+                f"{value!r} needs {package}: pip install 'aiohttp_smg_routing[{extra}]'"
+            )
+        return good
+
+    return check_both
