@@ -116,19 +116,24 @@ class SmgGateway:
 
 @asynccontextmanager
 async def smg_gateway(
-    workers: Sequence[str | URL], *, policy: str, args: Sequence[str] = ()
+    workers: Sequence[str | URL],
+    *,
+    policy: str,
+    args: Sequence[str] = (),
+    port: int | None = None,
 ) -> AsyncIterator[SmgGateway]:
     """Run the real gateway before ``workers``; enter the block once it finds them all healthy.
 
     ``policy`` is the gateway's ``--policy``; ``args`` are further command-line arguments, such as
-    ``("--assignment-mode", "min_group")``. The workers must answer ``/health`` already: one that is
-    still loading costs the gateway 30 seconds (measured on SMG 1.13.0).
+    ``("--assignment-mode", "min_group")``; ``port`` is a free one unless it is given. The workers
+    must answer ``/health`` already: one that is still loading costs the gateway 30 seconds
+    (measured on SMG 1.13.0).
     """
     if find_spec("smg") is None:
         raise ModuleNotFoundError(
             "the SMG gateway is not installed: pip install 'aiohttp_smg_routing[gateway]'"
         )
-    url = URL(f"http://127.0.0.1:{free_port()}")
+    url = URL(f"http://127.0.0.1:{port or free_port()}")
     metrics_url = URL(f"http://127.0.0.1:{free_port()}/metrics")
     async with aiohttp.ClientSession() as session:
 

@@ -1,13 +1,20 @@
-"""Workers behind the real gateway: plain aiohttp servers that note who called."""
+"""Workers behind the real gateway: plain aiohttp servers that note who called.
+
+python -m tests.workers PORT    one of them as a process, which can be killed
+"""
 
 import json
+import sys
+from asyncio.subprocess import Process
 from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
-from aiohttp import web
+from aiohttp import ClientSession, web
 from yarl import URL
+
+from aiohttp_smg_routing.testing import child_process, free_port
 
 MODEL = "stub"
 
@@ -66,3 +73,26 @@ async def stub_workers(count: int) -> AsyncIterator[Workers]:
             host, port = runner.addresses[0]
             workers.urls.append(URL(f"http://{host}:{port}"))
         yield workers
+
+
+@asynccontextmanager
+async def worker_processes(count: int) -> AsyncIterator[dict[URL, Process]]:
+    async with AsyncExitStack() as stack:
+        session = await stack.enter_async_context(ClientSession())
+        processes = {}
+        for _ in range(count):
+            url = URL(f"http://127.0.0.1:{free_port()}")
+
+            async def ready(url: URL = url) -> bool:
+                async with session.get(url / "health") as response:
+                    return response.ok
+
+            argv = (sys.executable, "-m", "tests.workers", str(url.port))
+            processes[url] = await stack.enter_async_context(child_process(*argv, ready=ready))
+        yield processes
+
+
+if __name__ == "__main__":
+    web.run_app(
+        _worker(Workers()), host="127.0.0.1", port=int(sys.argv[1]), access_log=None, print=None
+    )
