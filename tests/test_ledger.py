@@ -1,7 +1,8 @@
 import asyncio
 import logging
+import sys
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
@@ -109,13 +110,23 @@ def test_sessions_is_read_only() -> None:
         ledger().sessions()["a"] = None  # type: ignore[index]
 
 
+@pytest.fixture
+def threads_take_turns() -> Iterator[None]:
+    """Let threads interrupt each other as often as they can."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("threads_take_turns")
 def test_threads_lose_no_count() -> None:
     pins = ledger(track_sessions=50)
     start = threading.Barrier(8)
 
     def work(number: int) -> None:
         start.wait()
-        for turn in range(2000):
+        for turn in range(10_000):
             play(pins, (f"s-{turn % 100}", W1))
             pins.count("untagged")
 
@@ -125,7 +136,7 @@ def test_threads_lose_no_count() -> None:
     for thread in threads:
         thread.join()
     summary = pins.summary()
-    assert summary.first + summary.kept == summary.untagged == 16_000
+    assert summary.first + summary.kept == summary.untagged == 80_000
     assert summary.sessions == 50
     assert pins.workers() == {W1: 50}
 
@@ -211,6 +222,8 @@ async def test_the_app_enters_every_call_in_its_ledger(
         assert await turn(client, session_id) == 200
     gateway.answer = lambda call: OK
     assert await turn(client) == 200
+    gateway.answer = lambda call: OK.replace(b"200 OK", b"404 No")
+    assert await turn(client) == 404
     gateway.answer = lambda call: OK.replace(b"200 OK", b"503 No")
     assert await turn(client) == 503
     async with client.post("/v1/chat/completions"):
@@ -221,7 +234,7 @@ async def test_the_app_enters_every_call_in_its_ledger(
     gateway.answer = lambda call: b"garbage\r\n\r\n"
     assert await turn(client) == 500
     assert app[PINS].summary() == PinSummary(
-        first=2, kept=1, moved=1, unknown=1, untagged=1, failed=3, sessions=2
+        first=2, kept=1, moved=1, unknown=1, untagged=1, failed=4, sessions=2
     )
     assert app[PINS].workers() == {W2: 2}
 
