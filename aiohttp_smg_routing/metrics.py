@@ -1,7 +1,7 @@
 """The ledger's counts as Prometheus metrics; needs the extra ``metrics``."""
 
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
 
@@ -20,6 +20,8 @@ class PrometheusMetrics:
             ["outcome"],
             registry=registry,
         )
+        for outcome in get_args(Outcome):
+            self._calls.labels(outcome)  # from 0: rate() misses the value that a series begins with
         self._sessions = Gauge(
             "smg_routing_sessions",
             "Tracked sessions by the worker that answered last.",

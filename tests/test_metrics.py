@@ -16,6 +16,7 @@ from .test_ledger import W1, W2, by_worker, play, turn
 from .wire import OK, Wire
 
 REGISTRY = CollectorRegistry()
+NOT_SEEN = ("moved", "unknown", "untagged", "failed")
 
 
 def series(registry: Any) -> dict[str, float]:
@@ -114,6 +115,7 @@ def test_several_processes_add_up(tmp_path: Path) -> None:
         assert series(registry) == {
             'smg_routing_calls_total{outcome="first"}': 6,
             'smg_routing_calls_total{outcome="kept"}': 3,
+            **{f'smg_routing_calls_total{{outcome="{name}"}}': 0 for name in NOT_SEEN},
             'smg_routing_sessions{worker="w"}': 6,
             "smg_routing_moves_total": 0,
             "smg_routing_missing_session_total": 0,
