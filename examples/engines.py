@@ -1,0 +1,213 @@
+"""Real llama.cpp engines on a small random-weights model: no download, no compiler, no GPU.
+
+    async with engines(2, slots=4, context=4096) as urls:
+        ...  # two OpenAI-compatible workers, each with its own KV cache
+
+One worker by hand, on a model that :func:`write_model` wrote::
+
+    python examples/engines.py MODEL.gguf PORT --slots 4 --context 4096 --threads 1
+
+Needs the extra ``engine``: ``pip install 'aiohttp_smg_routing[engine]'``.
+"""
+
+import argparse
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+
+import aiohttp
+from yarl import URL
+
+from aiohttp_smg_routing.testing import child_process, free_port
+
+__all__ = ("engines", "healthy", "write_model")
+
+# About 25 million parameters: 27 MB that a CPU core reads fast enough to chat with.
+_WIDTH, _LAYERS, _HEADS, _KV_HEADS, _FEED_FORWARD = 512, 8, 8, 4, 1536
+_MAX_CONTEXT = 32768
+_SPEAKABLE = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789")
+_CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def require_engine() -> None:
+    """Raise ``ModuleNotFoundError``, naming the extra to install, where an engine cannot run."""
+    missing = [name for name in ("xllamacpp", "gguf", "numpy") if find_spec(name) is None]
+    if missing:
+        raise ModuleNotFoundError(
+            f"the engines need {', '.join(missing)}: pip install 'aiohttp_smg_routing[engine]'"
+        )
+
+
+async def healthy(session: aiohttp.ClientSession, server: URL) -> bool:
+    """Return whether ``server`` answers ``GET /health`` with 200."""
+    async with session.get(server / "health") as response:
+        return response.status == 200
+
+
+@asynccontextmanager
+async def engines(
+    count: int, *, slots: int, context: int, threads: int = 1
+) -> AsyncIterator[tuple[URL, ...]]:
+    """Run ``count`` workers with cold caches until the block ends; yield their URLs.
+
+    Each worker serves ``slots`` conversations at once, each of up to ``context`` tokens (one byte
+    of text is one token), and keeps as many in its KV cache: a further conversation displaces the
+    one that was idle longest. ``threads`` is the number of CPU threads of each worker. Raises
+    ``ModuleNotFoundError`` that names the extra to install, and ``RuntimeError`` when a worker
+    does not start.
+    """
+    require_engine()
+    async with AsyncExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="engines-"))
+        model = Path(folder, "model.gguf")
+        # On this thread, though it takes half a second: a thread of its own could not be
+        # cancelled, and would write into a folder that is being removed.
+        write_model(model)
+        session = await stack.enter_async_context(aiohttp.ClientSession())
+        urls = tuple([URL(f"http://127.0.0.1:{free_port()}") for _ in range(count)])
+        for url in urls:
+            worker = child_process(
+                *(sys.executable, __file__, str(model), str(url.port)),
+                *("--slots", str(slots), "--context", str(context), "--threads", str(threads)),
+                ready=partial(healthy, session, url),
+            )
+            await stack.enter_async_context(worker)
+        yield urls
+
+
+def write_model(path: Path, *, seed: int = 7) -> None:
+    """Write a Llama model with random weights and one token per byte to ``path``, as GGUF.
+
+    The output rows of all tokens but ``[a-z0-9]`` are zero. A greedy reply (``temperature`` 0) is
+    therefore exactly ``max_tokens`` such characters: it never ends early, and sent back in the next
+    turn it becomes the tokens that it came from, so that the KV cache covers it too.
+    """
+    require_engine()
+    import gguf
+    import numpy as np
+
+    alphabet = _byte_alphabet()
+    tokens = [*alphabet, *_CONTROL_TOKENS]
+    tokens += [f"<|pad{number}|>" for number in range(-len(tokens) % 32)]
+    kinds = [gguf.TokenType.NORMAL] * len(alphabet)
+    kinds += [gguf.TokenType.CONTROL] * len(_CONTROL_TOKENS)
+    kinds += [gguf.TokenType.UNUSED] * (len(tokens) - len(kinds))
+
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(_MAX_CONTEXT)
+    writer.add_embedding_length(_WIDTH)
+    writer.add_block_count(_LAYERS)
+    writer.add_feed_forward_length(_FEED_FORWARD)
+    writer.add_head_count(_HEADS)
+    writer.add_head_count_kv(_KV_HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(_WIDTH // _HEADS)
+    writer.add_vocab_size(len(tokens))
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds)
+    # llama.cpp refuses a vocabulary without merges; no text has these two bytes side by side.
+    writer.add_token_merges([f"{alphabet[0]} {alphabet[0]}"])
+    writer.add_bos_token_id(tokens.index("<|endoftext|>"))
+    writer.add_eos_token_id(tokens.index("<|im_end|>"))
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(_CHAT_TEMPLATE)
+
+    random = np.random.default_rng(seed)
+
+    def matrix(name: str, rows: int, columns: int, silent: Sequence[int] = ()) -> None:
+        data = random.standard_normal((rows, columns), dtype=np.float32) / np.float32(columns**0.5)
+        data[list(silent)] = 0
+        quantized = gguf.quants.quantize(data, gguf.GGMLQuantizationType.Q8_0)
+        writer.add_tensor(name, quantized, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+
+    def norm(name: str) -> None:
+        writer.add_tensor(name, np.ones(_WIDTH, np.float32))
+
+    kv_width = _WIDTH // _HEADS * _KV_HEADS
+    matrix("token_embd.weight", len(tokens), _WIDTH)
+    silent = [token for token in range(len(tokens)) if token not in _SPEAKABLE]
+    matrix("output.weight", len(tokens), _WIDTH, silent)
+    norm("output_norm.weight")
+    for block in (f"blk.{number}." for number in range(_LAYERS)):
+        norm(f"{block}attn_norm.weight")
+        matrix(f"{block}attn_q.weight", _WIDTH, _WIDTH)
+        matrix(f"{block}attn_k.weight", kv_width, _WIDTH)
+        matrix(f"{block}attn_v.weight", kv_width, _WIDTH)
+        matrix(f"{block}attn_output.weight", _WIDTH, _WIDTH)
+        norm(f"{block}ffn_norm.weight")
+        matrix(f"{block}ffn_gate.weight", _FEED_FORWARD, _WIDTH)
+        matrix(f"{block}ffn_up.weight", _FEED_FORWARD, _WIDTH)
+        matrix(f"{block}ffn_down.weight", _WIDTH, _FEED_FORWARD)
+
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _byte_alphabet() -> list[str]:
+    """Return GPT-2's printable character for each byte, in the order of the bytes."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    stand_ins = iter(range(256, 512))
+    return [chr(byte if byte in printable else next(stand_ins)) for byte in range(256)]
+
+
+def serve(model: str, port: int, *, slots: int, context: int, threads: int) -> None:
+    """Run one worker on 127.0.0.1 until SIGINT or SIGTERM; the arguments are those of `engines`."""
+    require_engine()
+    import xllamacpp
+
+    # Blocked before the server makes its threads, which inherit it: no thread dies of the signal
+    # before sigwait() sees it.
+    stop = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, stop)
+    params = xllamacpp.CommonParams()
+    params.model.path = model
+    params.model_alias = {"random-llama"}
+    params.hostnames = ["127.0.0.1"]
+    params.port = port
+    params.n_parallel = slots
+    params.n_ctx = slots * context  # llama.cpp divides it among the slots
+    params.cpuparams.n_threads = threads
+    params.cpuparams_batch.n_threads = threads
+    params.n_threads_http = 32
+    params.cache_ram_mib = 0  # its default keeps displaced conversations in up to 8 GiB of RAM
+    params.endpoint_metrics = True
+    params.ui = False
+    server = xllamacpp.Server(params)
+    print(f"listening on {server.listening_address}", flush=True)
+    signal.sigwait(stop)
+    os._exit(0)  # its destructor waits for the open connections
+
+
+def main() -> None:
+    """Run the worker that the command line describes."""
+    parser = argparse.ArgumentParser(description="Run one llama.cpp worker on 127.0.0.1.")
+    parser.add_argument("model", help="a GGUF file")
+    parser.add_argument("port", type=int)
+    parser.add_argument("--slots", type=int, default=4, help="conversations at once (%(default)s)")
+    parser.add_argument(
+        "--context", type=int, default=4096, help="tokens for each of them (%(default)s)"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
+    args = parser.parse_args()
+    serve(args.model, args.port, slots=args.slots, context=args.context, threads=args.threads)
+
+
+if __name__ == "__main__":
+    main()
