@@ -24,6 +24,9 @@ class ConfigError(ValueError):
         self.faults = tuple(faults)
         super().__init__("\n".join(f"{key}: {problem}" for key, problem in self.faults))
 
+    def __reduce__(self) -> tuple[type["ConfigError"], tuple[Any, ...]]:
+        return type(self), (self.faults,)  # it comes whole out of another process
+
 
 @dataclass(frozen=True, slots=True)
 class RoutingConfig:
@@ -152,8 +155,10 @@ class RoutingConfig:
 
     def tags(self, method: str, url: URL) -> bool:
         """Tell whether a call is one that carries a key: POST, to a path of the gateway."""
-        call = (url.scheme, url.raw_host, url.port, url.raw_path)
-        return method == hdrs.METH_POST and call in self._calls
+        # aiohttp before 3.14 shows the method, and any version an encoded URL, as it was passed.
+        if method.upper() != hdrs.METH_POST or not url.raw_host:
+            return False
+        return (url.scheme, url.raw_host.lower(), url.port, url.raw_path) in self._calls
 
     def routing_key(self, session_id: SessionId) -> str:
         """Return the key that ``session_id`` has under this config; see ``routing_key()``."""
@@ -216,7 +221,7 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "on_missing": values.one_of(get_args(OnMissing)),
     "client_session": values.app_key,
     "track_sessions": values.count,
-    "on_move": values.optional(_as_given(values.function)),
+    "on_move": values.optional(_as_given(values.sync_function)),
     "metrics": values.optional(
         values.needing(values.one_of(("prometheus",)), package="prometheus_client", extra="metrics")
     ),

@@ -26,3 +26,19 @@ VALID_KEY: Final = re.compile(r"[!-~]{1,128}")
 
 #: The OpenAI chat completions call, below the gateway's base path.
 CHAT_COMPLETIONS: Final = "/v1/chat/completions"
+
+#: Where the gateway serves its Prometheus metrics unless ``--prometheus-port`` says otherwise.
+METRICS_PORT: Final = 29000
+
+#: What the two policies that know the key did with each call, in the label ``branch``. Under
+#: ``--routing-key-override`` calls with a key count here too, as those of ``manual``.
+POLICY_BRANCHES: Final = frozenset(
+    ("smg_manual_policy_branch_total", "smg_consistent_hashing_policy_branch_total")
+)
+
+#: The branches in which the key chose the worker, and those of a call without a key that counts.
+KEY_BRANCHES: Final = ("vacant", "occupied_hit", "occupied_miss", "cap_respill", "routing_key_hit")
+NO_KEY_BRANCHES: Final = ("no_routing_id", "random_fallback")
+
+#: Each choice of a worker; the label ``policy`` names the policy, ``worker_type`` the pool.
+WORKER_SELECTIONS: Final = "smg_worker_selection_total"

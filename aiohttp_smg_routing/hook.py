@@ -63,15 +63,19 @@ class RoutingTraceConfig(TraceConfig):
     async def _redirect(
         self, session: ClientSession, context: SimpleNamespace, params: TraceRequestRedirectParams
     ) -> None:
+        hop = _next_hop(session, params.method, params.url, params.response)
+        if hop is None:
+            return
         if context.call and context.call.header:
             params.headers.popall(context.call.header, None)
-        method, url = _next_hop(params.method, params.url, params.response)
-        context.call = self._begin(session, method, url, params.headers)
+        context.call = self._begin(session, *hop, params.headers)
 
     async def _end(
         self, session: ClientSession, context: SimpleNamespace, params: TraceRequestEndParams
     ) -> None:
+        # Taken: another hook's error, after this one has run, is not a second outcome.
         call: Call | None = context.call
+        context.call = None
         if call is None or call.pins is None:
             return
         if params.response.status >= 400:
@@ -79,7 +83,7 @@ class RoutingTraceConfig(TraceConfig):
         elif call.header is None:
             call.pins.count("untagged")
         else:
-            worker = params.response.headers.get(ROUTED_WORKER_HEADER)
+            worker = params.response.headers.get(ROUTED_WORKER_HEADER) or None
             call.pins.answered(call.key, worker, call.number)
 
     async def _exception(
@@ -96,7 +100,9 @@ class RoutingTraceConfig(TraceConfig):
             return None
         scope = scope_of_call(method, url) or Scope(None)
         config = scope.config or self.config
-        pins = scope.pins or self.pins
+        pins = self.pins if scope.config is None and scope.pins is None else scope.pins
+        if pins and not pins.config.track_sessions:
+            pins = None
         if scope.session_id is None:
             if pins:
                 pins.missing()
@@ -143,20 +149,22 @@ def attach(
 ) -> None:
     """Add the hook of ``routing_trace_config(config, pins)`` to a session that exists already.
 
-    Nothing happens where the session has a hook of that config, or ``config`` is not enabled.
+    Nothing is added where the session has that hook, or where ``config`` is not enabled.
 
     >>> attach(app[CLIENT], config)
     """
     config = as_config(config)
-    hooks = session.trace_configs
-    if not config.enabled or any(
-        isinstance(hook, RoutingTraceConfig) and hook.config == config for hook in hooks
-    ):
+    if not config.enabled:
         return
+    for there in session.trace_configs:
+        if isinstance(there, RoutingTraceConfig) and there.config == config:
+            there.pins = there.pins or pins
+            if pins is None or there.pins is pins:
+                return
     hook = routing_trace_config(config, pins)
     hook.freeze()  # the session does that in its constructor only
     # A new list: the old one may be the caller's own, and that of other sessions.
-    session._trace_configs = [*hooks, hook]
+    session._trace_configs = [*session.trace_configs, hook]
 
 
 def _missing(config: RoutingConfig, method: str, url: URL) -> None:
@@ -171,12 +179,16 @@ def _missing(config: RoutingConfig, method: str, url: URL) -> None:
         logger.warning("%s has no session: the gateway may route it to any worker", call)
 
 
-def _next_hop(method: str, url: URL, response: ClientResponse) -> tuple[str, URL]:
-    """Return what the redirect leads to. Only 307 and 308 keep a POST a POST."""
+def _next_hop(
+    session: ClientSession, method: str, url: URL, response: ClientResponse
+) -> tuple[str, URL] | None:
+    """Return what a redirect leads to; None where it leads nowhere, and the caller gets it."""
     location = response.headers.get(hdrs.LOCATION) or response.headers.get(hdrs.URI)
-    if response.status not in (307, 308) or location is None:
-        return hdrs.METH_GET, url
+    if location is None:
+        return None
+    if response.status not in (307, 308):
+        return hdrs.METH_GET, url  # the others make a GET of a POST
     try:
-        return method, url.join(URL(location))
+        return method, url.join(URL(location, encoded=not session.requote_redirect_url))
     except ValueError:  # aiohttp is about to raise for it
         return hdrs.METH_GET, url

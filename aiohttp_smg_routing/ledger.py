@@ -11,14 +11,15 @@ from types import MappingProxyType
 from typing import Literal, NamedTuple, Protocol
 
 from .config import RoutingConfig
-from .key import SessionId
-from .values import function
+from .key import SessionId, as_session_id
+from .values import sync_function
 
 logger = logging.getLogger(__name__)
 
 Outcome = Literal["first", "kept", "moved", "unknown", "untagged", "failed"]
 
 MOVES_LOGGED_PER_MINUTE = 60
+_BEFORE = 3  # as many moves as can overlap with one turn, and more
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,10 +54,12 @@ class SessionPin(NamedTuple):
     """Its answered calls."""
     moves: int
     """How often it changed its worker."""
-    previous: str | None
-    """The worker before the last move."""
     since: int
     """The number of the call that came to ``worker`` first: calls are numbered as they start."""
+    newest: int
+    """The number of the newest call that was answered."""
+    before: tuple[str, ...] = ()
+    """Its workers before, the last one first: no more than three."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +106,8 @@ class PinLedger:
     ) -> None:
         self.config = config
         self._metrics = metrics
-        self._on_move = function(config.on_move) if config.on_move else None
+        self._metrics_failed = False
+        self._on_move = sync_function(config.on_move) if config.on_move else None
         self._clock = clock
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
@@ -132,8 +136,9 @@ class PinLedger:
 
     def forget(self, session_id: SessionId) -> None:
         """Stop tracking a session, one that has ended say; nothing happens if it is not tracked."""
-        with self._lock:
-            self._drop(self._sessions.pop(self.config.routing_key(session_id), None))
+        if (text := as_session_id(session_id)) is not None:
+            with self._lock:
+                self._drop(self._sessions.pop(self.config.routing_key(text), None))
 
     def start(self) -> int:
         """Return the number of a call that starts now."""
@@ -141,8 +146,7 @@ class PinLedger:
 
     def missing(self) -> None:
         """Note a call that matched but had no session."""
-        if self._metrics:
-            self._metrics.missing()
+        self._tell(lambda metrics: metrics.missing())
 
     def count(self, outcome: Outcome) -> None:
         """Count a call that shows nothing of a pin: ``untagged`` or ``failed``."""
@@ -165,7 +169,15 @@ class PinLedger:
         if move:
             self._moved(move)
 
-    def log_held_back(self) -> None:
+    def close(self) -> None:
+        """End: log what the cap held back, and take the sessions off the metrics. Counts stay."""
+        self._log_held_back()
+        with self._lock:
+            for pin in self._sessions.values():
+                self._drop(pin)
+            self._sessions.clear()
+
+    def _log_held_back(self) -> None:
         """Log how many moves the cap on log records held back, if it did."""
         with self._lock:
             held_back, self._held_back = self._held_back, 0
@@ -178,8 +190,17 @@ class PinLedger:
 
     def _count(self, outcome: Outcome) -> None:
         self._calls[outcome] += 1
+        self._tell(lambda metrics: metrics.called(outcome))
+
+    def _tell(self, what: Callable[[Metrics], None]) -> None:
+        """Tell the metrics; what goes wrong there is logged once, and no call fails of it."""
         if self._metrics:
-            self._metrics.called(outcome)
+            try:
+                what(self._metrics)
+            except Exception:
+                if not self._metrics_failed:
+                    self._metrics_failed = True
+                    logger.exception("the metrics failed: further failures are not logged")
 
     def _drop(self, pin: SessionPin | None) -> None:
         if pin:
@@ -191,8 +212,7 @@ class PinLedger:
         self._workers[worker] += change
         if not self._workers[worker]:
             del self._workers[worker]
-        if self._metrics:
-            self._metrics.pinned(worker, change)
+        self._tell(lambda metrics: metrics.pinned(worker, change))
 
     def _moved(self, move: Move) -> None:
         with self._lock:
@@ -203,7 +223,7 @@ class PinLedger:
             self._logged += is_logged
             self._held_back += not is_logged
         if new_minute:
-            self.log_held_back()
+            self._log_held_back()
         if is_logged:
             logger.warning(
                 "session %s moved from %s to %s after %d turns",
@@ -222,26 +242,26 @@ class PinLedger:
 def _enter(
     key: str, pin: SessionPin | None, worker: str | None, number: int
 ) -> tuple[SessionPin, Outcome, Move | None]:
-    """Return the session's pin after an answer, its outcome, and the move if there was one."""
+    """Return the session's pin after an answer, its outcome, and the move if there was one.
+
+    Turns of a session can overlap: an answer is judged by when its call started. One that comes
+    late, from where the session was before it moved, is no move back.
+    """
     if pin is None:
         outcome: Outcome = "unknown" if worker is None else "first"
-        return SessionPin(worker, 1, 0, None, number), outcome, None
-    seen = pin._replace(turns=pin.turns + 1)
+        return SessionPin(worker, 1, 0, number, number), outcome, None
+    late = number < pin.newest
+    seen = pin._replace(turns=pin.turns + 1, newest=max(number, pin.newest))
     if worker is None:
         return seen, "unknown", None
     if pin.worker is None:
         return seen._replace(worker=worker, since=number), "first", None
-    # Turns of a session can overlap. One that started before the move, and ended after it, was
-    # where the session was at that time.
-    late = number < pin.since
-    if worker == pin.worker or (late and worker == pin.previous):
+    if worker == pin.worker or (number < pin.since and worker in pin.before):
         return seen, "kept", None
+    seen = seen._replace(moves=pin.moves + 1)
     if late:
-        move = Move(key, worker, pin.worker, pin.turns)
-        return seen._replace(moves=pin.moves + 1, previous=worker), "moved", move
-    move = Move(key, pin.worker, worker, pin.turns)
-    return (
-        SessionPin(worker, seen.turns, pin.moves + 1, pin.worker, number),
-        "moved",
-        move,
-    )
+        # It stays where its newer calls went, and was on ``worker`` before, or in between.
+        seen = seen._replace(before=(*pin.before, worker)[:_BEFORE])
+        return seen, "moved", Move(key, worker, pin.worker, pin.turns)
+    seen = seen._replace(worker=worker, since=number, before=(pin.worker, *pin.before)[:_BEFORE])
+    return seen, "moved", Move(key, pin.worker, worker, pin.turns)

@@ -30,8 +30,8 @@ class SessionIdFilter(logging.Filter):
         scope = current_scope()
         if scope is None or scope.session_id is None:
             record.session_id = "-"
-        elif config := scope.config or self._config:
-            record.session_id = config.routing_key(scope.session_id)
         else:
-            record.session_id = routing_key(scope.session_id)
+            config = scope.config or (scope.pins.config if scope.pins else self._config)
+            key_of = config.routing_key if config else routing_key
+            record.session_id = key_of(scope.session_id)
         return True

@@ -1,24 +1,27 @@
 """The ledger's counts as Prometheus metrics; needs the extra ``metrics``."""
 
-from functools import cache
 from typing import Any, get_args
+from weakref import WeakKeyDictionary
 
 from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
 
+from . import values
 from .ledger import Outcome
-from .values import registry
+
+# Apps that share a registry share the metrics on it: it takes each name once.
+_on_registry: WeakKeyDictionary[CollectorRegistry, "PrometheusMetrics"] = WeakKeyDictionary()
 
 
 class PrometheusMetrics:
     """The metrics of one registry. No session id stands in a label."""
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    def __init__(self) -> None:
         self._calls = Counter(
             "smg_routing_calls",
             "Calls to the gateway: kept, first or moved by the worker that answered; unknown "
             "where it is not named; untagged without a session; failed.",
             ["outcome"],
-            registry=registry,
+            registry=None,
         )
         for outcome in get_args(Outcome):
             self._calls.labels(outcome)  # from 0: rate() misses the value that a series begins with
@@ -26,17 +29,29 @@ class PrometheusMetrics:
             "smg_routing_sessions",
             "Tracked sessions by the worker that answered last.",
             ["worker"],
-            registry=registry,
+            registry=None,
             multiprocess_mode="livesum",
         )
         self._moves = Counter(
-            "smg_routing_moves", "Sessions that went to another worker.", registry=registry
+            "smg_routing_moves", "Sessions that went to another worker.", registry=None
         )
         self._missing = Counter(
             "smg_routing_missing_session",
             "Calls to the gateway that had no session when they were made.",
-            registry=registry,
+            registry=None,
         )
+
+    def register(self, registry: CollectorRegistry) -> None:
+        """Put all of the metrics on ``registry``, or none and raise ``ValueError``."""
+        done: list[Counter | Gauge] = []
+        for metric in (self._calls, self._sessions, self._moves, self._missing):
+            try:
+                registry.register(metric)
+            except ValueError:
+                for earlier in done:
+                    registry.unregister(earlier)
+                raise
+            done.append(metric)
 
     def called(self, outcome: Outcome) -> None:
         """Count a call."""
@@ -53,12 +68,15 @@ class PrometheusMetrics:
         self._sessions.labels(worker).inc(change)
 
 
-@cache
-def _metrics_on(registry: CollectorRegistry) -> PrometheusMetrics:
-    # Apps that share a registry share the metrics: it takes each name once.
-    return PrometheusMetrics(registry)
+def prometheus_metrics(registry: Any) -> PrometheusMetrics:
+    """Return the metrics on a registry, on the one that a text names, or on the default one.
 
-
-def prometheus_metrics(named: Any) -> PrometheusMetrics:
-    """Return the metrics on a registry, the one that a text names, or prometheus-client's own."""
-    return _metrics_on(REGISTRY if named is None else registry(named))
+    Raises ``ValueError`` where the registry has other metrics of these names.
+    """
+    registry = REGISTRY if registry is None else values.registry(registry)
+    metrics = _on_registry.get(registry)
+    if metrics is None:
+        metrics = PrometheusMetrics()
+        metrics.register(registry)
+        _on_registry[registry] = metrics
+    return metrics

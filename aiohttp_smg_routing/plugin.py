@@ -10,7 +10,7 @@ from .gateway import ROUTED_WORKER_HEADER
 from .hook import attach
 from .ledger import PinLedger
 from .middleware import routing_middleware
-from .values import several
+from .values import is_named, several
 
 ROUTING_CONFIG = web.AppKey("ROUTING_CONFIG", RoutingConfig)
 """Where ``setup()`` keeps the config: ``request.config_dict[ROUTING_CONFIG]`` in a handler."""
@@ -40,35 +40,35 @@ def setup(app: web.Application, config: RoutingConfig | Mapping[str, Any]) -> No
         raise RuntimeError(
             "this app is frozen: call setup() before it is started or added to another app"
         )
+    pins = _ledger(config)
     app[ROUTING_CONFIG] = config
-    app[PINS] = _ledger(config)
+    app[PINS] = pins
     if config.enabled:
-        app.middlewares.append(routing_middleware(config, _tracking(app)))
+        app.middlewares.append(routing_middleware(config, pins))
         app.on_startup.append(_attach_client_sessions)
-        app.on_cleanup.append(_log_held_back)
+        app.on_cleanup.append(_close_ledger)
         if config.hide_worker_ids:
             app.on_response_prepare.append(_hide_worker_id)
 
 
 def _ledger(config: RoutingConfig) -> PinLedger:
-    if config.enabled and config.metrics:
-        from .metrics import prometheus_metrics
+    if not (config.enabled and config.metrics):
+        return PinLedger(config)
+    from .metrics import prometheus_metrics
 
+    try:
         return PinLedger(config, metrics=prometheus_metrics(config.metrics_registry))
-    return PinLedger(config)
-
-
-def _tracking(app: web.Application) -> PinLedger | None:
-    return app[PINS] if app[ROUTING_CONFIG].track_sessions else None
+    except ValueError as error:  # it has metrics of these names that are not ours
+        raise ConfigError([("metrics_registry", str(error))]) from error
 
 
 async def _attach_client_sessions(app: web.Application) -> None:
     config = app[ROUTING_CONFIG]
     faults = []
     for name in several(config.client_session):
-        found = [value for key, value in app.items() if _is_named(key, name)]
+        found = [value for key, value in app.items() if is_named(key, name)]
         if len(found) == 1 and isinstance(found[0], ClientSession):
-            attach(found[0], config, _tracking(app))
+            attach(found[0], config, app[PINS])
         else:
             there = [key for key, value in app.items() if isinstance(value, ClientSession)]
             faults.append(
@@ -76,21 +76,16 @@ async def _attach_client_sessions(app: web.Application) -> None:
                     "client_session",
                     f"{name!r} does not name one ClientSession of this app when it starts; "
                     f"there is {there or 'none'}. Where the app makes its session in on_startup, "
-                    "call setup() after that is registered",
+                    "call setup() after that is registered; to a session that is kept elsewhere, "
+                    "attach(session, config)",
                 )
             )
     if faults:
         raise ConfigError(faults)
 
 
-def _is_named(key: str | web.AppKey[Any], name: str | web.AppKey[Any]) -> bool:
-    if key == name or isinstance(key, str) or not isinstance(name, str):
-        return key == name
-    return key._name == name or key._name.endswith(f".{name}")
-
-
-async def _log_held_back(app: web.Application) -> None:
-    app[PINS].log_held_back()
+async def _close_ledger(app: web.Application) -> None:
+    app[PINS].close()
 
 
 async def _hide_worker_id(request: web.Request, response: web.StreamResponse) -> None:

@@ -1,7 +1,9 @@
 """A session id is found in the request."""
 
+import asyncio
 import logging
 import re
+import sys
 from collections.abc import Awaitable, Callable, Iterable
 from inspect import isawaitable
 from typing import Any
@@ -9,7 +11,7 @@ from typing import Any
 from aiohttp import hdrs, web
 
 from .key import SessionId, as_session_id
-from .values import imported_function
+from .values import imported_function, is_header_name, is_named
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +23,8 @@ _BEARER = re.compile(r"bearer +(\S+)", re.IGNORECASE)
 
 
 def _header(name: str) -> _Reader:
+    if not is_header_name(name):
+        raise ValueError("does not name a header")
     if name.lower() != hdrs.AUTHORIZATION.lower():
         return lambda request: request.headers.get(name)
 
@@ -31,12 +35,19 @@ def _header(name: str) -> _Reader:
     return bearer_token
 
 
+def _stored(name: str) -> _Reader:
+    def stored(request: web.Request) -> Any:
+        return next((request[key] for key in request if is_named(key, name)), None)
+
+    return stored
+
+
 _KINDS: dict[str, Callable[[str], _Reader]] = {
     "match_info": lambda name: lambda request: request.match_info.get(name),
     "header": _header,
     "query": lambda name: lambda request: request.query.get(name),
     "cookie": lambda name: lambda request: request.cookies.get(name),
-    "request": lambda name: lambda request: request.get(name),
+    "request": _stored,
     "call": imported_function,
 }
 _FORMS = ", ".join(f"'{kind}:NAME'" for kind in _KINDS if kind != "call")
@@ -76,7 +87,9 @@ def session_id_finder(
                 if isawaitable(found):
                     found = await found
                 session_id = as_session_id(found)
-            except Exception:
+            except (Exception, asyncio.CancelledError) as error:
+                if isinstance(error, asyncio.CancelledError) and _is_cancelled():
+                    raise
                 if place not in logged:
                     logged.add(place)
                     logger.exception(
@@ -90,3 +103,12 @@ def session_id_finder(
         return None
 
     return find
+
+
+def _is_cancelled() -> bool:
+    """Tell whether the request is cancelled, and not just something that a source awaited.
+
+    Python 3.10 cannot tell: there every ``CancelledError`` counts as the request's own.
+    """
+    task = asyncio.current_task()
+    return sys.version_info < (3, 11) or (task is not None and task.cancelling() > 0)

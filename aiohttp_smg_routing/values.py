@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
+from inspect import iscoroutinefunction
 from typing import Any
 
 from aiohttp import web
@@ -16,7 +17,8 @@ _BOOLS = {
     **dict.fromkeys(("true", "yes", "on", "1"), True),
     **dict.fromkeys(("false", "no", "off", "0"), False),
 }
-_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5.1
+_FRAMING = frozenset(("connection", "content-length", "host", "transfer-encoding", "upgrade"))
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
 
 def several(value: Any) -> tuple[Any, ...]:
@@ -45,19 +47,33 @@ def imported_function(path: str) -> Callable[..., Any]:
     return function  # type: ignore[no-any-return]
 
 
-def function(value: Any) -> Callable[..., Any]:
-    """Return a function, or the one that ``call:package.module:function`` names."""
-    if callable(value):
-        return value  # type: ignore[no-any-return]
-    if not (isinstance(value, str) and value.startswith("call:")):
+def sync_function(value: Any) -> Callable[..., Any]:
+    """Return a function that is not async, or the one ``call:package.module:function`` names."""
+    function = value
+    if isinstance(value, str) and value.startswith("call:"):
+        function = imported_function(value.removeprefix("call:"))
+    if not callable(function):
         raise ValueError("is not a function or 'call:package.module:function'")
-    return imported_function(value.removeprefix("call:"))
+    if iscoroutinefunction(function):
+        raise ValueError("is async: nobody would await it")
+    return function  # type: ignore[no-any-return]
+
+
+def is_named(key: object, name: object) -> bool:
+    """Tell whether a key of an app's or a request's storage is ``name``, or has that name.
+
+    An ``AppKey`` or ``RequestKey`` is found by its name with or without the module.
+    """
+    if key == name or isinstance(key, str) or not isinstance(name, str):
+        return key == name
+    full_name: str = getattr(key, "_name", "")
+    return full_name == name or full_name.endswith(f".{name}")
 
 
 def registry(value: Any) -> Any:
     """Return a registry of metrics, or the one that ``package.module:NAME`` names."""
     found = imported(value) if isinstance(value, str) else value
-    if not hasattr(found, "register"):
+    if isinstance(found, type) or not hasattr(found, "register"):
         raise ValueError("is not a prometheus_client.CollectorRegistry")
     return found
 
@@ -67,12 +83,13 @@ def gateway_url(value: Any) -> URL:
     try:
         url = URL(value)
         if url.scheme in ("http", "https") and url.raw_host and not url.query_string + url.fragment:
+            # yarl before 1.10 keeps a default port that the text names.
             origin = url.origin().with_port(None if url.is_default_port() else url.port)
             return URL(f"{origin}{url.raw_path.rstrip('/')}", encoded=True)
     except (TypeError, ValueError):
         pass
-    shown = re.sub(r"//[^/@]*@", "//***@", repr(value))  # without credentials
-    raise ValueError(f"{shown} is not an absolute http(s) URL")
+    before, at, shown = repr(value).rpartition("@")  # before it credentials can stand
+    raise ValueError(f"{before and repr('***')[:-1]}{at}{shown} is not an absolute http(s) URL")
 
 
 def call_path(value: Any) -> str:
@@ -82,9 +99,14 @@ def call_path(value: Any) -> str:
     raise ValueError(f"{value!r} is not a path such as {CHAT_COMPLETIONS!r}")
 
 
+def is_header_name(value: object) -> bool:
+    """Tell whether a value can be the name of a header: RFC 9110, section 5.1."""
+    return isinstance(value, str) and _TOKEN.fullmatch(value) is not None
+
+
 def header_name(value: Any) -> istr:
-    """Return the name of a header."""
-    if isinstance(value, str) and _TOKEN.fullmatch(value):
+    """Return the name of a header that a call has no use of its own for."""
+    if is_header_name(value) and value.lower() not in _FRAMING:
         return istr(value)
     raise ValueError(f"{value!r} is not a header name such as {str(ROUTING_KEY_HEADER)!r}")
 
@@ -99,7 +121,7 @@ def boolean(value: Any) -> bool:
 
 def count(value: Any) -> int:
     """Return a whole number of 0 or more, or what its text says."""
-    if isinstance(value, str) and re.fullmatch(r"\s*[0-9_]{1,18}\s*", value):
+    if isinstance(value, str) and re.fullmatch(r"\s*[0-9]{1,18}\s*", value):
         value = int(value)
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value

@@ -1,3 +1,4 @@
+import asyncio
 import pickle
 from dataclasses import FrozenInstanceError, replace
 from typing import Any
@@ -93,6 +94,22 @@ def test_tagged_is_a_post_to_the_path_below_the_gateways_base_path(
     gateway: str | list[str], method: str, url: str, tagged: bool
 ) -> None:
     assert RoutingConfig(gateway).tags(method, URL(url)) is tagged
+
+
+def test_a_call_is_tagged_as_aiohttp_sends_it() -> None:
+    """Before 3.14 a hook is shown the method, and always an encoded URL, as it was passed."""
+    config = RoutingConfig("http://gateway")
+    assert config.tags("post", URL(f"http://gateway{CHAT}"))
+    assert config.tags("POST", URL(f"http://GATEWAY{CHAT}", encoded=True))
+    assert not config.tags("POST", URL(CHAT))
+
+
+def test_config_error_comes_whole_out_of_another_process() -> None:
+    with pytest.raises(ConfigError) as caught:
+        RoutingConfig("localhost")
+    copy = pickle.loads(pickle.dumps(caught.value))  # noqa: S301
+    assert copy.faults == caught.value.faults
+    assert str(copy) == str(caught.value)
 
 
 def test_paths_replace_the_default() -> None:
@@ -201,7 +218,9 @@ def test_environment_faults_name_the_variable() -> None:
         ("gateway", "http://h:99999", "'http://h:99999' is not an absolute http(s) URL"),
         ("gateway", "http://h/?a=b", "'http://h/?a=b' is not an absolute http(s) URL"),
         ("gateway", 30000, "30000 is not an absolute http(s) URL"),
-        ("gateway", "http://u:pw@h/?x=1", "'http://***@h/?x=1' is not an absolute http(s) URL"),
+        ("gateway", "http://u:pw@h/?x=1", "'***@h/?x=1' is not an absolute http(s) URL"),
+        ("gateway", "http://u:p@ss@h/?x=1", "'***@h/?x=1' is not an absolute http(s) URL"),
+        ("gateway", "user:pw@host:30000", "'***@host:30000' is not an absolute http(s) URL"),
         ("gateway", [], "is required: the URL of the gateway, such as 'http://10.0.0.1:30000'"),
         ("enabled", "perhaps", "'perhaps' is not true or false"),
         ("enabled", 1, "1 is not true or false"),
@@ -212,6 +231,7 @@ def test_environment_faults_name_the_variable() -> None:
         ("session_id", "call:os:sep", "'call:os:sep' names a str, which cannot be called"),
         ("session_id", "headers:X", "'headers:X' is not a source: one is 'match_info:NAME', "),
         ("session_id", "header:", "'header:' is not a source"),
+        ("session_id", "header:X Y", "'header:X Y' does not name a header"),
         ("session_id", 5, "5 is not a source"),
         ("paths", "v1/chat", "'v1/chat' is not a path such as '/v1/chat/completions'"),
         ("paths", "//evil/x", "'//evil/x' is not a path"),
@@ -219,6 +239,8 @@ def test_environment_faults_name_the_variable() -> None:
         ("paths", ["/a", 5], "5 is not a path"),
         ("header", "X Key", "'X Key' is not a header name such as 'X-SMG-Routing-Key'"),
         ("header", "X-Key\r\n", "is not a header name"),
+        ("header", "Content-Length", "'Content-Length' is not a header name such as"),
+        ("header", "host", "'host' is not a header name such as"),
         ("key", "hash", "'hash' is not one of 'session_id', 'digest'"),
         ("secret", "s", "is used with key = 'digest' only, and key is 'session_id'"),
         ("on_missing", "ignore", "'ignore' is not one of 'pass', 'warn', 'raise'"),
@@ -283,17 +305,22 @@ def test_an_import_that_explodes_is_a_fault_of_the_config(
     [
         ("track_sessions", -1, "-1 is not a whole number of 0 or more"),
         ("track_sessions", "many", "'many' is not a whole number of 0 or more"),
+        ("track_sessions", "1_0", "'1_0' is not a whole number of 0 or more"),
         ("track_sessions", True, "True is not a whole number of 0 or more"),
         ("on_move", 5, "5 is not a function or 'call:package.module:function'"),
         ("on_move", "os:sep", "'os:sep' is not a function or 'call:package.module:function'"),
         ("on_move", "call:os:sep", "'call:os:sep' names a str, which cannot be called"),
+        ("on_move", asyncio.sleep, "is async: nobody would await it"),
+        ("metrics_registry", object, "is not a prometheus_client.CollectorRegistry"),
         ("metrics", "statsd", "'statsd' is not one of 'prometheus'"),
         ("metrics_registry", "os:sep", "'os:sep' is not a prometheus_client.CollectorRegistry"),
         ("hide_worker_ids", "maybe", "'maybe' is not true or false"),
     ],
 )
 def test_faults_of_the_ledgers_keys(key: str, value: Any, problem: str) -> None:
-    assert faults(**{key: value}) == {key: problem}
+    [(name, text)] = faults(**{key: value}).items()
+    assert name == key
+    assert problem in text
 
 
 def test_metrics_need_the_ledger() -> None:

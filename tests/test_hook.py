@@ -74,6 +74,15 @@ async def test_a_matching_call_carries_exactly_one_key(
     assert gateway.last.values("X-SMG-Target-Worker") == []
 
 
+async def test_a_method_in_lower_case_is_the_same_method(
+    gateway: Wire, hooked: ClientSession
+) -> None:
+    with routing_session("s-1"):
+        async with hooked.request("post", gateway.chat, headers=SMUGGLED):
+            pass
+    assert gateway.last.keys == [b"s-1"]
+
+
 async def test_session_wide_headers_do_not_survive(gateway: Wire) -> None:
     async with ClientSession(
         gateway.url,
@@ -231,6 +240,41 @@ async def test_key_does_not_follow_a_redirect_to_another_path(
         ("/v1/chat/completions", [b"s-1"]),
         ("/other", []),
     ]
+
+
+async def test_a_key_in_an_own_header_does_not_follow_a_redirect_off_the_gateway(
+    gateway: Wire, elsewhere: Wire
+) -> None:
+    gateway.answer = lambda call: redirect(elsewhere.chat)
+    config = RoutingConfig(gateway.url, header="X-Pin")
+    async with ClientSession(trace_configs=[routing_trace_config(config)]) as session:
+        with routing_session("s-1"):
+            async with session.post(gateway.chat, json={}):
+                pass
+    assert gateway.last.values("X-Pin") == [b"s-1"]
+    assert elsewhere.last.values("X-Pin") == []
+
+
+async def test_key_does_not_follow_a_redirect_by_the_older_uri_header(
+    gateway: Wire, hooked: ClientSession
+) -> None:
+    gateway.answer = lambda call: (
+        OK if call.path == "/other" else redirect("/other").replace(b"Location", b"URI")
+    )
+    with routing_session("s-1"):
+        async with hooked.post(gateway.chat, json={}):
+            pass
+    assert [call.keys for call in gateway.calls] == [[b"s-1"], []]
+
+
+async def test_a_redirect_is_judged_by_the_path_that_goes_out(gateway: Wire) -> None:
+    gateway.answer = lambda call: OK if "%63" in call.path else redirect("/v1/chat/%63ompletions")
+    trace_config = routing_trace_config(RoutingConfig(gateway.url))
+    async with ClientSession(trace_configs=[trace_config], requote_redirect_url=False) as session:
+        with routing_session("s-1"):
+            async with session.post(gateway.chat, json={}):
+                pass
+    assert [call.keys for call in gateway.calls] == [[b"s-1"], []]
 
 
 @pytest.mark.parametrize("status", [301, 302, 303])

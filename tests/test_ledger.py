@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
 import pytest
-from aiohttp import ClientError, ClientSession, web
+from aiohttp import ClientError, ClientSession, TraceConfig, web
 from pytest_aiohttp.plugin import AiohttpClient
 
 from aiohttp_smg_routing import (
@@ -16,6 +16,7 @@ from aiohttp_smg_routing import (
     PinSummary,
     RoutingConfig,
     attach,
+    routing_middleware,
     routing_session,
     routing_trace_config,
     setup,
@@ -87,6 +88,26 @@ def test_first_turns_that_overlap_on_two_workers_are_a_first_and_a_move() -> Non
         assert pins.workers() == {W2: 1}
 
 
+def test_a_late_turn_from_before_two_moves_is_no_third_move() -> None:
+    pins = ledger()
+    calls = [(pins.start(), worker) for worker in (W1, W1, W2, W3)]
+    for place in (0, 2, 3, 1):
+        number, worker = calls[place]
+        pins.answered("a", worker, number)
+    assert pins.summary() == PinSummary(first=1, kept=1, moved=2, sessions=1)
+    assert pins.workers() == {W3: 1}
+
+
+def test_a_late_turn_from_elsewhere_leaves_the_session_where_it_is() -> None:
+    pins = ledger()
+    calls = [(pins.start(), worker) for worker in (W1, W2, W1)]
+    for place in (0, 2, 1):
+        number, worker = calls[place]
+        pins.answered("a", worker, number)
+    assert pins.summary() == PinSummary(first=1, kept=1, moved=1, sessions=1)
+    assert pins.workers() == {W1: 1}
+
+
 def test_it_keeps_the_sessions_that_called_last_and_every_count() -> None:
     pins = ledger(track_sessions=2)
     play(pins, ("a", W1), ("b", W1), ("a", W1), ("c", W2))
@@ -98,7 +119,8 @@ def test_it_keeps_the_sessions_that_called_last_and_every_count() -> None:
 def test_forget_drops_a_session_and_keeps_the_counts() -> None:
     pins = ledger(key="digest", secret="k")
     play(pins, (pins.config.routing_key("a"), W1))
-    pins.forget("b")
+    for not_tracked in ("b", "", 7):
+        pins.forget(not_tracked)
     assert pins.summary().sessions == 1
     pins.forget("a")
     assert pins.workers() == {}
@@ -409,6 +431,107 @@ async def test_digest_never_shows_the_session_id(
     assert key in str(shown)
     assert "moved from" in caplog.text
     assert "hush-hush" not in str(shown)
+
+
+async def test_no_tracking_in_one_app_is_not_anothers_to_make_up_for(
+    gateway: Wire, outgoing: ClientSession, aiohttp_client: AiohttpClient
+) -> None:
+    apps = []
+    for name, track_sessions in (("one", 10), ("two", 0)):
+        app = web.Application()
+        app[CLIENT] = outgoing
+        app.router.add_post("/", naive_proxy(gateway))
+        config = RoutingConfig(
+            gateway.url,
+            session_id=f"query:{name}",
+            client_session=CLIENT,
+            track_sessions=track_sessions,
+        )
+        setup(app, config)
+        apps.append((app, await aiohttp_client(app)))
+    async with apps[1][1].post("/?two=s-2"):
+        pass
+    assert gateway.last.keys == [b"s-2"]
+    assert [app[PINS].summary() for app, _ in apps] == [PinSummary(), PinSummary()]
+
+
+async def test_a_middleware_without_a_ledger_leaves_others_alone(
+    gateway: Wire, outgoing: ClientSession, aiohttp_client: AiohttpClient
+) -> None:
+    pins = ledger()
+    config = RoutingConfig(gateway.url, session_id="query:sid")
+    attach(outgoing, config, pins)
+    app = web.Application(middlewares=[routing_middleware(config)])
+    app[CLIENT] = outgoing
+    app.router.add_post("/", naive_proxy(gateway))
+    client = await aiohttp_client(app)
+    async with client.post("/?sid=s-1"):
+        pass
+    assert gateway.last.keys == [b"s-1"]
+    assert pins.summary() == PinSummary()
+
+
+async def test_apps_with_equal_configs_on_one_session_have_a_ledger_each(
+    gateway: Wire, outgoing: ClientSession, aiohttp_client: AiohttpClient
+) -> None:
+    apps = []
+    for _ in range(2):
+        app = web.Application()
+        app[CLIENT] = outgoing
+        app.router.add_post("/sessions/{session_id}/v1/chat/completions", naive_proxy(gateway))
+        setup(app, RoutingConfig(gateway.url, client_session=CLIENT))
+        apps.append((app, await aiohttp_client(app)))
+    for _, client in apps:
+        await turn(client)
+    assert [app[PINS].summary() for app, _ in apps] == [PinSummary(unknown=1, sessions=1)] * 2
+
+
+async def test_a_hook_attached_before_setup_takes_the_apps_ledger(
+    gateway: Wire, outgoing: ClientSession, aiohttp_client: AiohttpClient
+) -> None:
+    config = RoutingConfig(gateway.url, client_session=CLIENT)
+    attach(outgoing, config)
+    app = web.Application()
+    app[CLIENT] = outgoing
+    setup(app, config)
+    await aiohttp_client(app)
+    assert len(outgoing.trace_configs) == 1
+    with routing_session("job"):
+        async with outgoing.post(gateway.chat):
+            pass
+    assert app[PINS].summary() == PinSummary(unknown=1, sessions=1)
+
+
+async def test_another_hook_that_raises_is_no_second_outcome(gateway: Wire) -> None:
+    async def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    other = TraceConfig()
+    other.on_request_end.append(broken)
+    pins = ledger()
+    ours = routing_trace_config(RoutingConfig(gateway.url), pins)
+    async with ClientSession(trace_configs=[ours, other]) as session:
+        with routing_session("s-1"), pytest.raises(ZeroDivisionError):
+            await session.post(gateway.chat)
+    assert pins.summary() == PinSummary(unknown=1, sessions=1)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        OK.replace(b"\r\n", b"\r\nX-SMG-Routed-Worker-Id:\r\n", 1),
+        OK.replace(b"200 OK", b"307 Nowhere"),
+    ],
+)
+async def test_an_answer_that_names_no_worker_is_unknown(
+    gateway: Wire, aiohttp_client: AiohttpClient, answer: bytes
+) -> None:
+    app = session_server(gateway)
+    client = await aiohttp_client(app)
+    gateway.answer = lambda call: answer
+    await turn(client)
+    assert app[PINS].summary() == PinSummary(unknown=1, sessions=1)
+    assert app[PINS].workers() == {}
 
 
 async def test_no_tracking_no_ledger(gateway: Wire, aiohttp_client: AiohttpClient) -> None:

@@ -35,6 +35,21 @@ def test_digest_is_what_the_record_shows() -> None:
         assert stamped(SessionIdFilter(CONFIG)) == CONFIG.routing_key("bearer-token")
 
 
+async def test_a_block_within_a_request_shows_the_key_of_its_app(
+    gateway: Wire, aiohttp_client: AiohttpClient
+) -> None:
+    app = session_server(gateway, key="digest")
+
+    async def handler(request: web.Request) -> web.Response:
+        with routing_session("bearer-token"):
+            return web.Response(text=stamped(SessionIdFilter()))
+
+    app.router.add_post("/", handler)
+    client = await aiohttp_client(app)
+    async with client.post("/") as response:
+        assert (await response.text()).startswith("sha256-")
+
+
 async def test_a_request_shows_the_key_of_its_app(
     gateway: Wire, aiohttp_client: AiohttpClient
 ) -> None:

@@ -5,11 +5,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest
+from aiohttp import ClientSession, web
+from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 from pytest_aiohttp.plugin import AiohttpClient
 
-from aiohttp_smg_routing import PINS, ConfigError, RoutingConfig
+from aiohttp_smg_routing import (
+    PINS,
+    ConfigError,
+    PinLedger,
+    PinSummary,
+    RoutingConfig,
+    routing_session,
+    routing_trace_config,
+    setup,
+)
+from aiohttp_smg_routing.ledger import Outcome
 
 from .conftest import session_server
 from .test_ledger import W1, W2, by_worker, play, turn
@@ -67,6 +78,61 @@ async def test_a_call_that_on_missing_stops_is_counted_as_missing(
         assert response.status == 500
     assert series(registry)["smg_routing_missing_session_total"] == 1
     assert app[PINS].summary().untagged == 0
+
+
+class Broken:
+    """Metrics on a full disk, say: prometheus-client raises on every call."""
+
+    def called(self, outcome: Outcome) -> None:
+        raise OSError("no space left")
+
+    def missing(self) -> None:
+        raise OSError("no space left")
+
+    def pinned(self, worker: str, change: int) -> None:
+        raise OSError("no space left")
+
+
+async def test_metrics_that_fail_fail_no_call_and_are_logged_once(
+    gateway: Wire, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = RoutingConfig(gateway.url)
+    pins = PinLedger(config, metrics=Broken())
+    async with ClientSession(trace_configs=[routing_trace_config(config, pins)]) as session:
+        gateway.answer = by_worker(W1, W1, W1)
+        for session_id in ("s-1", "s-1", None):
+            with routing_session(session_id):
+                async with session.post(gateway.chat) as response:
+                    assert response.status == 200
+    assert pins.summary() == PinSummary(first=1, kept=1, untagged=1, sessions=1)
+    assert caplog.text.count("further failures are not logged") == 1
+
+
+def test_a_registry_that_has_other_metrics_of_these_names_is_a_fault_of_the_config(
+    gateway: Wire,
+) -> None:
+    registry = CollectorRegistry()
+    taken = Counter("smg_routing_moves", "Not ours.", registry=registry)
+    app = web.Application()
+    config = {"gateway": "http://g", "metrics": "prometheus", "metrics_registry": registry}
+    with pytest.raises(ConfigError, match=r"metrics_registry: .*smg_routing_moves"):
+        setup(app, config)
+    assert list(app) == []
+    registry.unregister(taken)
+    setup(app, config)
+
+
+async def test_the_sessions_of_an_app_that_has_ended_are_no_longer_there(
+    gateway: Wire, aiohttp_client: AiohttpClient
+) -> None:
+    registry = CollectorRegistry()
+    app = session_server(gateway, metrics="prometheus", metrics_registry=registry)
+    client = await aiohttp_client(app)
+    play(app[PINS], ("a", W1), ("b", W1), ("c", None))
+    assert series(registry)[f'smg_routing_sessions{{worker="{W1}"}}'] == 2
+    await client.close()
+    assert series(registry)[f'smg_routing_sessions{{worker="{W1}"}}'] == 0
+    assert app[PINS].summary() == PinSummary(first=2, unknown=1)
 
 
 def test_apps_that_share_a_registry_share_the_metrics(gateway: Wire) -> None:

@@ -1,4 +1,6 @@
+import asyncio
 import logging
+import sys
 from typing import Any
 from uuid import UUID
 
@@ -16,6 +18,11 @@ def sync_source(request: web.Request) -> SessionId | None:
 
 async def async_source(request: web.Request) -> SessionId | None:
     return 17
+
+
+if hasattr(web, "RequestKey"):
+    SID = web.RequestKey("sid", str)
+    OTHER = web.RequestKey("other_sid", str)
 
 
 async def find(source: Any, target: str = "/", **arguments: Any) -> str | None:
@@ -64,6 +71,40 @@ async def test_request_source_reads_what_was_stored_on_the_request() -> None:
     assert await finder(request) is None
     request._state["sid"] = "s-1"  # without the warning that aiohttp has for string keys
     assert await finder(request) == "s-1"
+
+
+@pytest.mark.skipif(not hasattr(web, "RequestKey"), reason="aiohttp 3.14 brought RequestKey")
+@pytest.mark.parametrize("name", ["sid", "tests.test_source.sid"])
+async def test_request_source_finds_a_request_key_by_its_name(name: str) -> None:
+    request = make_mocked_request("POST", "/")
+    request[OTHER] = "s-2"
+    request[SID] = "s-1"
+    assert await session_id_finder((f"request:{name}",))(request) == "s-1"
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 cannot tell the two apart")
+async def test_a_source_that_awaits_what_is_cancelled_counts_as_no_session() -> None:
+    async def source(request: web.Request) -> str:
+        future = asyncio.get_running_loop().create_future()
+        future.cancel()
+        return await future  # type: ignore[no-any-return]
+
+    assert await find((source, "query:sid"), "/?sid=s-1") == "s-1"
+
+
+async def test_a_request_that_is_cancelled_while_its_source_waits_is_cancelled() -> None:
+    waiting = asyncio.Event()
+
+    async def source(request: web.Request) -> str:
+        waiting.set()
+        await asyncio.Event().wait()
+        raise AssertionError("it never ends")
+
+    finding = asyncio.create_task(find(source))
+    await waiting.wait()
+    finding.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await finding
 
 
 async def test_sources_are_tried_in_order() -> None:
