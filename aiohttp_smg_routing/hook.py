@@ -159,8 +159,7 @@ def attach(
     for there in session.trace_configs:
         if isinstance(there, RoutingTraceConfig) and there.config == config:
             there.pins = there.pins or pins
-            if pins is None or there.pins is pins:
-                return
+            return
     hook = routing_trace_config(config, pins)
     hook.freeze()  # the session does that in its constructor only
     # A new list: the old one may be the caller's own, and that of other sessions.

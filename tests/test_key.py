@@ -72,6 +72,11 @@ def test_digest_never_shows_the_id_and_depends_on_the_secret() -> None:
     assert all(VALID_KEY.fullmatch(key) and "sk-1234" not in key for key in keys)
 
 
+def test_any_text_can_be_the_secret() -> None:
+    keys = {routing_key("s", key="digest", secret=secret) for secret in ("é", "\udc80", "\udc81")}
+    assert len(keys) == 3
+
+
 def test_digest_loses_nothing_to_the_gateways_turn_suffix_rule() -> None:
     # --routing-key-override cuts `_t<digits>` and `_r<digits>` off a key.
     assert "_" not in routing_key("a b") + routing_key("a", key="digest", secret="k")
