@@ -87,7 +87,7 @@ class Session:
 
     def complete(self, reply: Message) -> None:
         """Keep the turn, now that the assistant's reply is whole."""
-        self.messages = [*self.messages, reply]
+        self.messages.append(reply)
         self.turns += 1
 
 
@@ -294,8 +294,7 @@ async def relay(
                 # Before the agent sees the end, as it may hang up or come back at once.
                 session.complete(reply.message)
                 completed = True
-            if not response.prepared:
-                await response.prepare(request)
+            await response.prepare(request)  # Only the first call of it does anything.
             await response.write(chunk)
         if not completed:
             raise aiohttp.ClientPayloadError("the stream ended before its reply was whole")

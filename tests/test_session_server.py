@@ -7,12 +7,14 @@ import asyncio
 import gzip
 import io
 import json
+import os
+import re
 import signal
 import socket
 import sys
-from asyncio.subprocess import PIPE
-from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import suppress
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -186,6 +188,16 @@ class Agent:
                 pass
 
         await soon(poll())
+
+
+@asynccontextmanager
+async def hanging_up(agent: Agent, *texts: str) -> AsyncIterator[None]:
+    """Begin a turn for an agent that hangs up at the end of the block."""
+    async with ClientSession() as http:
+        turn = Agent(http, agent.session).begin(*texts)
+        yield
+    with pytest.raises(aiohttp.ClientError):
+        await soon(turn)
 
 
 Start = Callable[..., Coroutine[Any, Any, Agent]]
@@ -415,28 +427,34 @@ async def test_a_silent_gateway_is_a_504(start: Start, upstream: Gateway) -> Non
 async def test_an_answer_without_a_reply_is_no_turn(start: Start, upstream: Gateway) -> None:
     agent = await start()
 
-    async def ok(request: web.Request) -> web.Response:
-        return web.Response(text="ok")
+    choices = [{"message": assistant("no")}]
+    for status, text in (
+        (200, "ok"),
+        (200, "[]"),
+        (200, '{"choices": []}'),
+        (200, '{"choices": [{"message": "no"}]}'),
+        (400, json.dumps({"choices": choices})),
+    ):
 
-    for answer in (ok, streamed()):  # a stream that is empty is tried again, in vain
-        upstream.answers = [answer] * 3
+        async def answer(request: web.Request) -> web.Response:
+            return web.Response(text=text, status=status)  # noqa: B023
+
+        upstream.answers = [answer]
         async with agent.post("hi") as response:
-            await response.read()
+            assert (response.status, await response.text()) == (status, text)
         assert await agent.transcript() == (0, [])
-    assert len(upstream.calls) == 4
 
 
 async def test_a_turn_is_rolled_back_between_its_tries(start: Start, upstream: Gateway) -> None:
     agent = await start()
     held = Held(then=canned(503, Retry_After="10"))
     upstream.answers = [held]
-    turn = agent.begin("hi")
-    await soon(held.arrived.wait())
-    assert await agent.transcript() == (0, [user("hi")])
-    held.release.set()
-    await agent.until_transcript_is(0)
-    assert len(upstream.calls) == 1
-    turn.cancel()
+    async with hanging_up(agent, "hi"):
+        await soon(held.arrived.wait())
+        assert await agent.transcript() == (0, [user("hi")])
+        held.release.set()
+        await agent.until_transcript_is(0)
+        assert len(upstream.calls) == 1
     # The agent has gone, and so has its turn: the next one need not wait for the pause to end.
     assert (await soon(agent.turn("hello")))[0] == 200
     assert await agent.transcript() == (1, [user("hello"), assistant("reply")])
@@ -559,12 +577,14 @@ async def test_no_session_waits_for_another(start: Start, upstream: Gateway) -> 
 async def test_a_stream_passes_as_it_arrives(start: Start, upstream: Gateway) -> None:
     agent = await start()
     first, second = event(role="assistant", content="Hel"), event(content="lo")
-    seen = asyncio.Event()
+    seen, done = asyncio.Event(), asyncio.Event()
 
     async def answer(request: web.Request) -> web.StreamResponse:
         response = await event_stream(request, first)
         await soon(seen.wait())
         await response.write(second + DONE)
+        await soon(done.wait())
+        await response.write(DONE)
         return response
 
     upstream.answers = [answer]
@@ -573,7 +593,9 @@ async def test_a_stream_passes_as_it_arrives(start: Start, upstream: Gateway) ->
         assert await soon(response.content.readexactly(len(first))) == first
         assert await agent.transcript() == (0, [user("hi")])
         seen.set()
-        assert await soon(response.read()) == second + DONE
+        assert await soon(response.content.readexactly(len(second + DONE))) == second + DONE
+        done.set()
+        assert await soon(response.read()) == DONE
     assert await agent.transcript() == (1, [user("hi"), assistant("Hello")])
 
 
@@ -695,15 +717,16 @@ def test_a_chunk_may_end_anywhere(module: ModuleType, newline: bytes) -> None:
 # Agents that hang up
 
 
+@pytest.mark.skipif(
+    aiohttp.__version__ == "3.9.0", reason="its client reuses the connection of a cancelled call"
+)
 async def test_an_agent_that_leaves_takes_its_turn_back(start: Start, upstream: Gateway) -> None:
     agent = await start()
     await agent.turn("hi")
     held = Held()
     upstream.answers = [held]
-    turn = agent.begin("hi", "bye")
-    await soon(held.arrived.wait())
-    turn.cancel()
-    await soon(held.gone.wait())
+    async with hanging_up(agent, "hi", "bye"):
+        await soon(held.arrived.wait())
     await agent.until_transcript_is(1, user("hi"), assistant("reply"))
     assert (await soon(agent.turn("hello")))[0] == 200
     assert len(upstream.calls) == 3
@@ -770,6 +793,22 @@ async def test_end_to_end_headers_of_the_agent_are_copied(start: Start, upstream
     assert "x-own" not in call.headers["Accept-Encoding"]
 
 
+async def test_an_upload_in_chunks_is_sent_on_in_one_piece(start: Start, upstream: Gateway) -> None:
+    agent = await start()
+    body = json.dumps({"messages": [user("hi")]}).encode()
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for byte in body:
+            yield bytes([byte])
+
+    async with agent.http.post(agent.chat, data=chunks(), expect100=True) as response:
+        assert response.status == 200
+    (call,) = upstream.calls
+    assert call.body == body
+    assert call.headers.getall("Content-Length") == [str(len(body))]
+    assert not {"Expect", "Transfer-Encoding"} & set(call.headers)
+
+
 @pytest.mark.parametrize("stream", [True, False])
 async def test_end_to_end_headers_of_the_gateway_are_copied(
     start: Start, upstream: Gateway, stream: bool
@@ -777,7 +816,7 @@ async def test_end_to_end_headers_of_the_gateway_are_copied(
     whole = event(content="Hello") + DONE
 
     async def answer(request: web.Request) -> web.Response:
-        response = web.Response(status=200 if stream else 418, body=whole)
+        response = web.Response(status=200 if stream else 418, reason="Fine", body=whole)
         response.headers["Content-Type"] = "text/event-stream" if stream else "text/plain"
         response.headers["X-Request-Id"] = "r1"
         response.headers.extend([("Set-Cookie", "a=1"), ("Set-Cookie", "b=2")])
@@ -789,6 +828,7 @@ async def test_end_to_end_headers_of_the_gateway_are_copied(
     upstream.answers = [answer]
     async with agent.post("hi", stream=stream) as response:
         assert await response.read() == whole
+    assert response.reason == "Fine"
     assert response.headers["X-Request-Id"] == "r1"
     assert response.headers.getall("Set-Cookie") == ["a=1", "b=2"]
     assert response.headers.getall("Content-Type") == [
@@ -955,40 +995,70 @@ def test_the_example_settings_are_good(module: ModuleType) -> None:
     assert len(app.middlewares) == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_the_program_ends_well_after_its_running_turns(
-    client: ClientSession, upstream: Gateway, tmp_path: Path, number: signal.Signals
-) -> None:
-    text = f'[server]\nport = 0\n[gateway]\nurl = "{upstream.url}"\n'
-    file = write_settings(
-        tmp_path,
-        f'{text}[smg_routing]\ngateway = "{upstream.url}"\nclient_session = "client_session"',
-    )
-    held = Held()
-    upstream.answers = [held]
+@asynccontextmanager
+async def running(folder: Path, gateway: URL) -> AsyncIterator[tuple[Process, URL]]:
+    """Run the program with the plugin; yield it, and where its sessions are."""
+    text = f"""
+        server = {{port = 0}}
+        gateway = {{url = "{gateway}"}}
+        smg_routing = {{gateway = "{gateway}", client_session = "client_session"}}
+    """
     program = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-W", "error", str(PROGRAM), str(file)), stdout=PIPE, stderr=PIPE
+        *(sys.executable, "-W", "error", str(PROGRAM), str(write_settings(folder, text))),
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+        stdout=PIPE,
+        stderr=PIPE,
     )
     try:
         assert program.stdout is not None
         line = (await soon(program.stdout.readline())).decode()
-        assert line.startswith("listening on http://127.0.0.1:")
-        sessions = URL(line.split()[-1]) / "sessions"
+        assert re.fullmatch(r"listening on http://127\.0\.0\.1:[1-9][0-9]*\n", line)
+        yield program, URL(line.split()[-1]) / "sessions"
+    finally:
+        if program.returncode is None:
+            program.kill()
+            await program.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_the_program_ends_well_after_its_running_turns(
+    client: ClientSession, upstream: Gateway, tmp_path: Path, number: signal.Signals
+) -> None:
+    async with running(tmp_path, upstream.url) as (program, sessions):
         await make_session(client, sessions, "s")
+        held = Held()
+        upstream.answers = [held]
         turn = Agent(client, sessions / "s").begin("hi")
         await soon(held.arrived.wait())
         program.send_signal(number)
         await soon(until_refused(sessions))
         held.release.set()
         assert (await soon(turn))[0] == 200
-        out, err = await soon(program.communicate())
+        out, _ = await soon(program.communicate())
         assert (program.returncode, out) == (0, b"")
+    assert upstream.keys == [["s"]]
+
+
+async def test_the_program_takes_broken_connections_calmly(
+    client: ClientSession, upstream: Gateway, tmp_path: Path
+) -> None:
+    async with running(tmp_path, upstream.url) as (program, sessions):
+        await make_session(client, sessions, "s")
+        agent = Agent(client, sessions / "s")
+        held = Held()
+        upstream.answers = [held, broken_off(event(content="Hel"))]
+        async with hanging_up(agent, "hi"):
+            await soon(held.arrived.wait())
+        await agent.until_transcript_is(0)
+        async with agent.post("hi", stream=True) as response:
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await soon(response.read())
+        assert await agent.transcript() == (0, [])
+        program.terminate()
+        _, err = await soon(program.communicate())
+        assert program.returncode == 0
         assert b"Traceback" not in err
-        assert upstream.keys == [["s"]]
-    finally:
-        if program.returncode is None:
-            program.kill()
-            await program.communicate()
+        assert b"session s: ClientPayloadError" in err
 
 
 async def until_refused(url: URL) -> None:

@@ -1,0 +1,29 @@
+"""The command line: ``aiohttp-smg-routing``, or ``python -m aiohttp_smg_routing``."""
+
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+_NEEDED = ("click", "matplotlib", "prometheus_client", "rich")
+_USAGE = 64  # EX_USAGE of sysexits.h
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that ``argv`` names (default: what the shell gave); return its exit status.
+
+    64 where the extra ``verify`` is not installed.
+    """
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        print(
+            f"This command needs {', '.join(missing)}: pip install 'aiohttp_smg_routing[verify]'",
+            file=sys.stderr,
+        )
+        return _USAGE
+    from .verify.cli import run
+
+    return run(sys.argv[1:] if argv is None else argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

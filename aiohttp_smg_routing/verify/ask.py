@@ -1,0 +1,67 @@
+"""What the gateway says about itself: its models, its workers, its counters."""
+
+from collections import Counter
+from collections.abc import Mapping
+
+from prometheus_client.parser import text_string_to_metric_families
+from yarl import URL
+
+from ..gateway import POLICY_BRANCHES, WORKER_SELECTIONS
+from .call import CallError, Client
+from .seen import Counters
+
+
+async def models(client: Client, gateway: URL) -> tuple[str, ...]:
+    """Return the names of the gateway's models. Raises ``CallError``."""
+    match await client.json(gateway / "v1/models"):
+        case {"data": list() as listed}:
+            return tuple(str(model["id"]) for model in listed if "id" in model)
+    return ()
+
+
+async def healthy_workers(client: Client, gateway: URL, model: str) -> int | None:
+    """Return how many healthy workers serve ``model``, or None where the gateway doesn't say."""
+    try:
+        answer = await client.json(gateway / "workers")
+    except CallError:
+        return None
+    match answer:  # as SMG gives it; another gateway may have something else there
+        case {"workers": [{"is_healthy": _}, *_] as workers}:
+            return sum(_serves(worker, model) for worker in workers)
+    return None
+
+
+def _serves(worker: Mapping[str, object], model: str) -> bool:
+    return bool(worker.get("is_healthy")) and worker.get("model_id", model) == model
+
+
+async def read_counters(client: Client, metrics: URL) -> Counters:
+    """Return the gateway's counters as they stand. Raises ``CallError``, and ``ValueError``."""
+    text = await client.text(metrics)
+    branches: Counter[str] = Counter()
+    selections: Counter[str] = Counter()
+    pools = set()
+    found = False
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            found = found or sample.name.startswith("smg_")
+            if sample.name in POLICY_BRANCHES:
+                branches[sample.labels.get("branch", "")] += int(sample.value)
+            elif sample.name == WORKER_SELECTIONS:
+                selections[sample.labels.get("policy", "")] += int(sample.value)
+                pools.add(sample.labels.get("worker_type"))
+    if not found:
+        raise ValueError("what answers there is no SMG gateway's metrics")
+    return Counters(dict(branches), dict(selections), max(1, len(pools)))
+
+
+def growth(before: Counters | None, after: Counters | None) -> Counters | None:
+    """Return by how much the counters grew, or None where either is not known.
+
+    They start at 0 again where the gateway restarted: what shrank is left out.
+    """
+    if before is None or after is None:
+        return None
+    branches = Counter(after.branches) - Counter(before.branches)
+    selections = Counter(after.selections) - Counter(before.selections)
+    return Counters(dict(branches), dict(selections), after.pools)

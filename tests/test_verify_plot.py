@@ -1,0 +1,79 @@
+"""The picture: made in both forms, for few and for many workers, whatever was seen."""
+
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from random import Random
+
+import pytest
+from PIL import Image
+from yarl import URL
+
+from aiohttp_smg_routing.verify.judge import judge
+from aiohttp_smg_routing.verify.plot import PALETTE, draw
+from aiohttp_smg_routing.verify.seen import ARMS, Failure, Outcome, Plan, Seen, Turn
+
+GATEWAY = URL("http://10.0.0.1:30000")
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def played(workers: int, sessions: int = 24, turns: int = 6) -> Seen:
+    """Return stripes with the key and confetti without, and a turn that failed in each arm."""
+    random = Random(1)
+    names = [f"http://10.0.3.{number}:8000" for number in range(workers)]
+    seen = []
+    for arm in ARMS:
+        for session in range(1, sessions + 1):
+            before = None
+            for number in range(1, turns + 1):
+                if (session, number) == (2, 2):
+                    failure = Failure("timeout", GATEWAY)
+                    seen.append(Turn(arm, session, number, "failed", failure=failure))
+                    continue
+                worker = names[session % workers] if arm == "keyed" else random.choice(names)
+                moved: Outcome = "kept" if worker == before else "moved"
+                outcome: Outcome = moved if before else "first"
+                seen.append(Turn(arm, session, number, outcome, worker, 100, 50, 0.1))
+                before = worker
+    plan = Plan(GATEWAY, GATEWAY, model="m", sessions=sessions, turns=turns)
+    return Seen(plan, tuple(seen), len(seen), workers=workers)
+
+
+def colours(file: Path) -> set[str]:
+    """Return the fill colours in an SVG."""
+    styles = [element.get("style", "") for element in ElementTree.parse(file).iter()]  # noqa: S314
+    return {style.split("fill: ")[1][:7].upper() for style in styles if "fill: #" in style}
+
+
+@pytest.mark.parametrize("workers", [2, 3, 8, 16])
+def test_each_worker_has_a_colour_of_its_own(tmp_path: Path, workers: int) -> None:
+    seen = played(workers)
+    draw(seen, judge(seen, 0.9), tmp_path / "pins.svg")
+    assert set(PALETTE[:workers]) <= colours(tmp_path / "pins.svg")
+    assert not set(PALETTE[workers:]) & colours(tmp_path / "pins.svg")
+    assert len(set(PALETTE)) == 16
+
+
+def test_svg_is_the_same_each_time(tmp_path: Path) -> None:
+    seen = played(3)
+    for name in ("a.svg", "b.svg"):
+        draw(seen, judge(seen, 0.9), tmp_path / name)
+    assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
+@pytest.mark.parametrize(("sessions", "turns", "workers"), [(1, 2, 2), (200, 40, 30)])
+def test_png_of_any_size_opens(tmp_path: Path, sessions: int, turns: int, workers: int) -> None:
+    seen = played(workers, sessions, turns)
+    draw(seen, judge(seen, 0.9), tmp_path / "pins.png")
+    with Image.open(tmp_path / "pins.png") as image:
+        image.load()
+        assert image.format == "PNG"
+        assert image.width > 1000
+
+
+def test_what_is_not_known_is_said(tmp_path: Path) -> None:
+    plan = Plan(GATEWAY, GATEWAY)
+    turns = tuple(Turn(arm, 1, 1, "unknown", first_token_seconds=2.0) for arm in ARMS)
+    for name, seen in (("nothing.svg", Seen(plan)), ("unknown.svg", Seen(plan, turns))):
+        draw(seen, judge(seen, 0.9), tmp_path / name)
+        root = ElementTree.parse(tmp_path / name).getroot()  # noqa: S314
+        assert root.tag == f"{SVG}svg"

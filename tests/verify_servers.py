@@ -1,0 +1,205 @@
+"""Servers for the tests of ``verify``: engines that stream and remember, proxies, sessions."""
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+)
+from itertools import accumulate, cycle
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from threading import Thread
+from typing import TypeVar
+
+from aiohttp import ClientSession, web
+from multidict import CIMultiDict
+from yarl import URL
+
+from aiohttp_smg_routing.testing import child_process, free_port
+
+MODEL = "stub"
+CLIENT = web.AppKey("client", ClientSession)
+
+T = TypeVar("T")
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+@asynccontextmanager
+async def server(app: web.Application) -> AsyncIterator[URL]:
+    """Run ``app`` on a free loopback port until the block ends."""
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        host, port = runner.addresses[0]
+        yield URL(f"http://{host}:{port}")
+    finally:
+        await runner.cleanup()
+
+
+@asynccontextmanager
+async def stub_engines(count: int, *, report: bool = True) -> AsyncIterator[list[URL]]:
+    """Run workers that stream; ``report`` is whether their usage tells the cached tokens."""
+    async with AsyncExitStack() as stack:
+        apps = [engine(report=report) for _ in range(count)]
+        yield [await stack.enter_async_context(server(app)) for app in apps]
+
+
+def engine(*, report: bool = True) -> web.Application:
+    """Return a worker: a word is a token, and its KV cache holds every prompt it served."""
+    cache: set[str] = set()
+
+    async def health(request: web.Request) -> web.Response:
+        return web.Response()
+
+    async def completions(request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        texts = [message["content"] + "\n" for message in body["messages"]]
+        known = [prompt for prompt in accumulate(texts) if prompt in cache]
+        prompt, cached = "".join(texts), max(known, key=len, default="")
+        cache.update(accumulate([*texts, "ok\n"]))
+        usage: dict[str, object] = {"prompt_tokens": len(prompt.split()), "completion_tokens": 1}
+        if report:
+            usage["prompt_tokens_details"] = {"cached_tokens": len(cached.split())}
+        return await stream(request, "ok", usage)
+
+    app = web.Application()
+    app.router.add_get("/health", health)
+    app.router.add_get("/v1/models", models)
+    app.router.add_post("/v1/chat/completions", completions)
+    return app
+
+
+async def models(request: web.Request) -> web.Response:
+    model = {"id": MODEL, "object": "model", "owned_by": "vllm", "root": MODEL}
+    return web.json_response({"object": "list", "data": [{**model, "max_model_len": 4096}]})
+
+
+async def stream(request: web.Request, reply: str, usage: dict[str, object]) -> web.StreamResponse:
+    """Answer with a streamed chat completion."""
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+    await response.prepare(request)
+    head = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": MODEL}
+    for delta in ({"role": "assistant", "content": ""}, {"content": reply}):
+        choice = {"index": 0, "delta": delta, "finish_reason": None}
+        await _event(response, {**head, "choices": [choice], "usage": None})
+    await _event(response, {**head, "choices": [], "usage": usage})
+    await response.write(b"data: [DONE]\n\n")
+    return response
+
+
+async def _event(response: web.StreamResponse, data: object) -> None:
+    await response.write(b"data: " + json.dumps(data).encode() + b"\n\n")
+
+
+def fake_gateway(chat: Handler, *, models: Handler = models) -> web.Application:
+    """Return a server that is asked what a gateway is asked; ``chat`` answers the turns."""
+
+    async def metrics(request: web.Request) -> web.Response:
+        return web.Response(text="smg_manual_policy_cache_entries 0\n")
+
+    app = web.Application()
+    app.router.add_get("/metrics", metrics)
+    app.router.add_get("/v1/models", models)
+    app.router.add_post("/v1/chat/completions", chat)
+    return app
+
+
+def proxy(
+    *upstreams: URL, drop: frozenset[str] = frozenset(), api_key: str | None = None
+) -> web.Application:
+    """Return a proxy before one gateway, or before replicas that take turns.
+
+    ``drop`` names headers, in small letters, that it takes off calls and answers. Where there is an
+    ``api_key`` it asks for it, and tells what it got instead.
+    """
+    turn = cycle(upstreams)
+
+    async def client(app: web.Application) -> AsyncIterator[None]:
+        async with ClientSession(auto_decompress=False) as app[CLIENT]:
+            yield
+
+    async def forward(request: web.Request) -> web.StreamResponse:
+        authorization = request.headers.get("Authorization")
+        if api_key and authorization != f"Bearer {api_key}":
+            raise web.HTTPUnauthorized(text=f"wrong API key: {authorization}")
+        gone = drop | {"host", "content-length", "transfer-encoding", "connection", "keep-alive"}
+        headers = [(n, v) for n, v in request.headers.items() if n.lower() not in gone]
+        upstream = next(turn) if request.method == "POST" else upstreams[0]
+        url = upstream.with_path(request.path)
+        body = await request.read()
+        async with request.app[CLIENT].request(
+            request.method, url, headers=headers, data=body
+        ) as answer:
+            kept = [(n, v) for n, v in answer.headers.items() if n.lower() not in gone]
+            response = web.StreamResponse(status=answer.status, headers=CIMultiDict(kept))
+            await response.prepare(request)
+            async for chunk in answer.content.iter_any():
+                await response.write(chunk)
+            return response
+
+    app = web.Application()
+    app.cleanup_ctx.append(client)
+    app.router.add_route("*", "/{path:.*}", forward)
+    return app
+
+
+@asynccontextmanager
+async def session_server(gateway: URL, *, plugin: bool = True) -> AsyncIterator[URL]:
+    """Run the example session server before ``gateway`` until the block ends."""
+    url = URL(f"http://127.0.0.1:{free_port()}")
+    settings = f"""
+        [server]
+        host = "127.0.0.1"
+        port = {url.port}
+        [gateway]
+        url = "{gateway}"
+        [smg_routing]
+        enabled = {str(plugin).lower()}
+        gateway = "{gateway}"
+        client_session = "client_session"
+    """
+
+    async def ready() -> bool:
+        async with client.get(url / "health") as response:
+            return response.status == 200
+
+    program = Path(__file__).parents[1] / "examples" / "session_server.py"
+    with text_file(settings) as file:
+        async with (
+            ClientSession() as client,
+            child_process(sys.executable, str(program), str(file), ready=ready),
+        ):
+            yield url
+
+
+@contextmanager
+def text_file(text: str) -> Iterator[Path]:
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "text")
+        file.write_text(text, encoding="utf-8")
+        yield file
+
+
+@contextmanager
+def in_background(manager: AbstractAsyncContextManager[T]) -> Iterator[T]:
+    """Hold ``manager`` open in a thread of its own: the command needs the main thread."""
+    loop = asyncio.new_event_loop()
+    thread = Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        value = asyncio.run_coroutine_threadsafe(manager.__aenter__(), loop).result()
+        try:
+            yield value
+        finally:
+            asyncio.run_coroutine_threadsafe(manager.__aexit__(None, None, None), loop).result()
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
