@@ -170,12 +170,15 @@ class PinLedger:
             self._moved(move)
 
     def close(self) -> None:
-        """End: log what the cap held back, and take the sessions off the metrics. Counts stay."""
+        """End with the app: log what the cap held back, and take its sessions off the metrics.
+
+        What the ledger holds can still be read.
+        """
         self._log_held_back()
         with self._lock:
-            for pin in self._sessions.values():
-                self._drop(pin)
-            self._sessions.clear()
+            for worker, sessions in self._workers.items():
+                self._metrics_pinned(worker, -sessions)
+            self._metrics = None
 
     def _log_held_back(self) -> None:
         """Log how many moves the cap on log records held back, if it did."""
@@ -212,6 +215,9 @@ class PinLedger:
         self._workers[worker] += change
         if not self._workers[worker]:
             del self._workers[worker]
+        self._metrics_pinned(worker, change)
+
+    def _metrics_pinned(self, worker: str, change: int) -> None:
         self._tell(lambda metrics: metrics.pinned(worker, change))
 
     def _moved(self, move: Move) -> None:

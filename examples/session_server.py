@@ -238,8 +238,11 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     async with session.lock:
         find_session(request)  # It may have been deleted while this turn waited.
         while True:
+            turns = session.turns
             with session.turn(messages):
                 response = await call_gateway(request, session)
+            if response.prepared and session.turns == turns and request.transport is not None:
+                request.transport.close()  # A broken stream must not get a clean end.
             if response.status not in WORTH_RETRYING or retries == 0:
                 return response
             await asyncio.sleep(seconds_to_wait(response, pause))
@@ -284,7 +287,7 @@ async def call_gateway(request: web.Request, session: Session) -> web.StreamResp
 async def relay(
     request: web.Request, session: Session, answer: aiohttp.ClientResponse
 ) -> web.StreamResponse:
-    """Pass a stream on as it arrives; one that breaks off breaks off for the agent too."""
+    """Pass a stream on as it arrives, and complete the turn when its end is there."""
     response = web.StreamResponse(reason=answer.reason, headers=end_to_end(answer.headers))
     reply, completed = StreamedReply(), False
     try:
@@ -302,8 +305,6 @@ async def relay(
         if not response.prepared:
             raise  # The agent has seen nothing of it: the turn can be tried again.
         log.warning("session %s: %r", session.session_id, error)
-        if request.transport is not None:
-            request.transport.close()  # Without the last chunk, which would make it a clean end.
     return response
 
 

@@ -132,7 +132,8 @@ async def test_the_sessions_of_an_app_that_has_ended_are_no_longer_there(
     assert series(registry)[f'smg_routing_sessions{{worker="{W1}"}}'] == 2
     await client.close()
     assert series(registry)[f'smg_routing_sessions{{worker="{W1}"}}'] == 0
-    assert app[PINS].summary() == PinSummary(first=2, unknown=1)
+    assert app[PINS].summary() == PinSummary(first=2, unknown=1, sessions=3)
+    assert app[PINS].workers() == {W1: 2}
 
 
 def test_apps_that_share_a_registry_share_the_metrics(gateway: Wire) -> None:
