@@ -8,8 +8,9 @@ from typing import Final
 
 from multidict import istr
 
-#: The request header that the policies ``manual`` and ``consistent_hashing`` route on.
-#: Every other policy ignores it. Where it comes twice, the first one wins.
+#: The request header that the policies ``manual`` and ``consistent_hashing`` route on, and
+#: ``prefix_hash`` of 1.10 and newer in place of the prompt. The other policies ignore it. Where it
+#: comes twice, the first one wins.
 ROUTING_KEY_HEADER: Final = istr("X-SMG-Routing-Key")
 
 #: Names a worker by its index and outranks the key under ``consistent_hashing``.

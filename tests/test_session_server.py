@@ -717,9 +717,6 @@ def test_a_chunk_may_end_anywhere(module: ModuleType, newline: bytes) -> None:
 # Agents that hang up
 
 
-@pytest.mark.skipif(
-    aiohttp.__version__ == "3.9.0", reason="its client reuses the connection of a cancelled call"
-)
 async def test_an_agent_that_leaves_takes_its_turn_back(start: Start, upstream: Gateway) -> None:
     agent = await start()
     await agent.turn("hi")
