@@ -6,13 +6,21 @@ from importlib.util import find_spec
 
 _NEEDED = ("click", "matplotlib", "prometheus_client", "rich")
 _USAGE = 64  # EX_USAGE of sysexits.h
+_INTERRUPTED = 130  # 128 + SIGINT, as a shell has it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that ``argv`` names (default: what the shell gave); return its exit status.
 
-    64 where the extra ``verify`` is not installed.
+    64 where the extra ``verify`` is not installed, 130 where Ctrl-C comes during the imports.
     """
+    try:
+        return _run(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+
+
+def _run(argv: Sequence[str]) -> int:
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         print(
@@ -22,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _USAGE
     from .verify.cli import run
 
-    return run(sys.argv[1:] if argv is None else argv)
+    return run(argv)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from aiohttp import web
 from yarl import URL
 
 from aiohttp_smg_routing.testing import free_port
+from aiohttp_smg_routing.verify import ask, call
 from aiohttp_smg_routing.verify.call import CallError, Client, Reply
 from aiohttp_smg_routing.verify.seen import Failure
 
@@ -58,7 +59,7 @@ async def test_reply_is_read_to_its_end(client: Client) -> None:
             delta(content="Hel"),
             delta(content="lo"),
             {"choices": [{"index": 0, "delta": None}], "usage": None},
-            {"choices": [], "usage": usage},
+            {"choices": [], "usage": usage, "error": None},
             "[DONE]",
         ),
     )
@@ -69,7 +70,17 @@ async def test_reply_is_read_to_its_end(client: Client) -> None:
     assert reply.first_token_seconds > 0
 
 
-@pytest.mark.parametrize("usage", [None, {}, {"prompt_tokens_details": None}, "odd"])
+@pytest.mark.parametrize(
+    "usage",
+    [
+        None,
+        {},
+        {"prompt_tokens_details": None},
+        "odd",
+        {"prompt_tokens": -1},
+        {"prompt_tokens": 10**400},
+    ],
+)
 async def test_what_is_not_told_is_none(client: Client, usage: object) -> None:
     reply = await chat(client, sse({"usage": usage}, "[DONE]", worker=None))
     assert reply == Reply("", None, None, None, None)
@@ -89,11 +100,14 @@ async def test_reasoning_counts_as_the_first_token(client: Client) -> None:
         (({"error": {"message": "boom"}},), 'the stream says {"error": {"message": "boom"}}'),
         (("[1]",), "the stream says [1]"),
         (("{",), "Expecting property name"),
+        ((100_000 * "[",), "maximum recursion depth exceeded"),
+        (20 * (f'{{"x": "{60_000 * "x"}"}}',), "the answer has more than"),
     ],
 )
 async def test_stream_that_is_not_whole_is_no_answer(
-    client: Client, events: tuple[object, ...], text: str
+    client: Client, events: tuple[object, ...], text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(call, "_LARGEST", 2**20)
     failure = await chat(client, sse(*events))
     assert isinstance(failure, Failure)
     assert failure.kind == "broken"
@@ -109,6 +123,8 @@ async def test_stream_that_is_not_whole_is_no_answer(
         ("<h1>\x1b[31m Bad\r\n  Gateway</h1>", "<h1> [31m Bad Gateway</h1>"),
         (f"your key {SECRET} is wrong", "your key *** is wrong"),
         (300 * "x", 200 * "x"),
+        (60_000 * "[", 200 * "["),
+        (100_000 * "x", 200 * "x"),
         ("", ""),
     ],
 )
@@ -118,6 +134,55 @@ async def test_error_shows_what_the_server_says_and_no_secret(
     failure = await chat(client, web.Response(status=502, text=body))
     assert isinstance(failure, Failure)
     assert (failure.kind, failure.status, failure.text) == ("status", 502, text)
+
+
+@pytest.mark.parametrize("repeated", ['a"b/c\\d', 'a\\"b/c\\\\d', 'a\\"b\\/c\\\\d'])
+async def test_key_is_not_shown_in_the_spellings_of_json(repeated: str) -> None:
+    async with Client(5, 'a"b/c\\d') as client:
+        failure = await chat(client, web.Response(status=401, text=f'"{repeated}" is wrong'))
+    assert isinstance(failure, Failure)
+    assert failure.text == '"***" is wrong'
+
+
+async def test_body_without_an_end_is_broken(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def endless(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        while True:
+            await response.write(4096 * b" ")
+
+    monkeypatch.setattr(call, "_LARGEST", 2**20)
+    async with server(fake_gateway(endless, models=endless)) as url:
+        for read in (client.json, client.text):
+            with pytest.raises(CallError) as caught:
+                await read(url / "v1/models")
+            assert caught.value.failure.kind == "broken"
+            assert caught.value.failure.text.startswith("the answer has more than")
+
+
+async def test_models_may_take_as_long_as_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def slow(request: web.Request) -> web.Response:
+        await asyncio.sleep(0.3)
+        return web.json_response({"data": [{"id": "m"}]})
+
+    app = fake_gateway(slow, models=slow)
+    app.router.add_get("/workers", slow)
+    monkeypatch.setattr(ask, "BRIEF", 0.1)
+    async with server(app) as url, Client(5, None) as client:
+        assert await ask.models(client, url) == ("m",)
+        assert await ask.healthy_workers(client, url, "m") is None
+
+
+async def test_no_proxy_is_taken_from_the_environment(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    assert isinstance(await chat(client, sse("[DONE]")), Reply)
 
 
 async def test_redirect_is_not_followed(client: Client) -> None:

@@ -7,15 +7,17 @@ import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import nullcontext
 from importlib.machinery import BuiltinImporter
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import pytest
 from aiohttp import web
 from yarl import URL
 
+from aiohttp_smg_routing import __main__
 from aiohttp_smg_routing.__main__ import main
 from aiohttp_smg_routing.testing import free_port
 from aiohttp_smg_routing.verify import cli, report
@@ -52,6 +54,14 @@ def url() -> Iterator[URL]:
 @pytest.fixture(autouse=True)
 def no_key_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SMG_API_KEY", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Undo what ``nohup`` and ``&`` do; a child inherits that SIGINT is not ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def verify(url: URL, *options: str) -> int:
@@ -155,6 +165,23 @@ def test_unknown_model_lists_those_that_exist(capsys: pytest.CaptureFixture[str]
         ["verify", "http://10.0.0.1:99999"],
         ["verify", "http://10.0.0.1/?a=b"],
         ["verify", f"http://user:{SECRET}@10.0.0.1"],
+        ["verify", f"http://user:{SECRET}@10.0.0.1:99999"],
+        ["verify", f"http://user:{SECRET}@"],
+        ["verify", f"http://user:{SECRET}@[bad"],
+        ["verify", f"http://10.0.0.1?api_key={SECRET}"],
+        ["verify", "http://10.0.0.1", f"http://user:{SECRET}@10.0.0.2"],
+        [f"http://user:{SECRET}@10.0.0.1"],
+        ["verify", "http://10.0.0.1", f"--sessions=http://user:{SECRET}@10.0.0.1"],
+        ["verify", "http://10.0.0.1", "--through", f"http://user:{SECRET}@10.0.0.1:99999"],
+        ["verify", "http://10.0.0.1", "--through", f"http://user:{SECRET}@[bad"],
+        ["verify", "http://10.0.0.1", "--metrics", f"user:{SECRET}@10.0.0.1:29000"],
+        ["verify", "http://10.0.0.1", "--timeout", "nan"],
+        ["verify", "http://10.0.0.1", "--timeout", "inf"],
+        ["verify", "http://10.0.0.1", "--time-limit", "nan"],
+        ["verify", "http://10.0.0.1", "--time-limit", "inf"],
+        ["verify", "http://10.0.0.1", "--min-kept", "nan"],
+        ["verify", "http://10.0.0.1", "--json", ""],
+        ["verify", "http://10.0.0.1", "--plot", ""],
         ["verify", "http://10.0.0.1", "--nothing"],
         ["verify", "http://10.0.0.1", "--api-key", SECRET],
         ["verify", "http://10.0.0.1", "--turns", "1"],
@@ -180,7 +207,7 @@ def test_wrong_usage_is_64(argv: list[str], capsys: pytest.CaptureFixture[str]) 
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "Usage: aiohttp-smg-routing" in captured.err
-    assert f"user:{SECRET}" not in captured.err
+    assert SECRET not in captured.err
 
 
 def test_help_is_0(capsys: pytest.CaptureFixture[str]) -> None:
@@ -354,9 +381,73 @@ def test_file_that_can_not_be_written_does_not_change_the_verdict(
     def full(*args: object) -> None:
         raise OSError("No space left on device")
 
+    file, picture = tmp_path / "seen.json", tmp_path / "pins.svg"
     monkeypatch.setattr(cli, "write_json", full)
-    assert verify(url, "--json", str(tmp_path / "seen.json")) == 0
-    assert "Not written: No space left on device" in capsys.readouterr().err
+    assert verify(url, "--json", str(file), "--plot", str(picture)) == 0
+    assert f"Not written: {file}: No space left on device" in capsys.readouterr().err
+    assert picture.stat().st_size > 0
+
+
+def broken_pipe() -> TextIO:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return open(writer, "w", encoding="utf-8")
+
+
+def full_disk() -> TextIO:
+    return open("/dev/full", "w", encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+@pytest.mark.parametrize("make", [broken_pipe, full_disk, lambda: None])
+def test_output_that_nobody_can_read_changes_nothing(
+    url: URL,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    make: Callable[[], TextIO | None],
+) -> None:
+    if make is full_disk and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    file = tmp_path / "seen.json"
+    with nullcontext(make()) as stream:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, name, stream)
+            assert main(["verify", "--nothing"]) == 64
+            assert verify(url, "--json", str(file)) == 0
+        if stream:
+            stream.close()  # as Python does at its end: no error is left over
+    assert json.loads(file.read_text())["exit_status"] == 0
+
+
+def test_long_output_into_a_broken_pipe_is_no_error() -> None:
+    stream = broken_pipe()
+    out = report.lasting(stream)
+    assert out.write(100_000 * "x") == 100_000
+    out.flush()
+    stream.close()
+
+
+def test_reader_that_goes_away_does_not_change_the_exit_status(url: URL, tmp_path: Path) -> None:
+    file = tmp_path / "seen.json"
+    argv = [sys.executable, "-m", "aiohttp_smg_routing", "verify", str(url), "--json", str(file)]
+    with subprocess.Popen(  # noqa: S603
+        argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+    assert file.exists()
+
+
+def test_ctrl_c_during_the_imports_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(__main__, "find_spec", interrupted)
+    assert main(["verify", "http://10.0.0.1"]) == 130
 
 
 def test_without_the_extra_the_command_says_what_to_install(

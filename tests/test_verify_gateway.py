@@ -61,7 +61,13 @@ async def gateway(
 
 
 @pytest.mark.parametrize(
-    "launch", [("manual",), ("consistent_hashing",), ("cache_aware", "--routing-key-override")]
+    "launch",
+    [
+        ("manual",),
+        ("consistent_hashing",),
+        ("cache_aware", "--routing-key-override"),
+        ("prefix_hash",),
+    ],
 )
 def test_policy_that_routes_on_the_key_is_pinned(tmp_path: Path, launch: Sequence[str]) -> None:
     with in_background(gateway(*launch)) as smg:
@@ -137,6 +143,20 @@ def test_gateway_too_old_to_name_its_worker_is_judged_by_its_counters(
     assert (run.status, run.causes) == (status, causes), run.out
     assert "by the gateway's counters" in " ".join(run.out.split())
     assert (blind.status, blind.causes) == (2, ["no_worker_name", "no_counters"]), blind.out
+
+
+def test_old_gateway_that_hashes_the_api_key_cannot_tell(
+    tmp_path: Path, old_gateway: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", old_gateway)
+    monkeypatch.setenv("SMG_API_KEY", "sesame")
+    with (
+        in_background(gateway("consistent_hashing")) as smg,
+        in_background(server(proxy(smg.url, drop=frozenset({"x-smg-routing-key"})))) as url,
+    ):
+        run = verify(tmp_path, url, "--metrics", smg.metrics_url)
+    assert run.json["counters"]["branches"] == {"routing_key_hit": 288}
+    assert (run.status, run.causes) == (2, ["any_key", "no_worker_name"]), run.out
 
 
 def test_proxy_that_drops_the_key_is_named(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 """Every verdict and every cause, from what was seen."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -25,6 +27,9 @@ SESSIONS, TURNS = 24, 6
 LATER = SESSIONS * (TURNS - 1)
 MANUAL = Counters({"vacant": 24, "occupied_hit": 120, "no_routing_id": 144}, {"manual": 288})
 HASHING = Counters({"routing_key_hit": 144, "random_fallback": 144}, {"consistent_hashing": 288})
+ANY_KEY = Counters({"routing_key_hit": 288}, {"consistent_hashing": 288})
+KEY_FOR_ALL = Counters({"vacant": 1, "occupied_hit": 143, "no_routing_id": 144}, {"manual": 288})
+PREFIX = Counters({}, {"prefix_hash": 288})
 IGNORED = Counters({}, {"round_robin": 288})
 
 
@@ -69,6 +74,28 @@ def seen(
     return Seen(plan, turns, len(turns), models=("m",), workers=3, counters=counters)
 
 
+def failed(turns: list[Turn], number: int, sessions: int) -> list[Turn]:
+    """Return ``turns``, those of the first ``sessions`` up to ``number`` as failures."""
+
+    def became(turn: Turn) -> Turn:
+        if turn.session > sessions or turn.number > number + 1:
+            return turn
+        if turn.number == number + 1:
+            return replace(turn, outcome="first")
+        failure = Failure("timeout", GATEWAY)
+        return replace(turn, outcome="failed", worker=None, failure=failure)
+
+    return [became(turn) for turn in turns]
+
+
+def on_w0(name: str) -> list[Turn]:
+    return [replace(turn, worker="http://w0") for turn in arm(name, LATER)]
+
+
+def on_one_worker(counters: Counters | None) -> Seen:
+    return seen(on_w0("keyed"), counters=counters)
+
+
 def unnamed(counters: Counters | None, failed: int = 0) -> Seen:
     return seen(
         arm("keyed", LATER - failed, "failed", named=False),
@@ -103,6 +130,149 @@ CASES = {
         seen(unkeyed=arm("unkeyed", 0, named=False), counters=None),
         2,
         [],
+    ),
+    "any call counts as one with a key": (
+        seen(unkeyed=arm("unkeyed", LATER), counters=ANY_KEY),
+        2,
+        ["any_key", "same_without_key"],
+    ),
+    "any call counts as one with a key, yet only ours are kept": (seen(counters=ANY_KEY), 0, []),
+    "any call counts as one with a key, and those without ours share a worker": (
+        seen(unkeyed=on_w0("unkeyed"), counters=ANY_KEY),
+        0,
+        [],
+    ),
+    "any call counts as one with a key, and a session server has another one": (
+        seen(
+            unkeyed=on_w0("unkeyed"),
+            counters=ANY_KEY,
+            plan=replace(PLAN, through="http://s/sessions/{session_id}"),
+        ),
+        2,
+        ["any_key", "same_without_key"],
+    ),
+    "any call counts as one with a key, and all share a worker": (
+        seen(on_w0("keyed"), on_w0("unkeyed"), ANY_KEY),
+        2,
+        ["any_key", "same_without_key", "one_sided"],
+    ),
+    "those without the key share a worker, and no counters say why": (
+        seen(unkeyed=on_w0("unkeyed"), counters=None),
+        2,
+        ["same_without_key"],
+    ),
+    "hashed, yet scattered": (seen(arm("keyed", 40), counters=HASHING), 1, ["worker_lost"]),
+    "some keys hashed": (
+        seen(
+            arm("keyed", 80),
+            counters=Counters(
+                {"routing_key_hit": 50, "random_fallback": 238}, {"consistent_hashing": 288}
+            ),
+        ),
+        1,
+        ["key_lost"],
+    ),
+    "by counters in which any call counts": (unnamed(ANY_KEY), 2, ["any_key", "no_worker_name"]),
+    "pinned by prefix_hash": (seen(counters=PREFIX), 0, []),
+    "kept by prefix_hash, who knows by what": (
+        seen(unkeyed=arm("unkeyed", LATER), counters=PREFIX),
+        2,
+        ["prefix_hash", "same_without_key"],
+    ),
+    "prefix_hash without the key": (seen(arm("keyed", 40), counters=PREFIX), 1, ["prefix_hash"]),
+    "by counters that prefix_hash has none of": (
+        unnamed(PREFIX),
+        2,
+        ["prefix_hash", "no_worker_name"],
+    ),
+    "pinned by prefix_hash that honours the key": (
+        seen(
+            unkeyed=arm("unkeyed", LATER),
+            counters=Counters({"vacant": 24, "occupied_hit": 120}, {"prefix_hash": 288}),
+        ),
+        0,
+        [],
+    ),
+    "one key for all sessions": (on_one_worker(KEY_FOR_ALL), 2, ["shared_key", "one_sided"]),
+    "one key for all sessions, kept without it as well": (
+        seen(unkeyed=arm("unkeyed", LATER), counters=KEY_FOR_ALL),
+        2,
+        ["shared_key", "same_without_key"],
+    ),
+    "one key for two sessions": (
+        seen(counters=replace(MANUAL, branches={"vacant": 23, "occupied_hit": 121})),
+        2,
+        ["shared_key"],
+    ),
+    "ids that an earlier run has pinned": (
+        seen(counters=KEY_FOR_ALL, plan=replace(PLAN, session_id="task-{n}")),
+        0,
+        [],
+    ),
+    "one key for all sessions, hashed": (on_one_worker(HASHING), 2, ["shared_key", "one_sided"]),
+    "few sessions, hashed to one worker": (
+        seen(
+            [turn for turn in arm("keyed", LATER) if turn.session in (3, 6)],
+            [turn for turn in arm("unkeyed", 40) if turn.session < 3],
+            Counters({"routing_key_hit": 12, "random_fallback": 12}, {"consistent_hashing": 24}),
+        ),
+        0,
+        [],
+    ),
+    "one key for all sessions, without counters": (on_one_worker(None), 0, ["one_sided"]),
+    "first turns that failed": (
+        seen(failed(arm("keyed", LATER), 1, 2), counters=None),
+        0,
+        ["timeout"],
+    ),
+    "second turns that failed": (
+        seen(
+            [
+                replace(turn, outcome="failed", worker=None, failure=Failure("timeout", GATEWAY))
+                if turn.session < 3 and turn.number == 2
+                else turn
+                for turn in arm("keyed", LATER)
+            ],
+            counters=None,
+        ),
+        2,
+        ["timeout"],
+    ),
+    "first turns whose worker nobody names": (
+        seen(
+            [
+                replace(turn, outcome="unknown" if turn.number == 1 else "first", worker=None)
+                if turn.session < 3 and turn.number < 3
+                else turn
+                for turn in arm("keyed", LATER)
+            ],
+            counters=None,
+        ),
+        2,
+        [],
+    ),
+    "sessions that failed from beginning to end": (
+        seen(failed(arm("keyed", LATER), TURNS, 1), counters=None),
+        2,
+        ["timeout"],
+    ),
+    "by counters, first turns that failed": (
+        seen(failed(arm("keyed", LATER, named=False), 1, 2), arm("unkeyed", 40, named=False)),
+        0,
+        ["timeout", "no_worker_name"],
+    ),
+    "by counters, sessions that only failed and were pinned": (
+        seen(
+            [
+                replace(turn, outcome="failed", failure=Failure("timeout", GATEWAY))
+                if turn.session > 21
+                else turn
+                for turn in arm("keyed", LATER, named=False)
+            ],
+            arm("unkeyed", 40, named=False),
+        ),
+        2,
+        ["timeout", "no_worker_name"],
     ),
     "some keys lost": (
         seen(
@@ -148,6 +318,16 @@ CASES = {
         1,
         ["worker_lost"],
     ),
+    "a worker was lost, and the gateway tried again": (
+        seen(
+            arm("keyed", 100),
+            counters=Counters(
+                {"routing_key_hit": 150, "random_fallback": 148}, {"consistent_hashing": 298}
+            ),
+        ),
+        1,
+        ["other_calls", "worker_lost"],
+    ),
     "one key for many sessions": (
         seen(
             arm("keyed", 100),
@@ -163,6 +343,16 @@ CASES = {
             unkeyed=arm("unkeyed", LATER),
             counters=Counters({"occupied_hit": 400}, {"cache_aware": 900}),
         ),
+        2,
+        ["other_calls", "same_without_key"],
+    ),
+    "pinned, by the metrics of another gateway that is busy": (
+        seen(counters=Counters({}, {"random": 300})),
+        0,
+        ["other_calls"],
+    ),
+    "kept by who knows what, by the metrics of another gateway": (
+        seen(unkeyed=arm("unkeyed", LATER), counters=Counters({}, {"random": 300})),
         2,
         ["other_calls", "same_without_key"],
     ),
@@ -192,6 +382,16 @@ CASES = {
         unnamed(replace(MANUAL, branches={"vacant": 44, "occupied_hit": 100})),
         1,
         ["pinned_again", "no_worker_name"],
+    ),
+    "by counters, a worker was lost": (
+        unnamed(replace(MANUAL, branches={"vacant": 24, "occupied_hit": 100, "occupied_miss": 20})),
+        1,
+        ["worker_lost", "no_worker_name"],
+    ),
+    "by counters, one key for many sessions": (
+        unnamed(replace(MANUAL, branches={"vacant": 24, "occupied_hit": 100, "cap_respill": 20})),
+        1,
+        ["shared_key", "no_worker_name"],
     ),
     "by counters, with failures": (
         unnamed(MANUAL, failed=30),
@@ -250,15 +450,7 @@ CASES = {
         ["too_few_turns"],
     ),
     "out of time": (replace(seen(), stopped="time_limit"), 0, ["time_limit"]),
-    "all on one worker": (
-        replace(
-            seen(
-                [replace(turn, worker="http://w0") for turn in arm("keyed", LATER)],
-            ),
-        ),
-        0,
-        ["one_sided"],
-    ),
+    "all on one worker": (on_one_worker(MANUAL), 0, ["one_sided"]),
 }
 
 
@@ -268,6 +460,32 @@ def test_verdict_and_causes(what: Seen, status: int, causes: list[str]) -> None:
     assert (verdict.exit_status, [cause.name for cause in verdict.causes]) == (status, causes)
     assert verdict.sentence.endswith(".")
     assert all(cause.text and cause.advice for cause in verdict.causes)
+
+
+@pytest.mark.parametrize(
+    ("what", "name", "words"),
+    [
+        ("kept by who knows what", "same_without_key", "--metrics URL"),
+        ("kept by who knows what, and others call it, too", "same_without_key", "nothing else"),
+        ("any call counts as one with a key", "same_without_key", "see the cause before"),
+        ("a worker was lost, and the gateway tried again", "other_calls", "its own retries"),
+        ("one key for all sessions", "shared_key", "only 1 of 24 sessions apart"),
+        ("one key for two sessions", "shared_key", "only 23 of 24 sessions apart"),
+        ("one key for all sessions, hashed", "shared_key", "only 1 of 24 sessions apart"),
+    ],
+)
+def test_advice_fits_what_was_seen(what: str, name: str, words: str) -> None:
+    causes = {cause.name: cause for cause in judge(CASES[what][0], 0.99).causes}
+    assert words in causes[name].text + causes[name].advice
+
+
+def test_every_cause_is_in_the_docs() -> None:
+    root = Path(__file__).parents[1]
+    source = (root / "aiohttp_smg_routing/verify/causes.py").read_text("utf-8")
+    names = set(re.findall(r'Cause\(\s*"(\w+)"', source))
+    rows = re.findall(r"(?m)^\| (`.*?) \|", (root / "docs/verify.md").read_text("utf-8"))
+    assert len(names) > 20
+    assert names <= set(re.findall(r"`(\w+)`", " ".join(rows)))
 
 
 @pytest.mark.parametrize(
@@ -335,9 +553,24 @@ def test_figures_of_an_arm_that_saw_nothing() -> None:
 
 def test_percentiles_are_of_the_later_turns() -> None:
     turns = [
-        Turn("keyed", 1, number, "kept", first_token_seconds=float(number)) for number in range(12)
+        Turn("keyed", 1, number, "kept" if number > 1 else "first", first_token_seconds=number)
+        for number in range(1, 13)
     ]
     summary = summarise(turns, "keyed")
-    assert summary.first_token_p50 == 6.5
-    assert summary.first_token_p95 == pytest.approx(10.55)
-    assert summarise(turns[:3], "keyed").first_token_p95 == 2.0
+    assert summary.first_token_p50 == 7
+    assert summary.first_token_p95 == pytest.approx(11.5)
+    assert summarise(turns[:2], "keyed").first_token_p95 == 2
+
+
+def test_later_turns_are_those_after_the_first_answer_of_their_session() -> None:
+    outcomes: dict[int, tuple[Outcome, ...]] = {
+        1: ("first", "kept", "failed"),
+        2: ("failed", "first", "kept"),
+        3: ("failed", "failed", "failed"),
+    }
+    turns = [
+        Turn("keyed", session, number, outcome)
+        for session, row in outcomes.items()
+        for number, outcome in enumerate(row, 1)
+    ]
+    assert summarise(turns, "keyed").later == 2 + 1 + 2

@@ -14,7 +14,7 @@ from aiohttp_smg_routing.testing import free_port
 from aiohttp_smg_routing.verify import ask
 from aiohttp_smg_routing.verify.call import CallError, Client
 from aiohttp_smg_routing.verify.play import Play
-from aiohttp_smg_routing.verify.seen import Counters, Plan, Turn, summarise
+from aiohttp_smg_routing.verify.seen import ARMS, Counters, Plan, Turn, summarise
 
 from .verify_servers import Handler, engine, fake_gateway, models, server, stream
 
@@ -44,7 +44,7 @@ async def test_both_arms_play_the_same_load_in_one_schedule() -> None:
         assert {turn.number for turn in round_} == {number + 1}
         assert all(a.session == b.session for a, b in zip(round_[::2], round_[1::2], strict=True))
     assert {key for key, _ in calls} == {None, *(f"verify-r-{n}" for n in range(1, 11))}
-    assert [key is None for key, _ in calls] != [True, False] * 40
+    assert {turn.arm for turn in seen.turns[::2]} == {"keyed", "unkeyed"}  # each is first at times
     orders = [tuple(turn.session for turn in seen.turns[i : i + 20 : 2]) for i in range(0, 80, 20)]
     assert len(set(orders)) == 4
 
@@ -145,6 +145,58 @@ async def test_run_ends_at_its_time_limit() -> None:
     assert (seen.stopped, seen.sent, seen.turns) == ("time_limit", 3, ())
 
 
+@pytest.mark.parametrize("silent", ["/v1/models", "/workers", "/metrics"])
+async def test_time_limit_holds_for_what_is_asked_before_the_first_call(silent: str) -> None:
+    @web.middleware
+    async def hang(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.path == silent:
+            await asyncio.Event().wait()
+        return await handler(request)
+
+    app = fake_gateway(recorder([]))
+    app.middlewares.append(hang)
+    async with server(app) as url:
+        seen = await Play(Plan(url, url / "metrics", time_limit=0.3), api_key=None).run()
+    assert (seen.stopped, seen.sent) == ("time_limit", 0)
+    assert 0.3 <= seen.seconds < 2
+    assert bool(seen.no_counters) == (silent == "/metrics")
+
+
+async def test_counters_are_read_after_the_time_limit_as_well() -> None:
+    async def handler(request: web.Request) -> web.StreamResponse:
+        await asyncio.Event().wait()
+        raise AssertionError("it never answers")
+
+    async def metrics(request: web.Request) -> web.Response:
+        await asyncio.sleep(0.1)
+        return web.Response(text='smg_worker_selection_total{policy="manual"} 1\n')
+
+    app = web.Application()
+    app.router.add_get("/metrics", metrics)
+    async with server(fake_gateway(handler)) as url, server(app) as other:
+        seen = await Play(Plan(url, other / "metrics", time_limit=0.3), api_key=None).run()
+    assert (seen.stopped, seen.counters, seen.no_counters) == ("time_limit", Counters({}, {}), "")
+
+
+async def test_figure_that_engines_leave_out_is_0_once_one_has_told_it() -> None:
+    count = 0
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        nonlocal count
+        count += 1
+        usages: dict[int, dict[str, object]] = {
+            3: {"prompt_tokens": 30, "prompt_tokens_details": {"cached_tokens": 20}},
+            4: {},
+        }
+        return await stream(request, "ok", usages.get(count, {"prompt_tokens": 10}))
+
+    async with server(fake_gateway(handler)) as url:
+        plan = Plan(url, METRICS, sessions=1, turns=4, concurrency=1)
+        seen = await Play(plan, api_key=None).run()
+    assert [turn.cached_tokens for turn in seen.turns] == [0, 0, 20, None, 0, 0, 0, 0]
+    assert {summarise(seen.turns, arm).cached_share for arm in ARMS} == {0, 20 / 50}
+
+
 async def test_fault_of_the_program_is_not_passed_over() -> None:
     def played(turn: Turn) -> None:
         raise KeyError("a fault")
@@ -178,7 +230,17 @@ async def test_models_need_not_be_listed_where_one_is_named() -> None:
     assert {body["model"] for _, body in calls} == {"mine"}
 
 
-@pytest.mark.parametrize("listed", [{"data": []}, {"object": "list"}, ["odd"]])
+@pytest.mark.parametrize(
+    "listed",
+    [
+        {"data": []},
+        {"object": "list"},
+        ["odd"],
+        {"data": [1]},
+        {"data": ["id-x"]},
+        {"data": [{"id": 1}]},
+    ],
+)
 async def test_gateway_that_lists_no_model_is_said_to_do_so(listed: object) -> None:
     async def none(request: web.Request) -> web.Response:
         return web.json_response(listed)
@@ -226,6 +288,7 @@ async def test_session_is_made_at_the_session_server_that_wants_it_so() -> None:
     assert known == {"a/ü 1?", "a/ü 2?", "a/ü 3?"}
     assert summarise(seen.turns, "keyed").answered == 6
     assert summarise(seen.turns, "unkeyed").answered == 6
+    assert (seen.sent, seen.sent_for_sessions) == (12, 6)
 
 
 async def test_session_server_that_makes_none_is_answered_by_its_404() -> None:
@@ -249,6 +312,7 @@ async def test_session_server_that_makes_none_is_answered_by_its_404() -> None:
         ({"workers": [{"is_healthy": True, "model_id": "other"}]}, 0),
         ({"workers": []}, None),
         ({"workers": "odd"}, None),
+        ({"workers": [{"is_healthy": True}, "odd"]}, None),
         (["odd"], None),
     ],
 )
@@ -286,6 +350,49 @@ async def test_metrics_of_something_else_are_said_to_be_so() -> None:
         seen = await Play(Plan(url, url / "v1/models", sessions=1, turns=2), api_key=None).run()
     assert seen.counters is None
     assert seen.no_counters
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('smg_worker_selection_total{policy="manual"} +Inf\n', "smg_worker_selection_total is inf"),
+        ('smg_worker_selection_total{policy="manual"} NaN\n', "smg_worker_selection_total is nan"),
+        ('smg_worker_selection_total{a="b", ="d"} 1\n', "string index out of range"),
+        ("smg_x sesame\n", "***"),
+    ],
+)
+async def test_metrics_that_are_odd_are_said_to_be_so(text: str, words: str) -> None:
+    async def metrics(request: web.Request) -> web.Response:
+        return web.Response(text=text)
+
+    app = web.Application()
+    app.router.add_get("/metrics", metrics)
+    async with server(fake_gateway(recorder([]))) as url, server(app) as other:
+        plan = Plan(url, other / "metrics", sessions=1, turns=2)
+        seen = await Play(plan, api_key="sesame").run()
+    assert seen.counters is None
+    assert words in seen.no_counters
+    assert seen.no_counters.isprintable()
+    assert "sesame" not in seen.no_counters
+
+
+async def test_names_that_a_server_gives_are_printable_and_hold_no_key() -> None:
+    async def listed(request: web.Request) -> web.Response:
+        return web.json_response({"data": [{"id": "\x1b[31m sesame  x"}]})
+
+    async def metrics(request: web.Request) -> web.Response:
+        labels = '{policy="\x1bsesame"} 1\n'
+        branch = '{branch="\x1bsesame"} 1\n'
+        text = f"smg_worker_selection_total{labels}smg_manual_policy_branch_total{branch}"
+        return web.Response(text=text)
+
+    app = web.Application()
+    app.router.add_get("/v1/models", listed)
+    app.router.add_get("/metrics", metrics)
+    async with server(app) as url, Client(5, "sesame") as client:
+        assert await ask.models(client, url) == (" [31m ***  x",)
+        counters = await ask.read_counters(client, url / "metrics")
+    assert counters == Counters({" ***": 1}, {" ***": 1})
 
 
 async def test_counters_are_those_of_the_policies() -> None:

@@ -5,12 +5,14 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from matplotlib.figure import Figure
+from numpy import asarray
 from PIL import Image
 from yarl import URL
 
 from aiohttp_smg_routing.verify.judge import judge
 from aiohttp_smg_routing.verify.plot import PALETTE, draw
-from aiohttp_smg_routing.verify.seen import ARMS, Failure, Outcome, Plan, Seen, Turn
+from aiohttp_smg_routing.verify.seen import ARM_TITLES, ARMS, Failure, Outcome, Plan, Seen, Turn
 
 GATEWAY = URL("http://10.0.0.1:30000")
 SVG = "{http://www.w3.org/2000/svg}"
@@ -51,6 +53,34 @@ def test_each_worker_has_a_colour_of_its_own(tmp_path: Path, workers: int) -> No
     assert set(PALETTE[:workers]) <= colours(tmp_path / "pins.svg")
     assert not set(PALETTE[workers:]) & colours(tmp_path / "pins.svg")
     assert len(set(PALETTE)) == 16
+
+
+def test_arm_with_the_key_is_above_and_the_curves_are_beside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: figures.append(figure))
+    seen = played(3)
+    draw(seen, judge(seen, 0.9), tmp_path / "pins.svg")
+    panels = {axes.get_title(loc="left"): axes for axes in figures[0].axes}
+    above, below = panels["With the key"], panels["Without the key"]
+    assert above.get_position().y0 > below.get_position().y1
+    assert above.get_title(loc="right") == "0 moves"
+    assert below.get_title(loc="right") != "0 moves"
+    for title, value in (
+        ("Prompt tokens from the KV cache", 0.5),
+        ("Time to first token, median", 0.1),
+    ):
+        lines = panels[title].lines
+        curves = {line.get_label(): asarray(line.get_ydata()).tolist() for line in lines}
+        assert curves == {name: [value] * 6 for name in ARM_TITLES.values()}
+
+
+def test_worker_with_an_odd_name_is_drawn(tmp_path: Path) -> None:
+    turns = tuple(Turn(arm, 1, 1, "first", r"$\x$ $") for arm in ARMS)
+    seen = Seen(Plan(GATEWAY, GATEWAY, model=r"$\x$"), turns)
+    draw(seen, judge(seen, 0.9), tmp_path / "pins.png")
+    assert (tmp_path / "pins.png").stat().st_size > 0
 
 
 def test_svg_is_the_same_each_time(tmp_path: Path) -> None:

@@ -11,7 +11,14 @@ from yarl import URL
 
 from aiohttp_smg_routing.verify.causes import Cause
 from aiohttp_smg_routing.verify.judge import Verdict, judge
-from aiohttp_smg_routing.verify.report import Bars, show_plan, show_seen, show_verdict, terminal
+from aiohttp_smg_routing.verify.report import (
+    Bars,
+    lasting,
+    show_plan,
+    show_seen,
+    show_verdict,
+    terminal,
+)
 from aiohttp_smg_routing.verify.seen import Counters, Failure, Outcome, Plan, Seen, Turn
 
 from .verify_servers import engine, in_background, server
@@ -108,7 +115,7 @@ def test_text_that_the_terminal_can_not_show_is_escaped() -> None:
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii")
     seen = Seen(PLAN, (Turn("keyed", 1, 1, "unknown"),))
-    console = terminal(stream)
+    console = terminal(lasting(stream))
     show_seen(seen, console)
     show_verdict(Verdict("pinned", "Pinned: caf\u00e9.", judge(seen, 1).causes), console)
     stream.flush()

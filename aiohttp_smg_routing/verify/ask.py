@@ -2,12 +2,14 @@
 
 from collections import Counter
 from collections.abc import Mapping
+from math import isfinite
 
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 from yarl import URL
 
 from ..gateway import POLICY_BRANCHES, WORKER_SELECTIONS
-from .call import CallError, Client
+from .call import BRIEF, CallError, Client
 from .seen import Counters
 
 
@@ -15,18 +17,21 @@ async def models(client: Client, gateway: URL) -> tuple[str, ...]:
     """Return the names of the gateway's models. Raises ``CallError``."""
     match await client.json(gateway / "v1/models"):
         case {"data": list() as listed}:
-            return tuple(str(model["id"]) for model in listed if "id" in model)
+            ids = (model.get("id") for model in listed if isinstance(model, dict))
+            return tuple(client.printable(name) for name in ids if isinstance(name, str))
     return ()
 
 
 async def healthy_workers(client: Client, gateway: URL, model: str) -> int | None:
     """Return how many healthy workers serve ``model``, or None where the gateway doesn't say."""
     try:
-        answer = await client.json(gateway / "workers")
+        answer = await client.json(gateway / "workers", timeout=BRIEF)
     except CallError:
         return None
     match answer:  # as SMG gives it; another gateway may have something else there
-        case {"workers": [{"is_healthy": _}, *_] as workers}:
+        case {"workers": [{"is_healthy": _}, *_] as workers} if all(
+            isinstance(worker, dict) for worker in workers
+        ):
             return sum(_serves(worker, model) for worker in workers)
     return None
 
@@ -46,13 +51,19 @@ async def read_counters(client: Client, metrics: URL) -> Counters:
         for sample in family.samples:
             found = found or sample.name.startswith("smg_")
             if sample.name in POLICY_BRANCHES:
-                branches[sample.labels.get("branch", "")] += int(sample.value)
+                branches[client.printable(sample.labels.get("branch", ""))] += _value(sample)
             elif sample.name == WORKER_SELECTIONS:
-                selections[sample.labels.get("policy", "")] += int(sample.value)
+                selections[client.printable(sample.labels.get("policy", ""))] += _value(sample)
                 pools.add(sample.labels.get("worker_type"))
     if not found:
         raise ValueError("what answers there is no SMG gateway's metrics")
     return Counters(dict(branches), dict(selections), max(1, len(pools)))
+
+
+def _value(sample: Sample) -> int:
+    if not isfinite(sample.value):
+        raise ValueError(f"{sample.name} is {sample.value}")
+    return int(sample.value)
 
 
 def growth(before: Counters | None, after: Counters | None) -> Counters | None:

@@ -4,7 +4,9 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from math import inf
 from typing import Any, TypeVar
 
 import aiohttp
@@ -14,8 +16,10 @@ from ..gateway import ROUTED_WORKER_HEADER
 from .seen import Failure
 
 _SHOWN = 200  # characters of what a server says
-_BRIEF = 5  # seconds at most for anything but a turn
-
+BRIEF = 5  # seconds at most for what a run can do without
+_LARGEST = 16 * 2**20  # bytes of one answer that are read; a gateway's metrics have some 100 kB
+_LARGEST_ERROR = 65536
+_TOO_LONG = f"the answer has more than {_LARGEST // 2**20} MiB"
 
 T = TypeVar("T")
 
@@ -48,7 +52,7 @@ class Client:
     """
 
     def __init__(self, timeout: float, api_key: str | None) -> None:
-        self._secret = api_key
+        self._secrets = _spellings(api_key) if api_key else []
         self._auth = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._timeout = timeout
         self._session = aiohttp.ClientSession(
@@ -64,11 +68,14 @@ class Client:
 
     async def text(self, url: URL) -> str:
         """Return the text at ``url``, asked for without the API key. Raises ``CallError``."""
-        return await self._call("GET", url, {}, _text)
+        return await self._call("GET", url, {}, _text, timeout=BRIEF)
 
-    async def json(self, url: URL) -> Any:
-        """Return the JSON at ``url``. Raises ``CallError``."""
-        return await self._call("GET", url, self._auth, _json)
+    async def json(self, url: URL, *, timeout: float = inf) -> Any:
+        """Return the JSON at ``url``, asked for ``timeout`` seconds or those of a turn.
+
+        The lesser of the two counts. Raises ``CallError``.
+        """
+        return await self._call("GET", url, self._auth, _json, timeout=timeout)
 
     async def post(self, url: URL, body: Mapping[str, Any]) -> None:
         """Send ``body`` to ``url``. Raises ``CallError``."""
@@ -88,13 +95,13 @@ class Client:
                 content = delta.get("content")
                 text += content if isinstance(content, str) else ""
                 usage = _mapping(event.get("usage")) or usage
-            worker = self._clean(response.headers.get(ROUTED_WORKER_HEADER, ""))
+            worker = self.clean(response.headers.get(ROUTED_WORKER_HEADER, ""))
             cached = _mapping(usage.get("prompt_tokens_details")).get("cached_tokens")
             prompt = usage.get("prompt_tokens")
             return Reply(text, worker or None, first_token, _count(prompt), _count(cached))
 
         headers = {**self._auth, **headers}
-        return await self._call("POST", url, headers, reply, body, self._timeout)
+        return await self._call("POST", url, headers, reply, body)
 
     async def _call(
         self,
@@ -103,7 +110,7 @@ class Client:
         headers: Mapping[str, str],
         read: Callable[[aiohttp.ClientResponse], Awaitable[T]],
         body: object = None,
-        timeout: float = _BRIEF,
+        timeout: float = inf,
     ) -> T:
         """Return what ``read`` makes of a good answer; all that can go wrong is a ``CallError``."""
         limit = aiohttp.ClientTimeout(total=min(timeout, self._timeout))
@@ -113,42 +120,67 @@ class Client:
             ) as response:
                 if 200 <= response.status < 300:
                     return await read(response)
-                said = _message((await response.content.read(65536)).decode(errors="replace"))
-                failure = Failure("status", url, response.status, self._clean(said))
+                body_read = await _beginning(response, _LARGEST_ERROR)
+                said = _message(body_read.decode(errors="replace"))
+                failure = Failure("status", url, response.status, self.clean(said))
         except asyncio.TimeoutError:
             failure = Failure("timeout", url)
         except aiohttp.ClientConnectorError as error:
-            failure = Failure("refused", url, text=self._clean(error.strerror or str(error)))
-        except (aiohttp.ClientError, ValueError) as error:
-            failure = Failure("broken", url, text=self._clean(str(error)))
+            failure = Failure("refused", url, text=self.clean(error.strerror or str(error)))
+        except (aiohttp.ClientError, ValueError, RecursionError) as error:
+            failure = Failure("broken", url, text=self.clean(str(error)))
         raise CallError(failure)
 
-    def _clean(self, text: str) -> str:
-        """Return what may be shown of ``text``: one short line without control codes or secrets."""
-        if self._secret:
-            text = text.replace(self._secret, "***")
-        shown = "".join(char if char.isprintable() else " " for char in text)
-        return " ".join(shown.split())[:_SHOWN]
+    def printable(self, text: str) -> str:
+        """Return ``text``, which a server said, without control codes and without the API key."""
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return "".join(char if char.isprintable() else " " for char in text)
+
+    def clean(self, text: str) -> str:
+        """Return what may be shown of ``text``, which a server said: one short, printable line."""
+        return " ".join(self.printable(text).split())[:_SHOWN]
+
+
+def _spellings(api_key: str) -> list[str]:
+    """Return how a server may repeat the key: as it is, and as a JSON string has it."""
+    escaped = json.dumps(api_key)[1:-1]
+    return sorted({api_key, escaped, escaped.replace("/", "\\/")}, key=len, reverse=True)
+
+
+async def _beginning(response: aiohttp.ClientResponse, most: int) -> bytes:
+    """Read the body, but no more than ``most`` bytes of it."""
+    body = b""
+    while chunk := await response.content.read(most - len(body)):
+        body += chunk
+    return body
 
 
 async def _text(response: aiohttp.ClientResponse) -> str:
-    return await response.text()
+    body = await _beginning(response, _LARGEST + 1)
+    if len(body) > _LARGEST:
+        raise ValueError(_TOO_LONG)
+    return body.decode(errors="replace")
 
 
 async def _json(response: aiohttp.ClientResponse) -> Any:
-    return json.loads(await response.read())
+    return json.loads(await _text(response))
 
 
 async def _events(content: aiohttp.StreamReader) -> AsyncIterator[Mapping[str, Any]]:
     """Yield the events of an SSE stream. ``ValueError`` where it is none, or has no end."""
+    size = 0
     async for line in content:
+        size += len(line)
+        if size > _LARGEST:
+            raise ValueError(_TOO_LONG)
         if not line.startswith(b"data:"):
             continue
         data = line.removeprefix(b"data:").strip()
         if data == b"[DONE]":
             return
         event = json.loads(data)
-        if not isinstance(event, dict) or "error" in event:
+        if not isinstance(event, dict) or event.get("error") is not None:
             raise ValueError(f"the stream says {data.decode(errors='replace')}")
         yield event
     raise ValueError("the answer is no stream that ends in [DONE]")
@@ -166,15 +198,13 @@ def _mapping(value: object) -> Mapping[str, Any]:
 
 
 def _count(value: object) -> int | None:
-    return value if isinstance(value, int) else None
+    return value if type(value) is int and 0 <= value < 2**53 else None
 
 
 def _message(said: str) -> str:
     """Return the message in an error of OpenAI's form, else all that was said."""
-    try:
+    with suppress(ValueError, RecursionError):
         match json.loads(said):
             case {"error": {"message": str() as message}} | {"message": str() as message}:
                 return message
-    except ValueError:
-        pass
     return said

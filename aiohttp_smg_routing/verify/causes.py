@@ -5,13 +5,21 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..gateway import KEY_BRANCHES, NO_KEY_BRANCHES, VALID_KEY
-from .evidence import more_than_chance, worker_count
-from .seen import Answer, Counters, Failure, Seen, Summary
+from .evidence import (
+    counts_any_call,
+    counts_no_key,
+    from_workers,
+    keys_shared,
+    more_than_chance,
+    worker_count,
+)
+from .seen import Answer, Counters, Failure, Seen, Summary, by_session
 
 _POLICY_ADVICE = (
     "Launch the gateway with --policy manual or --policy consistent_hashing, or keep its policy "
     "and add --routing-key-override."
 )
+_WORKER_ADVICE = "See GET /workers and the logs of the workers that are not healthy."
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +100,17 @@ def _status(failure: Failure, said: str) -> Cause:
 def routing(
     seen: Seen, keyed: Summary, unkeyed: Summary, answer: Answer, min_kept: float
 ) -> Iterator[Cause]:
-    """Yield what explains that the sessions were not pinned, or that it can't be told."""
-    if answer == "pinned" or not keyed.answered:
+    """Yield what explains that the sessions were not pinned, or that it can't be told.
+
+    Where they are pinned, it yields only why the counters say something else.
+    """
+    if not keyed.answered:
+        return
+    counters = seen.counters
+    foreign = counters is not None and counters.calls > seen.sent
+    if answer == "pinned":
+        if counters and foreign and counters.of(*KEY_BRANCHES) < keyed.answered:
+            yield _other_calls(seen, counters)
         return
     if worker_count(seen) == 1:
         yield Cause(
@@ -102,33 +119,58 @@ def routing(
             "Start a second one; until then there is nothing to pin.",
         )
         return
-    if seen.counters is not None:
-        yield from _by_counters(seen, seen.counters, keyed, unkeyed)
+    better = more_than_chance(keyed, unkeyed)
+    if counters is not None:
+        yield from _by_counters(seen, counters, keyed, unkeyed, answer)
+        if keyed.outcomes["moved"] and counters.of("routing_key_hit") >= keyed.answered:
+            yield Cause(
+                "worker_lost",
+                f"{keyed.outcomes['moved']} turns moved although the gateway hashes the key: "
+                "workers failed, or came or went, or a session's key changes.",
+                _WORKER_ADVICE,
+            )
     elif answer == "not pinned":
-        yield _by_moves(more_than_chance(keyed, unkeyed))
-    if answer == "could not tell" and keyed.later and keyed.kept_share >= min_kept:
-        yield from _no_difference(keyed, unkeyed)
+        yield _by_moves(better)
+    evidence = from_workers(keyed)
+    kept = evidence.later and evidence.kept >= min_kept * evidence.later - 1e-9
+    if answer == "could not tell" and kept and not better:
+        yield from _no_difference(seen, evidence.later, unkeyed)
 
 
 def _by_counters(
-    seen: Seen, counters: Counters, keyed: Summary, unkeyed: Summary
+    seen: Seen, counters: Counters, keyed: Summary, unkeyed: Summary, answer: Answer
 ) -> Iterator[Cause]:
     ours = keyed.answered + unkeyed.answered
     used = counters.of(*KEY_BRANCHES)
+    foreign = counters.calls > seen.sent
+    begun = len(by_session(seen.turns, "keyed"))
     if counters.calls < ours:
         yield _replicas(seen, counters.calls, ours)
-    elif used < keyed.answered:
-        yield _not_used(seen, counters, used, keyed.answered)
-    if counters.calls > seen.sent:
+    elif counts_any_call(seen):
         yield Cause(
-            "other_calls",
-            f"The gateway routed {counters.calls} calls in this time, {seen.sent} of them ours.",
-            "Its counters mean most when nobody else calls it.",
+            "any_key",
+            f"The gateway counts {used} calls as routed by a key, those without ours as well: "
+            "consistent_hashing before SMG 1.13 hashes Authorization, X-Forwarded-For or Cookie "
+            "where there is no key.",
+            "Use SMG 1.13 or --policy manual, whose counters tell; and see that nothing before the "
+            "gateway puts a key on every call.",
         )
-    elif counters.of("vacant") > keyed.sessions:
+    elif counts_no_key(counters):
+        yield Cause(
+            "prefix_hash",
+            "The gateway's policy is prefix_hash: SMG 1.10 and newer hash the key in place of the "
+            "prompt, but these counters do not tell whether it arrives.",
+            "See that the key reaches the gateway, or launch it with --policy manual or --policy "
+            "consistent_hashing, whose counters tell.",
+        )
+    elif used < keyed.answered and (answer == "not pinned" or not foreign):
+        yield _not_used(seen, counters, used, keyed.answered)
+    if foreign:
+        yield _other_calls(seen, counters)
+    elif counters.of("vacant") > begun:
         yield Cause(
             "pinned_again",
-            f"The gateway made {counters.of('vacant')} pins for {keyed.sessions} sessions: "
+            f"The gateway made {counters.of('vacant')} pins for {begun} sessions: "
             "replicas behind one address do not share them, and a restart forgets them.",
             "Run one gateway, or --policy consistent_hashing, on which replicas agree.",
         )
@@ -139,12 +181,28 @@ def _by_counters(
             "many with the same key were in flight at once.",
             "Give each session an id of its own.",
         )
+    elif keys_shared(seen, keyed):
+        apart = 1 if counters.of("routing_key_hit") else counters.of("vacant")
+        yield Cause(
+            "shared_key",
+            f"The gateway tells only {apart} of {keyed.sessions} sessions apart: they share a key.",
+            "Give each session an id, and so a key, of its own.",
+        )
     if counters.of("occupied_miss"):
         yield Cause(
             "worker_lost",
             f"{counters.of('occupied_miss')} calls found the worker of their session gone.",
-            "See GET /workers and the logs of the workers that are not healthy.",
+            _WORKER_ADVICE,
         )
+
+
+def _other_calls(seen: Seen, counters: Counters) -> Cause:
+    return Cause(
+        "other_calls",
+        f"The gateway whose metrics are at {seen.plan.metrics} routed {counters.calls} calls, more "
+        f"than the {seen.sent} that were sent: its own retries, or calls of others.",
+        "Run it when nothing else calls the gateway, and see that --metrics is of this one.",
+    )
 
 
 def _replicas(seen: Seen, calls: int, ours: int) -> Cause:
@@ -201,20 +259,26 @@ def _by_moves(better: bool) -> Cause:
     )
 
 
-def _no_difference(keyed: Summary, unkeyed: Summary) -> Iterator[Cause]:
+def _no_difference(seen: Seen, later: int, unkeyed: Summary) -> Iterator[Cause]:
     kept, moved = unkeyed.outcomes["kept"], unkeyed.outcomes["moved"]
-    if moved > kept or keyed.later < 10:
+    if moved > kept or later < 10:
         yield Cause(
             "too_few_turns",
-            f"{keyed.later} later turns with the key are too few to rule out chance.",
+            f"{later} later turns with the key are too few to rule out chance.",
             "Play more with --sessions and --turns.",
         )
     elif kept:
+        if seen.counters is None:
+            advice = "Give the gateway's metrics with --metrics URL: they tell if it used the key."
+        elif seen.counters.calls > seen.sent:
+            advice = "Run it when nothing else calls the gateway: then its counters tell."
+        else:
+            advice = "Its counters do not tell here: see the cause before this one."
         yield Cause(
             "same_without_key",
             "The sessions without the key stayed together as well: the policy follows the prompt, "
             "as cache_aware does until workers are busy, or something else that all calls share.",
-            "Give the gateway's metrics with --metrics URL: they tell whether it used the key.",
+            advice,
         )
 
 

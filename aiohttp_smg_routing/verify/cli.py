@@ -6,9 +6,11 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import fields
 from functools import partial
+from io import StringIO
+from math import isfinite
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,22 +21,41 @@ from yarl import URL
 from ..gateway import METRICS_PORT
 from .judge import EXIT_STATUS, Verdict, judge
 from .play import Play
-from .report import Bars, show_plan, show_seen, show_verdict, terminal, write_json
+from .report import Bars, lasting, show_plan, show_seen, show_verdict, terminal, write_json
 from .seen import Plan, Seen
 
 API_KEY_VARIABLE = "SMG_API_KEY"
 USAGE = 64  # EX_USAGE of sysexits.h; click would say 2, which is "could not tell" here
 
 _DEFAULT = Plan(URL(), URL())
-_SECONDS = click.FloatRange(min=0, min_open=True)
+
+
+class _FiniteRange(click.FloatRange):
+    """A range of numbers without ``nan`` and ``inf``: of these, no bound is ever reached."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = super().convert(value, param, ctx)
+        if not isfinite(number):
+            self.fail("it is no finite number.", param, ctx)
+        return number
+
+
+_SECONDS = _FiniteRange(min=0, min_open=True)
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run the command line ``argv`` and return its exit status."""
+    """Run the command line ``argv`` and return its exit status, whatever becomes of the output."""
+    with redirect_stdout(lasting(sys.stdout)), redirect_stderr(lasting(sys.stderr)):
+        return _run(argv)
+
+
+def _run(argv: Sequence[str]) -> int:
     try:
         status = cli.main(list(argv), prog_name="aiohttp-smg-routing", standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        text = StringIO()
+        error.show(text)
+        print(_without_urls(text.getvalue(), argv), end="", file=sys.stderr, flush=True)
         return USAGE
     except click.Abort:  # Ctrl-C, before there was anything to stop
         return 128 + signal.SIGINT
@@ -43,6 +64,15 @@ def run(argv: Sequence[str]) -> int:
         traceback.print_exc()
         return EXIT_STATUS["could not tell"]
     return int(status or 0)
+
+
+def _without_urls(message: str, argv: Sequence[str]) -> str:
+    """Return ``message`` without the URLs of the command line: they may have a password in them."""
+    for argument in argv:
+        for piece in (argument, argument.partition("=")[2]):
+            if "://" in piece or "@" in piece:
+                message = message.replace(piece, "***").replace(repr(piece)[1:-1], "***")
+    return message
 
 
 def _url(ctx: click.Context, param: click.Parameter, value: str | None) -> URL | None:
@@ -55,7 +85,7 @@ def _url(ctx: click.Context, param: click.Parameter, value: str | None) -> URL |
             raise click.BadParameter(f"no user or password in a URL: use {API_KEY_VARIABLE}.")
         if url.scheme in ("http", "https") and url.host and not url.query_string + url.fragment:
             return url
-    raise click.BadParameter(f"{value!r} is not a URL such as http://10.0.0.1:30000.")
+    raise click.BadParameter("it is not a URL of the form http://HOST:PORT.")
 
 
 def _through(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
@@ -77,7 +107,10 @@ def _session_id(ctx: click.Context, param: click.Parameter, value: str) -> str:
 
 def _output(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
     """Refuse a file that can't be written now, not when the run is over."""
-    if value is not None and not os.access(value if value.exists() else value.parent, os.W_OK):
+    if value is None:
+        return None
+    place = value if value.exists() else value.parent
+    if value.is_dir() or not os.access(place, os.W_OK):  # Path("") is a folder too
         raise click.BadParameter(f"{str(value)!r} can't be written.")
     return value
 
@@ -134,7 +167,7 @@ def cli() -> None:
 )
 @click.option(
     "--min-kept",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=_FiniteRange(0, 1, min_open=True),
     default=0.99,
     help="The share of later turns that must stay on their session's worker.",
 )
@@ -211,18 +244,26 @@ def _verify(
             bars.stop()
         seen = play.seen
         verdict, status = _conclude(seen, stop.received, min_kept)
+        _write(json_file, lambda file: write_json(seen, verdict, status, file))
+        _write(plot_file, partial(_draw, seen, verdict))
         show_seen(seen, out)
         show_verdict(verdict, out)
-        try:
-            if json_file:
-                write_json(seen, verdict, status, json_file)
-            if plot_file:
-                from .plot import draw  # a second that only those pay who want the picture
-
-                draw(seen, verdict, plot_file)
-        except OSError as error:
-            print(f"Not written: {error}", file=sys.stderr)
     return status
+
+
+def _write(file: Path | None, write: Callable[[Path], None]) -> None:
+    """Write ``file``; that it can't be written doesn't change the verdict."""
+    try:
+        if file:
+            write(file)
+    except OSError as error:
+        print(f"Not written: {file}: {error.strerror or error}", file=sys.stderr, flush=True)
+
+
+def _draw(seen: Seen, verdict: Verdict, file: Path) -> None:
+    from .plot import draw  # a second that only those pay who want the picture
+
+    draw(seen, verdict, file)
 
 
 def _conclude(

@@ -3,7 +3,15 @@
 from dataclasses import dataclass
 
 from .causes import Cause, failures, notes, routing
-from .evidence import from_counters, from_workers, key_was_used, more_than_chance, worker_count
+from .evidence import (
+    from_counters,
+    from_workers,
+    key_parts_sessions,
+    key_was_used,
+    keys_shared,
+    more_than_chance,
+    worker_count,
+)
 from .seen import Answer, Seen, Summary, summarise
 
 EXIT_STATUS: dict[Answer, int] = {"pinned": 0, "not pinned": 1, "could not tell": 2}
@@ -62,11 +70,15 @@ def _answer(seen: Seen, keyed: Summary, unkeyed: Summary, min_kept: float) -> tu
 
 def _credit(seen: Seen, keyed: Summary, unkeyed: Summary, share: str) -> tuple[Answer, str]:
     """Tell whether it was the key that kept the sessions together."""
-    by_counters = key_was_used(seen, keyed, unkeyed)
+    by_counters = key_was_used(seen, keyed)
     without = f"{unkeyed.outcomes['kept']} of {unkeyed.later} without it"
     compared = f"{share}, {without}" if unkeyed.workers else share
     if by_counters is False:
         return "not pinned", f"{share}, but not because of the key: the gateway did not use it"
+    if keys_shared(seen, keyed):
+        return "could not tell", f"{share}, but not each session has a key of its own"
     if by_counters or more_than_chance(keyed, unkeyed):
         return "pinned", compared
+    if key_parts_sessions(seen, keyed):
+        return "pinned", f"{compared}, but those are all on one worker"
     return "could not tell", f"{compared}: that is no difference that shows the key at work"

@@ -3,10 +3,10 @@
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 from yarl import URL
@@ -14,9 +14,10 @@ from yarl import URL
 from ..gateway import CHAT_COMPLETIONS, ROUTING_KEY_HEADER
 from . import ask
 from .call import CallError, Client, Reply
-from .seen import ARMS, Arm, Counters, Failure, Outcome, Plan, Seen, Turn
+from .seen import ARMS, Arm, Counters, Failure, Outcome, Plan, Seen, Turn, with_cached_tokens
 
 _FIRST_WORDS, _LATER_WORDS = 100, 25  # of the user, in a session's first turn and in each later one
+_LAST = 1  # seconds at least for the counters at the end, without which the run may be in vain
 _VOCABULARY = (
     "amber anchor basin birch breeze canyon cedar cloud copper coral delta drift ember fern field "
     "flint forest frost garden glacier granite harbor hazel island ivory juniper lagoon lantern "
@@ -24,6 +25,8 @@ _VOCABULARY = (
     "rain raven reef ridge river sand shadow shore silver slate snow spring stone storm summit "
     "thunder tide valley velvet willow winter"
 )
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -55,29 +58,42 @@ class Play:
         self._api_key = api_key
         self._played = played
         self._failed_in_a_row = 0
+        self._deadline = 0.0
 
     @property
     def seen(self) -> Seen:
         """What has been seen so far."""
-        return replace(self._seen, turns=tuple(self._turns))
+        return replace(self._seen, turns=with_cached_tokens(self._turns))
 
     async def run(self, ready: Callable[[Seen], None] = lambda seen: None) -> Seen:
         """Play the plan; ``ready`` is called when the gateway has answered and the calls begin."""
         begin = time.perf_counter()
+        self._deadline = begin + self._seen.plan.time_limit
         try:
             async with Client(self._seen.plan.timeout, self._api_key) as client:
-                if await self._prepare(client):
-                    before = await self._counters(client)
+                if await self._in_time(self._prepare(client)):
+                    before = await self._in_time(self._counters(client))
                     ready(self.seen)
-                    await self._play(client, begin + self._seen.plan.time_limit)
-                    after = await self._counters(client)
-                    self._see(counters=ask.growth(before, after))
+                    if not self._seen.stopped:
+                        await self._play(client)
+                    if before:
+                        after = await self._in_time(self._counters(client), _LAST)
+                        self._see(counters=ask.growth(before, after))
         finally:
             self._see(seconds=time.perf_counter() - begin)
         return self.seen
 
     def _see(self, **changes: Any) -> None:
         self._seen = replace(self._seen, **changes)
+
+    async def _in_time(self, lookup: Awaitable[T], least: float = 0) -> T | None:
+        """Wait for ``lookup`` until the deadline, or ``least`` seconds; None where that is over."""
+        try:
+            left = self._deadline - time.perf_counter()
+            return await asyncio.wait_for(lookup, max(least, left))
+        except asyncio.TimeoutError:
+            self._see(stopped="time_limit")
+            return None
 
     async def _prepare(self, client: Client) -> bool:
         """Ask for the models and the workers; tell whether there is anything to play with."""
@@ -101,15 +117,19 @@ class Play:
         return True
 
     async def _counters(self, client: Client) -> Counters | None:
+        self._see(no_counters="no answer in time")
         try:
-            return await ask.read_counters(client, self._seen.plan.metrics)
+            counters = await ask.read_counters(client, self._seen.plan.metrics)
         except CallError as error:
-            self._see(no_counters=error.failure.text or "no answer in time")
-        except ValueError as error:
-            self._see(no_counters=str(error))
-        return None
+            self._see(no_counters=error.failure.text or self._seen.no_counters)
+            return None
+        except (ValueError, IndexError) as error:  # the parser has both for odd lines
+            self._see(no_counters=client.clean(str(error)))
+            return None
+        self._see(no_counters="")
+        return counters
 
-    async def _play(self, client: Client, deadline: float) -> None:
+    async def _play(self, client: Client) -> None:
         """Play the schedule, ``concurrency`` calls at a time, to its end or the deadline."""
         plan = self._seen.plan
         schedule = _schedule(plan)
@@ -117,7 +137,7 @@ class Play:
             asyncio.ensure_future(self._player(client, schedule)) for _ in range(plan.concurrency)
         ]
         try:
-            left = max(0.0, deadline - time.perf_counter())
+            left = max(0.0, self._deadline - time.perf_counter())
             _, late = await asyncio.wait(players, timeout=left)
             if late:
                 self._see(stopped="time_limit")
@@ -193,10 +213,12 @@ class Play:
             if error.failure.status != 404 or session.created:
                 raise
             session.created = True
+            self._see(sent_for_sessions=self._seen.sent_for_sessions + 1)
             try:
                 await client.post(url.parent, {"session_id": session.session_id})
             except CallError:
                 raise error from None
+        self._see(sent_for_sessions=self._seen.sent_for_sessions + 1)
         return await client.chat(url / CHAT_COMPLETIONS[1:], body, {})
 
 

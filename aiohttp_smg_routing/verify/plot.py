@@ -47,6 +47,7 @@ _STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "xtick.color": _INK,
     "ytick.color": _INK,
+    "text.parse_math": False,  # a server may call a worker $x
     "svg.hashsalt": "aiohttp-smg-routing",
     "hatch.linewidth": 0.6,
 }

@@ -1,13 +1,14 @@
 """What the user reads: progress while it runs, then the table, the verdict and what to do."""
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
-from io import TextIOWrapper
+from io import StringIO, TextIOWrapper
 from pathlib import Path
 from textwrap import wrap
-from typing import Any, TextIO, get_args
+from typing import Any, TextIO, cast, get_args
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -21,10 +22,49 @@ _WIDTH = 80
 _COLOURS = {"pinned": "bold green", "not pinned": "bold red", "could not tell": "bold yellow"}
 
 
-def terminal(stream: TextIO) -> Console:
-    """Return a console of 80 columns at the most; no control code gets into a file or a pipe."""
+def lasting(stream: TextIO | None) -> TextIO:
+    """Return ``stream`` such that it may break, fill up, or be None without an error.
+
+    A reader that goes away (``| head``) or a full disk is no reason to end otherwise.
+    """
     if isinstance(stream, TextIOWrapper):
         stream.reconfigure(errors="backslashreplace")  # what a server says fits no encoding surely
+    return cast("TextIO", _Lasting(stream or StringIO()))
+
+
+class _Lasting:
+    """What ``lasting()`` returns: the stream, but for what can fail."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write ``text``, or drop it."""
+        try:
+            self._stream.write(text)
+        except OSError:
+            self._drop()
+        return len(text)
+
+    def flush(self) -> None:
+        """Send on what was written, or drop it."""
+        try:
+            self._stream.flush()
+        except OSError:
+            self._drop()
+
+    def _drop(self) -> None:
+        """Let all go nowhere, what is buffered too: Python would try that again at its end."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+
+def terminal(stream: TextIO) -> Console:
+    """Return a console of 80 columns at the most; no control code gets into a file or a pipe."""
     is_terminal = stream.isatty()
     # Given, because rich would let the environment put colours and moving bars into a file.
     console = Console(

@@ -2,7 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import quantiles
 from typing import Final, Literal
 
@@ -101,7 +101,9 @@ class Seen:
     plan: Plan
     turns: tuple[Turn, ...] = ()
     sent: int = 0
-    """Calls that were begun, those that were cut off at the end included."""
+    """Turns that were begun, those that were cut off at the end included."""
+    sent_for_sessions: int = 0
+    """Calls beyond those: to make sessions at the session server, and their first turns again."""
     models: tuple[str, ...] | None = None
     """The names of the gateway's models; None where it doesn't say."""
     workers: int | None = None
@@ -122,6 +124,8 @@ class Summary:
 
     outcomes: Counter[Outcome]
     sessions: int
+    later: int
+    """The turns that had a worker to stay on: those after the first answer of their session."""
     workers: Counter[str] = field(default_factory=Counter)
     """How many sessions began on each worker."""
     cached_share: float | None = None
@@ -136,13 +140,8 @@ class Summary:
         return sum(self.outcomes.values()) - self.outcomes["failed"]
 
     @property
-    def later(self) -> int:
-        """The calls that could have been kept: all but the first one of each session."""
-        return sum(self.outcomes.values()) - self.outcomes["first"]
-
-    @property
     def kept_share(self) -> float:
-        """The share of the later calls that are known to have been kept, 0 to 1."""
+        """The share of the later turns that are known to have been kept, 0 to 1."""
         return self.outcomes["kept"] / self.later if self.later else 0.0
 
 
@@ -150,7 +149,7 @@ def summarise(turns: Iterable[Turn], arm: Arm) -> Summary:
     """Return the figures of ``arm``."""
     mine = [turn for turn in turns if turn.arm == arm]
     answered = [turn for turn in mine if turn.outcome != "failed"]
-    later = [turn for turn in answered if turn.number > 1]
+    later = _later(by_session(mine, arm))
     times = sorted(
         turn.first_token_seconds for turn in later if turn.first_token_seconds is not None
     )
@@ -158,11 +157,24 @@ def summarise(turns: Iterable[Turn], arm: Arm) -> Summary:
     return Summary(
         outcomes=Counter(turn.outcome for turn in mine),
         sessions=len({turn.session for turn in answered}),
+        later=len(later),
         workers=Counter(turn.worker for turn in answered if turn.outcome == "first" if turn.worker),
         cached_share=cached_share(later),
         first_token_p50=percentiles[9] if times else None,
         first_token_p95=percentiles[18] if times else None,
     )
+
+
+def _later(sessions: Iterable[list[Turn]]) -> list[Turn]:
+    """Return the turns of each session after the first one that was answered.
+
+    A session that never had an answer may have moved at any turn but the first.
+    """
+    later = []
+    for turns in sessions:
+        answered = (place for place, turn in enumerate(turns) if turn.outcome != "failed")
+        later += turns[next(answered, 0) + 1 :]
+    return later
 
 
 def cached_share(turns: Iterable[Turn]) -> float | None:
@@ -175,6 +187,22 @@ def cached_share(turns: Iterable[Turn]) -> float | None:
     if not told:
         return None
     return sum(cached for cached, _ in told) / sum(prompt for _, prompt in told)
+
+
+def with_cached_tokens(turns: Iterable[Turn]) -> tuple[Turn, ...]:
+    """Return ``turns`` with 0 cached tokens where an engine left the figure out.
+
+    SGLang and vLLM leave out a 0. Where no turn at all tells a figure, none is known.
+    """
+    turns = tuple(turns)
+    if all(turn.cached_tokens is None for turn in turns):
+        return turns
+    return tuple(
+        replace(turn, cached_tokens=0)
+        if turn.cached_tokens is None and turn.prompt_tokens is not None
+        else turn
+        for turn in turns
+    )
 
 
 def by_session(turns: Iterable[Turn], arm: Arm) -> list[list[Turn]]:
