@@ -88,8 +88,10 @@ def gateway_url(value: Any) -> URL:
             return URL(f"{origin}{url.raw_path.rstrip('/')}", encoded=True)
     except (TypeError, ValueError):
         pass
-    before, at, shown = repr(value).rpartition("@")  # before it credentials can stand
-    raise ValueError(f"{before and repr('***')[:-1]}{at}{shown} is not an absolute http(s) URL")
+    shown = repr(value)
+    if "@" in shown:  # before it credentials can stand
+        shown = f"'***@{shown.rpartition('@')[2]}"
+    raise ValueError(f"{shown} is not an absolute http(s) URL")
 
 
 def call_path(value: Any) -> str:
