@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -147,10 +147,10 @@ async def play_arm(load: Load, *, plugin: bool, progress: Progress) -> Arm:
     ):
         progress.console.print(f"{name}: all servers are up, {load.sessions} agents begin")
         show()
-        begin = time.perf_counter()
+        begin, opening = time.perf_counter(), asyncio.Lock()
         await asyncio.gather(
             *(
-                play_session(client, server, seed, load.turns, played)
+                play_session(client, server, seed, load.turns, opening, played)
                 for seed in range(load.sessions)
             )
         )
@@ -207,12 +207,15 @@ async def play_session(
     server: URL,
     seed: int,
     turns: int,
+    opening: asyncio.Lock,
     played: Callable[[Turn], None],
 ) -> None:
     """Be one agent: hold a conversation in which every turn repeats all that was said before.
 
     The same ``seed`` says the same in both arms; two seeds share no prefix, so a session finds
-    nothing in a cache but what it left there itself.
+    nothing in a cache but what it left there itself. First turns come one at a time, under
+    ``opening``: of those that come at once ``min_group`` can send too many to one worker, whose
+    cache then has no room for them.
     """
     random = Random(seed)
     async with client.post(server / "sessions") as response:
@@ -220,7 +223,8 @@ async def play_session(
     messages = [{"role": "system", "content": letters(random, SYSTEM_CHARACTERS)}]
     for number in range(turns):
         messages.append({"role": "user", "content": letters(random, USER_CHARACTERS)})
-        turn, reply = await play_turn(client, server, session_id, number, messages)
+        async with opening if number == 0 else nullcontext():
+            turn, reply = await play_turn(client, server, session_id, number, messages)
         messages.append({"role": "assistant", "content": reply})
         played(turn)
 
