@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint clean
+.PHONY: help demo bench test lint clean
 
 help: ## Show this help
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -18,6 +18,9 @@ $(VENV)/%.installed: setup.cfg pyproject.toml | $(BIN)/python
 
 demo: $(VENV)/demo.installed ## Real engines, the real gateway, a session server and agents: the plugin on and off
 	@exec $(BIN)/python examples/demo.py
+
+bench: $(VENV)/bench.installed ## What the plugin costs and what pinning gains: PARTS="call cache" runs some of it
+	@exec $(BIN)/python -m benchmarks $(PARTS)
 
 test: $(VENV)/test.installed ## All tests, the ones on the real gateway included, with branch coverage
 	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=100

@@ -1,0 +1,125 @@
+"""A figure is what several runs measured: their median and spread, or that they can't tell."""
+
+import math
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Literal
+
+Unit = Literal["ratio", "share", "s", "µs", "bytes", "turns/s", "sessions", "calls"]
+Verdict = Literal["", "reached", "missed", "too noisy to tell"]
+
+_CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """One number of each run, and what is promised of it.
+
+    ``at_most`` or ``at_least`` is the limit that the median has to keep. ``precision``, for a
+    figure without a limit, is the widest spread, as a share of the median, with which it still
+    says something; None where the spread is a finding of its own.
+    """
+
+    runs: tuple[float, ...]
+    unit: Unit
+    at_most: float | None = None
+    at_least: float | None = None
+    precision: float | None = None
+
+    @property
+    def median(self) -> float:
+        """The median of the runs."""
+        return median(self.runs)
+
+    @property
+    def spread(self) -> tuple[float, float]:
+        """The 95 % confidence interval of the median; of fewer than six runs, their extremes.
+
+        It comes from the order of the runs alone, so that it holds however they are distributed.
+        """
+        ordered = sorted(self.runs)
+        outside = _runs_outside(len(ordered))
+        return ordered[outside], ordered[-1 - outside]
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the runs agree well enough to print their median."""
+        low, high = self.spread
+        if self.at_most is not None:
+            return not low <= self.at_most < high
+        if self.at_least is not None:
+            return not low < self.at_least <= high
+        return self.precision is None or high - low <= self.precision * abs(self.median)
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the runs say of the limit; empty where there is none and the figure is clear."""
+        if not self.is_clear:
+            return "too noisy to tell"
+        if self.at_most is not None:
+            return "reached" if self.median <= self.at_most else "missed"
+        if self.at_least is not None:
+            return "reached" if self.median >= self.at_least else "missed"
+        return ""
+
+    def __str__(self) -> str:
+        if not self.is_clear:
+            return "too noisy to tell"
+        low, high = self.spread
+        text = _text(self.median, self.unit)
+        if low == high:
+            return text
+        return f"{text} ({_text(low, self.unit)} to {_text(high, self.unit)})"
+
+
+def _runs_outside(count: int) -> int:
+    """Return how many runs may be left out on each side of a 95 % interval of the median."""
+    chance, outside = 0.0, 0
+    while True:
+        chance += math.comb(count, outside) / 2**count
+        if 2 * chance > 1 - _CONFIDENCE:
+            return max(outside - 1, 0)
+        outside += 1
+
+
+def _text(value: float, unit: Unit) -> str:
+    if unit == "share":
+        return f"{value:.1%}".replace("%", " %")
+    if unit == "ratio":
+        return f"{value:.3f}"
+    return f"{value:,.{0 if value >= 100 else 2}f} {unit}"
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows of one comparison; a cell is a figure, or a text that needs no measurement."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str | Figure, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one part of the benchmark measured: its tables, and a sentence on how to read each."""
+
+    name: str
+    title: str
+    tables: tuple[Table, ...]
+    notes: tuple[str, ...] = ()
+
+
+Progress = Callable[[float, str], None]
+"""Called with the share of a part that is done, 0 to 1, and what it is at."""
+
+
+def ratios(rounds: Sequence[Mapping[str, float]], arm: str, base: str) -> tuple[float, ...]:
+    """Return what ``arm`` cost as a multiple of ``base``, for each round."""
+    return tuple(costs[arm] / costs[base] for costs in rounds)
+
+
+def shuffled(arms: Sequence[str]) -> list[str]:
+    """Return the order in which a round takes its arms: no arm always follows the same one."""
+    return random.sample(arms, len(arms))
