@@ -1,9 +1,11 @@
 """Pin each session of an aiohttp session server to one worker behind an SMG gateway."""
 
+from .call import MissingSessionError
+from .client_middleware import routing_client_middleware
 from .config import ConfigError, RoutingConfig
 from .context import current_session_id, routing_session
 from .gateway import ROUTING_KEY_HEADER
-from .hook import MissingSessionError, attach, routing_trace_config
+from .hook import attach, routing_trace_config
 from .key import routing_key
 from .ledger import Move, PinLedger, PinSummary, SessionPin
 from .log import SessionIdFilter
@@ -26,6 +28,7 @@ __all__ = (
     "SessionPin",
     "attach",
     "current_session_id",
+    "routing_client_middleware",
     "routing_key",
     "routing_middleware",
     "routing_session",

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from aiohttp import hdrs, web
+from aiohttp import web
+from aiohttp.hdrs import METH_POST
 from yarl import URL
 
 from . import values
@@ -93,7 +94,9 @@ class RoutingConfig:
     hide_worker_ids: bool = False
     """Take the header that names the worker off what the server answers to agents."""
 
-    _calls: frozenset[tuple[str, str | None, int | None, str]] = field(
+    # The calls that are tagged, as nearly all are spelled, and as they may be meant otherwise.
+    _spelled: frozenset[tuple[str, str, str]] = field(init=False, repr=False, compare=False)
+    _meant: frozenset[tuple[str, str | None, int | None, str]] = field(
         init=False, repr=False, compare=False
     )
 
@@ -120,12 +123,15 @@ class RoutingConfig:
             )
         if faults:
             raise ConfigError(faults)
-        calls = (
-            (url.scheme, url.raw_host, url.port, url.raw_path.rstrip("/") + path)
-            for url in values.several(self.gateway)
+        calls = [
+            (url, url.raw_path.rstrip("/") + path)
+            for url in values.several(self.gateway if self.enabled else ())
             for path in values.several(self.paths)
-        )
-        object.__setattr__(self, "_calls", frozenset(calls if self.enabled else ()))
+        ]
+        spelled = frozenset((url.scheme, url.raw_authority, path) for url, path in calls)
+        meant = frozenset((url.scheme, url.raw_host, url.port, path) for url, path in calls)
+        object.__setattr__(self, "_spelled", spelled)
+        object.__setattr__(self, "_meant", meant)
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> "RoutingConfig":
@@ -156,9 +162,13 @@ class RoutingConfig:
     def tags(self, method: str, url: URL) -> bool:
         """Tell whether a call is one that carries a key: POST, to a path of the gateway."""
         # aiohttp before 3.14 shows the method, and any version an encoded URL, as it was passed.
-        if method.upper() != hdrs.METH_POST or not url.raw_host:
+        if method != METH_POST and method.upper() != METH_POST:
             return False
-        return (url.scheme, url.raw_host.lower(), url.port, url.raw_path) in self._calls
+        # yarl works out a host and a port anew for each URL, which takes as long as all the rest.
+        if (url.scheme, url.raw_authority, url.raw_path) in self._spelled:
+            return True
+        host = (url.raw_host or "").lower()
+        return (url.scheme, host, url.port, url.raw_path) in self._meant
 
     def routing_key(self, session_id: SessionId) -> str:
         """Return the key that ``session_id`` has under this config; see ``routing_key()``."""

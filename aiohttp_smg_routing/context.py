@@ -17,12 +17,13 @@ class Scope:
     """What the running code belongs to: a session, and the app whose request it is.
 
     A session id that an app's middleware found is bound to the ``config`` of that app: it goes to
-    that config's gateways only, in that config's key form. Without a ``config``, which is how
+    that config's gateways only, as that config's ``key``. Without a ``config``, which is how
     ``routing_session()`` sets it, it goes where the hook that carries the call says. ``outer`` is
     the scope of an app around this one, for the same request.
     """
 
     session_id: str | None
+    key: str | None = None
     config: RoutingConfig | None = None
     pins: PinLedger | None = None
     outer: "Scope | None" = None
@@ -58,15 +59,16 @@ def current_session_id() -> str | None:
     return scope.session_id if scope else None
 
 
-def scope_of_call(method: str, url: URL) -> Scope | None:
-    """Return the scope that a call belongs to: the innermost one with a session that may go there.
+def scope_of_call(config: RoutingConfig, method: str, url: URL) -> Scope | None:
+    """Return the scope that a call which ``config`` tags belongs to.
 
-    Without any such session it is the innermost scope of an app that tags this call.
+    It is the innermost one with a session that may go there. Without any such session it is the
+    innermost scope of an app that tags this call.
     """
     sessionless = None
     scope = _scope.get()
     while scope:
-        if scope.config is None or scope.config.tags(method, url):
+        if scope.config is None or scope.config is config or scope.config.tags(method, url):
             if scope.session_id is not None:
                 return scope
             sessionless = sessionless or scope

@@ -1,10 +1,8 @@
 """The outbound half: the hook puts the key on the call, and tells the ledger where it went."""
 
-import logging
 from collections.abc import Mapping
-from itertools import takewhile
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 from aiohttp import (
     ClientResponse,
@@ -19,27 +17,9 @@ from aiohttp import (
 from multidict import CIMultiDict
 from yarl import URL
 
+from .call import Call, answered, begin, failed
 from .config import RoutingConfig, as_config
-from .context import Scope, scope_of_call
-from .gateway import ROUTED_WORKER_HEADER, ROUTING_KEY_HEADER, TARGET_WORKER_HEADER
 from .ledger import PinLedger
-
-logger = logging.getLogger(__name__)
-
-
-class MissingSessionError(LookupError):
-    """A call to the gateway has no session, and the config says ``on_missing = "raise"``."""
-
-
-class Call(NamedTuple):
-    """A call to the gateway that is under way."""
-
-    header: str | None
-    """The header that carries its key; None where it has no session."""
-    key: str
-    """How the ledger names its session."""
-    pins: PinLedger | None
-    number: int
 
 
 class RoutingTraceConfig(TraceConfig):
@@ -66,8 +46,9 @@ class RoutingTraceConfig(TraceConfig):
         hop = _next_hop(session, params.method, params.url, params.response)
         if hop is None:
             return
-        if context.call and context.call.header:
-            params.headers.popall(context.call.header, None)
+        if context.call:
+            header, *_ = context.call
+            params.headers.popall(header or "", None)
         context.call = self._begin(session, *hop, params.headers)
 
     async def _end(
@@ -76,56 +57,35 @@ class RoutingTraceConfig(TraceConfig):
         # Taken: another hook's error, after this one has run, is not a second outcome.
         call: Call | None = context.call
         context.call = None
-        if call is None or call.pins is None:
-            return
-        if params.response.status >= 400:
-            call.pins.count("failed")
-        elif call.header is None:
-            call.pins.count("untagged")
-        else:
-            worker = params.response.headers.get(ROUTED_WORKER_HEADER) or None
-            call.pins.answered(call.key, worker, call.number)
+        if call:
+            answered(call, params.response)
 
     async def _exception(
         self, session: ClientSession, context: SimpleNamespace, params: TraceRequestExceptionParams
     ) -> None:
-        if context.call and context.call.pins:
-            context.call.pins.count("failed")
+        if context.call:
+            failed(context.call)
 
     def _begin(
         self, session: ClientSession, method: str, url: URL, headers: CIMultiDict[str]
     ) -> Call | None:
-        """Put the key on ``headers`` where the call is to have one."""
-        if not (self.config.tags(method, url) and self._decides(session, method, url)):
+        if not self.config.tags(method, url):
             return None
-        scope = scope_of_call(method, url) or Scope(None)
-        config = scope.config or self.config
-        pins = self.pins if scope.config is None and scope.pins is None else scope.pins
-        if pins and not pins.config.track_sessions:
-            pins = None
-        if scope.session_id is None:
-            if pins:
-                pins.missing()
-            _missing(config, method, url)
-            return Call(None, "", pins, 0)
-        # What a client sent, and a naive proxy copied, must not choose the worker: of two keys the
-        # gateway takes the first, and an index of a worker outranks them.
-        for name in (ROUTING_KEY_HEADER, TARGET_WORKER_HEADER):
-            headers.popall(name, None)
-        headers[config.header] = key = config.routing_key(scope.session_id)
-        if pins is None:
-            return Call(config.header, key, None, 0)
-        if pins.config is not config:
-            key = pins.config.routing_key(scope.session_id)
-        return Call(config.header, key, pins, pins.start())
+        if session.trace_configs[0] is not self and is_claimed(session, method, url, before=self):
+            return None
+        return begin(self.config, self.pins, method, url, headers)
 
-    def _decides(self, session: ClientSession, method: str, url: URL) -> bool:
-        """Tell whether no hook before this one has the call: it is tagged and counted once."""
-        before = takewhile(lambda hook: hook is not self, session.trace_configs)
-        return not any(
-            isinstance(hook, RoutingTraceConfig) and hook.config.tags(method, url)
-            for hook in before
-        )
+
+def is_claimed(
+    session: ClientSession, method: str, url: URL, *, before: TraceConfig | None = None
+) -> bool:
+    """Tell whether a hook of ``session`` has the call: it is tagged and counted once."""
+    for hook in session.trace_configs:
+        if hook is before:
+            break
+        if isinstance(hook, RoutingTraceConfig) and hook.config.tags(method, url):
+            return True
+    return False
 
 
 def routing_trace_config(
@@ -164,18 +124,6 @@ def attach(
     hook.freeze()  # the session does that in its constructor only
     # A new list: the old one may be the caller's own, and that of other sessions.
     session._trace_configs = [*session.trace_configs, hook]
-
-
-def _missing(config: RoutingConfig, method: str, url: URL) -> None:
-    call = f"{method} {url.origin()}{url.raw_path}"
-    if config.on_missing == "raise":
-        raise MissingSessionError(
-            f"{call} has no session: call it within a request whose session id is found by "
-            f"session_id={config.session_id!r}, or within routing_session(...), "
-            "or set on_missing = 'pass'"
-        )
-    if config.on_missing == "warn":
-        logger.warning("%s has no session: the gateway may route it to any worker", call)
 
 
 def _next_hop(

@@ -5,10 +5,9 @@ import logging
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, get_args
 
 from .config import RoutingConfig
 from .key import SessionId, as_session_id
@@ -111,9 +110,9 @@ class PinLedger:
         self._clock = clock
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
-        self._sessions: OrderedDict[str, SessionPin] = OrderedDict()
+        self._sessions: OrderedDict[str, _Row] = OrderedDict()
         self._workers: Counter[str] = Counter()
-        self._calls: Counter[str] = Counter()
+        self._calls: dict[str, int] = dict.fromkeys(get_args(Outcome), 0)
         self._minute = clock()
         self._logged = self._held_back = 0
 
@@ -122,7 +121,7 @@ class PinLedger:
 
         Copy it before you await while you go through it: ``dict(ledger.sessions())``.
         """
-        return MappingProxyType(self._sessions)
+        return _Sessions(self._sessions)
 
     def workers(self) -> dict[str, int]:
         """Return how many of the tracked sessions each worker has."""
@@ -156,13 +155,21 @@ class PinLedger:
     def answered(self, key: str, worker: str | None, number: int) -> None:
         """Enter the answer to the call ``number`` of the session with the routing key ``key``."""
         with self._lock:
-            before = self._sessions.get(key)
+            row = self._sessions.get(key)
+            if row is not None and row.worker == worker is not None and row.newest < number:
+                # So nearly every turn ends, and each agent waits for it.
+                row.turns += 1
+                row.newest = number
+                self._sessions.move_to_end(key)
+                self._count("kept")
+                return
+            before = row.pin() if row else None
             after, outcome, move = _enter(key, before, worker, number)
-            self._sessions[key] = after
+            self._sessions[key] = _Row(after)
             self._sessions.move_to_end(key)
             self._count(outcome)
             if before is None or before.worker != after.worker:
-                self._drop(before)
+                self._drop(row)
                 self._pinned(after.worker, +1)
             if len(self._sessions) > self.config.track_sessions:
                 self._drop(self._sessions.popitem(last=False)[1])
@@ -193,7 +200,8 @@ class PinLedger:
 
     def _count(self, outcome: Outcome) -> None:
         self._calls[outcome] += 1
-        self._tell(lambda metrics: metrics.called(outcome))
+        if self._metrics:
+            self._tell(lambda metrics: metrics.called(outcome))
 
     def _tell(self, what: Callable[[Metrics], None]) -> None:
         """Tell the metrics; what goes wrong there is logged once, and no call fails of it."""
@@ -205,9 +213,9 @@ class PinLedger:
                     self._metrics_failed = True
                     logger.exception("the metrics failed: further failures are not logged")
 
-    def _drop(self, pin: SessionPin | None) -> None:
-        if pin:
-            self._pinned(pin.worker, -1)
+    def _drop(self, row: "_Row | None") -> None:
+        if row:
+            self._pinned(row.worker, -1)
 
     def _pinned(self, worker: str | None, change: int) -> None:
         if worker is None:
@@ -243,6 +251,34 @@ class PinLedger:
                 self._on_move(move)
             except Exception:
                 logger.exception("on_move failed: the call goes on")
+
+
+class _Row:
+    """A session's pin as the ledger keeps it: a turn that stays changes two numbers in place."""
+
+    __slots__ = SessionPin._fields
+
+    def __init__(self, pin: SessionPin) -> None:
+        self.worker, self.turns, self.moves, self.since, self.newest, self.before = pin
+
+    def pin(self) -> SessionPin:
+        return SessionPin(self.worker, self.turns, self.moves, self.since, self.newest, self.before)
+
+
+class _Sessions(Mapping[str, SessionPin]):
+    """The rows, to read."""
+
+    def __init__(self, rows: Mapping[str, _Row]) -> None:
+        self._rows = rows
+
+    def __getitem__(self, key: str) -> SessionPin:
+        return self._rows[key].pin()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
 
 def _enter(

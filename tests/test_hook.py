@@ -5,6 +5,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+import aiohttp
 import pytest
 from aiohttp import (
     ClientError,
@@ -21,6 +22,7 @@ from aiohttp_smg_routing import (
     MissingSessionError,
     RoutingConfig,
     attach,
+    routing_client_middleware,
     routing_session,
     routing_trace_config,
 )
@@ -34,10 +36,26 @@ SMUGGLED = [
 ]
 
 
+Outbound = Callable[[RoutingConfig], dict[str, Any]]
+OUTBOUND: dict[str, Outbound] = {
+    "hook": lambda config: {"trace_configs": [routing_trace_config(config)]},
+}
+if hasattr(aiohttp, "ClientMiddlewareType"):  # aiohttp 3.12+
+    OUTBOUND["client middleware"] = lambda config: {
+        "middlewares": [routing_client_middleware(config)]
+    }
+
+
+@pytest.fixture(params=OUTBOUND.values(), ids=list(OUTBOUND))
+def outbound(request: pytest.FixtureRequest) -> Outbound:
+    """Return what gives a ClientSession the outbound half, in each of its forms."""
+    form: Outbound = request.param
+    return form
+
+
 @pytest.fixture
-async def hooked(gateway: Wire) -> AsyncIterator[ClientSession]:
-    trace_config = routing_trace_config(RoutingConfig(gateway.url))
-    async with ClientSession(trace_configs=[trace_config]) as session:
+async def hooked(gateway: Wire, outbound: Outbound) -> AsyncIterator[ClientSession]:
+    async with ClientSession(**outbound(RoutingConfig(gateway.url))) as session:
         yield session
 
 
@@ -83,12 +101,9 @@ async def test_a_method_in_lower_case_is_the_same_method(
     assert gateway.last.keys == [b"s-1"]
 
 
-async def test_session_wide_headers_do_not_survive(gateway: Wire) -> None:
-    async with ClientSession(
-        gateway.url,
-        headers=SMUGGLED,
-        trace_configs=[routing_trace_config({"gateway": str(gateway.url)})],
-    ) as session:
+async def test_session_wide_headers_do_not_survive(gateway: Wire, outbound: Outbound) -> None:
+    config = RoutingConfig(gateway.url)
+    async with ClientSession(gateway.url, headers=SMUGGLED, **outbound(config)) as session:
         with routing_session("s-1"):
             async with session.post("/v1/chat/completions"):
                 pass
@@ -117,10 +132,10 @@ async def test_the_callers_headers_stay_as_they_were(gateway: Wire, hooked: Clie
 
 
 async def test_an_own_header_carries_the_key_and_the_gateways_does_not_survive(
-    gateway: Wire,
+    gateway: Wire, outbound: Outbound
 ) -> None:
     config = RoutingConfig(gateway.url, header="X-Pin")
-    async with ClientSession(trace_configs=[routing_trace_config(config)]) as session:
+    async with ClientSession(**outbound(config)) as session:
         with routing_session("s-1"):
             async with session.post(gateway.chat, headers=[*SMUGGLED, ("x-pin", "evil")]):
                 pass
@@ -205,11 +220,11 @@ async def test_calls_without_a_session_leave_byte_for_byte_as_without_the_plugin
 
 
 @pytest.mark.parametrize("call", [*UNTAGGED.values(), lambda s, w: s.post(w.chat, json={})])
-async def test_a_trace_config_that_is_not_enabled_does_nothing(
-    gateway: Wire, plain: ClientSession, call: Caller
+async def test_it_does_nothing_where_it_is_not_enabled(
+    gateway: Wire, plain: ClientSession, call: Caller, outbound: Outbound
 ) -> None:
     config = RoutingConfig(gateway.url, enabled=False, on_missing="raise")
-    async with ClientSession(trace_configs=[routing_trace_config(config)]) as session:
+    async with ClientSession(**outbound(config)) as session:
         attach(plain, config)
         assert plain.trace_configs == []
         with routing_session("s-1"):
@@ -222,8 +237,21 @@ async def test_key_does_not_follow_a_redirect_off_the_gateway(
 ) -> None:
     gateway.answer = lambda call: redirect(elsewhere.chat)
     with routing_session("s-1"):
-        async with hooked.post(gateway.chat, json={}, headers=SMUGGLED):
+        async with hooked.post(gateway.chat, json={}):
             pass
+    assert gateway.last.keys == [b"s-1"]
+    assert elsewhere.last.keys == []
+
+
+async def test_what_the_hook_took_off_does_not_follow_a_redirect_either(
+    gateway: Wire, elsewhere: Wire
+) -> None:
+    gateway.answer = lambda call: redirect(elsewhere.chat)
+    trace_config = routing_trace_config({"gateway": str(gateway.url)})
+    async with ClientSession(trace_configs=[trace_config]) as session:
+        with routing_session("s-1"):
+            async with session.post(gateway.chat, json={}, headers=SMUGGLED):
+                pass
     assert gateway.last.keys == [b"s-1"]
     assert elsewhere.last.keys == []
     assert elsewhere.last.values("X-SMG-Target-Worker") == []
@@ -243,11 +271,11 @@ async def test_key_does_not_follow_a_redirect_to_another_path(
 
 
 async def test_a_key_in_an_own_header_does_not_follow_a_redirect_off_the_gateway(
-    gateway: Wire, elsewhere: Wire
+    gateway: Wire, elsewhere: Wire, outbound: Outbound
 ) -> None:
     gateway.answer = lambda call: redirect(elsewhere.chat)
     config = RoutingConfig(gateway.url, header="X-Pin")
-    async with ClientSession(trace_configs=[routing_trace_config(config)]) as session:
+    async with ClientSession(**outbound(config)) as session:
         with routing_session("s-1"):
             async with session.post(gateway.chat, json={}):
                 pass
@@ -267,10 +295,12 @@ async def test_key_does_not_follow_a_redirect_by_the_older_uri_header(
     assert [call.keys for call in gateway.calls] == [[b"s-1"], []]
 
 
-async def test_a_redirect_is_judged_by_the_path_that_goes_out(gateway: Wire) -> None:
+async def test_a_redirect_is_judged_by_the_path_that_goes_out(
+    gateway: Wire, outbound: Outbound
+) -> None:
     gateway.answer = lambda call: OK if "%63" in call.path else redirect("/v1/chat/%63ompletions")
-    trace_config = routing_trace_config(RoutingConfig(gateway.url))
-    async with ClientSession(trace_configs=[trace_config], requote_redirect_url=False) as session:
+    config = RoutingConfig(gateway.url)
+    async with ClientSession(**outbound(config), requote_redirect_url=False) as session:
         with routing_session("s-1"):
             async with session.post(gateway.chat, json={}):
                 pass
@@ -362,10 +392,14 @@ async def test_an_error_status_is_raised_as_without_the_plugin(
 
 @pytest.mark.parametrize(("on_missing", "records"), [("pass", 0), ("warn", 1)])
 async def test_on_missing_says_what_a_call_without_a_session_does(
-    gateway: Wire, caplog: pytest.LogCaptureFixture, on_missing: Any, records: int
+    gateway: Wire,
+    outbound: Outbound,
+    caplog: pytest.LogCaptureFixture,
+    on_missing: Any,
+    records: int,
 ) -> None:
     config = RoutingConfig(gateway.url, on_missing=on_missing)
-    async with ClientSession(trace_configs=[routing_trace_config(config)]) as session:
+    async with ClientSession(**outbound(config)) as session:
         url = gateway.chat.with_user("user").with_password("hush").with_query("a=b")
         async with session.post(url):
             pass
@@ -377,9 +411,11 @@ async def test_on_missing_says_what_a_call_without_a_session_does(
     assert "hush" not in caplog.text
 
 
-async def test_on_missing_raise_fails_the_call_before_it_leaves(gateway: Wire) -> None:
+async def test_on_missing_raise_fails_the_call_before_it_leaves(
+    gateway: Wire, outbound: Outbound
+) -> None:
     config = RoutingConfig(gateway.url, on_missing="raise")
-    async with ClientSession(trace_configs=[routing_trace_config(config)]) as session:
+    async with ClientSession(**outbound(config)) as session:
         with pytest.raises(MissingSessionError, match="has no session"):
             await session.post(gateway.chat)
         assert gateway.calls == []

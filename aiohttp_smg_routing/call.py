@@ -1,0 +1,97 @@
+"""One call to the gateway: the key is put on it, and the ledger is told where it went.
+
+The trace hook and the client middleware both ask here, so that they decide alike.
+"""
+
+import logging
+
+from aiohttp import ClientResponse, hdrs
+from multidict import CIMultiDict
+from yarl import URL
+
+from .config import RoutingConfig
+from .context import scope_of_call
+from .gateway import ROUTED_WORKER_HEADER, ROUTING_KEY_HEADER, TARGET_WORKER_HEADER
+from .ledger import PinLedger
+
+logger = logging.getLogger(__name__)
+
+
+_REDIRECT = (hdrs.LOCATION, hdrs.URI)
+
+
+class MissingSessionError(LookupError):
+    """A call to the gateway has no session, and the config says ``on_missing = "raise"``."""
+
+
+Call = tuple[str | None, str, PinLedger | None, int]
+"""A call that is under way: the header that carries its key, or None where it has no session; how
+the ledger names its session; the ledger; its number there. A plain tuple, because to make and to
+read a ``NamedTuple`` took as long as all the rest of :func:`begin`."""
+
+
+def begin(
+    config: RoutingConfig,
+    pins: PinLedger | None,
+    method: str,
+    url: URL,
+    headers: CIMultiDict[str],
+) -> Call:
+    """Put the key on the ``headers`` of a call that ``config`` tags, where it has a session."""
+    scope = scope_of_call(config, method, url)
+    if scope is not None:
+        if scope.config is not None:
+            config, pins = scope.config, scope.pins
+        elif scope.pins is not None:
+            pins = scope.pins
+    if pins is not None and not pins.config.track_sessions:
+        pins = None
+    if scope is None or scope.session_id is None:
+        if pins is not None:
+            pins.missing()
+        _missing(config, method, url)
+        return None, "", pins, 0
+    # What a client sent, and a naive proxy copied, must not choose the worker: of two keys the
+    # gateway takes the first, and an index of a worker outranks them.
+    headers.popall(ROUTING_KEY_HEADER, None)
+    headers.popall(TARGET_WORKER_HEADER, None)
+    headers[config.header] = key = scope.key or config.routing_key(scope.session_id)
+    if pins is None:
+        return config.header, key, None, 0
+    if pins.config is not config:
+        key = pins.config.routing_key(scope.session_id)
+    return config.header, key, pins, pins.start()
+
+
+def answered(call: Call, response: ClientResponse) -> None:
+    """Tell the ledger what the answer to ``call`` shows."""
+    header, key, pins, number = call
+    if pins is None:
+        return
+    if response.status >= 400:
+        pins.count("failed")
+    elif response.status >= 300 and any(name in response.headers for name in _REDIRECT):
+        pass  # what it leads to is the call that counts
+    elif header is None:
+        pins.count("untagged")
+    else:
+        pins.answered(key, response.headers.get(ROUTED_WORKER_HEADER) or None, number)
+
+
+def failed(call: Call) -> None:
+    """Tell the ledger that ``call`` raised."""
+    _, _, pins, _ = call
+    if pins is not None:
+        pins.count("failed")
+
+
+def _missing(config: RoutingConfig, method: str, url: URL) -> None:
+    call = f"{method} {url.origin()}{url.raw_path}"
+    if config.on_missing == "raise":
+        raise MissingSessionError(
+            f"{call} has no session: call it within a request whose session id is found by "
+            f"session_id={config.session_id!r}, or within routing_session(...), "
+            "or set on_missing = 'pass'"
+        )
+    if config.on_missing == "warn":
+        logger.warning("%s has no session: the gateway may route it to any worker", call)
