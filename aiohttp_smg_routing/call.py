@@ -24,10 +24,10 @@ class MissingSessionError(LookupError):
     """A call to the gateway has no session, and the config says ``on_missing = "raise"``."""
 
 
-Call = tuple[str | None, str, PinLedger | None, int]
-"""A call that is under way: the header that carries its key, or None where it has no session; how
-the ledger names its session; the ledger; its number there. A plain tuple, because to make and to
-read a ``NamedTuple`` took as long as all the rest of :func:`begin`."""
+Call = tuple[str, str, PinLedger | None, int]
+"""A call that is under way: the header that carries its key, empty where it has no session; how
+the ledger names its session; the ledger; its number there. It is a plain tuple because to make
+and read a ``NamedTuple`` takes as long as all the rest of :func:`begin`."""
 
 
 def begin(
@@ -38,50 +38,41 @@ def begin(
     headers: CIMultiDict[str],
 ) -> Call:
     """Put the key on the ``headers`` of a call that ``config`` tags, where it has a session."""
-    scope = scope_of_call(config, method, url)
-    if scope is not None:
-        if scope.config is not None:
-            config, pins = scope.config, scope.pins
-        elif scope.pins is not None:
-            pins = scope.pins
-    if pins is not None and not pins.config.track_sessions:
-        pins = None
-    if scope is None or scope.session_id is None:
-        if pins is not None:
+    scope = scope_of_call(config, pins, method, url)
+    pins = scope.ledger
+    if not scope.key:
+        if pins:
             pins.missing()
-        _missing(config, method, url)
-        return None, "", pins, 0
+        _missing(scope.config or config, method, url)
+        return "", "", pins, 0
     # What a client sent, and a naive proxy copied, must not choose the worker: of two keys the
     # gateway takes the first, and an index of a worker outranks them.
     headers.popall(ROUTING_KEY_HEADER, None)
     headers.popall(TARGET_WORKER_HEADER, None)
-    headers[config.header] = key = scope.key or config.routing_key(scope.session_id)
-    if pins is None:
-        return config.header, key, None, 0
-    if pins.config is not config:
-        key = pins.config.routing_key(scope.session_id)
-    return config.header, key, pins, pins.start()
+    headers[scope.header] = scope.key
+    return scope.header, scope.name, pins, pins.start() if pins else 0
 
 
 def answered(call: Call, response: ClientResponse) -> None:
     """Tell the ledger what the answer to ``call`` shows."""
-    header, key, pins, number = call
-    if pins is None:
+    header, name, pins, number = call
+    if not pins:
         return
-    if response.status >= 400:
+    status = response.status
+    if status >= 400:
         pins.count("failed")
-    elif response.status >= 300 and any(name in response.headers for name in _REDIRECT):
+    elif status >= 300 and any(name in response.headers for name in _REDIRECT):
         pass  # what it leads to is the call that counts
-    elif header is None:
+    elif not header:
         pins.count("untagged")
     else:
-        pins.answered(key, response.headers.get(ROUTED_WORKER_HEADER) or None, number)
+        pins.answered(name, response.headers.get(ROUTED_WORKER_HEADER) or None, number)
 
 
 def failed(call: Call) -> None:
     """Tell the ledger that ``call`` raised."""
     _, _, pins, _ = call
-    if pins is not None:
+    if pins:
         pins.count("failed")
 
 

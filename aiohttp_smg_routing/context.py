@@ -2,7 +2,7 @@
 
 from contextlib import suppress
 from contextvars import ContextVar, Token
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 
 from yarl import URL
@@ -12,21 +12,37 @@ from .key import SessionId, as_session_id
 from .ledger import PinLedger
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Scope:
     """What the running code belongs to: a session, and the app whose request it is.
 
     A session id that an app's middleware found is bound to the ``config`` of that app: it goes to
-    that config's gateways only, as that config's ``key``. Without a ``config``, which is how
-    ``routing_session()`` sets it, it goes where the hook that carries the call says. ``outer`` is
-    the scope of an app around this one, for the same request.
+    that config's gateways only, in that config's key form and header. Without a ``config``, which
+    is how ``routing_session()`` sets it, it goes where the hook that carries the call says.
+    ``outer`` is the scope of an app around this one, for the same request.
     """
 
     session_id: str | None
-    key: str | None = None
     config: RoutingConfig | None = None
     pins: PinLedger | None = None
     outer: "Scope | None" = None
+    # Worked out here, once a request, and not in each of its calls.
+    ledger: PinLedger | None = field(init=False, default=None)
+    """``pins``, where they track sessions."""
+    header: str = field(init=False, default="")
+    key: str = field(init=False, default="")
+    """What each call carries; empty without a session or a config."""
+    name: str = field(init=False, default="")
+    """How the ledger names the session."""
+
+    def __post_init__(self) -> None:
+        if self.pins and self.pins.config.track_sessions:
+            self.ledger = self.pins
+        if self.config is not None and self.session_id is not None:
+            self.header = self.config.header
+            self.key = self.name = self.config.routing_key(self.session_id)
+            if self.pins and self.pins.config is not self.config:
+                self.name = self.pins.config.routing_key(self.session_id)
 
 
 #: The scope of the code that runs now. Tasks and ``asyncio.to_thread`` inherit it.
@@ -59,21 +75,25 @@ def current_session_id() -> str | None:
     return scope.session_id if scope else None
 
 
-def scope_of_call(config: RoutingConfig, method: str, url: URL) -> Scope | None:
-    """Return the scope that a call which ``config`` tags belongs to.
+def scope_of_call(config: RoutingConfig, pins: PinLedger | None, method: str, url: URL) -> Scope:
+    """Return the scope that a call which ``config`` tags belongs to; it has a config.
 
-    It is the innermost one with a session that may go there. Without any such session it is the
-    innermost scope of an app that tags this call.
+    It is the innermost scope with a session that may go there. Without any such session it is the
+    innermost scope of an app that tags this call. What is not bound to an app is bound to the
+    hook's ``config``, and entered in its ``pins``.
     """
-    sessionless = None
     scope = _scope.get()
+    if scope and scope.config is config and scope.key:
+        return scope  # nearly every call
+    sessionless = None
     while scope:
-        if scope.config is None or scope.config is config or scope.config.tags(method, url):
+        if scope.config is None or scope.config.tags(method, url):
             if scope.session_id is not None:
-                return scope
+                break
             sessionless = sessionless or scope
         scope = scope.outer
-    return sessionless
+    scope = scope or sessionless or Scope(None)
+    return scope if scope.config else Scope(scope.session_id, config, scope.pins or pins)
 
 
 class routing_session:  # noqa: N801 - used like a function, as contextlib.suppress is

@@ -48,7 +48,7 @@ class RoutingTraceConfig(TraceConfig):
             return
         if context.call:
             header, *_ = context.call
-            params.headers.popall(header or "", None)
+            params.headers.popall(header, None)
         context.call = self._begin(session, *hop, params.headers)
 
     async def _end(

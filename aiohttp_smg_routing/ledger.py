@@ -109,7 +109,8 @@ class PinLedger:
         self._on_move = sync_function(config.on_move) if config.on_move else None
         self._clock = clock
         self._lock = threading.Lock()
-        self._numbers = itertools.count(1)
+        #: Returns the number of a call that starts now.
+        self.start: Callable[[], int] = itertools.count(1).__next__
         self._sessions: OrderedDict[str, _Row] = OrderedDict()
         self._workers: Counter[str] = Counter()
         self._calls: dict[str, int] = dict.fromkeys(get_args(Outcome), 0)
@@ -139,10 +140,6 @@ class PinLedger:
             with self._lock:
                 self._drop(self._sessions.pop(self.config.routing_key(text), None))
 
-    def start(self) -> int:
-        """Return the number of a call that starts now."""
-        return next(self._numbers)
-
     def missing(self) -> None:
         """Note a call that matched but had no session."""
         self._tell(lambda metrics: metrics.missing())
@@ -156,12 +153,14 @@ class PinLedger:
         """Enter the answer to the call ``number`` of the session with the routing key ``key``."""
         with self._lock:
             row = self._sessions.get(key)
-            if row is not None and row.worker == worker is not None and row.newest < number:
+            if row and row.newest < number and row.worker == worker and worker:
                 # So nearly every turn ends, and each agent waits for it.
                 row.turns += 1
                 row.newest = number
                 self._sessions.move_to_end(key)
-                self._count("kept")
+                self._calls["kept"] += 1
+                if self._metrics:
+                    self._tell_called("kept")
                 return
             before = row.pin() if row else None
             after, outcome, move = _enter(key, before, worker, number)
@@ -200,8 +199,10 @@ class PinLedger:
 
     def _count(self, outcome: Outcome) -> None:
         self._calls[outcome] += 1
-        if self._metrics:
-            self._tell(lambda metrics: metrics.called(outcome))
+        self._tell_called(outcome)
+
+    def _tell_called(self, outcome: Outcome) -> None:
+        self._tell(lambda metrics: metrics.called(outcome))
 
     def _tell(self, what: Callable[[Metrics], None]) -> None:
         """Tell the metrics; what goes wrong there is logged once, and no call fails of it."""

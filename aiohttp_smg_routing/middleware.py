@@ -36,8 +36,7 @@ def routing_middleware(
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         if config.enabled:
             session_id = await find_session_id(request)
-            key = None if session_id is None else config.routing_key(session_id)
-            scope = Scope(session_id, key, config, pins, request.get(_SCOPE))
+            scope = Scope(session_id, config, pins, request.get(_SCOPE))
             request[_SCOPE] = scope
             enter_scope(scope)
         return await handler(request)

@@ -436,11 +436,16 @@ async def test_digest_never_shows_the_session_id(
 async def test_no_tracking_in_one_app_is_not_anothers_to_make_up_for(
     gateway: Wire, outgoing: ClientSession, aiohttp_client: AiohttpClient
 ) -> None:
+    async def in_a_block(request: web.Request) -> web.Response:
+        with routing_session("s-3"):
+            return await naive_proxy(gateway)(request)
+
     apps = []
     for name, track_sessions in (("one", 10), ("two", 0)):
         app = web.Application()
         app[CLIENT] = outgoing
         app.router.add_post("/", naive_proxy(gateway))
+        app.router.add_post("/block", in_a_block)
         config = RoutingConfig(
             gateway.url,
             session_id=f"query:{name}",
@@ -452,6 +457,9 @@ async def test_no_tracking_in_one_app_is_not_anothers_to_make_up_for(
     async with apps[1][1].post("/?two=s-2"):
         pass
     assert gateway.last.keys == [b"s-2"]
+    async with apps[1][1].post("/block?two=s-2"):
+        pass
+    assert gateway.last.keys == [b"s-3"]
     assert [app[PINS].summary() for app, _ in apps] == [PinSummary(), PinSummary()]
 
 
