@@ -94,7 +94,8 @@ class RoutingConfig:
     hide_worker_ids: bool = False
     """Take the header that names the worker off what the server answers to agents."""
 
-    # The calls that are tagged, as nearly all are spelled, and as they may be meant otherwise.
+    # The calls that are tagged: as nearly all are spelled, and as other spellings may mean them.
+    _paths: frozenset[str] = field(init=False, repr=False, compare=False)
     _spelled: frozenset[tuple[str, str, str]] = field(init=False, repr=False, compare=False)
     _meant: frozenset[tuple[str, str | None, int | None, str]] = field(
         init=False, repr=False, compare=False
@@ -130,6 +131,7 @@ class RoutingConfig:
         ]
         spelled = frozenset((url.scheme, url.raw_authority, path) for url, path in calls)
         meant = frozenset((url.scheme, url.raw_host, url.port, path) for url, path in calls)
+        object.__setattr__(self, "_paths", frozenset(path for _, path in calls))
         object.__setattr__(self, "_spelled", spelled)
         object.__setattr__(self, "_meant", meant)
 
@@ -167,8 +169,9 @@ class RoutingConfig:
         # yarl works out a host and a port anew for each URL, which takes as long as all the rest.
         if (url.scheme, url.raw_authority, url.raw_path) in self._spelled:
             return True
-        host = (url.raw_host or "").lower()
-        return (url.scheme, host, url.port, url.raw_path) in self._meant
+        if url.raw_path not in self._paths:
+            return False
+        return (url.scheme, (url.raw_host or "").lower(), url.port, url.raw_path) in self._meant
 
     def routing_key(self, session_id: SessionId) -> str:
         """Return the key that ``session_id`` has under this config; see ``routing_key()``."""

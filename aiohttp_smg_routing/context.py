@@ -8,7 +8,7 @@ from types import TracebackType
 from yarl import URL
 
 from .config import RoutingConfig
-from .key import SessionId, as_session_id
+from .key import SessionId, as_session_id, key_of
 from .ledger import PinLedger
 
 
@@ -40,9 +40,13 @@ class Scope:
             self.ledger = self.pins
         if self.config is not None and self.session_id is not None:
             self.header = self.config.header
-            self.key = self.name = self.config.routing_key(self.session_id)
+            self.key = self.name = _key(self.session_id, self.config)
             if self.pins and self.pins.config is not self.config:
-                self.name = self.pins.config.routing_key(self.session_id)
+                self.name = _key(self.session_id, self.pins.config)
+
+
+def _key(session_id: str, config: RoutingConfig) -> str:
+    return key_of(session_id, config.key, config.secret)
 
 
 #: The scope of the code that runs now. Tasks and ``asyncio.to_thread`` inherit it.

@@ -49,6 +49,11 @@ def routing_key(
     text = as_session_id(session_id)
     if text is None:
         raise ValueError(f"a session id is not empty or blank, but this is: {session_id!r}")
+    return key_of(text, key, secret)
+
+
+def key_of(text: str, key: KeyForm, secret: str | None) -> str:
+    """Return the key of a session whose id has been through ``as_session_id()``."""
     if key == "session_id" and VALID_KEY.fullmatch(text):
         return text
     # A path or a header can hold lone surrogates (bytes that were not UTF-8): they count as well.

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import sys
 import threading
 import time
 from collections import Counter, OrderedDict
@@ -163,6 +164,7 @@ class PinLedger:
                     self._tell_called("kept")
                 return
             before = row.pin() if row else None
+            worker = worker and sys.intern(worker)  # each answer has a text of its own
             after, outcome, move = _enter(key, before, worker, number)
             self._sessions[key] = _Row(after)
             self._sessions.move_to_end(key)

@@ -84,7 +84,7 @@ def session_id_finder(
         for place, (source, read) in enumerate(readers):
             try:
                 found = read(request)
-                if isawaitable(found):
+                if not isinstance(found, str) and isawaitable(found):
                     found = await found
                 session_id = as_session_id(found)
             except (Exception, asyncio.CancelledError) as error:
