@@ -6,7 +6,7 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import ClientError, ClientSession, web
-from pytest_aiohttp import AiohttpClient
+from pytest_aiohttp.plugin import AiohttpClient
 
 from aiohttp_smg_routing import (
     PINS,

@@ -3,6 +3,7 @@
 import io
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from copy import deepcopy
 from typing import Any
 
 import aiohttp
@@ -86,7 +87,7 @@ async def test_a_matching_call_carries_exactly_one_key(
     gateway: Wire, hooked: ClientSession, arguments: dict[str, Any]
 ) -> None:
     with routing_session("s-1"):
-        async with hooked.post(gateway.chat, **arguments):
+        async with hooked.post(gateway.chat, **deepcopy(arguments)):  # a call closes its file
             pass
     assert gateway.last.keys == [b"s-1"]
     assert gateway.last.values("X-SMG-Target-Worker") == []
