@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo bench test lint clean
+.PHONY: help demo bench micro test lint clean
 
 help: ## Show this help
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -21,6 +21,9 @@ demo: $(VENV)/demo.installed ## Real engines, the real gateway, a session server
 
 bench: $(VENV)/bench.installed ## What the plugin costs and what pinning gains: PARTS="call cache" runs some of it
 	@exec $(BIN)/python -m benchmarks $(PARTS)
+
+micro: $(VENV)/bench.installed ## Micro-benchmarks of this tree beside those of BASE, the commit before by default
+	@.ci/micro $(BASE)
 
 test: $(VENV)/test.installed ## All tests, the ones on the real gateway included, with branch coverage
 	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=100

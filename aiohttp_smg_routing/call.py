@@ -16,7 +16,6 @@ from .ledger import PinLedger
 
 logger = logging.getLogger(__name__)
 
-
 _REDIRECT = (hdrs.LOCATION, hdrs.URI)
 
 

@@ -1,9 +1,9 @@
 """A figure is what several runs measured: their median and spread, or that they can't tell."""
 
-import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from statistics import median
 from typing import Literal
 
@@ -11,6 +11,8 @@ Unit = Literal["ratio", "share", "s", "µs", "bytes", "turns/s", "sessions", "ca
 Verdict = Literal["", "reached", "missed", "too noisy to tell"]
 
 _CONFIDENCE = 0.95
+_COUNTS = ("bytes", "sessions", "calls")
+_SUFFIXES = {"ratio": "", "share": "%"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,28 +70,31 @@ class Figure:
         if not self.is_clear:
             return "too noisy to tell"
         low, high = self.spread
-        text = _text(self.median, self.unit)
-        if low == high:
-            return text
-        return f"{text} ({_text(low, self.unit)} to {_text(high, self.unit)})"
+        text = self._number(self.median)
+        if low != high:
+            text += f" ({self._number(low)} to {self._number(high)})"
+        return f"{text} {_SUFFIXES.get(self.unit, self.unit)}".rstrip()
+
+    def _number(self, value: float) -> str:
+        if self.unit == "share":
+            return f"{100 * value:.1f}"
+        if self.unit == "ratio":
+            return f"{value:.3f}"
+        exact = self.unit in _COUNTS or value >= 100
+        return f"{value:,.{0 if exact else 2}f}"
 
 
+@cache
 def _runs_outside(count: int) -> int:
     """Return how many runs may be left out on each side of a 95 % interval of the median."""
-    chance, outside = 0.0, 0
-    while True:
-        chance += math.comb(count, outside) / 2**count
-        if 2 * chance > 1 - _CONFIDENCE:
-            return max(outside - 1, 0)
+    # Of the 2**count ways to lie on one side of the median or the other: how many have so few here.
+    ways = term = 1
+    outside = 0
+    while 2 * ways / 2**count <= 1 - _CONFIDENCE:
+        term = term * (count - outside) // (outside + 1)
+        ways += term
         outside += 1
-
-
-def _text(value: float, unit: Unit) -> str:
-    if unit == "share":
-        return f"{value:.1%}".replace("%", " %")
-    if unit == "ratio":
-        return f"{value:.3f}"
-    return f"{value:,.{0 if value >= 100 else 2}f} {unit}"
+    return max(outside - 1, 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,25 +8,13 @@ Everything runs on free loopback ports, and every figure in the table is measure
 
 import argparse
 import asyncio
-import json
 import signal
 import sys
-import tempfile
-import time
-from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager, nullcontext
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from random import Random
-from statistics import quantiles
+from collections.abc import Callable
+from dataclasses import replace
 
 import aiohttp
-from engines import engines, healthy
-from yarl import URL
-
-from aiohttp_smg_routing.testing import child_process, free_port, smg_gateway
+from agents import PINNED, Arm, Load, Turn, moved_sessions, play
 
 try:
     from rich.console import Console
@@ -35,95 +23,12 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"{error}: pip install 'aiohttp_smg_routing[demo]'")
 
-# One character is one token of the engines' model. Long enough that a cold prompt is seen to cost
-# time, short enough that both arms end within a minute and a half on two cores.
-SYSTEM_CHARACTERS = 500
-USER_CHARACTERS = 80
-REPLY_CHARACTERS = 8
-TEMPLATE_TOKENS = 40  # what the chat template adds to a turn, at the most
-
-TURN_SECONDS = 120  # the longest that a turn may take on a slow machine
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FAILURES = (aiohttp.ClientError, asyncio.TimeoutError, ImportError, OSError, RuntimeError)
 
 
-@dataclass(frozen=True, slots=True)
-class Load:
-    """What each arm plays: ``sessions`` at once, ``turns`` in each, on ``workers`` engines."""
-
-    sessions: int
-    turns: int
-    workers: int
-
-    @property
-    def slots(self) -> int:
-        """The conversations that one engine has to hold when they are spread evenly."""
-        return -(-self.sessions // self.workers)
-
-    @property
-    def context(self) -> int:
-        """The tokens of a whole conversation, or a few more."""
-        turn = USER_CHARACTERS + REPLY_CHARACTERS + TEMPLATE_TOKENS
-        return SYSTEM_CHARACTERS + TEMPLATE_TOKENS + self.turns * turn
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One measured turn; ``number`` counts from 0 within its session."""
-
-    session_id: str
-    number: int
-    worker: str
-    first_token_seconds: float
-    prompt_tokens: int
-    cached_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Arm:
-    """All turns of one load, the gateway's count of each policy branch, and the wall time."""
-
-    turns: tuple[Turn, ...]
-    branches: Counter[str]
-    seconds: float
-
-    @property
-    def sessions(self) -> int:
-        """The number of sessions."""
-        return len({turn.session_id for turn in self.turns})
-
-    @property
-    def stayed(self) -> int:
-        """The number of sessions that one worker answered from the first turn to the last."""
-        return self.sessions - moved_sessions(self.turns)
-
-    @property
-    def later_turns(self) -> list[Turn]:
-        """All but the first turns, which no cache can help."""
-        return [turn for turn in self.turns if turn.number]
-
-    @property
-    def cached_share(self) -> float:
-        """The share of the later turns' prompt tokens that came from a KV cache, 0 to 1."""
-        cached = sum(turn.cached_tokens for turn in self.later_turns)
-        return cached / sum(turn.prompt_tokens for turn in self.later_turns)
-
-    def first_token(self, percent: int) -> float:
-        """Return that percentile of the later turns' time to first token, in seconds."""
-        times = [turn.first_token_seconds for turn in self.later_turns]
-        return quantiles(times, n=100, method="inclusive")[percent - 1]
-
-
-def moved_sessions(turns: Iterable[Turn]) -> int:
-    """Return how many sessions were answered by more than one worker."""
-    workers: defaultdict[str, set[str]] = defaultdict(set)
-    for turn in turns:
-        workers[turn.session_id].add(turn.worker)
-    return sum(len(seen) > 1 for seen in workers.values())
-
-
 async def play_arm(load: Load, *, plugin: bool, progress: Progress) -> Arm:
-    """Play ``load`` through fresh processes, so that no arm finds another one's warm cache."""
+    """Play ``load`` with the plugin or without it, and show how far it has come."""
     name = f"plugin {'on' if plugin else 'off'}"
     total = load.sessions * load.turns
     bar = progress.add_task(f"{name:10}", total=total, state="starting the servers")
@@ -137,150 +42,11 @@ async def play_arm(load: Load, *, plugin: bool, progress: Progress) -> Arm:
         turns.append(turn)
         show()
 
-    async with (
-        engines(load.workers, slots=load.slots, context=load.context) as workers,
-        smg_gateway(workers, policy="manual", args=("--assignment-mode", "min_group")) as gateway,
-        session_server(gateway.url, plugin=plugin) as server,
-        aiohttp.ClientSession(
-            raise_for_status=check_status, timeout=aiohttp.ClientTimeout(total=TURN_SECONDS)
-        ) as client,
-    ):
+    def started() -> None:
         progress.console.print(f"{name}: all servers are up, {load.sessions} agents begin")
         show()
-        begin, opening = time.perf_counter(), asyncio.Lock()
-        await asyncio.gather(
-            *(
-                play_session(client, server, seed, load.turns, opening, played)
-                for seed in range(load.sessions)
-            )
-        )
-        seconds = time.perf_counter() - begin
-        return Arm(tuple(turns), await gateway.branches(), seconds)
 
-
-@asynccontextmanager
-async def session_server(gateway: URL, *, plugin: bool) -> AsyncIterator[URL]:
-    """Run the example session server before ``gateway``, with or without the plugin."""
-    url = URL(f"http://127.0.0.1:{free_port()}")
-    program = Path(__file__).with_name("session_server.py")
-    with tempfile.TemporaryDirectory(prefix="demo-") as folder:
-        file = Path(folder, "settings.toml")
-        write_settings(file, url, gateway, plugin=plugin)
-        async with (
-            aiohttp.ClientSession() as session,
-            child_process(
-                *(sys.executable, str(program), str(file)), ready=partial(healthy, session, url)
-            ),
-        ):
-            yield url
-
-
-def write_settings(file: Path, server: URL, gateway: URL, *, plugin: bool) -> None:
-    """Write the session server's settings; a JSON string or boolean is a TOML one too."""
-    text = f"""\
-[server]
-host = {json.dumps(server.host)}
-port = {server.port}
-
-[gateway]
-url = {json.dumps(str(gateway))}
-timeout_seconds = {TURN_SECONDS}
-retries = 2
-
-[smg_routing]
-enabled = {json.dumps(plugin)}
-gateway = {json.dumps(str(gateway))}
-client_session = "client_session"
-"""
-    file.write_text(text, encoding="utf-8")
-
-
-async def check_status(response: aiohttp.ClientResponse) -> None:
-    """Raise ``RuntimeError`` with what the server had to say, unless it succeeded."""
-    if not response.ok:
-        text = await response.text()
-        raise RuntimeError(f"{response.method} {response.url}: {response.status} {text}")
-
-
-async def play_session(
-    client: aiohttp.ClientSession,
-    server: URL,
-    seed: int,
-    turns: int,
-    opening: asyncio.Lock,
-    played: Callable[[Turn], None],
-) -> None:
-    """Be one agent: hold a conversation in which every turn repeats all that was said before.
-
-    The same ``seed`` says the same in both arms; two seeds share no prefix, so a session finds
-    nothing in a cache but what it left there itself. First turns come one at a time, under
-    ``opening``: of those that come at once ``min_group`` can send too many to one worker, whose
-    cache then has no room for them.
-    """
-    random = Random(seed)
-    async with client.post(server / "sessions") as response:
-        session_id: str = (await response.json())["session_id"]
-    messages = [{"role": "system", "content": letters(random, SYSTEM_CHARACTERS)}]
-    for number in range(turns):
-        messages.append({"role": "user", "content": letters(random, USER_CHARACTERS)})
-        async with opening if number == 0 else nullcontext():
-            turn, reply = await play_turn(client, server, session_id, number, messages)
-        messages.append({"role": "assistant", "content": reply})
-        played(turn)
-
-
-def letters(random: Random, count: int) -> str:
-    """Return ``count`` random letters and spaces: nobody reads them but the engines."""
-    return "".join(random.choices("abcdefghijklmnopqrstuvwxyz ", k=count))
-
-
-async def play_turn(
-    client: aiohttp.ClientSession,
-    server: URL,
-    session_id: str,
-    number: int,
-    messages: list[dict[str, str]],
-) -> tuple[Turn, str]:
-    """Send the conversation, read the streamed reply, and return what was measured and said."""
-    body = {
-        "model": "random-llama",
-        "messages": messages,
-        "max_tokens": REPLY_CHARACTERS,
-        "temperature": 0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    reply, usage, first_token = "", None, 0.0
-    begin = time.perf_counter()
-    url = server / "sessions" / session_id / "v1/chat/completions"
-    async with client.post(url, json=body) as response:
-        async for line in response.content:
-            if not line.startswith(b"data: {"):
-                continue
-            event = json.loads(line.removeprefix(b"data: "))
-            if "choices" not in event:
-                raise RuntimeError(f"turn {number + 1} of a session failed: {event}")
-            for choice in event["choices"]:
-                reply += choice["delta"].get("content") or ""
-            if reply and not first_token:
-                first_token = time.perf_counter() - begin
-            usage = event.get("usage") or usage
-    if usage is None:
-        raise RuntimeError(f"turn {number + 1} of a session broke off after {reply!r}")
-    worker = response.headers.get("x-smg-routed-worker-id")
-    if worker is None:
-        raise RuntimeError(
-            "the gateway does not say which worker answered: smg 1.10.1 or newer does"
-        )
-    turn = Turn(
-        session_id=session_id,
-        number=number,
-        worker=worker,
-        first_token_seconds=first_token,
-        prompt_tokens=usage["prompt_tokens"],
-        cached_tokens=usage["prompt_tokens_details"]["cached_tokens"],
-    )
-    return turn, reply
+    return await play(load, replace(PINNED, plugin=plugin), started=started, played=played)
 
 
 def report(console: Console, on: Arm, off: Arm) -> int:

@@ -11,6 +11,7 @@ Needs the extra ``engine``: ``pip install 'aiohttp_smg_routing[engine]'``.
 """
 
 import argparse
+import asyncio
 import os
 import signal
 import sys
@@ -29,7 +30,7 @@ from aiohttp_smg_routing.testing import child_process, free_port
 __all__ = ("engines", "healthy", "write_model")
 
 # About 25 million parameters: 27 MB that a CPU core reads fast enough to chat with.
-_WIDTH, _LAYERS, _HEADS, _KV_HEADS, _FEED_FORWARD = 512, 8, 8, 4, 1536
+_WIDTH, _BLOCKS, _HEADS, _KV_HEADS, _FEED_FORWARD = 512, 8, 8, 4, 1536
 _MAX_CONTEXT = 32768
 _SPEAKABLE = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789")
 _CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -58,37 +59,48 @@ async def healthy(session: aiohttp.ClientSession, server: URL) -> bool:
 
 @asynccontextmanager
 async def engines(
-    count: int, *, slots: int, context: int, threads: int = 1
+    count: int, *, slots: int, context: int, threads: int = 1, model: Path | None = None
 ) -> AsyncIterator[tuple[URL, ...]]:
     """Run ``count`` workers with cold caches until the block ends; yield their URLs.
 
     Each worker serves ``slots`` conversations at once, each of up to ``context`` tokens (one byte
     of text is one token), and keeps as many in its KV cache: a further conversation displaces the
-    one that was idle longest. ``threads`` is the number of CPU threads of each worker. Raises
+    one that was idle longest. ``threads`` is the number of CPU threads of each worker; ``model`` is
+    a file that :func:`write_model` wrote, or None to have one written. Raises
     ``ModuleNotFoundError`` that names the extra to install, and ``RuntimeError`` when a worker
     does not start.
     """
     require_engine()
     async with AsyncExitStack() as stack:
-        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="engines-"))
-        model = Path(folder, "model.gguf")
-        # On this thread, though it takes half a second: a thread of its own could not be
-        # cancelled, and would write into a folder that is being removed.
-        write_model(model)
+        if model is None:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="engines-"))
+            model = Path(folder, "model.gguf")
+            # On this thread, though it takes half a second: a thread of its own could not be
+            # cancelled, and would write into a folder that is being removed.
+            write_model(model)
         session = await stack.enter_async_context(aiohttp.ClientSession())
         urls = tuple([URL(f"http://127.0.0.1:{free_port()}") for _ in range(count)])
-        for url in urls:
-            worker = child_process(
+        workers = [
+            child_process(
                 *(sys.executable, __file__, str(model), str(url.port)),
                 *("--slots", str(slots), "--context", str(context), "--threads", str(threads)),
                 ready=partial(healthy, session, url),
             )
-            await stack.enter_async_context(worker)
+            for url in urls
+        ]
+        # They start side by side. Where one fails, the others are waited for: a worker that came
+        # up after the end of the stack would be left behind.
+        starts = map(stack.enter_async_context, workers)
+        for outcome in await asyncio.gather(*starts, return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                raise outcome
         yield urls
 
 
-def write_model(path: Path, *, seed: int = 7) -> None:
+def write_model(path: Path, *, seed: int = 7, blocks: int = _BLOCKS) -> None:
     """Write a Llama model with random weights and one token per byte to ``path``, as GGUF.
+
+    Its size, and the time that a token costs, go with the number of transformer ``blocks``.
 
     The output rows of all tokens but ``[a-z0-9]`` are zero. A greedy reply (``temperature`` 0) is
     therefore exactly ``max_tokens`` such characters: it never ends early, and sent back in the next
@@ -108,7 +120,7 @@ def write_model(path: Path, *, seed: int = 7) -> None:
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(_MAX_CONTEXT)
     writer.add_embedding_length(_WIDTH)
-    writer.add_block_count(_LAYERS)
+    writer.add_block_count(blocks)
     writer.add_feed_forward_length(_FEED_FORWARD)
     writer.add_head_count(_HEADS)
     writer.add_head_count_kv(_KV_HEADS)
@@ -143,7 +155,7 @@ def write_model(path: Path, *, seed: int = 7) -> None:
     silent = [token for token in range(len(tokens)) if token not in _SPEAKABLE]
     matrix("output.weight", len(tokens), _WIDTH, silent)
     norm("output_norm.weight")
-    for block in (f"blk.{number}." for number in range(_LAYERS)):
+    for block in (f"blk.{number}." for number in range(blocks)):
         norm(f"{block}attn_norm.weight")
         matrix(f"{block}attn_q.weight", _WIDTH, _WIDTH)
         matrix(f"{block}attn_k.weight", kv_width, _WIDTH)

@@ -1,0 +1,203 @@
+"""Parts 1 and 3: what an outgoing call costs, with each way to put the key on it."""
+
+import json
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack
+from functools import partial
+from typing import Any
+
+from aiohttp import ClientSession, TraceConfig, web
+from opentelemetry.instrumentation.aiohttp_client import create_trace_config
+from opentelemetry.sdk.trace import TracerProvider
+from yarl import URL
+
+from aiohttp_smg_routing import (
+    ROUTING_KEY_HEADER,
+    PinLedger,
+    RoutingConfig,
+    routing_client_middleware,
+    routing_middleware,
+    routing_trace_config,
+)
+
+from .figures import Figure, Part, Progress, Table, Unit, ratios
+from .rounds import interleave
+from .servers import CHAT, upstream
+
+NAME = "call"
+TITLE = "An outgoing call"
+
+CALLS = 25  # of one arm in one round
+ROUNDS = 500
+SESSION_ID = "rollout-000017"
+BODY = json.dumps({"model": "stub", "messages": [{"role": "user", "content": "Go on."}]}).encode()
+HEADERS = {"Content-Type": "application/json"}
+# A conversation of some 5,000 tokens, which is encoded for the call and whose answer is decoded.
+CONVERSATION = {
+    "model": "stub",
+    "messages": [
+        {"role": role, "content": f"{role} {number}: " + "what was said " * 70}
+        for number in range(10)
+        for role in ("user", "assistant")
+    ],
+}
+
+NOTHING = "no key"
+HAND = "by hand: headers={…}"
+FLOOR = "an empty TraceConfig, no key"
+HAND_FLOOR = "an empty TraceConfig, by hand"
+HOOK = "the hook"
+LEDGER = "the hook with the ledger"
+MIDDLEWARE = "the client middleware"
+MIDDLEWARE_LEDGER = "the client middleware with the ledger"
+OTEL = "OpenTelemetry's client instrumentation"
+
+Arm = Callable[[], Awaitable[float]]
+Call = Callable[[ClientSession, URL, Mapping[str, str]], Awaitable[None]]
+
+
+async def run(progress: Progress, *, quick: bool = False) -> Part:
+    """Measure the CPU time of this process for a call, in arms that are interleaved.
+
+    A call is made within a request, which is where a session server makes it: the inbound half has
+    found the session before the clock starts.
+    """
+    async with upstream() as gateway, AsyncExitStack() as stack:
+        rounds = 6 if quick else ROUNDS
+        arms = await _arms(stack, gateway, post)
+        step = partial(_step, progress, 0.0, 0.85, "calls of each kind, in turn")
+        calls = await interleave(arms, rounds, step)
+        several = await _arms(stack, gateway, _whole_turn)
+        arms = {name: several[name] for name in (HAND, HAND_FLOOR, LEDGER, MIDDLEWARE_LEDGER)}
+        step = partial(_step, progress, 0.85, 1.0, "calls with a whole conversation")
+        turns = await interleave(arms, max(6, rounds // 4), step)
+    return Part(
+        NAME,
+        TITLE,
+        (
+            _costs("A call with a short body, CPU time", calls),
+            _promises(calls),
+            _costs(
+                "A call that encodes a conversation of 20 messages and decodes the answer", turns
+            ),
+        ),
+        (
+            "An empty TraceConfig is aiohttp's own floor: what it spends on any trace hook.",
+            "OpenTelemetry records its spans and exports them nowhere: its cheapest form.",
+        ),
+    )
+
+
+def _step(progress: Progress, begin: float, end: float, what: str, done: float) -> None:
+    progress(begin + (end - begin) * done, what)
+
+
+async def _arms(stack: AsyncExitStack, gateway: URL, call: Call) -> dict[str, Arm]:
+    config = RoutingConfig(gateway)
+    pins = PinLedger(config)
+    instrumentation = create_trace_config(tracer_provider=TracerProvider())
+    options: dict[str, dict[str, Any]] = {
+        NOTHING: {},
+        HAND: {},
+        FLOOR: {"trace_configs": [TraceConfig()]},
+        HAND_FLOOR: {"trace_configs": [TraceConfig()]},
+        HOOK: {"trace_configs": [routing_trace_config(config)]},
+        LEDGER: {"trace_configs": [routing_trace_config(config)]},
+        MIDDLEWARE: {"middlewares": [routing_client_middleware(config)]},
+        MIDDLEWARE_LEDGER: {"middlewares": [routing_client_middleware(config)]},
+        OTEL: {"trace_configs": [instrumentation]},
+    }
+    client = await stack.enter_async_context(ClientSession())
+    arms: dict[str, Arm] = {}
+    for name, of_session in options.items():
+        session = await stack.enter_async_context(ClientSession(**of_session))
+        headers = dict(HEADERS)
+        if name in (HAND, HAND_FLOOR):
+            headers[ROUTING_KEY_HEADER] = SESSION_ID
+        work = partial(call, session, gateway / CHAT, headers)
+        inbound: list[Any] = []
+        if name in (HOOK, LEDGER, MIDDLEWARE, MIDDLEWARE_LEDGER):
+            kept = pins if name in (LEDGER, MIDDLEWARE_LEDGER) else None
+            inbound = [routing_middleware(config, kept)]
+        url = await _server(stack, web.Application(middlewares=inbound), work)
+        arms[name] = partial(_cost, client, url)
+    return arms
+
+
+async def _server(
+    stack: AsyncExitStack, app: web.Application, call: Callable[[], Awaitable[None]]
+) -> URL:
+    """Run ``app``, which answers with the CPU seconds that one call took within the request."""
+
+    async def handler(request: web.Request) -> web.Response:
+        begin = time.process_time()
+        for _ in range(CALLS):
+            await call()
+        return web.Response(text=str((time.process_time() - begin) / CALLS))
+
+    app.router.add_post("/sessions/{session_id}", handler)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    host, port = runner.addresses[0]
+    return URL(f"http://{host}:{port}/sessions/{SESSION_ID}")
+
+
+async def _cost(client: ClientSession, url: URL) -> float:
+    async with client.post(url) as response:
+        return float(await response.text())
+
+
+async def post(session: ClientSession, url: URL, headers: Mapping[str, str] = HEADERS) -> None:
+    """Send a short chat completion and read its answer."""
+    async with session.post(url, data=BODY, headers={**headers}) as response:
+        await response.read()
+
+
+async def _whole_turn(session: ClientSession, url: URL, headers: Mapping[str, str]) -> None:
+    async with session.post(url, json=CONVERSATION, headers={**headers}) as response:
+        await response.json()
+
+
+def _costs(title: str, rounds: list[dict[str, float]]) -> Table:
+    base = HAND
+
+    def row(name: str) -> tuple[str | Figure, ...]:
+        micros: Unit = "µs"
+        cost = Figure(tuple(costs[name] * 1e6 for costs in rounds), micros, precision=0.1)
+        ratio = Figure(ratios(rounds, name, base), "ratio", precision=0.05)
+        return name, cost, ratio if name != base else "1"
+
+    return Table(title, ("", "a call", "as a multiple of by hand"), tuple(map(row, rounds[0])))
+
+
+def _promises(rounds: list[dict[str, float]]) -> Table:
+    share = tuple((costs[LEDGER] - costs[FLOOR]) / (costs[OTEL] - costs[FLOOR]) for costs in rounds)
+    return Table(
+        "What is promised of it",
+        ("", "ratio of each round"),
+        (
+            (
+                "hook with ledger / empty TraceConfig",
+                Figure(ratios(rounds, LEDGER, FLOOR), "ratio", at_most=1.02),
+            ),
+            (
+                "hook with ledger / empty TraceConfig, by hand: the same bytes on the wire",
+                Figure(ratios(rounds, LEDGER, HAND_FLOOR), "ratio", precision=0.05),
+            ),
+            (
+                "what the hook with ledger adds to that floor / what OpenTelemetry adds",
+                Figure(share, "ratio", at_most=0.1),
+            ),
+            (
+                "client middleware / by hand",
+                Figure(ratios(rounds, MIDDLEWARE, HAND), "ratio", at_most=1.02),
+            ),
+            (
+                "client middleware with ledger / by hand",
+                Figure(ratios(rounds, MIDDLEWARE_LEDGER, HAND), "ratio", at_most=1.02),
+            ),
+        ),
+    )

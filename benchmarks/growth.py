@@ -1,0 +1,226 @@
+"""Part 5: what a turn and a session cost when a million sessions are known, or nothing is on."""
+
+import gc
+import random
+import sys
+import time
+import tracemalloc
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from uuid import UUID
+
+from aiohttp import ClientSession, web
+from yarl import URL
+
+import aiohttp_smg_routing
+from aiohttp_smg_routing import (
+    PinLedger,
+    RoutingConfig,
+    routing_session,
+    routing_trace_config,
+    setup,
+)
+
+from .call import Arm, post
+from .figures import Figure, Part, Progress, Table, ratios
+from .rounds import interleave
+from .servers import CHAT, upstream
+
+NAME = "growth"
+TITLE = "Many sessions, and a plugin that is off"
+
+KNOWN = (100, 10_000, 1_000_000)
+# 175,000: the ledger's table has just grown, and each session's share of it is largest.
+TRACKED = (10_000, 175_000)
+CALLS, ROUNDS = 25, 150
+BYTES_AT_MOST = 400
+
+_PACKAGE = str(Path(aiohttp_smg_routing.__file__).parent)
+_CLIENT = web.AppKey("client_session", ClientSession)
+
+
+async def run(progress: Progress, *, quick: bool = False) -> Part:
+    """Measure in this process; the upstream is another one."""
+    known = KNOWN[:2] if quick else KNOWN
+    rounds = 6 if quick else ROUNDS
+    async with upstream() as gateway:
+        progress(0, f"getting to know {known[-1]:,} sessions")
+        turns = await _known(gateway, known, rounds, partial(_step, progress, 0.1, "turns"))
+        off = await _disabled(gateway, rounds, partial(_step, progress, 0.45, "plugin disabled"))
+        calls = {arm: await _calls_into_plugin(gateway, arm) for arm in ("disabled", "enabled")}
+    memory = []
+    for place, tracked in enumerate(TRACKED[:1] if quick else TRACKED):
+        progress(0.8 + 0.05 * place, f"the memory of {tracked:,} sessions")
+        memory.append((tracked, bytes_per_session(tracked)))
+    first = f"{known[0]:,}"
+    return Part(
+        NAME,
+        TITLE,
+        (
+            Table(
+                "CPU time of an outgoing call, hook with ledger",
+                ("known sessions", f"as a multiple of that with {first}"),
+                tuple(
+                    (f"{number:,}", Figure(ratios(turns, f"{number:,}", first), "ratio", 1.1))
+                    for number in known[1:]
+                ),
+            ),
+            Table(
+                "Memory of the ledger for a session of three turns",
+                ("tracked sessions", "a session"),
+                tuple(
+                    (f"{tracked:,}", Figure((size,), "bytes", BYTES_AT_MOST))
+                    for tracked, size in memory
+                ),
+            ),
+            Table(
+                "An app with enabled = false",
+                ("", "disabled"),
+                (
+                    (
+                        "calls of the plugin's functions for a turn",
+                        Figure((calls["disabled"],), "calls", 0),
+                    ),
+                    (
+                        "CPU time of a proxied turn / of that without the plugin",
+                        Figure(ratios(off, "disabled", "without"), "ratio", 1.01),
+                    ),
+                ),
+            ),
+        ),
+        (
+            "Each call is one of a session that is drawn from all known ones.",
+            "A session is counted with its key, a UUID of 36 characters, which the ledger keeps.",
+            f"With enabled = true a turn makes {calls['enabled']} calls of the plugin's functions.",
+        ),
+    )
+
+
+def _step(progress: Progress, begin: float, what: str, done: float) -> None:
+    progress(begin + 0.35 * done, what)
+
+
+def _ids(count: int) -> list[str]:
+    draw = random.Random(count)
+    return [str(UUID(int=draw.getrandbits(128), version=4)) for _ in range(count)]
+
+
+def _ledger(ids: list[str], workers: list[str], turns: int) -> PinLedger:
+    pins = PinLedger(RoutingConfig("http://gateway", track_sessions=len(ids)))
+    for _ in range(turns):
+        for number, session_id in enumerate(ids):
+            worker = workers[number % len(workers)]
+            # A new text each time, as the head of an answer brings it.
+            pins.answered(session_id, worker.encode().decode(), pins.start())
+    return pins
+
+
+async def _known(
+    gateway: URL, known: tuple[int, ...], rounds: int, step: Callable[[float], None]
+) -> list[dict[str, float]]:
+    """Return the CPU seconds of a call in a ledger that knows so many sessions."""
+    config = RoutingConfig(gateway)
+    async with AsyncExitStack() as stack:
+        arms: dict[str, Arm] = {}
+        for number in known:
+            ids = _ids(number)
+            hook = routing_trace_config(config, _ledger(ids, [str(gateway)], 1))
+            session = await stack.enter_async_context(ClientSession(trace_configs=[hook]))
+            arms[f"{number:,}"] = partial(_calls, session, gateway / CHAT, ids)
+        return await interleave(arms, rounds, step)
+
+
+async def _calls(session: ClientSession, url: URL, ids: list[str]) -> float:
+    drawn = random.choices(ids, k=CALLS)
+    begin = time.process_time()
+    for session_id in drawn:
+        with routing_session(session_id):
+            await post(session, url)
+    return (time.process_time() - begin) / CALLS
+
+
+def bytes_per_session(tracked: int) -> float:
+    """Return what the ledger's memory is, as Python allocates it, for each tracked session."""
+    gc.collect()
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        workers = [f"http://10.0.0.{number}:8000" for number in range(8)]
+        pins = _ledger(_ids(tracked), workers, 3)
+        gc.collect()
+        after, _ = tracemalloc.get_traced_memory()
+        return (after - before) / len(pins.sessions())
+    finally:
+        tracemalloc.stop()
+
+
+def _app(gateway: URL, arm: str) -> web.Application:
+    async def handler(request: web.Request) -> web.Response:
+        async with request.app[_CLIENT].post(gateway / CHAT, data=await request.read()) as answer:
+            return web.Response(body=await answer.read())
+
+    async def client_session(app: web.Application) -> AsyncIterator[None]:
+        async with ClientSession() as app[_CLIENT]:
+            yield
+
+    app = web.Application()
+    app.cleanup_ctx.append(client_session)
+    app.router.add_post("/sessions/{session_id}", handler)
+    if arm != "without":
+        config = {"gateway": gateway, "enabled": arm == "enabled", "client_session": _CLIENT}
+        setup(app, config)
+    return app
+
+
+async def _server(stack: AsyncExitStack, app: web.Application) -> URL:
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    host, port = runner.addresses[0]
+    return URL(f"http://{host}:{port}/sessions/s-1")
+
+
+async def _disabled(
+    gateway: URL, rounds: int, step: Callable[[float], None]
+) -> list[dict[str, float]]:
+    """Return the CPU seconds of a turn, agent and session server together."""
+    async with AsyncExitStack() as stack:
+        agent = await stack.enter_async_context(ClientSession())
+        arms: dict[str, Arm] = {}
+        for arm in ("without", "disabled"):
+            url = await _server(stack, _app(gateway, arm))
+            arms[arm] = partial(_turns, agent, url)
+        return await interleave(arms, rounds, step)
+
+
+async def _turns(agent: ClientSession, url: URL) -> float:
+    begin = time.process_time()
+    for _ in range(CALLS):
+        await post(agent, url)
+    return (time.process_time() - begin) / CALLS
+
+
+async def _calls_into_plugin(gateway: URL, arm: str) -> int:
+    """Return how many functions of the plugin a turn calls, once all is warm."""
+    # A coroutine's frame is "called" each time it goes on after a wait: that is no new call.
+    frames: set[FrameType] = set()
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        if frame.f_code.co_filename.startswith(_PACKAGE):
+            frames.add(frame)
+
+    async with AsyncExitStack() as stack:
+        agent = await stack.enter_async_context(ClientSession())
+        url = await _server(stack, _app(gateway, arm))
+        await post(agent, url)
+        before = sys.getprofile()
+        sys.setprofile(count)
+        try:
+            await post(agent, url)
+        finally:
+            sys.setprofile(before)
+    return len(frames)

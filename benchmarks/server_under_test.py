@@ -1,0 +1,198 @@
+"""The session server under test, a process of its own.
+
+It is either whole, which is the one in ``examples/``, or the barest proxy there could be. One
+process has all its arms, each on a port of its own, so that they share its memory, its age and its
+luck.
+"""
+
+import asyncio
+import gc
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import aiohttp
+from aiohttp import web
+from aiohttp.typedefs import Handler
+from session_server import CLIENT, make_app
+from yarl import URL
+
+from aiohttp_smg_routing import routing_client_middleware, setup
+
+from .servers import CHAT, child, free_ports
+
+Loop = Literal["asyncio", "uvloop"]
+Kind = Literal["whole", "barest"]
+Arm = Literal[
+    "nothing",  # no key
+    "by hand",  # the barest proxy passes the key in headers=; to the whole one the agent sends it
+    "floor",  # by hand, with a middleware and a TraceConfig that do nothing
+    "plugin",
+    "plugin, client middleware",  # in the place of the trace hook; the barest proxy only
+]
+
+KEY = "X-SMG-Routing-Key"
+SSE = "text/event-stream"
+
+_CLIENT = web.AppKey("client_session", aiohttp.ClientSession)
+
+
+@dataclass(frozen=True, slots=True)
+class SessionServer:
+    """A session server in another process: where each of its arms listens."""
+
+    urls: dict[Arm, URL]
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    async def cpu_seconds(self) -> float:
+        """Return the CPU time that the process has used so far."""
+        self.writer.write(b"\n")
+        return float(await self.reader.readline())
+
+
+@asynccontextmanager
+async def session_server(
+    gateway: URL, arms: Sequence[Arm], *, kind: Kind = "barest", loop: Loop = "asyncio"
+) -> AsyncIterator[SessionServer]:
+    """Run a session server before ``gateway``, with all ``arms``; enter the block once they listen.
+
+    An arm answers ``POST /sessions/{session_id}/v1/chat/completions``; the whole server wants
+    ``POST /sessions`` before that.
+    """
+    control, *free = free_ports(1 + len(arms))
+    ports = dict(zip(arms, free, strict=True))
+    connected: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+
+    async def ready() -> bool:
+        try:
+            connected.append(await asyncio.open_connection("127.0.0.1", control))
+        except OSError:
+            return False
+        return True
+
+    spec = {"gateway": str(gateway), "ports": ports, "control": control, "kind": kind}
+    async with child(__name__, ready, loop=loop, **spec):
+        (reader, writer), urls = connected[-1], {}
+        for arm, port in ports.items():
+            urls[arm] = URL(f"http://127.0.0.1:{port}")
+        try:
+            yield SessionServer(urls, reader, writer)
+        finally:
+            writer.close()
+
+
+def whole_app(gateway: URL, arm: Arm) -> web.Application:
+    """Return the session server of ``examples/``; it passes on the key that an agent sends."""
+    plugin = {
+        "enabled": arm == "plugin",
+        "gateway": str(gateway),
+        "client_session": "client_session",
+    }
+    app = make_app({"gateway": {"url": str(gateway)}, "smg_routing": plugin})
+    if arm == "floor":
+
+        async def trace(app: web.Application) -> AsyncIterator[None]:
+            config = aiohttp.TraceConfig()
+            config.freeze()
+            app[CLIENT].trace_configs.append(config)
+            yield
+
+        app.middlewares.append(_pass_through)
+        app.cleanup_ctx.append(trace)
+    return app
+
+
+def barest_app(gateway: URL, arm: Arm) -> web.Application:
+    """Return a proxy that reads nothing of what it passes on, and keeps nothing."""
+    chat = gateway / CHAT
+    by_hand = arm in ("by hand", "floor")
+    app = web.Application()
+    options: dict[str, Any] = {}
+    if arm == "floor":
+        app.middlewares.append(_pass_through)
+        options = {"trace_configs": [aiohttp.TraceConfig()]}
+    elif arm == "plugin, client middleware":
+        options = {"middlewares": [routing_client_middleware({"gateway": str(gateway)})]}
+
+    async def client_session(app: web.Application) -> AsyncIterator[None]:
+        connector, jar = aiohttp.TCPConnector(limit=0), aiohttp.DummyCookieJar()
+        async with aiohttp.ClientSession(connector=connector, cookie_jar=jar, **options) as app[
+            _CLIENT
+        ]:
+            yield
+
+    async def turn(request: web.Request) -> web.StreamResponse:
+        headers = {"Content-Type": "application/json"}
+        if by_hand:
+            headers[KEY] = request.match_info["session_id"]
+        async with request.app[_CLIENT].post(
+            chat, data=await request.read(), headers=headers
+        ) as answer:
+            if answer.content_type == SSE:
+                return await _relay(request, answer)
+            body = await answer.read()
+            return web.Response(body=body, status=answer.status, content_type=answer.content_type)
+
+    app.cleanup_ctx.append(client_session)
+    app.router.add_post(f"/sessions/{{session_id}}/{CHAT}", turn)
+    if arm.startswith("plugin"):
+        config: dict[str, object] = {"gateway": str(gateway)}
+        if arm != "plugin, client middleware":
+            config["client_session"] = "client_session"
+        setup(app, config)
+    return app
+
+
+async def _relay(request: web.Request, answer: aiohttp.ClientResponse) -> web.StreamResponse:
+    """Pass a stream on as it arrives."""
+    response = web.StreamResponse(headers={"Content-Type": SSE})
+    await response.prepare(request)
+    async for chunk in answer.content.iter_any():
+        await response.write(chunk)
+    return response
+
+
+@web.middleware
+async def _pass_through(request: web.Request, handler: Handler) -> web.StreamResponse:
+    return await handler(request)
+
+
+class _Control(asyncio.Protocol):
+    """Tells the CPU time of this process to whoever asks, for next to none of it."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the transport."""
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's own kind is no subclass
+
+    def data_received(self, data: bytes) -> None:
+        """Answer."""
+        self._transport.write(f"{time.process_time():.9f}\n".encode())
+
+
+async def _run(gateway: str, ports: dict[Arm, int], control: int, kind: Kind) -> None:
+    app = whole_app if kind == "whole" else barest_app
+    runners = []  # kept: uvloop closes a server that nobody holds
+    for arm, port in ports.items():
+        runner = web.AppRunner(app(URL(gateway), arm), access_log=None, handler_cancellation=True)
+        runners.append(runner)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", port, backlog=1024).start()
+    gc.collect()
+    gc.freeze()
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(_Control, "127.0.0.1", control)
+    await server.serve_forever()  # until it is killed
+
+
+def main(loop: Loop, gateway: str, ports: dict[Arm, int], control: int, kind: Kind) -> None:
+    """Be the other process, until it is killed."""
+    if loop == "uvloop":
+        import uvloop
+
+        new_loop: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    else:
+        new_loop = asyncio.new_event_loop
+    new_loop().run_until_complete(_run(gateway, ports, control, kind))

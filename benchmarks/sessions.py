@@ -1,0 +1,188 @@
+"""Part 7: ten thousand sessions through the real gateway, with the plugin and without."""
+
+import asyncio
+import json
+import time
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from statistics import fmean
+
+from aiohttp_smg_routing.testing import SmgGateway, smg_gateway
+
+from .figures import Figure, Part, Progress, Table, Unit, ratios
+from .rounds import interleave
+from .server_under_test import Arm, session_server
+from .servers import Received, Workers, stub_workers
+from .turn import Agent, connected
+
+NAME = "sessions"
+TITLE = "Many sessions on the real gateway"
+
+LIMIT = 0.97
+OTHERS: tuple[Arm, ...] = ("nothing", "by hand")
+ARMS: tuple[Arm, ...] = ("plugin", *OTHERS)
+TURNS, WORKERS, AT_ONCE = 5, 4, 64
+# A block is a session of each of the 64 agents. A round is so many blocks of the plugin's arm and
+# one of each other's; with the first round, which doesn't count, the plugin's are 10,368 sessions.
+BLOCKS, ROUNDS = 6, 26
+BRANCHES = ("vacant", "occupied_hit", "no_routing_id")
+
+_NOTES = (
+    f"{AT_ONCE} sessions at once, each of {TURNS} turns, on smg launch --policy manual "
+    f"--assignment-mode min_group with {WORKERS} stub workers. Wall time: the agents, the session "
+    f"server, the gateway and the workers share this machine. A round plays {BLOCKS} times as many "
+    "sessions with the plugin as in each other arm, in shuffled order; a ratio is that of a round.",
+    "Without a key the gateway has no pin to look up or to make; plugin / by hand is the ratio of "
+    "two arms for which the gateway does the same.",
+    "Workers and keys are as the workers received them, branches as the gateway counted them.",
+)
+
+
+@dataclass(slots=True)
+class Play:
+    """One arm: its agents, the sessions that they have played, what the gateway counted."""
+
+    arm: Arm
+    agents: Sequence[Agent]
+    sessions: int = 0
+    branches: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def name(self) -> str:
+        """What the names of its sessions begin with."""
+        return self.arm.replace(" ", "-")
+
+    @property
+    def turns(self) -> int:
+        """How many turns these were."""
+        return self.sessions * TURNS
+
+    async def block(self) -> float:
+        """Let each agent play a session, all at once; return wall seconds per turn."""
+        numbers = range(self.sessions, self.sessions + len(self.agents))
+        names = [f"{self.name}-{number}" for number in numbers]
+        begin = time.perf_counter()
+        await asyncio.gather(*map(play, self.agents, names))
+        seconds = time.perf_counter() - begin
+        self.sessions += len(names)
+        return seconds / (len(names) * TURNS)
+
+
+async def play(agent: Agent, session_id: str) -> None:
+    """Play a session; its name in the body tells the worker whose turn it is, key or not."""
+    messages = []
+    for turn in range(TURNS):
+        messages.append({"role": "user", "content": f"turn {turn}"})
+        body = {"model": "stub", "user": session_id, "messages": messages}
+        await agent.turn(session_id, json.dumps(body).encode())
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """All that runs: the workers, the gateway before them, and the arms."""
+
+    workers: Workers
+    gateway: SmgGateway
+    plays: Mapping[Arm, Play]
+    counted: Counter[str]
+
+    async def block(self, arm: Arm) -> float:
+        """Play a block of an arm, and enter what the gateway counted meanwhile."""
+        cost = await self.plays[arm].block()
+        counted = await self.gateway.branches()
+        self.plays[arm].branches.update(counted - self.counted)
+        self.counted.clear()
+        self.counted.update(counted)
+        return cost
+
+
+@asynccontextmanager
+async def bench() -> AsyncIterator[Bench]:
+    """Run everything until the block ends."""
+    async with (
+        stub_workers(WORKERS) as workers,
+        smg_gateway(
+            workers.urls, policy="manual", args=("--assignment-mode", "min_group")
+        ) as gateway,
+        session_server(gateway.url, ARMS) as server,
+        AsyncExitStack() as stack,
+    ):
+        plays = {arm: Play(arm, [Agent() for _ in range(AT_ONCE)]) for arm in ARMS}
+        for arm, url in server.urls.items():
+            await stack.enter_async_context(connected(plays[arm].agents, url))
+        yield Bench(workers, gateway, plays, await gateway.branches())
+
+
+async def run(progress: Progress, *, quick: bool = False) -> Part:
+    """Play the plugin's sessions between those without a key and those by hand."""
+    blocks, rounds = (2, 2) if quick else (BLOCKS, ROUNDS)
+    step = partial(_step, progress)
+    async with bench() as running:
+        plugin = [f"plugin {number}" for number in range(blocks)]
+        arms = {block: partial(running.block, "plugin") for block in plugin}
+        arms.update({arm: partial(running.block, arm) for arm in OTHERS})
+        costs = await interleave(arms, rounds, step)
+        received = await running.workers.received()
+    for cost in costs:
+        cost["plugin"] = fmean(cost.pop(block) for block in plugin)
+    return Part(NAME, TITLE, (speed(costs), pins(running.plays, received)), _NOTES)
+
+
+def _step(progress: Progress, share: float) -> None:
+    progress(share, f"{AT_ONCE} agents at once")
+
+
+def speed(costs: Sequence[Mapping[str, float]]) -> Table:
+    """Return the turns per second of the arms, and the plugin's as a multiple of each other's."""
+
+    def rate(arm: Arm) -> Figure:
+        return Figure(tuple(1 / cost[arm] for cost in costs), "turns/s")
+
+    rows: list[tuple[str | Figure, ...]] = [("plugin", rate("plugin"), "1")]
+    for other in OTHERS:
+        # The plugin's share of the other's turns per second is the other's share of its time.
+        ratio = Figure(ratios(costs, other, "plugin"), "ratio", at_least=LIMIT)
+        rows.append((other, rate(other), ratio))
+    return Table("Turns per second", ("", "turns/s", "plugin / this"), tuple(rows))
+
+
+def pins(plays: Mapping[Arm, Play], received: Sequence[Received]) -> Table:
+    """Return what the workers received and the gateway counted; the plugin's has to be perfect."""
+    workers: defaultdict[str, set[int]] = defaultdict(set)
+    turns: Counter[str] = Counter()
+    keyed: Counter[str] = Counter()
+    for each in received:
+        workers[each.user].add(each.worker)
+        turns[each.user] += each.turns
+        keyed[each.user.rpartition("-")[0]] += each.turns if each.key == each.user else 0
+    # Whole: a session of which a turn is missing proves nothing.
+    whole = Counter(
+        user.rpartition("-")[0]
+        for user, seen in workers.items()
+        if len(seen) == 1 and turns[user] == TURNS
+    )
+
+    rows: list[tuple[str | Figure, ...]] = [
+        ("sessions", *(f"{play.sessions:,}" for play in plays.values())),
+        (
+            "on one worker, first turn to last",
+            *(_count(play, whole[play.name], play.sessions, "sessions") for play in plays.values()),
+        ),
+        (
+            "turns with their session's key",
+            *(_count(play, keyed[play.name], play.turns, "calls") for play in plays.values()),
+        ),
+    ]
+    others = {branch for play in plays.values() for branch in play.branches} - {*BRANCHES}
+    for branch in (*BRANCHES, *sorted(others)):
+        counted = (f"{play.branches[branch]:,}" for play in plays.values())
+        rows.append((f"gateway: {branch}", *counted))
+    return Table("Pins", ("", *plays), tuple(rows))
+
+
+def _count(play: Play, count: int, due: int, unit: Unit) -> Figure:
+    """Return a count of which the plugin's arm has to have them all."""
+    return Figure((count,), unit, at_least=due if play.arm == "plugin" else None)

@@ -1,0 +1,268 @@
+"""Part 4: a streamed answer of 2,000 chunks, the plugin against nothing; no work per chunk."""
+
+import asyncio
+import importlib
+import json
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from itertools import cycle
+from pathlib import Path
+from statistics import median
+from types import FrameType
+from typing import cast
+
+from aiohttp import web
+from yarl import URL
+
+import aiohttp_smg_routing
+
+from .figures import Figure, Part, Progress, Table, ratios
+from .rounds import interleave, on_one_cpu
+from .server_under_test import SSE, Arm, Loop, SessionServer, barest_app, session_server
+from .servers import content_length
+from .turn import Connection, connected
+
+NAME = "stream"
+TITLE = "A streamed answer"
+
+LIMIT = 1.01
+CHUNKS = 2000
+FEW_CHUNKS = 20
+PIECE = 50  # chunks of one arm's stream, then of the other's
+SERVERS = 3
+# Streams of each arm, of each server: what takes the less time can be done more often.
+STREAMS: Mapping[Loop, int] = {"asyncio": 20, "uvloop": 42}
+LOOPS = tuple(STREAMS)
+ARMS: tuple[Arm, ...] = ("nothing", "plugin")
+
+_PACKAGE = str(Path(aiohttp_smg_routing.__file__).parent)
+_DELTA = {"choices": [{"index": 0, "delta": {"content": " word"}, "finish_reason": None}]}
+_EVENT = b"data: " + json.dumps({"id": "chatcmpl-1", "model": "stub", **_DELTA}).encode() + b"\n\n"
+_CHUNK = f"{len(_EVENT):x}\r\n".encode() + _EVENT + b"\r\n"
+_LAST_CHUNK = b"0\r\n\r\n"
+_HEAD = (
+    f"HTTP/1.1 200 OK\r\ncontent-type: {SSE}\r\ntransfer-encoding: chunked\r\n"
+    "x-smg-routed-worker-id: http://127.0.0.1:8000\r\n\r\n"
+).encode()
+
+_NOTES = (
+    f"CPU time of the session server's process for an answer of {CHUNKS:,} chunks. Each chunk "
+    "travels alone, as an engine's tokens do: the next one is sent when the agent has the one "
+    f"before. The arms' streams are open side by side and go on by {PIECE} chunks in turn, in "
+    f"{SERVERS} servers one after the other; server, engine and agent share a CPU. A ratio is that "
+    "of such a piece, to which is added its share of what it costs to begin the answer and to end "
+    "it.",
+    "Calls are counted by the interpreter, for the second turn of a session. A chunk makes none: "
+    "it only wakes the handler, and with it the middleware that awaits the handler.",
+)
+
+
+class Engine(asyncio.Protocol):
+    """What answers the session server: a stream, of which each chunk is asked for."""
+
+    def __init__(self, chats: Mapping[str, "Chat"]) -> None:
+        self._chats = chats
+        self._request = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the transport."""
+        self._transport = cast("asyncio.Transport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        """Begin the stream when the request is complete; its body says whose turn it is."""
+        self._request += data
+        head, end, body = self._request.partition(b"\r\n\r\n")
+        if end and len(body) == content_length(head):
+            self._request = b""
+            self._transport.write(_HEAD)
+            self._chats[json.loads(body)["user"]].begun(self)
+
+    def send(self, chunk: bytes) -> None:
+        """Send a chunk."""
+        self._transport.write(chunk)
+
+
+class Chat(Connection):
+    """An agent that has the engine go on when it has a chunk."""
+
+    def __init__(self, user: str, session_id: str = "s-1") -> None:
+        super().__init__()
+        self._session_id = session_id
+        self._body = json.dumps({"model": "stub", "stream": True, "user": user}).encode()
+        self._wanted = 0
+        self.is_open = False
+
+    def begun(self, engine: Engine) -> None:
+        """Take the engine that answers, and have the first chunk."""
+        self._engine = engine
+        engine.send(_CHUNK)
+
+    def data_received(self, data: bytes) -> None:
+        """Count the events, and ask for the next."""
+        if data.startswith(b"HTTP/") and not data.startswith(b"HTTP/1.1 200"):
+            self.fail(RuntimeError(f"a turn failed: {data[:500]!r}"))
+            return
+        # A small write to a loopback socket arrives in one piece: no event and no end is cut.
+        for _ in range(data.count(b"\n\n")):
+            self._wanted -= 1
+            if self._wanted:
+                self._engine.send(_CHUNK)
+            else:
+                self.succeed()
+        if data.endswith(_LAST_CHUNK):
+            self.succeed()
+
+    async def begin(self, chunks: int) -> None:
+        """Ask for a turn; return when so many chunks of its answer are here."""
+        self._wanted, self.is_open = chunks, True
+        self.send_turn(self._session_id, self._body)
+        await self.until_done()
+
+    async def go_on(self, chunks: int) -> None:
+        """Return when so many more chunks are here."""
+        self._wanted = chunks
+        self._engine.send(_CHUNK)
+        await self.until_done()
+
+    async def end(self) -> None:
+        """End the stream; return when the agent has its end."""
+        self.is_open = False
+        self._engine.send(_LAST_CHUNK)
+        await self.until_done()
+
+
+def with_their_share(pieces: Sequence[Mapping[str, float]], count: int) -> list[dict[str, float]]:
+    """Return the pieces from the midst of streams of ``count``, each with its share of the rest.
+
+    The rest is what it costs to begin a stream and to end it: by how much a piece that does so is
+    dearer than others, at the median. It is every ``count``-th. Many pieces tell more than few
+    whole streams, none of which goes undisturbed.
+    """
+    midst = [piece for place, piece in enumerate(pieces, 1) if place % count]
+    ends = pieces[count - 1 :: count]
+    rest = {
+        arm: median(piece[arm] for piece in ends) - median(piece[arm] for piece in midst)
+        for arm in pieces[0]
+    }
+    return [{arm: piece[arm] + rest[arm] / count for arm in piece} for piece in midst]
+
+
+@asynccontextmanager
+async def engine(chats: Mapping[str, Chat]) -> AsyncIterator[URL]:
+    """Listen as the gateway of the session server, in this process."""
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: Engine(chats), "127.0.0.1", 0)
+    try:
+        yield URL(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+    finally:
+        server.close()
+
+
+def arm_of(server: SessionServer, chat: Chat, chunks: int) -> Callable[[], Awaitable[float]]:
+    """Return what plays the next piece of a stream, and returns the server's CPU seconds.
+
+    The piece that begins a stream ends the one before, too.
+    """
+    places = cycle(range(0, chunks, PIECE))
+
+    async def piece() -> float:
+        place, before = next(places), await server.cpu_seconds()
+        if place == 0 and chat.is_open:
+            await chat.end()
+        await (chat.go_on if place else chat.begin)(PIECE)
+        return await server.cpu_seconds() - before
+
+    return piece
+
+
+async def measure(
+    loop: Loop, chunks: int, streams: int, step: Callable[[float], None]
+) -> list[dict[str, float]]:
+    """Return what each piece of ``streams`` streams cost in each arm, on that event loop."""
+    chats: dict[str, Chat] = {arm: Chat(arm) for arm in ARMS}
+    async with (
+        engine(chats) as gateway,
+        session_server(gateway, ARMS, loop=loop) as server,
+        AsyncExitStack() as stack,
+    ):
+        arms: dict[str, Callable[[], Awaitable[float]]] = {}
+        for arm, url in server.urls.items():
+            await stack.enter_async_context(connected([chats[arm]], url))
+            arms[arm] = arm_of(server, chats[arm], chunks)
+        pieces = chunks // PIECE
+        return with_their_share(await interleave(arms, streams * pieces, step), pieces)
+
+
+async def calls_into_plugin(chunks: int) -> int:
+    """Return how often Python calls the plugin's code for a turn whose answer has so many chunks.
+
+    The turn is the session's second: the ledger knows it. The session server runs in this
+    process for this.
+    """
+    chat = Chat("plugin")
+    # A coroutine's frame is "called" each time it goes on after a wait: that is no new call.
+    frames: set[FrameType] = set()
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        if frame.f_code.co_filename.startswith(_PACKAGE):
+            frames.add(frame)
+
+    async with engine({"plugin": chat}) as gateway:
+        runner = web.AppRunner(barest_app(gateway, "plugin"), access_log=None)
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, "127.0.0.1", 0).start()
+            host, port = runner.addresses[0]
+            async with connected([chat], URL(f"http://{host}:{port}")):
+                await chat.begin(1)
+                await chat.end()
+                before = sys.getprofile()
+                sys.setprofile(count)
+                try:
+                    await chat.begin(chunks)
+                    await chat.end()
+                finally:
+                    sys.setprofile(before)
+        finally:
+            await runner.cleanup()
+    return len(frames)
+
+
+async def run(progress: Progress, *, quick: bool = False) -> Part:
+    """Measure the streams on both event loops, and count the calls of a short and a long one."""
+    importlib.import_module("uvloop")  # of the server process: say so now if it is not there
+    chunks, servers = (2 * PIECE, 1) if quick else (CHUNKS, SERVERS)
+    measured = []
+    with on_one_cpu():
+        for place, loop in enumerate(LOOPS):
+            costs = []
+            for server in range(servers):
+                step = partial(_step, progress, place + server / servers, servers, f"on {loop}")
+                costs += await measure(loop, chunks, 4 if quick else STREAMS[loop], step)
+            measured.append(costs)
+    nothing = [
+        Figure(tuple(1e6 * piece["nothing"] / PIECE for piece in pieces), "µs")
+        for pieces in measured
+    ]
+    plugin = [Figure(ratios(pieces, "plugin", "nothing"), "ratio", LIMIT) for pieces in measured]
+    table = Table(
+        f"CPU time of the session server for an answer of {chunks:,} chunks",
+        ("", *LOOPS),
+        (("nothing, a chunk", *nothing), ("plugin / nothing, the whole answer", *plugin)),
+    )
+    few, many = [await calls_into_plugin(number) for number in (FEW_CHUNKS, chunks)]
+    calls = Table(
+        "Calls of the plugin's functions for a turn",
+        ("", "calls"),
+        (
+            (f"an answer of {FEW_CHUNKS} chunks", Figure((few,), "calls")),
+            (f"an answer of {chunks:,} chunks", Figure((many,), "calls", at_most=few)),
+        ),
+    )
+    return Part(NAME, TITLE, (table, calls), _NOTES)
+
+
+def _step(progress: Progress, place: float, servers: int, text: str, share: float) -> None:
+    progress((place + share / servers) / len(LOOPS), text)

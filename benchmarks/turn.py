@@ -1,0 +1,303 @@
+"""Part 2: a proxied turn through a whole session server, the plugin against a header by hand."""
+
+import asyncio
+import importlib
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import count, cycle
+from typing import cast
+
+from yarl import URL
+
+from .figures import Figure, Part, Progress, Table, ratios
+from .rounds import added_up, interleave
+from .server_under_test import KEY, Arm, Kind, Loop, SessionServer, session_server
+from .servers import CHAT, REPLY, content_length, upstream
+
+NAME = "turn"
+TITLE = "A proxied turn through a session server"
+
+LIMIT = 1.05
+PRECISION = 0.1
+LOOPS: tuple[Loop, ...] = ("asyncio", "uvloop")
+ARMS: Mapping[Kind, tuple[Arm, ...]] = {
+    "whole": ("by hand", "floor", "plugin"),
+    "barest": ("by hand", "floor", "plugin", "plugin, client middleware"),
+}
+AGENTS = 5  # at once
+TURNS = 10  # of a session
+SYSTEM_CHARACTERS, USER_CHARACTERS = 3000, 900
+SESSIONS: Mapping[Kind, int] = {"whole": 160, "barest": 60}  # of each agent, in each arm
+SHORT = 2000  # characters of a turn through the barest proxy
+# What the openai client (2.x) sends besides: the whole server passes it on.
+OPENAI_HEADERS = """\
+Accept: application/json
+Accept-Encoding: gzip, deflate
+Authorization: Bearer none
+Connection: keep-alive
+User-Agent: AsyncOpenAI/Python 2.8.0
+X-Stainless-Arch: x64
+X-Stainless-Async: async:asyncio
+X-Stainless-Lang: python
+X-Stainless-OS: Linux
+X-Stainless-Package-Version: 2.8.0
+X-Stainless-Read-Timeout: 600
+X-Stainless-Retry-Count: 0
+X-Stainless-Runtime: CPython
+X-Stainless-Runtime-Version: 3.12.3
+""".replace("\n", "\r\n")
+
+
+class Connection(asyncio.Protocol):
+    """An agent's keep-alive connection to the session server."""
+
+    def __init__(self) -> None:
+        self._done: asyncio.Future[None] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the transport."""
+        self._transport = cast("asyncio.Transport", transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Fail what is waited for."""
+        self.fail(ConnectionError(f"the session server hung up: {exc}"))
+
+    def send(self, method: str, path: str, body: bytes = b"", headers: str = "") -> None:
+        """Send a request."""
+        head = f"{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\n{headers}"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        self._transport.write(head.encode() + body)
+
+    def send_turn(self, session_id: str, body: bytes, headers: str = "") -> None:
+        """Send a turn."""
+        self.send("POST", f"/sessions/{session_id}/{CHAT}", body, headers)
+
+    async def until_done(self) -> None:
+        """Wait for ``succeed()``; raise what ``fail()`` was given."""
+        self._done = asyncio.get_running_loop().create_future()
+        await self._done
+
+    def succeed(self) -> None:
+        """End the wait, if there is one."""
+        if self._done is not None and not self._done.done():
+            self._done.set_result(None)
+
+    def fail(self, error: Exception) -> None:
+        """End the wait with an error, if there is one."""
+        if self._done is not None and not self._done.done():
+            self._done.set_exception(error)
+
+    def close(self) -> None:
+        """Hang up."""
+        self._transport.close()
+
+
+class Agent(Connection):
+    """An agent that spends as little time as it can on an answer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._answer = b""
+
+    def data_received(self, data: bytes) -> None:
+        """Note when the answer is complete."""
+        self._answer += data
+        head, end, body = self._answer.partition(b"\r\n\r\n")
+        if not end or len(body) < content_length(head):
+            return
+        self._answer = b""
+        if head.startswith(b"HTTP/1.1 2"):
+            self.succeed()
+        else:
+            self.fail(RuntimeError(f"a request failed: {(head + end + body)[:500]!r}"))
+
+    async def turn(self, session_id: str, body: bytes, headers: str = "") -> None:
+        """Play a turn; return when its answer is here. Raises ``RuntimeError`` if it failed."""
+        self.send_turn(session_id, body, headers)
+        await self.until_done()
+
+    async def begin(self, session_id: str) -> None:
+        """Have the whole session server make a session."""
+        self.send("POST", "/sessions", json.dumps({"session_id": session_id}).encode())
+        await self.until_done()
+
+    async def end(self, session_id: str) -> None:
+        """Have the whole session server forget a session."""
+        self.send("DELETE", f"/sessions/{session_id}")
+        await self.until_done()
+
+
+def _itself(agent: Connection) -> Connection:
+    return agent
+
+
+@asynccontextmanager
+async def connected(agents: Sequence[Connection], server: URL) -> AsyncIterator[None]:
+    """Connect ``agents`` to a session server."""
+    loop = asyncio.get_running_loop()
+    made = []
+    try:
+        for agent in agents:
+            await loop.create_connection(
+                partial(_itself, agent), server.host or "", server.port or 0
+            )
+            made.append(agent)
+        yield
+    finally:
+        for agent in made:
+            agent.close()
+
+
+def chat(user: str, characters: int) -> bytes:
+    """Return the body of a turn whose conversation is so long by now."""
+    messages = [{"role": "user", "content": "x" * characters}]
+    return json.dumps({"model": "stub", "user": user, "messages": messages}).encode()
+
+
+def conversation(turns: int) -> list[bytes]:
+    """Return the bodies of a session's turns: each repeats all that was said before."""
+    messages = [{"role": "system", "content": _text(SYSTEM_CHARACTERS)}]
+    bodies = []
+    for _ in range(turns):
+        messages.append({"role": "user", "content": _text(USER_CHARACTERS)})
+        bodies.append(json.dumps({"model": "stub", "messages": messages}).encode())
+        messages.append({"role": "assistant", "content": REPLY})
+    return bodies
+
+
+def _text(characters: int) -> str:
+    """Return what a tool may have printed."""
+    lines = (f'line {number}: "what there is to read in it"\n' for number in count())
+    text = ""
+    while len(text) < characters:
+        text += next(lines)
+    return text[:characters]
+
+
+@dataclass(slots=True)
+class Play:
+    """An arm: its agents, who all are at the same turn of a session of their own."""
+
+    arm: Arm
+    kind: Kind
+    server: SessionServer
+    agents: Sequence[Agent]
+    bodies: Sequence[bytes]
+
+    def chunk(self) -> Callable[[], Awaitable[float]]:
+        """Return what plays each agent's next turn and returns the server's CPU seconds per turn.
+
+        To begin a session and to end it doesn't count.
+        """
+        sessions, places, names = count(), cycle(range(len(self.bodies))), [""]
+
+        async def turn() -> float:
+            place = next(places)
+            if place == 0:
+                names[:] = [f"rollout-{next(sessions):06}" for _ in self.agents]
+                await self._all(Agent.begin, names)
+            before = await self.server.cpu_seconds()
+            await asyncio.gather(
+                *(
+                    agent.turn(name, self.bodies[place], self._headers(name))
+                    for agent, name in zip(self.agents, names, strict=True)
+                )
+            )
+            cost = await self.server.cpu_seconds() - before
+            if place == len(self.bodies) - 1:
+                await self._all(Agent.end, names)
+            return cost / len(self.agents)
+
+        return turn
+
+    def _headers(self, name: str) -> str:
+        if self.kind == "barest":
+            return ""
+        by_hand = self.arm in ("by hand", "floor")
+        return OPENAI_HEADERS + (f"{KEY}: {name}\r\n" if by_hand else "")
+
+    async def _all(
+        self, request: Callable[[Agent, str], Awaitable[None]], names: Sequence[str]
+    ) -> None:
+        if self.kind == "whole":
+            await asyncio.gather(*map(request, self.agents, names))
+
+
+async def measure(
+    kind: Kind, loop: Loop, sessions: int, step: Callable[[float], None]
+) -> list[dict[str, float]]:
+    """Return what a turn cost, for each of ``sessions`` of an agent, on that event loop."""
+    bodies = conversation(TURNS) if kind == "whole" else [chat("s", SHORT)] * TURNS
+    async with (
+        upstream() as gateway,
+        session_server(gateway, ARMS[kind], kind=kind, loop=loop) as server,
+        AsyncExitStack() as stack,
+    ):
+        arms: dict[str, Callable[[], Awaitable[float]]] = {}
+        for arm, url in server.urls.items():
+            agents = [Agent() for _ in range(AGENTS)]
+            await stack.enter_async_context(connected(agents, url))
+            arms[arm] = Play(arm, kind, server, agents, bodies).chunk()
+        # Wherever a session begins in them: so many rounds in a row are a turn of each kind.
+        rounds = added_up(await interleave(arms, sessions * TURNS, step), TURNS)
+        return [{arm: cost / TURNS for arm, cost in costs.items()} for costs in rounds]
+
+
+async def run(progress: Progress, *, quick: bool = False) -> Part:
+    """Measure the whole server, then the barest, on both event loops, one after the other."""
+    importlib.import_module("uvloop")  # of the server process: say so now if it is not there
+    plan = dict.fromkeys(SESSIONS, 2) if quick else SESSIONS
+    tables: list[Table] = []
+    done = 0.0
+    for kind, sessions in plan.items():
+        measured = []
+        for loop in LOOPS:
+            share = sessions / sum(plan.values()) / len(LOOPS)
+            step = partial(_step, progress, done, share, f"the {kind} one on {loop}")
+            measured.append(await measure(kind, loop, sessions, step))
+            done += share
+        tables.append(costs(kind, measured))
+    return Part(NAME, TITLE, tuple(tables), notes())
+
+
+def _step(progress: Progress, done: float, share: float, text: str, rounds: float) -> None:
+    progress(done + share * rounds, text)
+
+
+def costs(kind: Kind, measured: Sequence[Sequence[dict[str, float]]]) -> Table:
+    """Return what the arms cost on each event loop; the promise is made of the whole server."""
+    by_hand = [Figure(tuple(1e6 * r["by hand"] for r in rounds), "µs") for rounds in measured]
+    rows: list[tuple[str | Figure, ...]] = [("by hand, a turn", *by_hand)]
+    for arm in ARMS[kind][1:]:
+        limit = LIMIT if (kind, arm) == ("whole", "plugin") else None
+        figures = (
+            Figure(ratios(rounds, arm, "by hand"), "ratio", limit, precision=PRECISION)
+            for rounds in measured
+        )
+        rows.append((f"{arm} / by hand", *figures))
+    titles = {"whole": "A whole session server", "barest": "The barest proxy there could be"}
+    return Table(f"{titles[kind]}, CPU time", ("", *LOOPS), tuple(rows))
+
+
+def notes() -> tuple[str, ...]:
+    """Say what the tables are of."""
+    last = conversation(TURNS)[-1]
+    return (
+        "CPU time of the session server's process, without an access log; the agents and the "
+        f"upstream are other processes. {AGENTS} agents at once on keep-alive connections play a "
+        f"turn each in one arm, then in the next; a ratio is that of {TURNS} such turns. The "
+        "ledger is on, as it is by default.",
+        f"Whole: examples/session_server.py. A session has {TURNS} turns, the last one of "
+        f"{len(json.loads(last)['messages'])} messages, {len(last) / 1000:.0f} kB. The server "
+        "reads them, keeps the transcript, and forgets the session when it is over. The agents "
+        "send the headers of the openai client. By hand: "
+        f"[smg_routing] is not enabled, and the agent itself sends {KEY}, which the server passes "
+        "on: one more inbound header to parse and to copy.",
+        f"Barest: a handler that passes on {SHORT / 1000:.0f} kB unread and keeps nothing. By "
+        f"hand: it passes headers={{'{KEY}': session_id}} itself.",
+        "Floor: by hand, with a middleware and a TraceConfig that do nothing. What it costs is "
+        "aiohttp's own.",
+    )

@@ -1,0 +1,304 @@
+"""Agents that play sessions through ``session_server.py``, on real engines behind the real gateway.
+
+    arm = await play(Load(sessions=9, turns=5, workers=3), PINNED)
+    print(arm.cached_share, arm.first_token(50))
+
+The demo and the benchmark of the KV cache share it. All servers run on free loopback ports.
+"""
+
+import asyncio
+import json
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from random import Random
+from statistics import quantiles
+
+import aiohttp
+from engines import engines, healthy
+from yarl import URL
+
+from aiohttp_smg_routing.testing import child_process, free_port, smg_gateway
+
+TEMPLATE_TOKENS = 40  # what the chat template adds to a turn, at the most
+ARRIVAL_SECONDS = 0.03  # between two agents: far less than a first turn takes
+TURN_SECONDS = 120  # the longest that a turn may take on a slow machine
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What an arm plays: ``sessions`` at once, ``turns`` in each, on ``workers`` engines.
+
+    One character is one token of the engines' model. ``shared_prompt``: all sessions begin with
+    one system prompt; else two of them share no prefix, and a session finds nothing in a cache but
+    what it left there itself.
+    """
+
+    sessions: int
+    turns: int
+    workers: int
+    # Long enough that a cold prompt is seen to cost time, short enough that both arms of the demo
+    # end within a minute and a half on two cores.
+    system_characters: int = 500
+    user_characters: int = 80
+    reply_characters: int = 8
+    shared_prompt: bool = False
+
+    @property
+    def even_share(self) -> int:
+        """The conversations that one engine has to hold when they are spread evenly."""
+        return -(-self.sessions // self.workers)
+
+    @property
+    def context(self) -> int:
+        """The tokens of a whole conversation, or a few more."""
+        turn = self.user_characters + self.reply_characters + TEMPLATE_TOKENS
+        return self.system_characters + TEMPLATE_TOKENS + self.turns * turn
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """The gateway's ``--policy``, its further arguments, and whether the plugin sends a key."""
+
+    policy: str
+    args: tuple[str, ...] = ()
+    plugin: bool = True
+
+
+PINNED = Routing("manual", ("--assignment-mode", "min_group"))
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One measured turn; ``number`` counts from 0 within its session."""
+
+    session_id: str
+    number: int
+    worker: str
+    first_token_seconds: float
+    prompt_tokens: int
+    cached_tokens: int
+    reply_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """All turns of one load, the gateway's count of each policy branch, and the wall time."""
+
+    turns: tuple[Turn, ...]
+    branches: Counter[str]
+    seconds: float
+
+    @property
+    def sessions(self) -> int:
+        """The number of sessions."""
+        return len({turn.session_id for turn in self.turns})
+
+    @property
+    def stayed(self) -> int:
+        """The number of sessions that one worker answered from the first turn to the last."""
+        return self.sessions - moved_sessions(self.turns)
+
+    @property
+    def busiest(self) -> int:
+        """The number of sessions of which the worker with the most answered a turn."""
+        visits = {(turn.worker, turn.session_id) for turn in self.turns}
+        return max(Counter(worker for worker, _ in visits).values())
+
+    @property
+    def later_turns(self) -> list[Turn]:
+        """All but the first turns, which no cache can help."""
+        return [turn for turn in self.turns if turn.number]
+
+    @property
+    def cached_share(self) -> float:
+        """The share of the later turns' prompt tokens that came from a KV cache, 0 to 1."""
+        cached = sum(turn.cached_tokens for turn in self.later_turns)
+        return cached / sum(turn.prompt_tokens for turn in self.later_turns)
+
+    def first_token(self, percent: int) -> float:
+        """Return that percentile of the later turns' time to first token, in seconds."""
+        times = [turn.first_token_seconds for turn in self.later_turns]
+        return quantiles(times, n=100, method="inclusive")[percent - 1]
+
+
+def moved_sessions(turns: Iterable[Turn]) -> int:
+    """Return how many sessions were answered by more than one worker."""
+    workers: defaultdict[str, set[str]] = defaultdict(set)
+    for turn in turns:
+        workers[turn.session_id].add(turn.worker)
+    return sum(len(seen) > 1 for seen in workers.values())
+
+
+async def play(
+    load: Load,
+    routing: Routing,
+    *,
+    slots: int | None = None,
+    model: Path | None = None,
+    started: Callable[[], None] = lambda: None,
+    played: Callable[[Turn], None] = lambda _: None,
+) -> Arm:
+    """Play ``load`` through fresh processes, so that no arm finds another one's warm cache.
+
+    ``slots`` is the number of conversations that one engine holds, an even share of them unless it
+    is given; ``model`` is the file to run, see :func:`engines.engines`. ``started`` is called when
+    all servers are up, ``played`` with each turn as it ends.
+    """
+    slots = load.even_share if slots is None else slots
+    turns: list[Turn] = []
+
+    def keep(turn: Turn) -> None:
+        turns.append(turn)
+        played(turn)
+
+    async with (
+        engines(load.workers, slots=slots, context=load.context, model=model) as workers,
+        smg_gateway(workers, policy=routing.policy, args=routing.args) as gateway,
+        session_server(gateway.url, plugin=routing.plugin) as server,
+        aiohttp.ClientSession(
+            raise_for_status=check_status, timeout=aiohttp.ClientTimeout(total=TURN_SECONDS)
+        ) as client,
+    ):
+        started()
+        begin = time.perf_counter()
+        await asyncio.gather(
+            *(play_session(client, server, load, seed, keep) for seed in range(load.sessions))
+        )
+        seconds = time.perf_counter() - begin
+        return Arm(tuple(turns), await gateway.branches(), seconds)
+
+
+@asynccontextmanager
+async def session_server(gateway: URL, *, plugin: bool) -> AsyncIterator[URL]:
+    """Run the example session server before ``gateway``, with or without the plugin."""
+    url = URL(f"http://127.0.0.1:{free_port()}")
+    program = Path(__file__).with_name("session_server.py")
+    with tempfile.TemporaryDirectory(prefix="agents-") as folder:
+        file = Path(folder, "settings.toml")
+        write_settings(file, url, gateway, plugin=plugin)
+        async with (
+            aiohttp.ClientSession() as session,
+            child_process(
+                *(sys.executable, str(program), str(file)), ready=partial(healthy, session, url)
+            ),
+        ):
+            yield url
+
+
+def write_settings(file: Path, server: URL, gateway: URL, *, plugin: bool) -> None:
+    """Write the session server's settings; a JSON string or boolean is a TOML one too."""
+    text = f"""\
+[server]
+host = {json.dumps(server.host)}
+port = {server.port}
+
+[gateway]
+url = {json.dumps(str(gateway))}
+timeout_seconds = {TURN_SECONDS}
+retries = 2
+
+[smg_routing]
+enabled = {json.dumps(plugin)}
+gateway = {json.dumps(str(gateway))}
+client_session = "client_session"
+"""
+    file.write_text(text, encoding="utf-8")
+
+
+async def check_status(response: aiohttp.ClientResponse) -> None:
+    """Raise ``RuntimeError`` with what the server had to say, unless it succeeded."""
+    if not response.ok:
+        text = await response.text()
+        raise RuntimeError(f"{response.method} {response.url}: {response.status} {text}")
+
+
+async def play_session(
+    client: aiohttp.ClientSession,
+    server: URL,
+    load: Load,
+    seed: int,
+    played: Callable[[Turn], None],
+) -> None:
+    """Be one agent: hold a conversation in which every turn repeats all that was said before.
+
+    The same ``seed`` says the same in every arm. Agents arrive one after another, while those
+    before them wait for their first answer: ``min_group`` counts the keys that have a call in
+    flight (SMG 1.13.0), so it would place an agent that comes when all others are idle at random.
+    """
+    random = Random(seed)
+    await asyncio.sleep(seed * ARRIVAL_SECONDS)
+    system = letters(Random(-1) if load.shared_prompt else random, load.system_characters)
+    async with client.post(server / "sessions") as response:
+        session_id: str = (await response.json())["session_id"]
+    messages = [{"role": "system", "content": system}]
+    for number in range(load.turns):
+        messages.append({"role": "user", "content": letters(random, load.user_characters)})
+        turn, reply = await play_turn(
+            client, server, session_id, number, messages, max_tokens=load.reply_characters
+        )
+        messages.append({"role": "assistant", "content": reply})
+        played(turn)
+
+
+def letters(random: Random, count: int) -> str:
+    """Return ``count`` random letters and spaces: nobody reads them but the engines."""
+    return "".join(random.choices("abcdefghijklmnopqrstuvwxyz ", k=count))
+
+
+async def play_turn(
+    client: aiohttp.ClientSession,
+    server: URL,
+    session_id: str,
+    number: int,
+    messages: list[dict[str, str]],
+    *,
+    max_tokens: int,
+) -> tuple[Turn, str]:
+    """Send the conversation, read the streamed reply, and return what was measured and said."""
+    body = {
+        "model": "random-llama",
+        "messages": messages,
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    reply, usage, first_token = "", None, 0.0
+    begin = time.perf_counter()
+    url = server / "sessions" / session_id / "v1/chat/completions"
+    async with client.post(url, json=body) as response:
+        async for line in response.content:
+            if not line.startswith(b"data: {"):
+                continue
+            event = json.loads(line.removeprefix(b"data: "))
+            if "choices" not in event:
+                raise RuntimeError(f"turn {number + 1} of a session failed: {event}")
+            for choice in event["choices"]:
+                reply += choice["delta"].get("content") or ""
+            if reply and not first_token:
+                first_token = time.perf_counter() - begin
+            usage = event.get("usage") or usage
+    if usage is None:
+        raise RuntimeError(f"turn {number + 1} of a session broke off after {reply!r}")
+    worker = response.headers.get("x-smg-routed-worker-id")
+    if worker is None:
+        raise RuntimeError(
+            "the gateway does not say which worker answered: smg 1.10.1 or newer does"
+        )
+    turn = Turn(
+        session_id=session_id,
+        number=number,
+        worker=worker,
+        first_token_seconds=first_token,
+        prompt_tokens=usage["prompt_tokens"],
+        cached_tokens=usage["prompt_tokens_details"]["cached_tokens"],
+        reply_tokens=usage["completion_tokens"],
+    )
+    return turn, reply
