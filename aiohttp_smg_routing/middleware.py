@@ -1,6 +1,6 @@
 """The inbound half: the request's session enters the context."""
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Mapping
 from typing import Any
 
 from aiohttp import web
@@ -9,7 +9,7 @@ from aiohttp.typedefs import Handler, Middleware
 from .config import RoutingConfig, as_config
 from .context import Scope, enter_scope
 from .ledger import PinLedger
-from .source import session_id_finder
+from .source import SessionIdFinder
 from .values import several
 
 # Nested apps run a middleware each for one request: what the outer one found is kept on the
@@ -30,15 +30,29 @@ def routing_middleware(
     >>> app = web.Application(middlewares=[routing_middleware(config)])
     """
     config = as_config(config)
-    find_session_id = session_id_finder(several(config.session_id))
+    find_session_id = SessionIdFinder(several(config.session_id)).find
 
-    @web.middleware
-    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if config.enabled:
-            session_id = await find_session_id(request)
-            scope = Scope(session_id, config, pins, request.get(_SCOPE))
-            request[_SCOPE] = scope
-            enter_scope(scope)
+    def enter(request: web.Request, session_id: str | None) -> None:
+        scope = Scope(session_id, config, pins, request.get(_SCOPE))
+        request[_SCOPE] = scope
+        enter_scope(scope)
+
+    async def find_first(
+        request: web.Request, handler: Handler, found: Awaitable[str | None]
+    ) -> web.StreamResponse:
+        enter(request, await found)
         return await handler(request)
+
+    # No coroutine of its own where it has nothing to wait for: each chunk of a streamed answer
+    # would wake it on the way to the handler.
+    @web.middleware
+    def middleware(request: web.Request, handler: Handler) -> Awaitable[web.StreamResponse]:
+        if not config.enabled:
+            return handler(request)
+        found = find_session_id(request)
+        if found is not None and not isinstance(found, str):
+            return find_first(request, handler, found)
+        enter(request, found)
+        return handler(request)
 
     return middleware

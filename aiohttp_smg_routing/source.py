@@ -69,40 +69,56 @@ def source_reader(source: object) -> _Reader:
     return _KINDS[kind](name)
 
 
-def session_id_finder(
-    sources: Iterable[Source],
-) -> Callable[[web.Request], Awaitable[str | None]]:
-    """Return a function that gives a request's session id: that of the first source with one.
+class SessionIdFinder:
+    """Finds a request's session id: that of the first source with one.
 
     A source that raises, or gives what can't be a session id, counts as one without; the first
     time it is logged with its traceback.
     """
-    readers = [(source, source_reader(source)) for source in sources]
-    logged: set[int] = set()
 
-    async def find(request: web.Request) -> str | None:
-        for place, (source, read) in enumerate(readers):
+    def __init__(self, sources: Iterable[Source]) -> None:
+        self._readers = [(source, source_reader(source)) for source in sources]
+        self._logged: set[int] = set()
+
+    def find(self, request: web.Request, begin: int = 0) -> str | Awaitable[str | None] | None:
+        """Return the session id; an awaitable of it only where a source returns an awaitable."""
+        for place in range(begin, len(self._readers)):
             try:
-                found = read(request)
+                found = self._readers[place][1](request)
                 if not isinstance(found, str) and isawaitable(found):
-                    found = await found
+                    return self._find_later(request, place, found)
                 session_id = as_session_id(found)
             except (Exception, asyncio.CancelledError) as error:
-                if isinstance(error, asyncio.CancelledError) and _is_cancelled():
-                    raise
-                if place not in logged:
-                    logged.add(place)
-                    logger.exception(
-                        "session id source %r failed: it counts as no session, "
-                        "and further failures of it are not logged",
-                        source,
-                    )
+                self._failed(place, error)
             else:
                 if session_id is not None:
                     return session_id
         return None
 
-    return find
+    async def _find_later(
+        self, request: web.Request, place: int, found: Awaitable[SessionId | None]
+    ) -> str | None:
+        try:
+            session_id = as_session_id(await found)
+        except (Exception, asyncio.CancelledError) as error:
+            self._failed(place, error)
+        else:
+            if session_id is not None:
+                return session_id
+        rest = self.find(request, place + 1)
+        return rest if rest is None or isinstance(rest, str) else await rest
+
+    def _failed(self, place: int, error: BaseException) -> None:
+        if isinstance(error, asyncio.CancelledError) and _is_cancelled():
+            raise error
+        if place not in self._logged:
+            self._logged.add(place)
+            logger.error(
+                "session id source %r failed: it counts as no session, "
+                "and further failures of it are not logged",
+                self._readers[place][0],
+                exc_info=error,
+            )
 
 
 def _is_cancelled() -> bool:

@@ -1,6 +1,7 @@
 import asyncio
 import logging
 import sys
+from collections.abc import Awaitable, Callable
 from typing import Any
 from uuid import UUID
 
@@ -8,8 +9,9 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
 
+from aiohttp_smg_routing import RoutingConfig, current_session_id, routing_middleware
 from aiohttp_smg_routing.key import SessionId
-from aiohttp_smg_routing.source import Source, session_id_finder
+from aiohttp_smg_routing.source import Source
 
 
 def sync_source(request: web.Request) -> SessionId | None:
@@ -25,10 +27,26 @@ if hasattr(web, "RequestKey"):
     OTHER = web.RequestKey("other_sid", str)
 
 
+def session_id_finder(sources: Any) -> Callable[[web.Request], Awaitable[str | None]]:
+    """Return a function that gives the session id that a request's handler sees."""
+    config = RoutingConfig("http://gateway", session_id=sources)
+    middleware: Any = routing_middleware(config)
+
+    async def find(request: web.Request) -> str | None:
+        seen = []
+
+        async def handler(request: web.Request) -> web.Response:
+            seen.append(current_session_id())
+            return web.Response()
+
+        await middleware(request, handler)
+        return seen[0]
+
+    return find
+
+
 async def find(source: Any, target: str = "/", **arguments: Any) -> str | None:
-    request = make_mocked_request("POST", target, **arguments)
-    sources = source if isinstance(source, tuple) else (source,)
-    return await session_id_finder(sources)(request)
+    return await session_id_finder(source)(make_mocked_request("POST", target, **arguments))
 
 
 @pytest.mark.parametrize(
@@ -128,10 +146,22 @@ def _raise(request: web.Request) -> str:
 async def test_a_source_that_fails_is_no_session_and_logged_once_with_its_traceback(
     broken: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    finder = session_id_finder((broken, "query:sid"))
+    finder = session_id_finder((lambda request: None, broken, "query:sid"))
     assert await finder(make_mocked_request("POST", "/?sid=s-1")) == "s-1"
     assert await finder(make_mocked_request("POST", "/")) is None
     [record] = caplog.records
     assert record.levelno == logging.ERROR
     assert record.exc_info is not None
     assert "session id source" in record.getMessage()
+
+
+async def test_the_next_source_is_asked_where_an_awaited_one_has_none() -> None:
+    async def nobody(request: web.Request) -> None:
+        return None
+
+    for sources, session_id in (
+        ((nobody, "query:sid"), "s-1"),
+        ((nobody, async_source), "17"),
+        ((nobody, nobody), None),
+    ):
+        assert await find(sources, "/?sid=s-1") == session_id
