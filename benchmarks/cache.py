@@ -30,7 +30,7 @@ from benchmarks.figures import Figure, Part, Progress, Table, Unit, ratios, shuf
 NAME = "cache"
 TITLE = "The KV cache: pinned sessions against the gateway's other policies"
 
-ROUNDS = 3
+ROUNDS = 4
 # A quarter of the demo's model: time goes into tokens still, and all arms fit into four minutes.
 BLOCKS = 2
 LOAD = Load(

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import AsyncExitStack
 from functools import partial
 from typing import Any
@@ -68,18 +68,21 @@ async def run(progress: Progress, *, quick: bool = False) -> Part:
         arms = await _arms(stack, gateway, post)
         step = partial(_step, progress, 0.0, 0.85, "calls of each kind, in turn")
         calls = await interleave(arms, rounds, step)
+        names, few = list(arms), (HAND, HAND_FLOOR, LEDGER, MIDDLEWARE_LEDGER)
         several = await _arms(stack, gateway, _whole_turn)
-        arms = {name: several[name] for name in (HAND, HAND_FLOOR, LEDGER, MIDDLEWARE_LEDGER)}
+        arms = {name: several[name] for name in few}
         step = partial(_step, progress, 0.85, 1.0, "calls with a whole conversation")
         turns = await interleave(arms, max(6, rounds // 4), step)
     return Part(
         NAME,
         TITLE,
         (
-            _costs("A call with a short body, CPU time", calls),
+            _costs("A call with a short body, CPU time", calls, names),
             _promises(calls),
             _costs(
-                "A call that encodes a conversation of 20 messages and decodes the answer", turns
+                "A call that encodes a conversation of 20 messages and decodes the answer",
+                turns,
+                few,
             ),
         ),
         (
@@ -161,7 +164,7 @@ async def _whole_turn(session: ClientSession, url: URL, headers: Mapping[str, st
         await response.json()
 
 
-def _costs(title: str, rounds: list[dict[str, float]]) -> Table:
+def _costs(title: str, rounds: list[dict[str, float]], names: Iterable[str]) -> Table:
     base = HAND
 
     def row(name: str) -> tuple[str | Figure, ...]:
@@ -170,7 +173,7 @@ def _costs(title: str, rounds: list[dict[str, float]]) -> Table:
         ratio = Figure(ratios(rounds, name, base), "ratio", precision=0.05)
         return name, cost, ratio if name != base else "1"
 
-    return Table(title, ("", "a call", "as a multiple of by hand"), tuple(map(row, rounds[0])))
+    return Table(title, ("", "a call", "as a multiple of by hand"), tuple(map(row, names)))
 
 
 def _promises(rounds: list[dict[str, float]]) -> Table:
