@@ -57,15 +57,16 @@ def answered(call: Call, response: ClientResponse) -> None:
     header, name, pins, number = call
     if not pins:
         return
-    status = response.status
-    if status >= 400:
-        pins.count("failed")
-    elif status >= 300 and any(name in response.headers for name in _REDIRECT):
-        pass  # what it leads to is the call that counts
-    elif not header:
-        pins.count("untagged")
-    else:
+    if response.status >= 300:
+        if response.status >= 400:
+            pins.count("failed")
+            return
+        if any(name in response.headers for name in _REDIRECT):
+            return  # what it leads to is the call that counts
+    if header:
         pins.answered(name, response.headers.get(ROUTED_WORKER_HEADER) or None, number)
+    else:
+        pins.count("untagged")
 
 
 def failed(call: Call) -> None:

@@ -153,12 +153,13 @@ class PinLedger:
     def answered(self, key: str, worker: str | None, number: int) -> None:
         """Enter the answer to the call ``number`` of the session with the routing key ``key``."""
         with self._lock:
-            row = self._sessions.get(key)
+            sessions = self._sessions
+            row = sessions.get(key)
             if row and row.newest < number and row.worker == worker and worker:
                 # So nearly every turn ends, and each agent waits for it.
                 row.turns += 1
                 row.newest = number
-                self._sessions.move_to_end(key)
+                sessions.move_to_end(key)
                 self._calls["kept"] += 1
                 if self._metrics:
                     self._tell_called("kept")
@@ -166,14 +167,14 @@ class PinLedger:
             before = row.pin() if row else None
             worker = worker and sys.intern(worker)  # each answer has a text of its own
             after, outcome, move = _enter(key, before, worker, number)
-            self._sessions[key] = _Row(after)
-            self._sessions.move_to_end(key)
+            sessions[key] = _Row(after)
+            sessions.move_to_end(key)
             self._count(outcome)
             if before is None or before.worker != after.worker:
                 self._drop(row)
                 self._pinned(after.worker, +1)
-            if len(self._sessions) > self.config.track_sessions:
-                self._drop(self._sessions.popitem(last=False)[1])
+            if len(sessions) > self.config.track_sessions:
+                self._drop(sessions.popitem(last=False)[1])
         if move:
             self._moved(move)
 
