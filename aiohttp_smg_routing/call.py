@@ -5,7 +5,7 @@ The trace hook and the client middleware both ask here, so that they decide alik
 
 import logging
 
-from aiohttp import ClientResponse, hdrs
+from aiohttp import ClientResponse
 from multidict import CIMultiDict
 from yarl import URL
 
@@ -15,8 +15,6 @@ from .gateway import ROUTED_WORKER_HEADER, ROUTING_KEY_HEADER, TARGET_WORKER_HEA
 from .ledger import PinLedger
 
 logger = logging.getLogger(__name__)
-
-_REDIRECT = (hdrs.LOCATION, hdrs.URI)
 
 
 class MissingSessionError(LookupError):
@@ -57,13 +55,9 @@ def answered(call: Call, response: ClientResponse) -> None:
     header, name, pins, number = call
     if not pins:
         return
-    if response.status >= 300:
-        if response.status >= 400:
-            pins.count("failed")
-            return
-        if any(name in response.headers for name in _REDIRECT):
-            return  # what it leads to is the call that counts
-    if header:
+    if response.status >= 400:
+        pins.count("failed")
+    elif header:
         pins.answered(name, response.headers.get(ROUTED_WORKER_HEADER) or None, number)
     else:
         pins.count("untagged")

@@ -4,7 +4,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import aiohttp
-from aiohttp import ClientRequest, ClientResponse
+from aiohttp import ClientRequest, ClientResponse, hdrs
 
 from .call import answered, begin, failed
 from .config import RoutingConfig, as_config
@@ -22,7 +22,9 @@ def routing_client_middleware(
 
     It saves what aiohttp spends on any trace config. A ``middlewares=`` of one call replaces those
     of its session, and then the call goes out without a key: that is why the trace config is the
-    default. Where a session has both, the trace config has the call.
+    default. Where a session has both, the trace config has the call; a second client middleware
+    of these on one session would tag and count it again. A redirect is not entered in the ledger,
+    since a middleware can't tell whether it is followed.
 
     Raises ``RuntimeError`` where aiohttp is older than 3.12, which has no client middlewares.
 
@@ -45,7 +47,15 @@ def routing_client_middleware(
         except BaseException:
             failed(call)
             raise
-        answered(call, response)
+        if not _is_redirect(response):
+            answered(call, response)
         return response
 
     return middleware
+
+
+def _is_redirect(response: ClientResponse) -> bool:
+    """Tell whether aiohttp makes a call of its own of the answer: that one counts."""
+    return response.status in (301, 302, 303, 307, 308) and (
+        hdrs.LOCATION in response.headers or hdrs.URI in response.headers
+    )

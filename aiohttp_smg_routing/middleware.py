@@ -1,6 +1,6 @@
 """The inbound half: the request's session enters the context."""
 
-from collections.abc import Awaitable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from aiohttp import web
@@ -32,27 +32,14 @@ def routing_middleware(
     config = as_config(config)
     find_session_id = SessionIdFinder(several(config.session_id)).find
 
-    def enter(request: web.Request, session_id: str | None) -> None:
-        scope = Scope(session_id, config, pins, request.get(_SCOPE))
-        request[_SCOPE] = scope
-        enter_scope(scope)
-
-    async def find_first(
-        request: web.Request, handler: Handler, found: Awaitable[str | None]
-    ) -> web.StreamResponse:
-        enter(request, await found)
-        return await handler(request)
-
-    # No coroutine of its own where it has nothing to wait for: each chunk of a streamed answer
-    # would wake it on the way to the handler.
     @web.middleware
-    def middleware(request: web.Request, handler: Handler) -> Awaitable[web.StreamResponse]:
-        if not config.enabled:
-            return handler(request)
-        found = find_session_id(request)
-        if found is not None and not isinstance(found, str):
-            return find_first(request, handler, found)
-        enter(request, found)
-        return handler(request)
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if config.enabled:
+            found = find_session_id(request)
+            session_id = found if found is None or isinstance(found, str) else await found
+            scope = Scope(session_id, config, pins, request.get(_SCOPE))
+            request[_SCOPE] = scope
+            enter_scope(scope)
+        return await handler(request)
 
     return middleware

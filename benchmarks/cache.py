@@ -219,6 +219,10 @@ def notes(played: Sequence[Scene], rounds: Sequence[Round]) -> Iterator[str]:
         "The most allowed is what a turn shares with the turn before it, prompt and reply, less the"
         " reply's last token: that one never went through the model. First turns are left out."
     )
+    yield (
+        "Longer sessions on few workers lose less to random routing: where a worker has room for"
+        " all, each of them has a copy of a session in time."
+    )
     own, little, shared = played
     for policy in (HASHED, UNEVEN):
         if policy in little.policies:

@@ -87,7 +87,9 @@ async def run(progress: Progress, *, quick: bool = False) -> Part:
         ),
         (
             "An empty TraceConfig is aiohttp's own floor: what it spends on any trace hook.",
-            "OpenTelemetry records its spans and exports them nowhere: its cheapest form.",
+            "OpenTelemetry: its SDK records a span for each call, and exports none.",
+            "A call is made within a request. The inbound half, which finds the session and works"
+            " out its key, once for all calls of the request, is in part 2 and not here.",
         ),
     )
 

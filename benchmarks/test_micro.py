@@ -25,7 +25,6 @@ from aiohttp_smg_routing import (
     RoutingConfig,
     routing_key,
     routing_middleware,
-    routing_session,
     routing_trace_config,
 )
 
@@ -76,7 +75,8 @@ def test_a_new_session_in_a_full_ledger(benchmark: BenchmarkFixture) -> None:
 
 
 def test_the_hook_from_start_to_end_of_a_call(benchmark: BenchmarkFixture) -> None:
-    hook = routing_trace_config(CONFIG, PinLedger(CONFIG))
+    pins = PinLedger(CONFIG)
+    hook = routing_trace_config(CONFIG)
     hook.freeze()
     session = cast("ClientSession", SimpleNamespace(trace_configs=[hook]))
     head = CIMultiDict({"X-SMG-Routed-Worker-Id": WORKER})
@@ -90,8 +90,12 @@ def test_the_hook_from_start_to_end_of_a_call(benchmark: BenchmarkFixture) -> No
         end = TraceRequestEndParams("POST", url, headers, response)
         await hook.on_request_end.send(session, context, end)
 
-    with routing_session("rollout-000017"):
+    async def handler(request: web.Request) -> web.Response:
         benchmark(lambda: done(call()))
+        return web.Response()
+
+    request = make_mocked_request("POST", "/", match_info={"session_id": "rollout-000017"})
+    done(cast("Any", routing_middleware(CONFIG, pins))(request, handler))
 
 
 def test_the_middleware_for_a_request(benchmark: BenchmarkFixture) -> None:

@@ -3,6 +3,7 @@ import logging
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from aiohttp_smg_routing import (
     PinLedger,
     PinSummary,
     RoutingConfig,
+    SessionPin,
     attach,
     routing_middleware,
     routing_session,
@@ -56,6 +58,54 @@ def test_outcome_of_each_call() -> None:
     assert (a.worker, a.turns, a.moves) == (W2, 4, 1)
     c = pins.sessions()["c"]
     assert (c.worker, c.turns, c.moves) == (None, 1, 0)
+
+
+def test_answers_that_name_no_worker_stay_unknown() -> None:
+    pins = ledger()
+    play(pins, ("a", None), ("a", None), ("a", None))
+    assert pins.summary() == PinSummary(unknown=3, sessions=1)
+
+
+def test_a_late_turn_on_the_same_worker_does_not_make_later_turns_look_late() -> None:
+    pins = ledger()
+    first, second, third, fourth = (pins.start() for _ in range(4))
+    pins.answered("a", W1, first)
+    pins.answered("a", W1, third)
+    pins.answered("a", W1, second)
+    assert pins.sessions()["a"].newest == third
+    pins.answered("a", W2, fourth)
+    assert pins.workers() == {W2: 1}
+
+
+def test_a_session_that_moved_has_called_last() -> None:
+    pins = ledger(track_sessions=2)
+    play(pins, ("a", W1), ("b", W1), ("a", W2), ("c", W1))
+    assert list(pins.sessions()) == ["a", "c"]
+
+
+def test_a_pin_that_was_read_stays_as_it_was_and_the_view_is_live() -> None:
+    pins = ledger()
+    view = pins.sessions()
+    play(pins, ("a", W1), ("a", W1))
+    before = view["a"]
+    play(pins, ("a", W1))
+    assert isinstance(before, SessionPin)
+    assert (before.turns, view["a"].turns) == (2, 3)
+
+
+def test_sessions_can_be_copied_while_another_thread_enters_turns() -> None:
+    pins = ledger(track_sessions=50)
+    done = threading.Event()
+
+    def copy() -> None:
+        while not done.is_set():
+            dict(pins.sessions())
+
+    with ThreadPoolExecutor() as pool:
+        copies = pool.submit(copy)
+        play(pins, *((f"s-{number}", W1) for number in range(20_000)))
+        done.set()
+        copies.result()
 
 
 def test_a_worker_that_is_named_late_is_the_first() -> None:

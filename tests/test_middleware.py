@@ -399,3 +399,72 @@ async def test_middleware_that_is_not_enabled_does_nothing(
     client = await aiohttp_client(app)
     async with client.post("/s-1") as response:
         assert await response.text() == "None"
+
+
+async def test_one_request_that_is_handled_as_several_at_once_keeps_their_sessions_apart(
+    gateway: Wire, aiohttp_client: AiohttpClient
+) -> None:
+    """An outer middleware may begin several handlers before one of them runs."""
+
+    @web.middleware
+    async def fan_out(request: web.Request, handler: Handler) -> web.StreamResponse:
+        clones = [request.clone(headers={"X-Session-Id": f"s-{number}"}) for number in range(3)]
+        answers = await asyncio.gather(*map(handler, clones))
+        return answers[0]
+
+    async def handler(request: web.Request) -> web.Response:
+        session_id = request.headers["X-Session-Id"]
+        async with request.app[CLIENT].post(gateway.chat, data=session_id.encode()):
+            return web.Response()
+
+    app = session_server(gateway, session_id="header:X-Session-Id")
+    app.middlewares.insert(0, fan_out)
+    app.router.add_post("/fan", handler)
+    client = await aiohttp_client(app)
+    async with client.post("/fan") as response:
+        assert response.status == 200
+    assert_no_crosstalk(gateway, 3)
+
+
+@pytest.mark.parametrize(("inner", "outer"), [("warn", "pass"), ("pass", "warn")])
+async def test_a_request_without_a_session_goes_by_its_apps_on_missing(
+    gateway: Wire,
+    aiohttp_client: AiohttpClient,
+    caplog: pytest.LogCaptureFixture,
+    inner: Any,
+    outer: Any,
+) -> None:
+    app = web.Application()
+    hook = routing_trace_config(RoutingConfig(gateway.url, on_missing=outer))
+
+    async def handler(request: web.Request) -> web.Response:
+        async with ClientSession(trace_configs=[hook]) as session, session.post(gateway.chat):
+            return web.Response()
+
+    app.router.add_post("/", handler)
+    setup(app, RoutingConfig(gateway.url, on_missing=inner))
+    client = await aiohttp_client(app)
+    async with client.post("/") as response:
+        assert response.status == 200
+    assert ("has no session" in caplog.text) is (inner == "warn")
+
+
+async def test_an_inner_app_that_finds_no_session_leaves_the_outer_apps(
+    gateway: Wire, aiohttp_client: AiohttpClient
+) -> None:
+    config = RoutingConfig(gateway.url, session_id="header:X-Inner")
+    hook = routing_trace_config(config)
+
+    async def handler(request: web.Request) -> web.Response:
+        async with ClientSession(trace_configs=[hook]) as session, session.post(gateway.chat):
+            return web.Response()
+
+    app, sub = web.Application(), web.Application()
+    sub.router.add_post("/{session_id}", handler)
+    setup(sub, config)
+    setup(app, RoutingConfig(gateway.url))
+    app.add_subapp("/sub", sub)
+    client = await aiohttp_client(app)
+    async with client.post("/sub/s-1"):
+        pass
+    assert gateway.last.keys == [b"s-1"]
