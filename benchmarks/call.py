@@ -142,12 +142,17 @@ async def _server(
         return web.Response(text=str((time.process_time() - begin) / CALLS))
 
     app.router.add_post("/sessions/{session_id}", handler)
+    return await serve(stack, app) / "sessions" / SESSION_ID
+
+
+async def serve(stack: AsyncExitStack, app: web.Application) -> URL:
+    """Run ``app`` in this process until ``stack`` ends; return where it listens."""
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     host, port = runner.addresses[0]
-    return URL(f"http://{host}:{port}/sessions/{SESSION_ID}")
+    return URL(f"http://{host}:{port}")
 
 
 async def _cost(client: ClientSession, url: URL) -> float:

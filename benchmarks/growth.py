@@ -24,7 +24,7 @@ from aiohttp_smg_routing import (
     setup,
 )
 
-from .call import Arm, post
+from .call import Arm, post, serve
 from .figures import Figure, Part, Progress, Table, ratios
 from .rounds import interleave
 from .servers import CHAT, upstream
@@ -175,15 +175,6 @@ def _app(gateway: URL, arm: str) -> web.Application:
     return app
 
 
-async def _server(stack: AsyncExitStack, app: web.Application) -> URL:
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    stack.push_async_callback(runner.cleanup)
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    host, port = runner.addresses[0]
-    return URL(f"http://{host}:{port}/sessions/s-1")
-
-
 async def _disabled(
     gateway: URL, rounds: int, step: Callable[[float], None]
 ) -> list[dict[str, float]]:
@@ -192,7 +183,7 @@ async def _disabled(
         agent = await stack.enter_async_context(ClientSession())
         arms: dict[str, Arm] = {}
         for arm in ("without", "disabled"):
-            url = await _server(stack, _app(gateway, arm))
+            url = await serve(stack, _app(gateway, arm)) / "sessions/s-1"
             arms[arm] = partial(_turns, agent, url)
         return await interleave(arms, rounds, step)
 
@@ -215,7 +206,7 @@ async def _calls_into_plugin(gateway: URL, arm: str) -> int:
 
     async with AsyncExitStack() as stack:
         agent = await stack.enter_async_context(ClientSession())
-        url = await _server(stack, _app(gateway, arm))
+        url = await serve(stack, _app(gateway, arm)) / "sessions/s-1"
         await post(agent, url)
         before = sys.getprofile()
         sys.setprofile(count)

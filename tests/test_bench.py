@@ -453,7 +453,7 @@ async def running(folder: Path, *argv: str) -> AsyncIterator[Process]:
 
 
 async def test_a_quick_run_shows_and_writes_the_same(folder: Path) -> None:
-    names = ["turn", "stream", "sessions"]
+    names = ["call", "turn", "stream", "growth", "sessions"]
     files = ("--json", "b.json", "--picture", "b.svg", "--markdown", "b.md")
     async with running(folder, *names, "--quick", *files) as process:
         out, err = (text.decode() for text in await process.communicate())
@@ -478,7 +478,10 @@ async def test_a_quick_run_shows_and_writes_the_same(folder: Path) -> None:
                     assert said.split()[0] in out
     assert (folder / "b.svg").read_text("utf-8").startswith("<?xml")
     # These don't depend on the machine: every session on one worker, no call for a chunk.
-    stream, sessions = (part["tables"][1]["rows"] for part in document["parts"][1:])
+    tables = {part["name"]: part["tables"] for part in document["parts"]}
+    stream, sessions = tables["stream"][1]["rows"], tables["sessions"][1]["rows"]
+    [memory], [calls, _] = tables["growth"][1]["rows"], tables["growth"][2]["rows"]
+    assert (memory[1]["verdict"], calls[1]["verdict"]) == ("reached", "reached")
     assert [cell["verdict"] for _, cell in stream] == ["", "reached"]
     assert stream[1][0] == f"an answer of {2 * PIECE} chunks"
     assert [cells[0]["verdict"] for _, *cells in sessions[1:3]] == ["reached", "reached"]
