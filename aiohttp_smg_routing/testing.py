@@ -15,14 +15,14 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 
 import aiohttp
 from yarl import URL
 
-__all__ = ("SmgGateway", "child_process", "free_port", "smg_gateway")
+__all__ = ("SmgGateway", "child_process", "free_port", "free_ports", "smg_gateway")
 
 _POLL_SECONDS = 0.05
 _START_SECONDS = 60
@@ -30,10 +30,17 @@ _START_SECONDS = 60
 
 def free_port() -> int:
     """Return a loopback TCP port that nobody listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    [port] = free_ports(1)
+    return port
+
+
+def free_ports(count: int) -> list[int]:
+    """Return so many loopback TCP ports that nobody listens on, no two of them the same."""
+    with ExitStack() as stack:  # all are held until the last is there
+        held = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in held:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in held]
 
 
 @asynccontextmanager
@@ -133,8 +140,9 @@ async def smg_gateway(
         raise ModuleNotFoundError(
             "the SMG gateway is not installed: pip install 'aiohttp_smg_routing[gateway]'"
         )
-    url = URL(f"http://127.0.0.1:{port or free_port()}")
-    metrics_url = URL(f"http://127.0.0.1:{free_port()}/metrics")
+    own_port, metrics_port = free_ports(2)
+    url = URL(f"http://127.0.0.1:{port or own_port}")
+    metrics_url = URL(f"http://127.0.0.1:{metrics_port}/metrics")
     async with aiohttp.ClientSession() as session:
 
         async def ready() -> bool:

@@ -20,8 +20,9 @@ from session_server import CLIENT, make_app
 from yarl import URL
 
 from aiohttp_smg_routing import routing_client_middleware, setup
+from aiohttp_smg_routing.testing import free_ports
 
-from .servers import CHAT, child, free_ports
+from .servers import CHAT, child
 
 Loop = Literal["asyncio", "uvloop"]
 Kind = Literal["whole", "barest"]

@@ -6,12 +6,11 @@ They are another process, and bare protocols, so that the machine's time goes to
 import asyncio
 import json
 import re
-import socket
 import sys
 from asyncio.subprocess import Process
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -19,7 +18,7 @@ from typing import cast
 import aiohttp
 from yarl import URL
 
-from aiohttp_smg_routing.testing import child_process
+from aiohttp_smg_routing.testing import child_process, free_ports
 
 CHAT = "v1/chat/completions"
 REPLY = "It is 42. " * 20
@@ -113,13 +112,6 @@ async def _workers(count: int, *, record: bool) -> AsyncIterator[Workers]:
 
         async with child(__name__, ready, ports=ports, record=record):
             yield Workers(urls)
-
-
-def free_ports(count: int) -> list[int]:
-    """Return loopback ports that nobody listens on, no two of them the same."""
-    with ExitStack() as stack:
-        held = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [each.getsockname()[1] for each in held]
 
 
 def child(

@@ -25,7 +25,7 @@ from pathlib import Path
 import aiohttp
 from yarl import URL
 
-from aiohttp_smg_routing.testing import child_process, free_port
+from aiohttp_smg_routing.testing import child_process, free_ports
 
 __all__ = ("engines", "healthy", "write_model")
 
@@ -79,7 +79,7 @@ async def engines(
             # cancelled, and would write into a folder that is being removed.
             write_model(model)
         session = await stack.enter_async_context(aiohttp.ClientSession())
-        urls = tuple([URL(f"http://127.0.0.1:{free_port()}") for _ in range(count)])
+        urls = tuple([URL(f"http://127.0.0.1:{port}") for port in free_ports(count)])
         workers = [
             child_process(
                 *(sys.executable, __file__, str(model), str(url.port)),

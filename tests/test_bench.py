@@ -32,7 +32,7 @@ from benchmarks.picture import draw, panels
 from benchmarks.report import Results, markdown, show, write_json
 from benchmarks.rounds import added_up, interleave, on_one_cpu
 from benchmarks.server_under_test import KEY, Arm, Kind, Loop, session_server
-from benchmarks.servers import Received, free_ports, stub_workers, upstream
+from benchmarks.servers import Received, stub_workers, upstream
 from benchmarks.sessions import TURNS, Play, pins
 from benchmarks.stream import PIECE, Chat, calls_into_plugin, with_their_share
 from benchmarks.turn import ARMS, Agent, chat, connected, conversation
@@ -156,10 +156,6 @@ def test_a_piece_of_a_stream_has_its_share_of_the_beginning() -> None:
     pieces = [midst, midst, begins] * 2
     # All of them together cost what the two streams did.
     assert with_their_share(pieces, 3) == [{"nothing": 2.0, "plugin": 4.0}] * 4
-
-
-def test_no_two_free_ports_are_the_same() -> None:
-    assert len(set(free_ports(500))) == 500
 
 
 async def test_the_arms_send_the_key_that_they_say() -> None:

@@ -5,7 +5,7 @@ from importlib.machinery import BuiltinImporter
 import pytest
 
 from aiohttp_smg_routing import testing
-from aiohttp_smg_routing.testing import child_process, free_port, smg_gateway
+from aiohttp_smg_routing.testing import child_process, free_port, free_ports, smg_gateway
 
 
 async def never() -> bool:
@@ -72,3 +72,7 @@ async def test_missing_gateway_names_the_extra(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'aiohttp_smg_routing\[gateway\]'"):
         async with smg_gateway([f"http://127.0.0.1:{free_port()}"], policy="manual"):
             raise AssertionError("it is not installed")
+
+
+def test_no_two_free_ports_are_the_same() -> None:
+    assert len(set(free_ports(500))) == 500
