@@ -1,18 +1,16 @@
 """The command line: ``python -m benchmarks [PART ...]``."""
 
 import asyncio
-import os
-import signal
 import sys
 import time
 import traceback
-from collections.abc import Coroutine, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-import aiohttp
+from stopping import FAILURES, run_until_signal
 
 from .figures import Part
 
@@ -24,13 +22,13 @@ try:
     from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
 
+    from aiohttp_smg_routing.verify.cli import output_file, picture_file
+
     from .report import Results, machine, markdown, show, write_json
 except ModuleNotFoundError as error:
     sys.exit(MISSING.format(error))
 
 PARTS = ("call", "turn", "stream", "growth", "sessions", "cache")
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-FAILURES = (aiohttp.ClientError, asyncio.TimeoutError, ImportError, OSError, RuntimeError)
 FAILED = 1
 REFRESH_SECONDS = 0.2
 WIDTH = 100  # of what goes into a file
@@ -101,44 +99,11 @@ class Shown:
         self.state = state
 
 
-async def run_until_signal(work: Coroutine[None, None, None]) -> signal.Signals | None:
-    """Do ``work``; a signal ends it in order, with nothing left behind, and is returned."""
-    received: list[signal.Signals] = []
-
-    def stop(number: signal.Signals) -> None:
-        received.append(number)
-        if len(received) == 1:  # a second one must not cut the clearing up short
-            task.cancel()
-
-    task = asyncio.ensure_future(work)
-    for number in STOP_SIGNALS:
-        nohup = number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
-        if not nohup:
-            asyncio.get_running_loop().add_signal_handler(number, stop, number)
-    try:
-        await task
-    except (asyncio.CancelledError, *FAILURES):
-        if not received:
-            raise
-    return received[0] if received else None
-
-
-def _file(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
-    """Refuse a file that can't be written now, not when the run is over."""
-    if value is None:
-        return None
-    place = value if value.exists() else value.parent
-    if value.is_dir() or not os.access(place, os.W_OK):  # Path("") is a folder too
-        raise click.BadParameter(f"{str(value)!r} can't be written.")
-    return value
-
-
 def _picture(ctx: click.Context, param: click.Parameter, value: Path) -> Path | None:
-    if value.suffix not in (".svg", ".png"):
-        raise click.BadParameter(f"{str(value)!r} ends neither in .svg nor in .png.")
+    picture = picture_file(ctx, param, value)
     if find_spec("matplotlib") is None:
         raise click.UsageError(MISSING.format("No module named 'matplotlib'"))
-    return _file(ctx, param, value)
+    return picture
 
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
@@ -151,7 +116,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     "json_file",
     metavar="FILE",
     type=_FILE,
-    callback=_file,
+    callback=output_file,
     default="bench-results.json",
     help="Has all that was measured, every run of it.",
 )
@@ -168,7 +133,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     "markdown_file",
     metavar="FILE",
     type=_FILE,
-    callback=_file,
+    callback=output_file,
     help="Write the tables as Markdown too.",
 )
 @click.option("--quick", is_flag=True, help="Only show that it works: its figures mean nothing.")

@@ -21,8 +21,9 @@ from aiohttp_smg_routing import (
     routing_trace_config,
 )
 
-from .figures import Figure, Part, Progress, Table, Unit, ratios
+from .figures import Figure, Part, Progress, Table, Unit, ratios, step
 from .rounds import interleave
+from .server_under_test import serve
 from .servers import CHAT, upstream
 
 NAME = "call"
@@ -66,13 +67,13 @@ async def run(progress: Progress, *, quick: bool = False) -> Part:
     async with upstream() as gateway, AsyncExitStack() as stack:
         rounds = 6 if quick else ROUNDS
         arms = await _arms(stack, gateway, post)
-        step = partial(_step, progress, 0.0, 0.85, "calls of each kind, in turn")
-        calls = await interleave(arms, rounds, step)
+        first = step(progress, 0, 0.85, "calls of each kind, in turn")
+        calls = await interleave(arms, rounds, first)
         names, few = list(arms), (HAND, HAND_FLOOR, LEDGER, MIDDLEWARE_LEDGER)
         several = await _arms(stack, gateway, _whole_turn)
         arms = {name: several[name] for name in few}
-        step = partial(_step, progress, 0.85, 1.0, "calls with a whole conversation")
-        turns = await interleave(arms, max(6, rounds // 4), step)
+        second = step(progress, 0.85, 0.15, "calls with a whole conversation")
+        turns = await interleave(arms, max(6, rounds // 4), second)
     return Part(
         NAME,
         TITLE,
@@ -92,10 +93,6 @@ async def run(progress: Progress, *, quick: bool = False) -> Part:
             " out its key, once for all calls of the request, is in part 2 and not here.",
         ),
     )
-
-
-def _step(progress: Progress, begin: float, end: float, what: str, done: float) -> None:
-    progress(begin + (end - begin) * done, what)
 
 
 async def _arms(stack: AsyncExitStack, gateway: URL, call: Call) -> dict[str, Arm]:
@@ -143,16 +140,6 @@ async def _server(
 
     app.router.add_post("/sessions/{session_id}", handler)
     return await serve(stack, app) / "sessions" / SESSION_ID
-
-
-async def serve(stack: AsyncExitStack, app: web.Application) -> URL:
-    """Run ``app`` in this process until ``stack`` ends; return where it listens."""
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    stack.push_async_callback(runner.cleanup)
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    host, port = runner.addresses[0]
-    return URL(f"http://{host}:{port}")
 
 
 async def _cost(client: ClientSession, url: URL) -> float:

@@ -120,6 +120,11 @@ Progress = Callable[[float, str], None]
 """Called with the share of a part that is done, 0 to 1, and what it is at."""
 
 
+def step(progress: Progress, begin: float, share: float, what: str) -> Callable[[float], None]:
+    """Return what tells ``progress`` of a stretch that begins there and is that share of a part."""
+    return lambda done: progress(begin + share * done, what)
+
+
 def ratios(rounds: Sequence[Mapping[str, float]], arm: str, base: str) -> tuple[float, ...]:
     """Return what ``arm`` cost as a multiple of ``base``, for each round."""
     return tuple(costs[arm] / costs[base] for costs in rounds)

@@ -2,20 +2,16 @@
 
 import gc
 import random
-import sys
 import time
 import tracemalloc
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack
 from functools import partial
-from pathlib import Path
-from types import FrameType
 from uuid import UUID
 
 from aiohttp import ClientSession, web
 from yarl import URL
 
-import aiohttp_smg_routing
 from aiohttp_smg_routing import (
     PinLedger,
     RoutingConfig,
@@ -24,9 +20,11 @@ from aiohttp_smg_routing import (
     setup,
 )
 
-from .call import Arm, post, serve
-from .figures import Figure, Part, Progress, Table, ratios
+from .call import Arm, post
+from .counting import calls_into_plugin
+from .figures import Figure, Part, Progress, Table, ratios, step
 from .rounds import interleave
+from .server_under_test import serve
 from .servers import CHAT, upstream
 
 NAME = "growth"
@@ -38,7 +36,6 @@ TRACKED = (10_000, 175_000)
 CALLS, ROUNDS = 25, 150
 BYTES_AT_MOST = 400
 
-_PACKAGE = str(Path(aiohttp_smg_routing.__file__).parent)
 _CLIENT = web.AppKey("client_session", ClientSession)
 
 
@@ -48,9 +45,9 @@ async def run(progress: Progress, *, quick: bool = False) -> Part:
     rounds = 6 if quick else ROUNDS
     async with upstream() as gateway:
         progress(0, f"getting to know {known[-1]:,} sessions")
-        turns = await _known(gateway, known, rounds, partial(_step, progress, 0.1, "turns"))
-        off = await _disabled(gateway, rounds, partial(_step, progress, 0.45, "plugin disabled"))
-        calls = {arm: await _calls_into_plugin(gateway, arm) for arm in ("disabled", "enabled")}
+        turns = await _known(gateway, known, rounds, step(progress, 0.1, 0.35, "turns"))
+        off = await _disabled(gateway, rounds, step(progress, 0.45, 0.35, "plugin disabled"))
+        calls = {arm: await _calls_of_a_turn(gateway, arm) for arm in ("disabled", "enabled")}
     memory = []
     for place, tracked in enumerate(TRACKED[:1] if quick else TRACKED):
         progress(0.8 + 0.05 * place, f"the memory of {tracked:,} sessions")
@@ -99,10 +96,6 @@ async def run(progress: Progress, *, quick: bool = False) -> Part:
     )
 
 
-def _step(progress: Progress, begin: float, what: str, done: float) -> None:
-    progress(begin + 0.35 * done, what)
-
-
 def _ids(count: int) -> list[str]:
     draw = random.Random(count)
     return [str(UUID(int=draw.getrandbits(128), version=4)) for _ in range(count)]
@@ -119,7 +112,7 @@ def _ledger(ids: list[str], workers: list[str], turns: int) -> PinLedger:
 
 
 async def _known(
-    gateway: URL, known: tuple[int, ...], rounds: int, step: Callable[[float], None]
+    gateway: URL, known: tuple[int, ...], rounds: int, told: Callable[[float], None]
 ) -> list[dict[str, float]]:
     """Return the CPU seconds of a call in a ledger that knows so many sessions."""
     config = RoutingConfig(gateway)
@@ -130,7 +123,7 @@ async def _known(
             hook = routing_trace_config(config, _ledger(ids, [str(gateway)], 1))
             session = await stack.enter_async_context(ClientSession(trace_configs=[hook]))
             arms[f"{number:,}"] = partial(_calls, session, gateway / CHAT, ids)
-        return await interleave(arms, rounds, step)
+        return await interleave(arms, rounds, told)
 
 
 async def _calls(session: ClientSession, url: URL, ids: list[str]) -> float:
@@ -176,7 +169,7 @@ def _app(gateway: URL, arm: str) -> web.Application:
 
 
 async def _disabled(
-    gateway: URL, rounds: int, step: Callable[[float], None]
+    gateway: URL, rounds: int, told: Callable[[float], None]
 ) -> list[dict[str, float]]:
     """Return the CPU seconds of a turn, agent and session server together."""
     async with AsyncExitStack() as stack:
@@ -185,7 +178,7 @@ async def _disabled(
         for arm in ("without", "disabled"):
             url = await serve(stack, _app(gateway, arm)) / "sessions/s-1"
             arms[arm] = partial(_turns, agent, url)
-        return await interleave(arms, rounds, step)
+        return await interleave(arms, rounds, told)
 
 
 async def _turns(agent: ClientSession, url: URL) -> float:
@@ -195,23 +188,10 @@ async def _turns(agent: ClientSession, url: URL) -> float:
     return (time.process_time() - begin) / CALLS
 
 
-async def _calls_into_plugin(gateway: URL, arm: str) -> int:
+async def _calls_of_a_turn(gateway: URL, arm: str) -> int:
     """Return how many functions of the plugin a turn calls, once all is warm."""
-    # A coroutine's frame is "called" each time it goes on after a wait: that is no new call.
-    frames: set[FrameType] = set()
-
-    def count(frame: FrameType, event: str, argument: object) -> None:
-        if frame.f_code.co_filename.startswith(_PACKAGE):
-            frames.add(frame)
-
     async with AsyncExitStack() as stack:
         agent = await stack.enter_async_context(ClientSession())
         url = await serve(stack, _app(gateway, arm)) / "sessions/s-1"
         await post(agent, url)
-        before = sys.getprofile()
-        sys.setprofile(count)
-        try:
-            await post(agent, url)
-        finally:
-            sys.setprofile(before)
-    return len(frames)
+        return await calls_into_plugin(partial(post, agent, url))

@@ -4,13 +4,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import wrap
-from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from aiohttp_smg_routing.verify.plot import FAINT, INK, STYLE
 
 from .figures import Figure, Part, Table, Unit
 from .report import limit
@@ -20,20 +21,7 @@ _SERIES = (
     *(("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "D"), ("#CC79A7", "^")),
     *(("#E69F00", "v"), ("#56B4E9", "P")),
 )
-_INK, _FAINT = "#1A1A1A", "#8A8A8A"
-_STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 9,
-    "axes.edgecolor": _FAINT,
-    "axes.labelcolor": _INK,
-    "axes.spines.left": False,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "text.parse_math": False,
-    "svg.hashsalt": "aiohttp-smg-routing",
-}
+_STYLE = {**STYLE, "axes.spines.left": False}
 _TICKS: Mapping[Unit, str] = {"ratio": "{:g}", "share": "{:g} %", "s": "{:g} s", "bytes": "{:,g} B"}
 """The units that are drawn. CPU times are the machine's own, and counts are in the tables."""
 _NOT_DRAWN = ("wall time",)
@@ -139,7 +127,7 @@ def _draw(axes: Axes, panel: Panel) -> None:
                 y = line + share * (place - (len(panel.series) - 1) / 2)
                 _figure(axes, figures[name], y, share, *_SERIES[place % len(_SERIES)])
     if panel.unit == "ratio":
-        axes.axvline(1, color=_FAINT, linewidth=0.8, zorder=0)
+        axes.axvline(1, color=FAINT, linewidth=0.8, zorder=0)
     else:
         axes.set_xlim(left=0)
     axes.set_ylim(len(panel.rows) - 0.5, -0.5)
@@ -178,7 +166,7 @@ def _figure(axes: Axes, figure: Figure, y: float, height: float, colour: str, ma
     )
     at = figure.at_most if figure.at_most is not None else figure.at_least
     if at is not None:
-        axes.plot((at, at), (y - height / 2, y + height / 2), color=_INK, linewidth=1.4)
+        axes.plot((at, at), (y - height / 2, y + height / 2), color=INK, linewidth=1.4)
 
 
 def _legend(axes: Axes, panel: Panel) -> None:
@@ -188,7 +176,7 @@ def _legend(axes: Axes, panel: Panel) -> None:
             handles.append(Line2D([], [], color=colour, marker=marker, linewidth=0, label=name))
     if any(limit(figure) for _, figures in panel.rows for figure in figures.values()):
         handles.append(
-            Line2D([], [], color=_INK, marker="|", markersize=9, linewidth=0, label="limit")
+            Line2D([], [], color=INK, marker="|", markersize=9, linewidth=0, label="limit")
         )
     if handles:
         axes.legend(

@@ -9,7 +9,7 @@ import asyncio
 import gc
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -171,6 +171,16 @@ class _Control(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Answer."""
         self._transport.write(f"{time.process_time():.9f}\n".encode())
+
+
+async def serve(stack: AsyncExitStack, app: web.Application) -> URL:
+    """Run ``app`` in this process until ``stack`` ends; return where it listens."""
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    host, port = runner.addresses[0]
+    return URL(f"http://{host}:{port}")
 
 
 async def _run(gateway: str, ports: dict[Arm, int], control: int, kind: Kind) -> None:

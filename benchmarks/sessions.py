@@ -12,7 +12,7 @@ from statistics import fmean
 
 from aiohttp_smg_routing.testing import SmgGateway, smg_gateway
 
-from .figures import Figure, Part, Progress, Table, Unit, ratios
+from .figures import Figure, Part, Progress, Table, Unit, ratios, step
 from .rounds import interleave
 from .server_under_test import Arm, session_server
 from .servers import Received, Workers, stub_workers
@@ -119,20 +119,16 @@ async def bench() -> AsyncIterator[Bench]:
 async def run(progress: Progress, *, quick: bool = False) -> Part:
     """Play the plugin's sessions between those without a key and those by hand."""
     blocks, rounds = (2, 2) if quick else (BLOCKS, ROUNDS)
-    step = partial(_step, progress)
+    told = step(progress, 0, 1, f"{AT_ONCE} agents at once")
     async with bench() as running:
         plugin = [f"plugin {number}" for number in range(blocks)]
         arms = {block: partial(running.block, "plugin") for block in plugin}
         arms.update({arm: partial(running.block, arm) for arm in OTHERS})
-        costs = await interleave(arms, rounds, step)
+        costs = await interleave(arms, rounds, told)
         received = await running.workers.received()
     for cost in costs:
         cost["plugin"] = fmean(cost.pop(block) for block in plugin)
     return Part(NAME, TITLE, (speed(costs), pins(running.plays, received)), _NOTES)
-
-
-def _step(progress: Progress, share: float) -> None:
-    progress(share, f"{AT_ONCE} agents at once")
 
 
 def speed(costs: Sequence[Mapping[str, float]]) -> Table:

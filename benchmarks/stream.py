@@ -3,24 +3,19 @@
 import asyncio
 import importlib
 import json
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from itertools import cycle
-from pathlib import Path
 from statistics import median
-from types import FrameType
 from typing import cast
 
-from aiohttp import web
 from yarl import URL
 
-import aiohttp_smg_routing
-
-from .figures import Figure, Part, Progress, Table, ratios
+from .counting import calls_into_plugin
+from .figures import Figure, Part, Progress, Table, ratios, step
 from .rounds import interleave, on_one_cpu
-from .server_under_test import SSE, Arm, Loop, SessionServer, barest_app, session_server
+from .server_under_test import SSE, Arm, Loop, SessionServer, barest_app, serve, session_server
 from .servers import content_length
 from .turn import Connection, connected
 
@@ -37,7 +32,6 @@ STREAMS: Mapping[Loop, int] = {"asyncio": 20, "uvloop": 42}
 LOOPS = tuple(STREAMS)
 ARMS: tuple[Arm, ...] = ("nothing", "plugin")
 
-_PACKAGE = str(Path(aiohttp_smg_routing.__file__).parent)
 _DELTA = {"choices": [{"index": 0, "delta": {"content": " word"}, "finish_reason": None}]}
 _EVENT = b"data: " + json.dumps({"id": "chatcmpl-1", "model": "stub", **_DELTA}).encode() + b"\n\n"
 _CHUNK = f"{len(_EVENT):x}\r\n".encode() + _EVENT + b"\r\n"
@@ -195,39 +189,23 @@ async def measure(
         return with_their_share(await interleave(arms, streams * pieces, step), pieces)
 
 
-async def calls_into_plugin(chunks: int) -> int:
+async def calls_of_a_stream(chunks: int) -> int:
     """Return how often Python calls the plugin's code for a turn whose answer has so many chunks.
 
     The turn is the session's second: the ledger knows it. The session server runs in this
     process for this.
     """
     chat = Chat("plugin")
-    # A coroutine's frame is "called" each time it goes on after a wait: that is no new call.
-    frames: set[FrameType] = set()
 
-    def count(frame: FrameType, event: str, argument: object) -> None:
-        if frame.f_code.co_filename.startswith(_PACKAGE):
-            frames.add(frame)
+    async def turn(first: int) -> None:
+        await chat.begin(first)
+        await chat.end()
 
-    async with engine({"plugin": chat}) as gateway:
-        runner = web.AppRunner(barest_app(gateway, "plugin"), access_log=None)
-        await runner.setup()
-        try:
-            await web.TCPSite(runner, "127.0.0.1", 0).start()
-            host, port = runner.addresses[0]
-            async with connected([chat], URL(f"http://{host}:{port}")):
-                await chat.begin(1)
-                await chat.end()
-                before = sys.getprofile()
-                sys.setprofile(count)
-                try:
-                    await chat.begin(chunks)
-                    await chat.end()
-                finally:
-                    sys.setprofile(before)
-        finally:
-            await runner.cleanup()
-    return len(frames)
+    async with engine({"plugin": chat}) as gateway, AsyncExitStack() as stack:
+        url = await serve(stack, barest_app(gateway, "plugin"))
+        async with connected([chat], url):
+            await turn(1)
+            return await calls_into_plugin(partial(turn, chunks))
 
 
 async def run(progress: Progress, *, quick: bool = False) -> Part:
@@ -239,8 +217,9 @@ async def run(progress: Progress, *, quick: bool = False) -> Part:
         for place, loop in enumerate(LOOPS):
             costs = []
             for server in range(servers):
-                step = partial(_step, progress, place + server / servers, servers, f"on {loop}")
-                costs += await measure(loop, chunks, 4 if quick else STREAMS[loop], step)
+                share = 1 / servers / len(LOOPS)
+                told = step(progress, (place * servers + server) * share, share, f"on {loop}")
+                costs += await measure(loop, chunks, 4 if quick else STREAMS[loop], told)
             measured.append(costs)
     nothing = [
         Figure(tuple(1e6 * piece["nothing"] / PIECE for piece in pieces), "µs")
@@ -252,7 +231,7 @@ async def run(progress: Progress, *, quick: bool = False) -> Part:
         ("", *LOOPS),
         (("nothing, a chunk", *nothing), ("plugin / nothing, the whole answer", *plugin)),
     )
-    few, many = [await calls_into_plugin(number) for number in (FEW_CHUNKS, chunks)]
+    few, many = [await calls_of_a_stream(number) for number in (FEW_CHUNKS, chunks)]
     calls = Table(
         "Calls of the plugin's functions for a turn",
         ("", "calls"),
@@ -262,7 +241,3 @@ async def run(progress: Progress, *, quick: bool = False) -> Part:
         ),
     )
     return Part(NAME, TITLE, (table, calls), _NOTES)
-
-
-def _step(progress: Progress, place: float, servers: int, text: str, share: float) -> None:
-    progress((place + share / servers) / len(LOOPS), text)

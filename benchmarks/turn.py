@@ -12,7 +12,7 @@ from typing import cast
 
 from yarl import URL
 
-from .figures import Figure, Part, Progress, Table, ratios
+from .figures import Figure, Part, Progress, Table, ratios, step
 from .rounds import added_up, interleave
 from .server_under_test import KEY, Arm, Kind, Loop, SessionServer, session_server
 from .servers import CHAT, REPLY, content_length, upstream
@@ -256,15 +256,11 @@ async def run(progress: Progress, *, quick: bool = False) -> Part:
         measured = []
         for loop in LOOPS:
             share = sessions / sum(plan.values()) / len(LOOPS)
-            step = partial(_step, progress, done, share, f"the {kind} one on {loop}")
-            measured.append(await measure(kind, loop, sessions, step))
+            told = step(progress, done, share, f"the {kind} one on {loop}")
+            measured.append(await measure(kind, loop, sessions, told))
             done += share
         tables.append(costs(kind, measured))
     return Part(NAME, TITLE, tuple(tables), notes())
-
-
-def _step(progress: Progress, done: float, share: float, text: str, rounds: float) -> None:
-    progress(done + share * rounds, text)
 
 
 def costs(kind: Kind, measured: Sequence[Sequence[dict[str, float]]]) -> Table:

@@ -13,8 +13,8 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 
-import aiohttp
 from agents import PINNED, Arm, Load, Turn, moved_sessions, play
+from stopping import FAILURES, run_until_signal
 
 try:
     from rich.console import Console
@@ -22,9 +22,6 @@ try:
     from rich.table import Table
 except ModuleNotFoundError as error:
     sys.exit(f"{error}: pip install 'aiohttp_smg_routing[demo]'")
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-FAILURES = (aiohttp.ClientError, asyncio.TimeoutError, ImportError, OSError, RuntimeError)
 
 
 async def play_arm(load: Load, *, plugin: bool, progress: Progress) -> Arm:
@@ -121,32 +118,6 @@ async def demo(load: Load, console: Console) -> int:
     return report(console, on, off)
 
 
-async def run_until_signal(load: Load, console: Console) -> int:
-    """Run the demo; a signal or a failure ends it in order, with nothing left behind."""
-    received: list[signal.Signals] = []
-
-    def stop(number: signal.Signals) -> None:
-        received.append(number)
-        if len(received) == 1:  # a second one must not cut the clearing up short
-            task.cancel()
-
-    task = asyncio.ensure_future(demo(load, console))
-    for number in STOP_SIGNALS:
-        nohup = number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
-        if not nohup:
-            asyncio.get_running_loop().add_signal_handler(number, stop, number)
-    try:
-        return await task
-    except (asyncio.CancelledError, *FAILURES) as error:
-        if received:
-            print(f"Stopped by {received[0].name}; all processes are gone.", file=sys.stderr)
-            return 128 + received[0]
-        if isinstance(error, asyncio.CancelledError):
-            raise
-        print(f"The demo failed: {str(error) or repr(error)}", file=sys.stderr)
-        return 1
-
-
 def at_least_two(text: str) -> int:
     """Read an option: of one session, turn or worker nothing can be compared."""
     number = int(text)
@@ -163,7 +134,15 @@ def main() -> int:
     args = parser.parse_args()
     # rich would let FORCE_COLOR put control codes and moving bars into a file.
     console = Console(force_terminal=sys.stdout.isatty(), highlight=False)
-    return asyncio.run(run_until_signal(Load(**vars(args)), console))
+    try:
+        outcome = asyncio.run(run_until_signal(demo(Load(**vars(args)), console)))
+    except FAILURES as error:
+        print(f"The demo failed: {str(error) or repr(error)}", file=sys.stderr)
+        return 1
+    if isinstance(outcome, signal.Signals):
+        print(f"Stopped by {outcome.name}; all processes are gone.", file=sys.stderr)
+        return 128 + outcome
+    return outcome
 
 
 if __name__ == "__main__":

@@ -3,16 +3,15 @@
 No test looks at a time: a machine may be as busy as it likes.
 """
 
-import asyncio
 import gc
 import json
 import os
 import signal
 import sys
-from asyncio.subprocess import PIPE, Process
+from asyncio.subprocess import Process
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
+from contextlib import AbstractAsyncContextManager
 from functools import partial
 from importlib.util import find_spec
 from io import StringIO
@@ -34,10 +33,10 @@ from benchmarks.rounds import added_up, interleave, on_one_cpu
 from benchmarks.server_under_test import KEY, Arm, Kind, Loop, session_server
 from benchmarks.servers import Received, stub_workers, upstream
 from benchmarks.sessions import TURNS, Play, pins
-from benchmarks.stream import PIECE, Chat, calls_into_plugin, with_their_share
+from benchmarks.stream import PIECE, Chat, calls_of_a_stream, with_their_share
 from benchmarks.turn import ARMS, Agent, chat, connected, conversation
 
-from .test_demo import HAS_PROC, processes_in
+from .processes import HAS_PROC, processes_in, running
 
 ROOT = Path(__file__).resolve().parents[1]
 REACHED = Figure((1.0, 1.01, 1.02), "ratio", at_most=1.05)
@@ -146,9 +145,9 @@ def cpus() -> set[int]:
 
 
 async def test_a_stream_makes_no_call_into_the_plugin_per_chunk() -> None:
-    few = await calls_into_plugin(20)
+    few = await calls_of_a_stream(20)
     assert few > 0
-    assert await calls_into_plugin(200) == few
+    assert await calls_of_a_stream(200) == few
 
 
 def test_a_piece_of_a_stream_has_its_share_of_the_beginning() -> None:
@@ -431,27 +430,14 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     assert processes_in(tmp_path.resolve()) == {}
 
 
-@asynccontextmanager
-async def running(folder: Path, *argv: str) -> AsyncIterator[Process]:
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "benchmarks", *argv),
-        cwd=folder,
-        env={**os.environ, "TMPDIR": str(folder), "PYTHONPATH": str(ROOT), "FORCE_COLOR": "1"},
-        stdout=PIPE,
-        stderr=PIPE,
-    )
-    try:
-        yield process
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.communicate()
+def benchmark(folder: Path, *argv: str) -> AbstractAsyncContextManager[Process]:
+    return running(folder, "-m", "benchmarks", *argv, PYTHONPATH=str(ROOT))
 
 
 async def test_a_quick_run_shows_and_writes_the_same(folder: Path) -> None:
     names = ["call", "turn", "stream", "growth", "sessions"]
     files = ("--json", "b.json", "--picture", "b.svg", "--markdown", "b.md")
-    async with running(folder, *names, "--quick", *files) as process:
+    async with benchmark(folder, *names, "--quick", *files) as process:
         out, err = (text.decode() for text in await process.communicate())
     assert (process.returncode, err) == (0, "")
     for line in out.splitlines():  # in a file: no control codes, no bars
@@ -489,7 +475,7 @@ async def test_a_quick_run_shows_and_writes_the_same(folder: Path) -> None:
 async def test_a_signal_stops_it_and_all_that_it_started(
     number: signal.Signals, status: int, folder: Path
 ) -> None:
-    async with running(folder, "sessions") as process:
+    async with benchmark(folder, "sessions") as process:
         assert process.stdout is not None
         while b"agents at once" not in (line := await process.stdout.readline()):
             assert line, (await process.communicate())[1].decode()

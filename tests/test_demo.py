@@ -1,12 +1,10 @@
 """The demo, run for real: what it prints, its exit status, and what it leaves behind."""
 
-import asyncio
 import os
 import signal
-import sys
-from asyncio.subprocess import PIPE, Process
+from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from importlib import import_module
 from io import StringIO
 from pathlib import Path
@@ -16,11 +14,11 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
+from .processes import HAS_PROC, processes_in, running
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 SESSIONS, TURNS, WORKERS = 5, 3, 3
 OPTIONS = [f"--sessions={SESSIONS}", f"--turns={TURNS}", f"--workers={WORKERS}"]
-PROC = Path("/proc")
-HAS_PROC = (PROC / "self" / "cwd").exists()
 
 
 @pytest.fixture
@@ -35,37 +33,6 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     yield tmp_path.resolve()
     assert processes_in(tmp_path.resolve()) == {}
     assert list(tmp_path.iterdir()) == []
-
-
-def processes_in(folder: Path) -> dict[int, str]:
-    """Return what runs in ``folder``: a child starts where its parent is, whatever its name.
-
-    A process that a dead parent left behind is found too. Empty where there is no ``/proc``.
-    """
-    found = {}
-    for process in PROC.glob("[0-9]*"):
-        with suppress(OSError):  # it ended just now, or is somebody else's
-            if (process / "cwd").readlink() == folder:
-                found[int(process.name)] = (process / "cmdline").read_bytes().decode()
-    return found
-
-
-@asynccontextmanager
-async def running(folder: Path, *argv: str) -> AsyncIterator[Process]:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *argv,
-        cwd=folder,
-        env={**os.environ, "TMPDIR": str(folder), "FORCE_COLOR": "1"},
-        stdout=PIPE,
-        stderr=PIPE,
-    )
-    try:
-        yield process
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.communicate()
 
 
 @asynccontextmanager

@@ -105,7 +105,7 @@ def _session_id(ctx: click.Context, param: click.Parameter, value: str) -> str:
     return value
 
 
-def _output(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+def output_file(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
     """Refuse a file that can't be written now, not when the run is over."""
     if value is None:
         return None
@@ -115,10 +115,11 @@ def _output(ctx: click.Context, param: click.Parameter, value: Path | None) -> P
     return value
 
 
-def _picture(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+def picture_file(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    """Refuse a file whose name does not say that it is an SVG or a PNG, too."""
     if value is not None and value.suffix not in (".svg", ".png"):
         raise click.BadParameter(f"{str(value)!r} ends neither in .svg nor in .png.")
-    return _output(ctx, param, value)
+    return output_file(ctx, param, value)
 
 
 def _api_key(file: Path | None) -> str | None:
@@ -189,7 +190,7 @@ def cli() -> None:
     "json_file",
     metavar="FILE",
     type=click.Path(dir_okay=False, path_type=Path),
-    callback=_output,
+    callback=output_file,
     help="Write all that was seen, for machines.",
 )
 @click.option(
@@ -197,7 +198,7 @@ def cli() -> None:
     "plot_file",
     metavar="FILE",
     type=click.Path(dir_okay=False, path_type=Path),
-    callback=_picture,
+    callback=picture_file,
     help="Draw it: FILE.svg or FILE.png.",
 )
 def verify(**options: Any) -> int:

@@ -26,11 +26,11 @@ PALETTE = (
 )
 _DARK = frozenset(PALETTE[index] for index in (0, 2, 5, 7, 8, 9, 11, 13, 14, 15))
 _FAILED, _EDGE, _UNKNOWN = "#D9D9D9", "#7A7A7A", "#E6E6E6"
-_INK, _FAINT = "#1A1A1A", "#8A8A8A"
+INK, FAINT = "#1A1A1A", "#8A8A8A"
 _LINES: Mapping[Arm, Mapping[str, Any]] = {
-    "keyed": {"color": _INK, "linewidth": 2.2, "marker": "o", "markersize": 4.5},
+    "keyed": {"color": INK, "linewidth": 2.2, "marker": "o", "markersize": 4.5},
     "unkeyed": {
-        "color": _FAINT,
+        "color": FAINT,
         "linewidth": 2.2,
         "linestyle": (0, (4, 2)),
         "marker": "s",
@@ -38,15 +38,15 @@ _LINES: Mapping[Arm, Mapping[str, Any]] = {
     },
 }
 _ANSWER_COLOURS = {"pinned": "#00694C", "not pinned": "#A63A00", "could not tell": "#6B5500"}
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
-    "axes.edgecolor": _FAINT,
-    "axes.labelcolor": _INK,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
     "axes.spines.right": False,
     "axes.spines.top": False,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
     "text.parse_math": False,  # a server may call a worker $x
     "svg.hashsalt": "aiohttp-smg-routing",
     "hatch.linewidth": 0.6,
@@ -60,7 +60,7 @@ def draw(seen: Seen, verdict: Verdict, file: Path) -> None:
     patches = _patches(seen, workers)
     foot = 0.75 + 0.18 * -(-len(patches) // 4)
     height = 1.85 + foot + 2 * max(1.7, row * seen.plan.sessions)
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(10.5, height))
         grid = GridSpec(
             2,
@@ -105,9 +105,9 @@ def _title(figure: Figure, seen: Seen, verdict: Verdict, height: float) -> None:
     )
     _, _, sentence = verdict.sentence.partition(": ")
     text = fill(sentence[:1].upper() + sentence[1:], 118)
-    figure.text(0.055, 1 - 0.47 / height, text, fontsize=9.5, color=_INK, va="top", linespacing=1.3)
+    figure.text(0.055, 1 - 0.47 / height, text, fontsize=9.5, color=INK, va="top", linespacing=1.3)
     where = f"{seen.plan.gateway}   {seen.plan.model or ''}"
-    figure.text(0.965, 1 - 0.22 / height, where, fontsize=8, color=_FAINT, ha="right", va="top")
+    figure.text(0.965, 1 - 0.22 / height, where, fontsize=8, color=FAINT, ha="right", va="top")
 
 
 def _sessions(axes: Axes, seen: Seen, arm: Arm, workers: Sequence[str], row: float) -> None:
@@ -131,7 +131,7 @@ def _sessions(axes: Axes, seen: Seen, arm: Arm, workers: Sequence[str], row: flo
     axes.set_title(ARM_TITLES[arm].capitalize(), loc="left", fontweight="bold", pad=6)
     moves = sum(turn.outcome == "moved" for turns in rows for turn in turns)
     if workers:
-        axes.set_title(f"{moves} moves", loc="right", color=_FAINT, pad=6)
+        axes.set_title(f"{moves} moves", loc="right", color=FAINT, pad=6)
     axes.set_ylabel(f"{len(rows)} sessions")
     axes.set_yticks([])
     ticks = range(1, seen.plan.turns + 1, -(-seen.plan.turns // 20))
@@ -158,7 +158,7 @@ def _letter(axes: Axes, worker: str, number: int, line: int, workers: Sequence[s
         line + 0.54,
         _name(workers.index(worker)),
         fontsize=6.5,
-        color="white" if _colour(worker, workers) in _DARK else _INK,
+        color="white" if _colour(worker, workers) in _DARK else INK,
         va="center_baseline",
     )
 
@@ -226,9 +226,9 @@ def _finish(axes: Axes, seen: Seen, nothing: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(length=3, color=_FAINT)
+    axes.tick_params(length=3, color=FAINT)
     if nothing:
-        axes.text(0.5, 0.5, nothing, transform=axes.transAxes, ha="center", color=_FAINT)
+        axes.text(0.5, 0.5, nothing, transform=axes.transAxes, ha="center", color=FAINT)
     else:
         axes.legend(frameon=False, loc="best", handlelength=2.8)
 

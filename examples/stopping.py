@@ -1,0 +1,36 @@
+"""A program that starts processes ends in order: a signal cancels it, and it clears up."""
+
+import asyncio
+import signal
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import aiohttp
+
+T = TypeVar("T")
+
+#: What may go wrong with processes and the calls to them; anything else is a mistake in the code.
+FAILURES = (aiohttp.ClientError, asyncio.TimeoutError, ImportError, OSError, RuntimeError)
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+async def run_until_signal(work: Coroutine[Any, Any, T]) -> T | signal.Signals:
+    """Do ``work`` and return its result; or the signal that ended it, with nothing left behind."""
+    received: list[signal.Signals] = []
+
+    def stop(number: signal.Signals) -> None:
+        received.append(number)
+        if len(received) == 1:  # a second one must not cut the clearing up short
+            task.cancel()
+
+    task = asyncio.ensure_future(work)
+    for number in _STOP_SIGNALS:
+        nohup = number is signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
+        if not nohup:
+            asyncio.get_running_loop().add_signal_handler(number, stop, number)
+    try:
+        return await task
+    except (asyncio.CancelledError, *FAILURES):  # what fails as it is cancelled was stopped too
+        if received:
+            return received[0]
+        raise

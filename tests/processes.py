@@ -1,0 +1,44 @@
+"""Programs that are run for real in a folder of their own, and what they leave at work there."""
+
+import asyncio
+import os
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+PROC = Path("/proc")
+HAS_PROC = (PROC / "self" / "cwd").exists()
+
+
+def processes_in(folder: Path) -> dict[int, str]:
+    """Return what runs in ``folder``: a child starts where its parent is, whatever its name.
+
+    A process that a dead parent left behind is found too. Empty where there is no ``/proc``.
+    """
+    found = {}
+    for process in PROC.glob("[0-9]*"):
+        with suppress(OSError):  # it ended just now, or is somebody else's
+            if (process / "cwd").readlink() == folder:
+                found[int(process.name)] = (process / "cmdline").read_bytes().decode()
+    return found
+
+
+@asynccontextmanager
+async def running(folder: Path, *argv: str, **env: str) -> AsyncIterator[Process]:
+    """Run Python in ``folder``, which has its temporary files too, with pipes for what it says."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *argv,
+        cwd=folder,
+        env={**os.environ, "TMPDIR": str(folder), "FORCE_COLOR": "1", **env},
+        stdout=PIPE,
+        stderr=PIPE,
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
