@@ -12,7 +12,7 @@ from yarl import URL
 
 from . import values
 from .gateway import CHAT_COMPLETIONS, ROUTING_KEY_HEADER
-from .key import KeyForm, SessionId, routing_key
+from .key import KeyForm, SessionId, as_prefix, routing_key
 from .source import Source, source_reader
 
 OnMissing = Literal["pass", "warn", "raise"]
@@ -50,10 +50,16 @@ class RoutingConfig:
     session_id: Source | Sequence[Source] = "match_info:session_id"
     """Where the session id is found in the inbound request; the first source that has one counts.
 
-    ``match_info:NAME``, ``header:NAME``, ``query:NAME``, ``cookie:NAME``, ``request:NAME`` (what an
-    earlier middleware stored on the request), ``call:package.module:function``, or a function of
-    the request, sync or async. ``header:Authorization`` gives the bearer token.
+    ``match_info:NAME``, ``header:NAME``, ``query:NAME``, ``cookie:NAME``, ``json:PATH`` (a text in
+    the JSON body, such as ``json:metadata.session_id``; the handler can still read the body),
+    ``request:NAME`` (what an earlier middleware stored on the request), ``aiohttp_session:NAME``
+    (a value of aiohttp-session's session), ``call:package.module:function``, or a function of the
+    request, sync or async. ``header:Authorization`` gives the bearer token.
     """
+
+    ignore_ids: str | Sequence[str] = ()
+    """Session ids that count as none: placeholders, such as ``default``, that would bring every
+    anonymous caller to one worker. The next source is asked."""
 
     paths: str | Sequence[str] = (CHAT_COMPLETIONS,)
     """The gateway calls that are tagged: paths below the gateway's base path. POST only."""
@@ -66,6 +72,10 @@ class RoutingConfig:
 
     secret: str | None = field(default=None, repr=False)
     """Keys the digest, for ids that are credentials. Only with ``key = "digest"``."""
+
+    prefix: str = ""
+    """Begins every key, so that jobs which share a gateway stay apart where their ids are the same:
+    up to 52 visible ASCII characters, such as ``job-7/``."""
 
     on_missing: OnMissing = "pass"
     """What becomes of a call that matches but has no session: ``pass`` lets it go unchanged,
@@ -175,7 +185,7 @@ class RoutingConfig:
 
     def routing_key(self, session_id: SessionId) -> str:
         """Return the key that ``session_id`` has under this config; see ``routing_key()``."""
-        return routing_key(session_id, key=self.key, secret=self.secret)
+        return routing_key(session_id, key=self.key, secret=self.secret, prefix=self.prefix)
 
 
 def as_config(config: RoutingConfig | Mapping[str, Any]) -> RoutingConfig:
@@ -227,21 +237,21 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "gateway": values.gateway_url,
     "enabled": values.boolean,
     "session_id": _as_given(source_reader),
+    "ignore_ids": values.session_id,
     "paths": values.call_path,
     "header": values.header_name,
     "key": values.one_of(get_args(KeyForm)),
     "secret": values.secret,
+    "prefix": as_prefix,
     "on_missing": values.one_of(get_args(OnMissing)),
     "client_session": values.app_key,
     "track_sessions": values.count,
     "on_move": values.optional(_as_given(values.sync_function)),
-    "metrics": values.optional(
-        values.needing(values.one_of(("prometheus",)), package="prometheus_client", extra="metrics")
-    ),
+    "metrics": values.optional(values.metrics_kind),
     "metrics_registry": values.optional(_as_given(values.registry)),
     "hide_worker_ids": values.boolean,
 }
-_SEVERAL = frozenset(("gateway", "session_id", "paths", "client_session"))
+_SEVERAL = frozenset(("gateway", "session_id", "ignore_ids", "paths", "client_session"))
 _REQUIRED = {
     "gateway": "is required: the URL of the gateway, such as 'http://10.0.0.1:30000'",
     "session_id": "is empty: name at least one source",

@@ -38,7 +38,9 @@ class Scope:
     def __post_init__(self) -> None:
         if self.pins and self.pins.config.track_sessions:
             self.ledger = self.pins
-        if self.config is not None and self.session_id is not None:
+        if self.config is None or self.session_id is None:
+            return
+        if self.session_id not in self.config.ignore_ids:
             self.header = self.config.header
             self.key = self.name = _key(self.session_id, self.config)
             if self.pins and self.pins.config is not self.config:
@@ -46,7 +48,7 @@ class Scope:
 
 
 def _key(session_id: str, config: RoutingConfig) -> str:
-    return key_of(session_id, config.key, config.secret)
+    return key_of(session_id, config.key, config.secret, config.prefix)
 
 
 #: The scope of the code that runs now. Tasks and ``asyncio.to_thread`` inherit it.

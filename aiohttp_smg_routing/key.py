@@ -11,6 +11,9 @@ from .gateway import VALID_KEY
 SessionId = str | SupportsIndex | UUID
 KeyForm = Literal["session_id", "digest"]
 
+#: A prefix leaves room for the longest digest in the 128 bytes of a key.
+LONGEST_PREFIX = 128 - len("hmac-sha256-") - 64
+
 
 def as_session_id(value: object) -> str | None:
     """Return ``value`` as the text of a session id, or None where it is None, empty or blank.
@@ -28,18 +31,35 @@ def as_session_id(value: object) -> str | None:
     raise TypeError(f"a session id is a str, an int or a UUID, not a {type(value).__name__}")
 
 
+def as_prefix(value: object) -> str:
+    """Return ``value`` where it can begin a routing key; ``ValueError`` says what can."""
+    if value == "":
+        return ""
+    if isinstance(value, str) and len(value) <= LONGEST_PREFIX and VALID_KEY.fullmatch(value):
+        return value
+    raise ValueError(
+        f"{value!r} is not a text of up to {LONGEST_PREFIX} visible ASCII characters, no spaces"
+    )
+
+
 def routing_key(
-    session_id: SessionId, *, key: KeyForm = "session_id", secret: str | None = None
+    session_id: SessionId,
+    *,
+    key: KeyForm = "session_id",
+    secret: str | None = None,
+    prefix: str = "",
 ) -> str:
     """Return the key that the gateway will see for ``session_id``.
 
     With ``key="session_id"`` an id of 1 to 128 bytes of visible ASCII is its own key. Any other
     id (longer, not ASCII, with spaces or control characters) gives ``sha256-`` and 64 hexadecimal
     digits, because the gateway drops what it does not accept, silently. ``key="digest"`` digests
-    every id, as HMAC-SHA256 where there is a ``secret``. An id has the same key on every machine
-    and in every process.
+    every id, as HMAC-SHA256 where there is a ``secret``. The key begins with the ``prefix``, up to
+    52 visible ASCII characters, in either form. An id has the same key on every machine and in
+    every process.
 
-    Raises ``ValueError`` for an empty or blank id, ``TypeError`` for what is no id.
+    Raises ``ValueError`` for an empty or blank id and for a wrong prefix, ``TypeError`` for what is
+    no id.
 
     >>> routing_key("task-7")
     'task-7'
@@ -49,16 +69,16 @@ def routing_key(
     text = as_session_id(session_id)
     if text is None:
         raise ValueError(f"a session id is not empty or blank, but this is: {session_id!r}")
-    return key_of(text, key, secret)
+    return key_of(text, key, secret, as_prefix(prefix))
 
 
-def key_of(text: str, key: KeyForm, secret: str | None) -> str:
+def key_of(text: str, key: KeyForm, secret: str | None, prefix: str) -> str:
     """Return the key of a session whose id has been through ``as_session_id()``."""
-    if key == "session_id" and VALID_KEY.fullmatch(text):
-        return text
+    if key == "session_id" and VALID_KEY.fullmatch(whole := prefix + text):
+        return whole
     # A path or a header can hold lone surrogates (bytes that were not UTF-8): they count as well.
     data = text.encode("utf-8", "surrogatepass")
     if secret is None:
-        return f"sha256-{hashlib.sha256(data).hexdigest()}"
+        return f"{prefix}sha256-{hashlib.sha256(data).hexdigest()}"
     digest = hmac.digest(secret.encode("utf-8", "surrogatepass"), data, "sha256")
-    return f"hmac-sha256-{digest.hex()}"
+    return f"{prefix}hmac-sha256-{digest.hex()}"

@@ -10,12 +10,11 @@ from .config import RoutingConfig, as_config
 from .context import Scope, enter_scope
 from .ledger import PinLedger
 from .source import SessionIdFinder
-from .values import several
+from .values import request_key, several
 
 # Nested apps run a middleware each for one request: what the outer one found is kept on the
 # request, not looked up in the context, which may hold the session of whoever started the server.
-_request_key: Any = getattr(web, "RequestKey", lambda name, _: name)  # aiohttp 3.14+
-_SCOPE = _request_key("aiohttp_smg_routing", Scope)
+_SCOPE = request_key("aiohttp_smg_routing", Scope)
 
 
 def routing_middleware(
@@ -30,7 +29,7 @@ def routing_middleware(
     >>> app = web.Application(middlewares=[routing_middleware(config)])
     """
     config = as_config(config)
-    find_session_id = SessionIdFinder(several(config.session_id)).find
+    find_session_id = SessionIdFinder(several(config.session_id), several(config.ignore_ids)).find
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:

@@ -1,9 +1,11 @@
 """A session id is found in the request."""
 
 import asyncio
+import json
 import logging
 import re
 import sys
+import warnings
 from collections.abc import Awaitable, Callable, Iterable
 from inspect import isawaitable
 from typing import Any
@@ -11,7 +13,7 @@ from typing import Any
 from aiohttp import hdrs, web
 
 from .key import SessionId, as_session_id
-from .values import imported_function, is_header_name, is_named
+from .values import imported_function, is_header_name, is_named, need, request_key
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +22,7 @@ Source = str | Callable[[web.Request], SessionId | Awaitable[SessionId | None] |
 
 _Reader = Callable[[web.Request], Any]
 _BEARER = re.compile(r"bearer +(\S+)", re.IGNORECASE)
+_JSON = request_key("aiohttp_smg_routing.json", dict)
 
 
 def _header(name: str) -> _Reader:
@@ -42,15 +45,86 @@ def _stored(name: str) -> _Reader:
     return stored
 
 
+def _json_text(path: str) -> _Reader:
+    names = path.split(".")
+    if not all(names):
+        raise ValueError("has an empty name in its path: one is 'json:metadata.session_id'")
+
+    async def text(request: web.Request) -> str | None:
+        found: Any = await _json_object(request)
+        for name in names:
+            found = found.get(name) if isinstance(found, dict) else None
+        return found if isinstance(found, str) else None
+
+    return lambda request: text(request) if _has_json(request) else None
+
+
+def _has_json(request: web.Request) -> bool:
+    kind = request.content_type
+    return kind == "application/json" or kind.endswith("+json")
+
+
+async def _json_object(request: web.Request) -> dict[str, Any]:
+    """Return the JSON object in the body, without its lists; empty where the body has none."""
+    if _JSON not in request:
+        try:
+            found = json.loads((await _peek(request)).decode(request.charset or "utf-8"))
+        except (ValueError, LookupError, RecursionError):  # the handler's to answer
+            found = None
+        found = found if isinstance(found, dict) else {}
+        # It is kept for the next source and app. The conversation, the bulk of it, need not be.
+        request[_JSON] = {name: it for name, it in found.items() if not isinstance(it, list)}
+    return request[_JSON]  # type: ignore[no-any-return]
+
+
+async def _peek(request: web.Request) -> bytes:
+    """Return the body, and leave it to be read by the handler in whatever way.
+
+    Empty where it is larger than the app takes, or does not arrive whole: then the handler meets
+    what it would have met without this. ``request.read()`` would do neither: it takes the body off
+    ``request.content``, and forbids ``request.clone()``.
+    """
+    content, limit = request.content, request.client_max_size
+    if content.at_eof():
+        return await request.read()  # an earlier middleware has read it
+    body = bytearray()
+    try:
+        while chunk := await content.readany():
+            body += chunk
+            if limit and len(body) > limit:
+                return b""
+        return bytes(body)
+    except Exception:  # the same one is raised again when the handler reads
+        return b""
+    finally:
+        with warnings.catch_warnings():  # as aiohttp itself does where it calls this
+            warnings.filterwarnings("ignore", "unread_data", DeprecationWarning)
+            content.unread_data(bytes(body))
+
+
+def _in_aiohttp_session(name: str) -> _Reader:
+    need("aiohttp_session", extra="aiohttp-session")
+    get_session = imported_function("aiohttp_session:get_session")
+
+    async def value(request: web.Request) -> Any:
+        return (await get_session(request)).get(name)
+
+    return value
+
+
 _KINDS: dict[str, Callable[[str], _Reader]] = {
     "match_info": lambda name: lambda request: request.match_info.get(name),
     "header": _header,
     "query": lambda name: lambda request: request.query.get(name),
     "cookie": lambda name: lambda request: request.cookies.get(name),
+    "json": _json_text,
     "request": _stored,
+    "aiohttp_session": _in_aiohttp_session,
     "call": imported_function,
 }
-_FORMS = ", ".join(f"'{kind}:NAME'" for kind in _KINDS if kind != "call")
+_FORMS = ", ".join(
+    f"'{kind}:{'PATH' if kind == 'json' else 'NAME'}'" for kind in _KINDS if kind != "call"
+)
 
 
 def source_reader(source: object) -> _Reader:
@@ -73,11 +147,12 @@ class SessionIdFinder:
     """Finds a request's session id: that of the first source with one.
 
     A source that raises, or gives what can't be a session id, counts as one without; the first
-    time it is logged with its traceback.
+    time it is logged with its traceback. An id of ``ignore_ids`` counts as none.
     """
 
-    def __init__(self, sources: Iterable[Source]) -> None:
+    def __init__(self, sources: Iterable[Source], ignore_ids: Iterable[str] = ()) -> None:
         self._readers = [(source, source_reader(source)) for source in sources]
+        self._ignored = frozenset(ignore_ids)
         self._logged: set[int] = set()
 
     def find(self, request: web.Request, begin: int = 0) -> str | Awaitable[str | None] | None:
@@ -87,7 +162,7 @@ class SessionIdFinder:
                 found = self._readers[place][1](request)
                 if not isinstance(found, str) and isawaitable(found):
                     return self._find_later(request, place, found)
-                session_id = as_session_id(found)
+                session_id = self._session_id(found)
             except (Exception, asyncio.CancelledError) as error:
                 self._failed(place, error)
             else:
@@ -99,7 +174,7 @@ class SessionIdFinder:
         self, request: web.Request, place: int, found: Awaitable[SessionId | None]
     ) -> str | None:
         try:
-            session_id = as_session_id(await found)
+            session_id = self._session_id(await found)
         except (Exception, asyncio.CancelledError) as error:
             self._failed(place, error)
         else:
@@ -107,6 +182,10 @@ class SessionIdFinder:
                 return session_id
         rest = self.find(request, place + 1)
         return rest if rest is None or isinstance(rest, str) else await rest
+
+    def _session_id(self, found: object) -> str | None:
+        session_id = as_session_id(found)
+        return None if session_id in self._ignored else session_id
 
     def _failed(self, place: int, error: BaseException) -> None:
         if isinstance(error, asyncio.CancelledError) and _is_cancelled():

@@ -12,6 +12,7 @@ from multidict import istr
 from yarl import URL
 
 from .gateway import CHAT_COMPLETIONS, ROUTING_KEY_HEADER
+from .key import as_session_id
 
 _BOOLS = {
     **dict.fromkeys(("true", "yes", "on", "1"), True),
@@ -19,6 +20,9 @@ _BOOLS = {
 }
 _FRAMING = frozenset(("connection", "content-length", "host", "transfer-encoding", "upgrade"))
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+
+#: Makes a key of a request's storage from a name and a type: a text where aiohttp is before 3.14.
+request_key: Callable[[str, Any], Any] = getattr(web, "RequestKey", lambda name, _: name)
 
 
 def several(value: Any) -> tuple[Any, ...]:
@@ -137,6 +141,16 @@ def secret(value: Any) -> str | None:
     raise ValueError("is not a text of one character or more")
 
 
+def session_id(value: Any) -> str:
+    """Return the text of a session id."""
+    try:
+        if (text := as_session_id(value)) is not None:
+            return text
+    except TypeError:
+        pass
+    raise ValueError(f"{value!r} is not a session id: a text that is not blank, or a number")
+
+
 def app_key(value: Any) -> str | web.AppKey[Any]:
     """Return an app key or the name of one."""
     if isinstance(value, (str, web.AppKey)):
@@ -160,15 +174,17 @@ def optional(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda value: None if value is None else check(value)
 
 
-def needing(check: Callable[[Any], Any], *, package: str, extra: str) -> Callable[[Any], Any]:
-    """Return ``check`` for a value that needs an optional ``package``."""
+def need(package: str, *, extra: str) -> None:
+    """Say which extra to install where an optional ``package`` is not there."""
+    if find_spec(package) is None:
+        raise ValueError(f"needs {package}: pip install 'aiohttp_smg_routing[{extra}]'")
 
-    def check_both(value: Any) -> Any:
-        good = check(value)
-        if find_spec(package) is None:
-            raise ValueError(
-                f"{value!r} needs {package}: pip install 'aiohttp_smg_routing[{extra}]'"
-            )
-        return good
 
-    return check_both
+def metrics_kind(value: Any) -> str:
+    """Return the kind of metrics to keep, where what it needs is there."""
+    kind = one_of(("prometheus",))(value)
+    try:
+        need("prometheus_client", extra="metrics")
+    except ValueError as error:
+        raise ValueError(f"{value!r} {error}") from None
+    return kind

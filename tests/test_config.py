@@ -30,6 +30,8 @@ def test_defaults() -> None:
     assert config.secret is None
     assert config.on_missing == "pass"
     assert config.client_session == ()
+    assert config.ignore_ids == ()
+    assert config.prefix == ""
 
 
 def test_config_is_frozen_and_slotted() -> None:
@@ -124,6 +126,7 @@ def test_routing_key_follows_key_and_secret() -> None:
     assert RoutingConfig(GATEWAY, key="digest").routing_key("s-1").startswith("sha256-")
     keyed = RoutingConfig(GATEWAY, key="digest", secret="k").routing_key("s-1")
     assert keyed.startswith("hmac-sha256-")
+    assert RoutingConfig(GATEWAY, prefix="job-7/").routing_key("s-1") == "job-7/s-1"
 
 
 def test_mapping_takes_plain_strings() -> None:
@@ -136,6 +139,8 @@ def test_mapping_takes_plain_strings() -> None:
             "header": "X-Key",
             "key": "digest",
             "secret": "a,b",
+            "prefix": "a,b/",
+            "ignore_ids": "default, 0",
             "on_missing": "raise",
             "client_session": "one,two",
         }
@@ -147,6 +152,8 @@ def test_mapping_takes_plain_strings() -> None:
         header="X-Key",
         key="digest",
         secret="a,b",
+        prefix="a,b/",
+        ignore_ids=["default", "0"],
         on_missing="raise",
         client_session=["one", "two"],
     )
@@ -233,6 +240,11 @@ def test_environment_faults_name_the_variable() -> None:
         ("session_id", "header:", "'header:' is not a source"),
         ("session_id", "header:X Y", "'header:X Y' does not name a header"),
         ("session_id", 5, "5 is not a source"),
+        ("session_id", "json:", "'json:' is not a source: one is "),
+        ("session_id", "json:a..b", "'json:a..b' has an empty name in its path: one is 'json:"),
+        ("ignore_ids", ["a", " "], "' ' is not a session id: a text that is not blank, or"),
+        ("ignore_ids", [None], "None is not a session id"),
+        ("prefix", "a b", "'a b' is not a text of up to 52 visible ASCII characters"),
         ("paths", "v1/chat", "'v1/chat' is not a path such as '/v1/chat/completions'"),
         ("paths", "//evil/x", "'//evil/x' is not a path"),
         ("paths", "/a?b", "'/a?b' is not a path"),

@@ -144,6 +144,25 @@ async def test_an_own_header_carries_the_key_and_the_gateways_does_not_survive(
     assert gateway.last.keys == []
 
 
+async def test_keys_begin_with_the_prefix(gateway: Wire, outbound: Outbound) -> None:
+    config = RoutingConfig(gateway.url, prefix="job-7/")
+    async with ClientSession(**outbound(config)) as session:
+        with routing_session("s-1"):
+            async with session.post(gateway.chat):
+                pass
+    assert gateway.last.keys == [b"job-7/s-1"]
+
+
+async def test_an_ignored_id_gives_no_key_wherever_it_was_set(
+    gateway: Wire, outbound: Outbound
+) -> None:
+    config = RoutingConfig(gateway.url, ignore_ids="default", on_missing="raise")
+    async with ClientSession(**outbound(config)) as session:
+        with routing_session("default"), pytest.raises(MissingSessionError):
+            await session.post(gateway.chat)
+    assert gateway.calls == []
+
+
 async def test_an_id_that_the_gateway_would_drop_goes_out_as_a_digest(
     gateway: Wire, hooked: ClientSession
 ) -> None:

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from typing import Any
 from uuid import UUID
 
 import pytest
@@ -124,3 +125,24 @@ def test_a_text_with_a_type_of_its_own_gives_its_plain_text() -> None:
 
     assert routing_key(Task.SEVEN) == "task-7"
     assert type(as_session_id(Task.SEVEN)) is str
+
+
+@pytest.mark.parametrize("session_id", ["s-1", "a b", "é", "x" * 128])
+@pytest.mark.parametrize("key", ["session_id", "digest"])
+@pytest.mark.parametrize("secret", ["k", None])
+@pytest.mark.parametrize("prefix", ["job-7/", "~" * 52])
+def test_a_prefix_begins_the_key_and_keeps_it_one_that_the_gateway_takes(
+    session_id: str, key: Any, secret: str | None, prefix: str
+) -> None:
+    with_prefix = routing_key(session_id, key=key, secret=secret, prefix=prefix)
+    assert with_prefix.startswith(prefix)
+    assert VALID_KEY.fullmatch(with_prefix)
+    assert with_prefix != routing_key(session_id, key=key, secret=secret)
+    other = f"#{prefix[1:]}"
+    assert with_prefix != routing_key(session_id, key=key, secret=secret, prefix=other)
+
+
+@pytest.mark.parametrize("prefix", [" ", "a b", "é", "a\n", "~" * 53, 7, None])
+def test_a_prefix_that_no_key_can_begin_with_is_refused(prefix: Any) -> None:
+    with pytest.raises(ValueError, match="is not a text of up to 52 visible ASCII characters"):
+        routing_key("s-1", prefix=prefix)
