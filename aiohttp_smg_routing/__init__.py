@@ -6,6 +6,7 @@ from .config import ConfigError, RoutingConfig
 from .context import current_session_id, routing_session
 from .gateway import ROUTING_KEY_HEADER
 from .hook import attach, routing_trace_config
+from .instrument import instrument
 from .key import routing_key
 from .ledger import Move, PinLedger, PinSummary, SessionPin
 from .log import SessionIdFilter
@@ -28,6 +29,7 @@ __all__ = (
     "SessionPin",
     "attach",
     "current_session_id",
+    "instrument",
     "routing_client_middleware",
     "routing_key",
     "routing_middleware",

@@ -17,6 +17,9 @@ from .source import Source, source_reader
 
 OnMissing = Literal["pass", "warn", "raise"]
 
+#: As ``client_session``: every ``ClientSession`` that is made while the app runs.
+ALL_SESSIONS = "all"
+
 
 class ConfigError(ValueError):
     """A wrong config; ``faults`` has ``(key, what is wrong with it)`` for every fault."""
@@ -84,7 +87,9 @@ class RoutingConfig:
     client_session: str | web.AppKey[Any] | Sequence[str | web.AppKey[Any]] = ()
     """The app key, or keys, under which the server keeps the ``ClientSession`` to attach to.
 
-    A text names a string key, or an ``AppKey`` by its name with or without the module.
+    A text names a string key, or an ``AppKey`` by its name with or without the module. ``all``
+    stands for every ``ClientSession`` that the process makes while the app runs, whoever makes it,
+    and for those that the app keeps already.
     """
 
     track_sessions: int = 100_000

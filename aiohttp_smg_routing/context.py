@@ -1,15 +1,20 @@
 """The session rides in the context: from the request, through every task that it starts."""
 
+import weakref
+from collections.abc import Coroutine
 from contextlib import suppress
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Any, TypeVar
 
 from yarl import URL
 
 from .config import RoutingConfig
 from .key import SessionId, as_session_id, key_of
 from .ledger import PinLedger
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True, eq=False)
@@ -62,6 +67,20 @@ def enter_scope(scope: Scope) -> None:
     and sends a streamed body in there after the handler has returned.
     """
     _scope.set(scope)
+
+
+def in_current_scope(coroutine: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
+    """Return what runs ``coroutine`` in the scope of this code, whoever makes a task of it."""
+    scope = _scope.get()
+
+    async def run() -> T:
+        _scope.set(scope)
+        return await coroutine
+
+    running = run()
+    # Where it is cancelled before it starts, it is all well that nobody awaits the coroutine.
+    weakref.finalize(running, coroutine.close)
+    return running
 
 
 def current_scope() -> Scope | None:

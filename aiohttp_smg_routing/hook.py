@@ -1,6 +1,7 @@
 """The outbound half: the hook puts the key on the call, and tells the ledger where it went."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,18 +23,31 @@ from .config import RoutingConfig, as_config
 from .ledger import PinLedger
 
 
-class RoutingTraceConfig(TraceConfig):
-    """The hook: a ``TraceConfig`` that knows its routing config and the ledger of its app."""
+@dataclass(slots=True, eq=False)
+class Target:
+    """A config whose calls a hook tags, and the ledger that takes those outside any request."""
 
-    def __init__(self, config: RoutingConfig, pins: PinLedger | None) -> None:
+    config: RoutingConfig
+    pins: PinLedger | None
+
+
+class RoutingTraceConfig(TraceConfig):
+    """The hook: a ``TraceConfig`` that knows whose calls it tags."""
+
+    def __init__(self, *targets: Target) -> None:
         super().__init__()
-        self.config = config
-        self.pins = pins
-        if config.enabled:
-            self.on_request_start.append(self._start)
-            self.on_request_redirect.append(self._redirect)
-            self.on_request_end.append(self._end)
-            self.on_request_exception.append(self._exception)
+        self.targets: Sequence[Target] = targets
+        self.on_request_start.append(self._start)
+        self.on_request_redirect.append(self._redirect)
+        self.on_request_end.append(self._end)
+        self.on_request_exception.append(self._exception)
+
+    def target(self, method: str, url: URL) -> Target | None:
+        """Return the first target whose config tags a call."""
+        for target in self.targets:
+            if target.config.tags(method, url):
+                return target
+        return None
 
     async def _start(
         self, session: ClientSession, context: SimpleNamespace, params: TraceRequestStartParams
@@ -69,11 +83,12 @@ class RoutingTraceConfig(TraceConfig):
     def _begin(
         self, session: ClientSession, method: str, url: URL, headers: CIMultiDict[str]
     ) -> Call | None:
-        if not self.config.tags(method, url):
+        target = self.target(method, url)
+        if target is None:
             return None
         if session.trace_configs[0] is not self and is_claimed(session, method, url, before=self):
             return None
-        return begin(self.config, self.pins, method, url, headers)
+        return begin(target.config, target.pins, method, url, headers)
 
 
 def is_claimed(
@@ -83,7 +98,7 @@ def is_claimed(
     for hook in session.trace_configs:
         if hook is before:
             break
-        if isinstance(hook, RoutingTraceConfig) and hook.config.tags(method, url):
+        if isinstance(hook, RoutingTraceConfig) and hook.target(method, url):
             return True
     return False
 
@@ -99,7 +114,8 @@ def routing_trace_config(
 
     >>> ClientSession(trace_configs=[routing_trace_config(config)])
     """
-    return RoutingTraceConfig(as_config(config), pins)
+    config = as_config(config)
+    return RoutingTraceConfig(Target(config, pins)) if config.enabled else TraceConfig()
 
 
 def attach(
@@ -117,10 +133,16 @@ def attach(
     if not config.enabled:
         return
     for there in session.trace_configs:
-        if isinstance(there, RoutingTraceConfig) and there.config == config:
-            there.pins = there.pins or pins
-            return
-    hook = routing_trace_config(config, pins)
+        if type(there) is RoutingTraceConfig:  # not that of instrument(), which is undone
+            for target in there.targets:
+                if target.config == config:
+                    target.pins = target.pins or pins
+                    return
+    add_hook(session, routing_trace_config(config, pins))
+
+
+def add_hook(session: ClientSession, hook: TraceConfig) -> None:
+    """Add a hook to a session that exists already."""
     hook.freeze()  # the session does that in its constructor only
     # A new list: the old one may be the caller's own, and that of other sessions.
     session._trace_configs = [*session.trace_configs, hook]

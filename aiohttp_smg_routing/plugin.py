@@ -1,13 +1,16 @@
 """The plugin: one line joins both halves to an app."""
 
-from collections.abc import Mapping
+import sys
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from aiohttp import ClientSession, web
 
-from .config import ConfigError, RoutingConfig, as_config
+from .config import ALL_SESSIONS, ConfigError, RoutingConfig, as_config
 from .gateway import ROUTED_WORKER_HEADER
 from .hook import attach
+from .instrument import instrument, instrument_session
+from .jobs import keep_sessions
 from .ledger import PinLedger
 from .middleware import routing_middleware
 from .values import is_named, several
@@ -24,9 +27,10 @@ def setup(app: web.Application, config: RoutingConfig | Mapping[str, Any]) -> No
 
     Installs the middleware, innermost of those that ``app`` has at this moment, and keeps the
     config under ``ROUTING_CONFIG`` and the ledger under ``PINS``. At start-up it attaches the hook
-    to each ``ClientSession`` that ``config.client_session`` names; other sessions take it as
-    ``routing_trace_config(config)``. A config that is not enabled is kept, with an empty ledger,
-    and nothing is installed.
+    to each ``ClientSession`` that ``config.client_session`` names, or to all that are made while
+    ``app`` runs; other sessions take it as ``routing_trace_config(config)``. Jobs of an aiojobs
+    scheduler that ``app`` keeps run in the session that spawned them. A config that is not enabled
+    is kept, with an empty ledger, and nothing is installed.
 
     Raises ``ConfigError`` with every fault of the config, at start-up for a ``client_session`` that
     is not there; ``RuntimeError`` when ``app`` is set up already, or frozen.
@@ -45,7 +49,10 @@ def setup(app: web.Application, config: RoutingConfig | Mapping[str, Any]) -> No
     app[PINS] = pins
     if config.enabled:
         app.middlewares.append(routing_middleware(config, pins))
+        if ALL_SESSIONS in several(config.client_session):
+            app.cleanup_ctx.insert(0, _instrument)  # before the app makes its own
         app.on_startup.append(_attach_client_sessions)
+        app.on_startup.append(_keep_sessions_in_jobs)
         app.on_cleanup.append(_close_ledger)
         if config.hide_worker_ids:
             app.on_response_prepare.append(_hide_worker_id)
@@ -62,10 +69,21 @@ def _ledger(config: RoutingConfig) -> PinLedger:
         raise ConfigError([("metrics_registry", str(error))]) from error
 
 
+async def _instrument(app: web.Application) -> AsyncIterator[None]:
+    undo = instrument(app[ROUTING_CONFIG], app[PINS])
+    for value in app.values():
+        if isinstance(value, ClientSession):  # made before the app starts
+            instrument_session(value)
+    yield
+    undo()
+
+
 async def _attach_client_sessions(app: web.Application) -> None:
     config = app[ROUTING_CONFIG]
     faults = []
     for name in several(config.client_session):
+        if name == ALL_SESSIONS:
+            continue
         found = [value for key, value in app.items() if is_named(key, name)]
         if len(found) == 1 and isinstance(found[0], ClientSession):
             attach(found[0], config, app[PINS])
@@ -82,6 +100,13 @@ async def _attach_client_sessions(app: web.Application) -> None:
             )
     if faults:
         raise ConfigError(faults)
+
+
+async def _keep_sessions_in_jobs(app: web.Application) -> None:
+    scheduler_type: Any = getattr(sys.modules.get("aiojobs"), "Scheduler", ())
+    for value in app.values():
+        if isinstance(value, scheduler_type):
+            keep_sessions(value)
 
 
 async def _close_ledger(app: web.Application) -> None:

@@ -19,6 +19,7 @@ def test_public_names() -> None:
         "SessionPin",
         "attach",
         "current_session_id",
+        "instrument",
         "routing_client_middleware",
         "routing_key",
         "routing_middleware",

@@ -1,0 +1,304 @@
+"""Every ClientSession of the process, whoever makes it, and none after it is undone."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import ClientSession, web
+from opentelemetry.instrumentation.aiohttp_client import AioHttpClientInstrumentor
+from pytest_aiohttp.plugin import AiohttpClient
+
+from aiohttp_smg_routing import (
+    PINS,
+    PinLedger,
+    PinSummary,
+    RoutingConfig,
+    attach,
+    instrument,
+    routing_session,
+    routing_trace_config,
+    setup,
+)
+
+from .wire import Wire
+
+PLAIN = ClientSession.__init__
+
+
+@pytest.fixture(autouse=True)
+def _pristine() -> Iterator[None]:
+    yield
+    assert ClientSession.__init__ is PLAIN
+
+
+async def post(session: ClientSession, wire: Wire, session_id: str | None = "s-1") -> list[bytes]:
+    """Call the gateway in a session; return the keys that arrived."""
+    with routing_session(session_id):
+        async with session.post(wire.chat):
+            return wire.last.keys
+
+
+async def test_every_session_carries_the_hook_until_it_is_undone(gateway: Wire) -> None:
+    config = RoutingConfig(gateway.url)
+    async with ClientSession() as before:
+        undo = instrument(config)
+        async with ClientSession() as during:
+            assert await post(before, gateway) == []
+            assert await post(during, gateway) == [b"s-1"]
+            undo()
+            assert await post(during, gateway) == []
+        undo()  # a second time it changes nothing
+        async with ClientSession() as after:
+            assert await post(after, gateway) == []
+            assert after.trace_configs == []
+
+
+@pytest.mark.filterwarnings("ignore:Inheritance class:DeprecationWarning")
+async def test_subclasses_and_sessions_that_aiohttp_makes_itself_are_among_them(
+    gateway: Wire,
+) -> None:
+    class Session(ClientSession):
+        def __init__(self, **kwargs: Any) -> None:
+            super().__init__(headers={"X-Own": "1"}, **kwargs)
+
+    undo = instrument({"gateway": str(gateway.url)})
+    try:
+        async with Session() as session:
+            assert await post(session, gateway) == [b"s-1"]
+            assert gateway.last.values("X-Own") == [b"1"]
+        with routing_session("s-2"):
+            async with aiohttp.request("POST", gateway.chat):
+                assert gateway.last.keys == [b"s-2"]
+    finally:
+        undo()
+
+
+async def test_other_traffic_leaves_byte_for_byte_as_without_it(
+    gateway: Wire, elsewhere: Wire
+) -> None:
+    async def sent(session: ClientSession) -> list[object]:
+        calls: list[object] = []
+        with routing_session("s-1"):
+            for method, url in (
+                ("POST", elsewhere.chat),
+                ("GET", gateway.chat),
+                ("POST", gateway.url / "v1/embeddings"),
+            ):
+                async with session.request(method, url, headers={"X-SMG-Target-Worker": "1"}):
+                    pass
+        async with session.post(gateway.chat, headers={"X-SMG-Routing-Key": "own"}):
+            pass
+        for wire in (gateway, elsewhere):
+            calls += wire.calls
+            wire.calls.clear()
+        return calls
+
+    async with ClientSession() as plain:
+        without = await sent(plain)
+    undo = instrument({"gateway": str(gateway.url)})
+    try:
+        async with ClientSession() as session:
+            assert await sent(session) == without
+    finally:
+        undo()
+
+
+async def test_a_session_that_has_the_hook_is_tagged_and_counted_once(gateway: Wire) -> None:
+    config = RoutingConfig(gateway.url)
+    pins = PinLedger(config)
+    undo = instrument(config, pins)
+    try:
+        hook = routing_trace_config(config, pins)
+        async with ClientSession(trace_configs=[hook]) as made, ClientSession() as attached:
+            attach(attached, config, pins)
+            for session in (made, attached):
+                assert await post(session, gateway) == [b"s-1"]
+    finally:
+        undo()
+    assert pins.summary() == PinSummary(unknown=2, sessions=1)
+
+
+async def test_a_hook_that_was_attached_meanwhile_stays_when_it_is_undone(gateway: Wire) -> None:
+    config = RoutingConfig(gateway.url)
+    undo = instrument(config)
+    async with ClientSession() as session:
+        attach(session, config)
+        undo()
+        assert await post(session, gateway) == [b"s-1"]
+
+
+async def test_several_gateways_side_by_side_and_one_is_undone(
+    gateway: Wire, elsewhere: Wire
+) -> None:
+    one = instrument(RoutingConfig(gateway.url))
+    async with ClientSession() as kept:  # a library may keep one for the whole process
+        other = instrument(RoutingConfig(elsewhere.url, header="X-Pin", prefix="job-7/"))
+        async with ClientSession() as session:
+            for each in (kept, session):
+                assert len(each.trace_configs) == 1
+                assert await post(each, gateway) == [b"s-1"]
+                assert await post(each, elsewhere) == []
+                assert elsewhere.last.values("X-Pin") == [b"job-7/s-1"]
+            one()
+            for each in (kept, session):
+                assert await post(each, gateway) == []
+                await post(each, elsewhere)
+                assert elsewhere.last.values("X-Pin") == [b"job-7/s-1"]
+            other()
+
+
+async def test_equal_configs_are_undone_one_by_one(gateway: Wire) -> None:
+    undo, undo_other = (instrument(RoutingConfig(gateway.url)) for _ in range(2))
+    async with ClientSession() as session:
+        undo()
+        assert await post(session, gateway) == [b"s-1"]
+        undo_other()
+
+
+async def test_not_enabled_does_nothing(gateway: Wire) -> None:
+    undo = instrument(RoutingConfig(gateway.url, enabled=False))
+    assert ClientSession.__init__ is PLAIN
+    undo()
+
+
+async def test_it_gets_along_with_others_that_wrap_the_constructor(gateway: Wire) -> None:
+    config = RoutingConfig(gateway.url)
+    telemetry = AioHttpClientInstrumentor()
+    undo = instrument(config)
+    telemetry.instrument()
+    async with ClientSession() as session:
+        assert await post(session, gateway) == [b"s-1"]
+        assert len(session.trace_configs) == 2
+    undo()  # the other one's wrapper stands over ours, and stays
+    async with ClientSession() as session:
+        assert await post(session, gateway) == []
+        assert len(session.trace_configs) == 1
+    undo = instrument(config)
+    async with ClientSession() as session:
+        assert await post(session, gateway) == [b"s-1"]
+        assert len(session.trace_configs) == 2
+    telemetry.uninstrument()
+    async with ClientSession() as session:
+        assert await post(session, gateway) == [b"s-1"]
+        assert len(session.trace_configs) == 1
+    undo()
+
+
+async def test_it_is_not_lost_where_another_one_takes_the_constructor_back_to_what_it_was(
+    gateway: Wire,
+) -> None:
+    config = RoutingConfig(gateway.url)
+    undo = instrument(config)
+    ClientSession.__init__ = PLAIN  # type: ignore[method-assign]
+    undo_other = instrument(config)
+    async with ClientSession() as session:
+        assert await post(session, gateway) == [b"s-1"]
+    undo()
+    undo_other()
+
+
+async def test_sessions_made_in_threads_are_among_them(gateway: Wire) -> None:
+    async def call() -> None:
+        async with ClientSession() as session, session.post(gateway.chat):
+            pass
+
+    undo = instrument({"gateway": str(gateway.url)})
+    with routing_session("s-1"):
+        await asyncio.to_thread(asyncio.run, call())
+    undo()
+    assert gateway.last.keys == [b"s-1"]
+
+
+def server(wire: Wire, **config: Any) -> web.Application:
+    """Return a server that makes a ClientSession for each call, and knows nothing of the plugin."""
+
+    async def handler(request: web.Request) -> web.Response:
+        async with ClientSession() as session, session.post(wire.chat):
+            return web.Response()
+
+    app = web.Application()
+    app.router.add_post("/{session_id}", handler)
+    setup(app, {"gateway": str(wire.url), "client_session": "all", **config})
+    return app
+
+
+async def test_all_is_every_session_made_while_the_app_runs(
+    gateway: Wire, aiohttp_client: AiohttpClient
+) -> None:
+    app = server(gateway)
+    client = await aiohttp_client(app)
+    for session_id in ("s-1", "s-2", "s-1"):
+        async with client.post(f"/{session_id}") as response:
+            assert response.status == 200
+    assert [call.keys for call in gateway.calls] == [[b"s-1"], [b"s-2"], [b"s-1"]]
+    assert app[PINS].summary() == PinSummary(unknown=3, sessions=2)
+    await client.close()
+    assert ClientSession.__init__ is PLAIN
+
+
+async def test_all_reaches_what_the_app_makes_when_it_starts_and_what_it_keeps_already(
+    gateway: Wire,
+) -> None:
+    made: list[ClientSession] = []
+
+    async def client(app: web.Application) -> AsyncIterator[None]:
+        async with ClientSession() as session:
+            made.append(session)
+            yield
+            assert await post(session, gateway) == [b"s-1"]
+
+    app = web.Application()
+    app.cleanup_ctx.append(client)
+    kept = ClientSession()
+    app[web.AppKey("kept", ClientSession)] = kept
+    setup(app, {"gateway": str(gateway.url), "client_session": "all, kept"})
+    runner = web.AppRunner(app)
+    await runner.setup()
+    for session in (made[0], kept):
+        assert await post(session, gateway) == [b"s-1"]
+    await runner.cleanup()
+    assert gateway.last.keys == [b"s-1"]  # at its end the app still has it
+    await kept.close()
+
+
+async def test_all_of_an_app_that_is_never_started_changes_nothing(gateway: Wire) -> None:
+    server(gateway)
+    assert ClientSession.__init__ is PLAIN
+    async with ClientSession() as session:
+        assert await post(session, gateway) == []
+
+
+async def test_all_of_an_app_that_fails_to_start_is_undone(gateway: Wire) -> None:
+    async def fail(app: web.Application) -> None:
+        raise ZeroDivisionError
+
+    app = server(gateway)
+    app.on_startup.append(fail)
+    runner = web.AppRunner(app)
+    with pytest.raises(ZeroDivisionError):
+        await runner.setup()
+    await runner.cleanup()
+    assert ClientSession.__init__ is PLAIN
+
+
+async def test_all_of_several_apps_side_by_side_and_undone_with_the_last(
+    gateway: Wire, elsewhere: Wire, aiohttp_client: AiohttpClient
+) -> None:
+    clients = [
+        await aiohttp_client(server(gateway)),
+        await aiohttp_client(server(elsewhere, key="digest", secret="k")),
+    ]
+    for client in clients:
+        async with client.post("/s-1"):
+            pass
+    assert gateway.last.keys == [b"s-1"]
+    [key] = elsewhere.last.keys
+    assert key.startswith(b"hmac-sha256-")
+    await clients[0].close()
+    async with clients[1].post("/s-1"):
+        pass
+    assert [call.keys for call in elsewhere.calls] == [[key], [key]]
+    await clients[1].close()
+    assert ClientSession.__init__ is PLAIN
