@@ -238,29 +238,41 @@ async def test_all_is_every_session_made_while_the_app_runs(
     assert ClientSession.__init__ is PLAIN
 
 
-async def test_all_reaches_what_the_app_makes_when_it_starts_and_what_it_keeps_already(
-    gateway: Wire,
-) -> None:
+async def test_all_reaches_what_the_app_makes_when_it_starts(gateway: Wire) -> None:
     made: list[ClientSession] = []
 
     async def client(app: web.Application) -> AsyncIterator[None]:
         async with ClientSession() as session:
             made.append(session)
             yield
-            assert await post(session, gateway) == [b"s-1"]
+            assert await post(session, gateway, "at-the-end") == [b"at-the-end"]
 
     app = web.Application()
     app.cleanup_ctx.append(client)
-    kept = ClientSession()
-    app[web.AppKey("kept", ClientSession)] = kept
-    setup(app, {"gateway": str(gateway.url), "client_session": "all, kept"})
+    setup(app, {"gateway": str(gateway.url), "client_session": "all"})
     runner = web.AppRunner(app)
     await runner.setup()
-    for session in (made[0], kept):
-        assert await post(session, gateway) == [b"s-1"]
+    assert await post(made[0], gateway) == [b"s-1"]
     await runner.cleanup()
-    assert gateway.last.keys == [b"s-1"]  # at its end the app still has it
-    await kept.close()
+    assert gateway.last.keys == [b"at-the-end"]
+
+
+@pytest.mark.parametrize("client_session", ["all", "all, kept"])
+async def test_all_reaches_what_apps_keep_before_they_start_once(
+    gateway: Wire, client_session: str
+) -> None:
+    async with ClientSession() as kept:
+        runners = []
+        for _ in range(2):
+            app = web.Application()
+            app[web.AppKey("kept", ClientSession)] = kept
+            setup(app, {"gateway": str(gateway.url), "client_session": client_session})
+            runners.append(web.AppRunner(app))
+            await runners[-1].setup()
+        assert await post(kept, gateway) == [b"s-1"]
+        assert len(kept.trace_configs) == len(client_session.split())
+        for runner in runners:
+            await runner.cleanup()
 
 
 async def test_all_of_an_app_that_is_never_started_changes_nothing(gateway: Wire) -> None:
