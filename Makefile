@@ -26,7 +26,8 @@ micro: $(VENV)/bench.installed ## Micro-benchmarks of this tree beside those of 
 	@.ci/micro $(BASE)
 
 test: $(VENV)/test.installed ## All tests, the ones on the real gateway included, with branch coverage
-	$(BIN)/python -m pytest --cov --cov-report=term --cov-fail-under=100
+	$(BIN)/python -m coverage run -m pytest  # not pytest --cov: pytest itself imports the package
+	$(BIN)/python -m coverage report --fail-under=100
 
 lint: $(VENV)/lint.installed ## ruff, mypy --strict, a wheel built and checked
 	$(BIN)/ruff check .

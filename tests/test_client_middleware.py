@@ -19,11 +19,10 @@ from aiohttp_smg_routing import (
     routing_trace_config,
     setup,
 )
-
-from .wire import OK, Call, Wire, redirect
+from aiohttp_smg_routing.testing import Call, Recorder, answer, completion, redirect
 
 WORKER = "http://10.0.0.1:8000"
-NAMED = OK.replace(b"\r\n\r\n", f"\r\nX-SMG-Routed-Worker-Id: {WORKER}\r\n\r\n".encode())
+NAMED = completion(worker=WORKER)
 
 HAS_CLIENT_MIDDLEWARES = hasattr(aiohttp, "ClientMiddlewareType")
 needs_client_middlewares = pytest.mark.skipif(
@@ -37,7 +36,7 @@ def client_session(config: RoutingConfig, pins: PinLedger | None, **more: Any) -
 
 
 @needs_client_middlewares
-async def test_each_call_is_entered_by_its_outcome(gateway: Wire, elsewhere: Wire) -> None:
+async def test_each_call_is_entered_by_its_outcome(gateway: Recorder, elsewhere: Recorder) -> None:
     config = RoutingConfig(gateway.url)
     pins = PinLedger(config)
     gateway.answer = lambda call: NAMED
@@ -48,7 +47,7 @@ async def test_each_call_is_entered_by_its_outcome(gateway: Wire, elsewhere: Wir
             for _ in range(3):
                 async with session.post(gateway.chat):
                     pass
-            gateway.answer = lambda call: OK.replace(b"200 OK", b"500 No")
+            gateway.answer = lambda call: answer(status=500)
             async with session.post(gateway.chat):
                 pass
             gateway.answer = lambda call: b"garbage\r\n\r\n"
@@ -59,7 +58,7 @@ async def test_each_call_is_entered_by_its_outcome(gateway: Wire, elsewhere: Wir
 
 
 @needs_client_middlewares
-async def test_a_cancelled_call_counts_as_failed(gateway: Wire) -> None:
+async def test_a_cancelled_call_counts_as_failed(gateway: Recorder) -> None:
     config = RoutingConfig(gateway.url)
     pins = PinLedger(config)
     received = asyncio.Event()
@@ -82,7 +81,7 @@ async def test_a_cancelled_call_counts_as_failed(gateway: Wire) -> None:
 @needs_client_middlewares
 @pytest.mark.parametrize("header", [b"Location", b"uri"])
 async def test_a_redirected_call_is_entered_once_and_only_if_the_gateway_answers(
-    gateway: Wire, elsewhere: Wire, header: bytes
+    gateway: Recorder, elsewhere: Recorder, header: bytes
 ) -> None:
     config = RoutingConfig(gateway.url)
     pins = PinLedger(config)
@@ -100,7 +99,7 @@ async def test_a_redirected_call_is_entered_once_and_only_if_the_gateway_answers
 
 @needs_client_middlewares
 async def test_a_call_within_a_request_is_entered_in_the_apps_ledger(
-    gateway: Wire, aiohttp_client: AiohttpClient
+    gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
     config = RoutingConfig(gateway.url)
     others, app = PinLedger(config), web.Application()
@@ -122,7 +121,7 @@ async def test_a_call_within_a_request_is_entered_in_the_apps_ledger(
 
 
 @needs_client_middlewares
-async def test_where_a_session_has_the_hook_too_the_hook_has_the_call(gateway: Wire) -> None:
+async def test_where_a_session_has_the_hook_too_the_hook_has_the_call(gateway: Recorder) -> None:
     config = RoutingConfig(gateway.url)
     pins, others = PinLedger(config), PinLedger(config)
     hook = routing_trace_config(config, pins)
@@ -135,7 +134,7 @@ async def test_where_a_session_has_the_hook_too_the_hook_has_the_call(gateway: W
 
 
 @needs_client_middlewares
-async def test_middlewares_of_one_call_replace_it_and_not_the_hook(gateway: Wire) -> None:
+async def test_middlewares_of_one_call_replace_it_and_not_the_hook(gateway: Recorder) -> None:
     """What the docs say of which to choose: a fact about aiohttp."""
     config = RoutingConfig(gateway.url)
     none: Any = {"middlewares": ()}
@@ -153,10 +152,10 @@ async def test_middlewares_of_one_call_replace_it_and_not_the_hook(gateway: Wire
 
 
 @needs_client_middlewares
-async def test_each_attempt_of_a_retrying_middleware_carries_the_key(gateway: Wire) -> None:
+async def test_each_attempt_of_a_retrying_middleware_carries_the_key(gateway: Recorder) -> None:
     config = RoutingConfig(gateway.url)
     pins = PinLedger(config)
-    answers = iter((OK.replace(b"200 OK", b"503 Busy"), NAMED))
+    answers = iter((answer(status=503), NAMED))
     gateway.answer = lambda call: next(answers)
 
     async def retry(request: Any, handler: Any) -> Any:

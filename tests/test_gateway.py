@@ -7,23 +7,20 @@ from aiohttp import ClientSession, TCPConnector
 from pytest_aiohttp.plugin import AiohttpClient
 
 from aiohttp_smg_routing import RoutingConfig, routing_session, routing_trace_config
-from aiohttp_smg_routing.testing import SmgGateway, smg_gateway
+from aiohttp_smg_routing.testing import Call, SmgGateway, StartSmgGateway
 
 from .conftest import session_server
-from .wire import Wire
-from .workers import Workers, chat, stub_workers
+from .workers import chat
 
-SESSIONS = 200
+SESSIONS = [f"s-{number}" for number in range(200)]
 TURNS = 6
 AT_A_TIME = 50
 
 
-async def play(
-    gateway: SmgGateway, aiohttp_client: AiohttpClient, workers: Workers, enabled: bool = True
-) -> None:
+async def play(smg: SmgGateway, aiohttp_client: AiohttpClient, enabled: bool = True) -> None:
     """Play every session through a session server that has the plugin."""
     client = await aiohttp_client(
-        session_server(Wire(gateway.url), enabled=enabled), connector=TCPConnector(limit=AT_A_TIME)
+        session_server(smg.url, enabled=enabled), connector=TCPConnector(limit=AT_A_TIME)
     )
 
     async def session(session_id: str) -> None:
@@ -32,63 +29,59 @@ async def play(
             async with client.post(path, json=chat(session_id, turn)) as response:
                 assert response.status == 200, await response.text()
 
-    await asyncio.gather(*(session(f"s-{number}") for number in range(SESSIONS)))
-    assert len(workers.served) == SESSIONS
-    assert {len(served) for served in workers.served.values()} == {TURNS}
+    await asyncio.gather(*map(session, SESSIONS))
+    arrived = [(call.json()["user"], call.keys) for call in turns(smg)]
+    assert len(arrived) == len(SESSIONS) * TURNS
+    assert all(keys == ([user.encode()] if enabled else []) for user, keys in arrived)
 
 
-def stayed(workers: Workers) -> int:
-    return sum(len(set(served)) == 1 for served in workers.served.values())
+def turns(smg: SmgGateway) -> list[Call]:
+    """Return what its workers received."""
+    return [call for worker in smg.workers for call in worker.calls if call.method == "POST"]
 
 
-async def test_manual_keeps_every_session_on_one_worker(aiohttp_client: AiohttpClient) -> None:
-    async with (
-        stub_workers(3) as workers,
-        smg_gateway(workers.urls, policy="manual", args=["--assignment-mode", "min_group"]) as smg,
-    ):
-        await play(smg, aiohttp_client, workers)
-        assert stayed(workers) == SESSIONS
-        assert workers.keys == {session_id: {session_id} for session_id in workers.keys}
-        assert len({served[0] for served in workers.served.values()}) == 3
-        # `no_routing_id` and every other branch: not once.
-        branches = await smg.branches()
-        assert +branches == {"vacant": SESSIONS, "occupied_hit": SESSIONS * (TURNS - 1)}
+async def test_manual_keeps_every_session_on_one_worker(
+    aiohttp_client: AiohttpClient, smg_gateway: StartSmgGateway
+) -> None:
+    smg = await smg_gateway(3, policy="manual", args=["--assignment-mode", "min_group"])
+    await play(smg, aiohttp_client)
+    for session_id in SESSIONS:
+        smg.assert_pinned(session_id, turns=TURNS)
+    assert all(any(call.keys for call in worker.calls) for worker in smg.workers)
+    # `no_routing_id` and every other branch: not once.
+    branches = await smg.branches()
+    assert +branches == {"vacant": len(SESSIONS), "occupied_hit": len(SESSIONS) * (TURNS - 1)}
 
 
 async def test_consistent_hashing_keeps_every_session_on_one_worker(
-    aiohttp_client: AiohttpClient,
+    aiohttp_client: AiohttpClient, smg_gateway: StartSmgGateway
 ) -> None:
-    async with (
-        stub_workers(3) as workers,
-        smg_gateway(workers.urls, policy="consistent_hashing") as smg,
-    ):
-        await play(smg, aiohttp_client, workers)
-        assert stayed(workers) == SESSIONS
-        assert +await smg.branches() == {"routing_key_hit": SESSIONS * TURNS}
+    smg = await smg_gateway(3, policy="consistent_hashing")
+    await play(smg, aiohttp_client)
+    for session_id in SESSIONS:
+        smg.assert_pinned(session_id, turns=TURNS)
+    assert +await smg.branches() == {"routing_key_hit": len(SESSIONS) * TURNS}
 
 
 async def test_a_policy_that_does_not_route_on_the_key_is_unharmed(
-    aiohttp_client: AiohttpClient,
+    aiohttp_client: AiohttpClient, smg_gateway: StartSmgGateway
 ) -> None:
-    async with (
-        stub_workers(3) as workers,
-        smg_gateway(workers.urls, policy="cache_aware") as smg,
-    ):
-        await play(smg, aiohttp_client, workers)  # asserts that every call is answered
-        branches = await smg.branches()
-        assert branches["tree_match"] > 0
-        assert sum(branches.values()) == SESSIONS * TURNS
-        assert not {"vacant", "occupied_hit", "no_routing_id"} & branches.keys()
+    smg = await smg_gateway(3, policy="cache_aware")
+    await play(smg, aiohttp_client)  # asserts that every call is answered
+    branches = await smg.branches()
+    assert branches["tree_match"] > 0
+    assert sum(branches.values()) == len(SESSIONS) * TURNS
+    assert not {"vacant", "occupied_hit", "no_routing_id"} & branches.keys()
 
 
 async def test_without_the_plugin_the_same_load_is_not_pinned(
-    aiohttp_client: AiohttpClient,
+    aiohttp_client: AiohttpClient, smg_gateway: StartSmgGateway
 ) -> None:
-    async with stub_workers(3) as workers, smg_gateway(workers.urls, policy="manual") as smg:
-        await play(smg, aiohttp_client, workers, enabled=False)
-        assert stayed(workers) < SESSIONS
-        assert workers.keys == {session_id: {None} for session_id in workers.keys}
-        assert +await smg.branches() == {"no_routing_id": SESSIONS * TURNS}
+    smg = await smg_gateway(3, policy="manual")
+    await play(smg, aiohttp_client, enabled=False)
+    users = [{call.json()["user"] for call in worker.calls if call.body} for worker in smg.workers]
+    assert sum(map(len, users)) > len(SESSIONS)  # some came to several workers
+    assert +await smg.branches() == {"no_routing_id": len(SESSIONS) * TURNS}
 
 
 ODD_IDS = [
@@ -113,19 +106,49 @@ ODD_IDS = [
     ],
 )
 async def test_any_session_id_has_a_key_that_the_gateway_takes(
-    policy: str, branches: dict[str, int]
+    smg_gateway: StartSmgGateway, policy: str, branches: dict[str, int]
 ) -> None:
-    async with (
-        stub_workers(2) as workers,
-        smg_gateway(workers.urls, policy=policy) as smg,
-        ClientSession(trace_configs=[routing_trace_config(RoutingConfig(smg.url))]) as session,
-    ):
+    smg = await smg_gateway(2, policy=policy)
+    config = RoutingConfig(smg.url, prefix="job-7/")
+    async with ClientSession(trace_configs=[routing_trace_config(config)]) as session:
         for session_id in ODD_IDS:
             async with routing_session(session_id):
                 for _ in range(5):
-                    body = chat(repr(session_id))
-                    url = smg.url / "v1/chat/completions"
-                    async with session.post(url, json=body) as response:
-                        assert response.status == 200, await response.text()
-        assert stayed(workers) == len(ODD_IDS)
-        assert +await smg.branches() == branches
+                    await post(session, smg, "/v1/chat/completions", chat(repr(session_id)))
+            smg.assert_pinned(session_id, turns=5, config=config)
+    assert +await smg.branches() == branches
+
+
+async def post(session: ClientSession, smg: SmgGateway, path: str, body: object) -> None:
+    async with session.post(smg.url.with_path(path), json=body) as response:
+        assert response.status == 200, await response.text()
+        await response.read()
+
+
+MESSAGES = [{"role": "user", "content": "hello"}]
+BODIES: dict[str, dict[str, object]] = {
+    "/v1/chat/completions": {"messages": MESSAGES},
+    "/v1/completions": {"prompt": "hello"},
+    "/v1/responses": {"input": "hello"},
+    "/v1/messages": {"messages": MESSAGES, "max_tokens": 16},
+    "/generate": {"text": "hello"},
+}
+
+
+@pytest.mark.parametrize("policy", ["manual", "consistent_hashing"])
+async def test_every_path_that_the_config_names_is_pinned_and_no_other(
+    smg_gateway: StartSmgGateway, policy: str
+) -> None:
+    smg = await smg_gateway(3, policy=policy)
+    for path, body in BODIES.items():
+        config = RoutingConfig(smg.url, paths=path)
+        async with ClientSession(trace_configs=[routing_trace_config(config)]) as session:
+            for number in range(5):
+                async with routing_session(f"{path}#{number}"):
+                    for _ in range(4):
+                        await post(session, smg, path, {"model": "stub", **body})
+                    for other in BODIES.keys() - {path}:
+                        await post(session, smg, other, {"model": "stub", **BODIES[other]})
+                smg.assert_pinned(f"{path}#{number}", turns=4)
+    assert {call.path for call in turns(smg) if call.keys} == BODIES.keys()
+    assert all(call.path == call.keys[0].decode().split("#")[0] for call in turns(smg) if call.keys)

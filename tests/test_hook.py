@@ -27,8 +27,7 @@ from aiohttp_smg_routing import (
     routing_session,
     routing_trace_config,
 )
-
-from .wire import OK, Call, Wire, redirect
+from aiohttp_smg_routing.testing import Call, Recorder, answer, failure, redirect
 
 SMUGGLED = [
     ("x-smg-routing-key", ""),
@@ -55,7 +54,7 @@ def outbound(request: pytest.FixtureRequest) -> Outbound:
 
 
 @pytest.fixture
-async def hooked(gateway: Wire, outbound: Outbound) -> AsyncIterator[ClientSession]:
+async def hooked(gateway: Recorder, outbound: Outbound) -> AsyncIterator[ClientSession]:
     async with ClientSession(**outbound(RoutingConfig(gateway.url))) as session:
         yield session
 
@@ -84,7 +83,7 @@ async def plain() -> AsyncIterator[ClientSession]:
     ],
 )
 async def test_a_matching_call_carries_exactly_one_key(
-    gateway: Wire, hooked: ClientSession, arguments: dict[str, Any]
+    gateway: Recorder, hooked: ClientSession, arguments: dict[str, Any]
 ) -> None:
     with routing_session("s-1"):
         async with hooked.post(gateway.chat, **deepcopy(arguments)):  # a call closes its file
@@ -94,7 +93,7 @@ async def test_a_matching_call_carries_exactly_one_key(
 
 
 async def test_a_method_in_lower_case_is_the_same_method(
-    gateway: Wire, hooked: ClientSession
+    gateway: Recorder, hooked: ClientSession
 ) -> None:
     with routing_session("s-1"):
         async with hooked.request("post", gateway.chat, headers=SMUGGLED):
@@ -102,7 +101,7 @@ async def test_a_method_in_lower_case_is_the_same_method(
     assert gateway.last.keys == [b"s-1"]
 
 
-async def test_session_wide_headers_do_not_survive(gateway: Wire, outbound: Outbound) -> None:
+async def test_session_wide_headers_do_not_survive(gateway: Recorder, outbound: Outbound) -> None:
     config = RoutingConfig(gateway.url)
     async with ClientSession(gateway.url, headers=SMUGGLED, **outbound(config)) as session:
         with routing_session("s-1"):
@@ -113,10 +112,9 @@ async def test_session_wide_headers_do_not_survive(gateway: Wire, outbound: Outb
 
 
 async def test_every_call_of_a_session_carries_the_key(
-    gateway: Wire, hooked: ClientSession
+    gateway: Recorder, hooked: ClientSession
 ) -> None:
-    statuses = iter((500, 200, 503, 200))
-    gateway.answer = lambda call: OK.replace(b"200 OK", b"%d X" % next(statuses))
+    gateway.answer_with(*map(failure, (500, 200, 503, 200)))
     async with routing_session("s-1"):
         for _ in range(4):
             async with hooked.post(gateway.chat, json={}):
@@ -124,7 +122,9 @@ async def test_every_call_of_a_session_carries_the_key(
     assert [call.keys for call in gateway.calls] == [[b"s-1"]] * 4
 
 
-async def test_the_callers_headers_stay_as_they_were(gateway: Wire, hooked: ClientSession) -> None:
+async def test_the_callers_headers_stay_as_they_were(
+    gateway: Recorder, hooked: ClientSession
+) -> None:
     headers = CIMultiDict(SMUGGLED)
     with routing_session("s-1"):
         async with hooked.post(gateway.chat, headers=headers):
@@ -133,7 +133,7 @@ async def test_the_callers_headers_stay_as_they_were(gateway: Wire, hooked: Clie
 
 
 async def test_an_own_header_carries_the_key_and_the_gateways_does_not_survive(
-    gateway: Wire, outbound: Outbound
+    gateway: Recorder, outbound: Outbound
 ) -> None:
     config = RoutingConfig(gateway.url, header="X-Pin")
     async with ClientSession(**outbound(config)) as session:
@@ -144,7 +144,7 @@ async def test_an_own_header_carries_the_key_and_the_gateways_does_not_survive(
     assert gateway.last.keys == []
 
 
-async def test_keys_begin_with_the_prefix(gateway: Wire, outbound: Outbound) -> None:
+async def test_keys_begin_with_the_prefix(gateway: Recorder, outbound: Outbound) -> None:
     config = RoutingConfig(gateway.url, prefix="job-7/")
     async with ClientSession(**outbound(config)) as session:
         with routing_session("s-1"):
@@ -154,7 +154,7 @@ async def test_keys_begin_with_the_prefix(gateway: Wire, outbound: Outbound) -> 
 
 
 async def test_an_ignored_id_gives_no_key_wherever_it_was_set(
-    gateway: Wire, outbound: Outbound
+    gateway: Recorder, outbound: Outbound
 ) -> None:
     config = RoutingConfig(gateway.url, ignore_ids="default", on_missing="raise")
     async with ClientSession(**outbound(config)) as session:
@@ -164,7 +164,7 @@ async def test_an_ignored_id_gives_no_key_wherever_it_was_set(
 
 
 async def test_an_id_that_the_gateway_would_drop_goes_out_as_a_digest(
-    gateway: Wire, hooked: ClientSession
+    gateway: Recorder, hooked: ClientSession
 ) -> None:
     config = RoutingConfig(gateway.url)
     for session_id in ("a\r\nX-Evil: 1", "é" * 10, "x" * 10_000, "\0", "\udcff"):
@@ -175,10 +175,10 @@ async def test_an_id_that_the_gateway_would_drop_goes_out_as_a_digest(
         assert gateway.last.values("X-Evil") == []
 
 
-Caller = Callable[[ClientSession, Wire], Awaitable[object]]
+Caller = Callable[[ClientSession, Recorder], Awaitable[object]]
 
 
-async def _websocket(session: ClientSession, wire: Wire) -> None:
+async def _websocket(session: ClientSession, wire: Recorder) -> None:
     with pytest.raises(WSServerHandshakeError):
         await session.ws_connect(wire.chat, headers=SMUGGLED)
 
@@ -193,7 +193,7 @@ UNTAGGED: dict[str, Caller] = {
 
 
 async def assert_unchanged(
-    wire: Wire, hooked: ClientSession, plain: ClientSession, call: Caller
+    wire: Recorder, hooked: ClientSession, plain: ClientSession, call: Caller
 ) -> None:
     """Assert that a call leaves byte for byte as it does without the plugin."""
     seen = []
@@ -210,14 +210,14 @@ async def assert_unchanged(
 
 @pytest.mark.parametrize("call", UNTAGGED.values(), ids=UNTAGGED)
 async def test_other_calls_to_the_gateway_leave_byte_for_byte_as_without_the_plugin(
-    gateway: Wire, hooked: ClientSession, plain: ClientSession, call: Caller
+    gateway: Recorder, hooked: ClientSession, plain: ClientSession, call: Caller
 ) -> None:
     with routing_session("s-1"):
         await assert_unchanged(gateway, hooked, plain, call)
 
 
 async def test_calls_to_other_hosts_leave_byte_for_byte_as_without_the_plugin(
-    elsewhere: Wire, hooked: ClientSession, plain: ClientSession
+    elsewhere: Recorder, hooked: ClientSession, plain: ClientSession
 ) -> None:
     with routing_session("s-1"):
         await assert_unchanged(
@@ -229,7 +229,7 @@ async def test_calls_to_other_hosts_leave_byte_for_byte_as_without_the_plugin(
 
 
 async def test_calls_without_a_session_leave_byte_for_byte_as_without_the_plugin(
-    gateway: Wire, hooked: ClientSession, plain: ClientSession
+    gateway: Recorder, hooked: ClientSession, plain: ClientSession
 ) -> None:
     await assert_unchanged(
         gateway,
@@ -241,7 +241,7 @@ async def test_calls_without_a_session_leave_byte_for_byte_as_without_the_plugin
 
 @pytest.mark.parametrize("call", [*UNTAGGED.values(), lambda s, w: s.post(w.chat, json={})])
 async def test_it_does_nothing_where_it_is_not_enabled(
-    gateway: Wire, plain: ClientSession, call: Caller, outbound: Outbound
+    gateway: Recorder, plain: ClientSession, call: Caller, outbound: Outbound
 ) -> None:
     config = RoutingConfig(gateway.url, enabled=False, on_missing="raise")
     async with ClientSession(**outbound(config)) as session:
@@ -253,7 +253,7 @@ async def test_it_does_nothing_where_it_is_not_enabled(
 
 
 async def test_key_does_not_follow_a_redirect_off_the_gateway(
-    gateway: Wire, elsewhere: Wire, hooked: ClientSession
+    gateway: Recorder, elsewhere: Recorder, hooked: ClientSession
 ) -> None:
     gateway.answer = lambda call: redirect(elsewhere.chat)
     with routing_session("s-1"):
@@ -264,7 +264,7 @@ async def test_key_does_not_follow_a_redirect_off_the_gateway(
 
 
 async def test_what_the_hook_took_off_does_not_follow_a_redirect_either(
-    gateway: Wire, elsewhere: Wire
+    gateway: Recorder, elsewhere: Recorder
 ) -> None:
     gateway.answer = lambda call: redirect(elsewhere.chat)
     trace_config = routing_trace_config({"gateway": str(gateway.url)})
@@ -278,9 +278,9 @@ async def test_what_the_hook_took_off_does_not_follow_a_redirect_either(
 
 
 async def test_key_does_not_follow_a_redirect_to_another_path(
-    gateway: Wire, hooked: ClientSession
+    gateway: Recorder, hooked: ClientSession
 ) -> None:
-    gateway.answer = lambda call: OK if call.path == "/other" else redirect("/other")
+    gateway.answer = lambda call: answer() if call.path == "/other" else redirect("/other")
     with routing_session("s-1"):
         async with hooked.post(gateway.chat, json={}):
             pass
@@ -291,7 +291,7 @@ async def test_key_does_not_follow_a_redirect_to_another_path(
 
 
 async def test_a_key_in_an_own_header_does_not_follow_a_redirect_off_the_gateway(
-    gateway: Wire, elsewhere: Wire, outbound: Outbound
+    gateway: Recorder, elsewhere: Recorder, outbound: Outbound
 ) -> None:
     gateway.answer = lambda call: redirect(elsewhere.chat)
     config = RoutingConfig(gateway.url, header="X-Pin")
@@ -304,10 +304,10 @@ async def test_a_key_in_an_own_header_does_not_follow_a_redirect_off_the_gateway
 
 
 async def test_key_does_not_follow_a_redirect_by_the_older_uri_header(
-    gateway: Wire, hooked: ClientSession
+    gateway: Recorder, hooked: ClientSession
 ) -> None:
     gateway.answer = lambda call: (
-        OK if call.path == "/other" else redirect("/other").replace(b"Location", b"URI")
+        answer() if call.path == "/other" else redirect("/other").replace(b"Location", b"URI")
     )
     with routing_session("s-1"):
         async with hooked.post(gateway.chat, json={}):
@@ -316,9 +316,11 @@ async def test_key_does_not_follow_a_redirect_by_the_older_uri_header(
 
 
 async def test_a_redirect_is_judged_by_the_path_that_goes_out(
-    gateway: Wire, outbound: Outbound
+    gateway: Recorder, outbound: Outbound
 ) -> None:
-    gateway.answer = lambda call: OK if "%63" in call.path else redirect("/v1/chat/%63ompletions")
+    gateway.answer = lambda call: (
+        answer() if "%63" in call.path else redirect("/v1/chat/%63ompletions")
+    )
     config = RoutingConfig(gateway.url)
     async with ClientSession(**outbound(config), requote_redirect_url=False) as session:
         with routing_session("s-1"):
@@ -329,10 +331,10 @@ async def test_a_redirect_is_judged_by_the_path_that_goes_out(
 
 @pytest.mark.parametrize("status", [301, 302, 303])
 async def test_key_does_not_follow_a_redirect_that_turns_the_call_into_a_get(
-    gateway: Wire, hooked: ClientSession, status: int
+    gateway: Recorder, hooked: ClientSession, status: int
 ) -> None:
     gateway.answer = lambda call: (
-        OK if call.start_line.startswith(b"GET") else redirect(gateway.chat, status)
+        answer() if call.start_line.startswith(b"GET") else redirect(gateway.chat, status)
     )
     with routing_session("s-1"):
         async with hooked.post(gateway.chat, json={}):
@@ -342,10 +344,10 @@ async def test_key_does_not_follow_a_redirect_that_turns_the_call_into_a_get(
 
 @pytest.mark.parametrize("status", [307, 308])
 async def test_key_is_there_again_when_a_redirect_comes_back(
-    gateway: Wire, elsewhere: Wire, hooked: ClientSession, status: int
+    gateway: Recorder, elsewhere: Recorder, hooked: ClientSession, status: int
 ) -> None:
     def from_the_gateway(call: Call) -> bytes:
-        return OK if b"?" in call.start_line else redirect(elsewhere.url / "a", status)
+        return answer() if b"?" in call.start_line else redirect(elsewhere.url / "a", status)
 
     gateway.answer = from_the_gateway
     elsewhere.answer = lambda call: redirect(gateway.chat.with_query("again"), status)
@@ -358,10 +360,10 @@ async def test_key_is_there_again_when_a_redirect_comes_back(
 
 @pytest.mark.parametrize("location", ["/v1/chat/completions?b", "completions?b", "?b", "//{host}"])
 async def test_relative_redirects_are_judged_by_where_they_lead(
-    gateway: Wire, hooked: ClientSession, location: str
+    gateway: Recorder, hooked: ClientSession, location: str
 ) -> None:
     location = location.format(host=f"{gateway.url.authority}/v1/chat/completions?b")
-    gateway.answer = lambda call: OK if b"?b" in call.start_line else redirect(location)
+    gateway.answer = lambda call: answer() if b"?b" in call.start_line else redirect(location)
     with routing_session("s-1"):
         async with hooked.post(gateway.chat, json={}):
             pass
@@ -369,7 +371,7 @@ async def test_relative_redirects_are_judged_by_where_they_lead(
 
 
 async def test_a_call_that_is_redirected_to_the_gateway_gets_the_key_there_only(
-    gateway: Wire, elsewhere: Wire, hooked: ClientSession
+    gateway: Recorder, elsewhere: Recorder, hooked: ClientSession
 ) -> None:
     elsewhere.answer = lambda call: redirect(gateway.chat)
     with routing_session("s-1"):
@@ -382,7 +384,7 @@ async def test_a_call_that_is_redirected_to_the_gateway_gets_the_key_there_only(
 
 @pytest.mark.parametrize("location", ["http://[", "ftp://x/", "http://h:99999/"])
 async def test_a_redirect_that_aiohttp_refuses_fails_as_without_the_plugin(
-    gateway: Wire, hooked: ClientSession, plain: ClientSession, location: str
+    gateway: Recorder, hooked: ClientSession, plain: ClientSession, location: str
 ) -> None:
     gateway.answer = lambda call: redirect(location)
     raised = []
@@ -394,25 +396,25 @@ async def test_a_redirect_that_aiohttp_refuses_fails_as_without_the_plugin(
 
 
 async def test_a_redirect_without_a_location_is_the_callers_to_read(
-    gateway: Wire, hooked: ClientSession
+    gateway: Recorder, hooked: ClientSession
 ) -> None:
-    gateway.answer = lambda call: OK.replace(b"200 OK", b"307 Nowhere")
+    gateway.answer = lambda call: answer(status=307)
     with routing_session("s-1"):
         async with hooked.post(gateway.chat, json={}) as response:
             assert response.status == 307
 
 
 async def test_an_error_status_is_raised_as_without_the_plugin(
-    gateway: Wire, hooked: ClientSession
+    gateway: Recorder, hooked: ClientSession
 ) -> None:
-    gateway.answer = lambda call: OK.replace(b"200 OK", b"503 Busy")
+    gateway.answer = lambda call: answer(status=503)
     with routing_session("s-1"), pytest.raises(ClientResponseError):
         await hooked.post(gateway.chat, raise_for_status=True)
 
 
 @pytest.mark.parametrize(("on_missing", "records"), [("pass", 0), ("warn", 1)])
 async def test_on_missing_says_what_a_call_without_a_session_does(
-    gateway: Wire,
+    gateway: Recorder,
     outbound: Outbound,
     caplog: pytest.LogCaptureFixture,
     on_missing: Any,
@@ -432,7 +434,7 @@ async def test_on_missing_says_what_a_call_without_a_session_does(
 
 
 async def test_on_missing_raise_fails_the_call_before_it_leaves(
-    gateway: Wire, outbound: Outbound
+    gateway: Recorder, outbound: Outbound
 ) -> None:
     config = RoutingConfig(gateway.url, on_missing="raise")
     async with ClientSession(**outbound(config)) as session:
@@ -447,7 +449,7 @@ async def test_on_missing_raise_fails_the_call_before_it_leaves(
     assert [call.keys for call in gateway.calls] == [[], [b"s-1"]]
 
 
-async def test_attach_adds_the_hook_to_a_session_in_use_and_once_only(gateway: Wire) -> None:
+async def test_attach_adds_the_hook_to_a_session_in_use_and_once_only(gateway: Recorder) -> None:
     config = RoutingConfig(gateway.url)
     async with ClientSession() as session:
         with routing_session("s-1"):
@@ -461,7 +463,7 @@ async def test_attach_adds_the_hook_to_a_session_in_use_and_once_only(gateway: W
     assert [call.keys for call in gateway.calls] == [[], [b"s-1"]]
 
 
-async def test_attach_finds_a_hook_that_the_session_was_made_with(gateway: Wire) -> None:
+async def test_attach_finds_a_hook_that_the_session_was_made_with(gateway: Recorder) -> None:
     config = RoutingConfig(gateway.url)
     async with ClientSession(trace_configs=[routing_trace_config(config)]) as session:
         attach(session, config)
@@ -471,7 +473,7 @@ async def test_attach_finds_a_hook_that_the_session_was_made_with(gateway: Wire)
 
 
 async def test_attach_leaves_a_list_alone_that_the_caller_shares_with_another_session(
-    gateway: Wire,
+    gateway: Recorder,
 ) -> None:
     shared = [TraceConfig()]
     async with (
@@ -487,7 +489,7 @@ async def test_attach_leaves_a_list_alone_that_the_caller_shares_with_another_se
     assert [call.keys for call in gateway.calls] == [[b"s-1"], []]
 
 
-async def test_attached_hook_is_frozen(gateway: Wire) -> None:
+async def test_attached_hook_is_frozen(gateway: Recorder) -> None:
     async with ClientSession() as session:
         attach(session, RoutingConfig(gateway.url))
         assert session.trace_configs[0].on_request_start.frozen
@@ -495,7 +497,7 @@ async def test_attached_hook_is_frozen(gateway: Wire) -> None:
 
 
 async def test_hooks_of_two_gateways_on_one_session_stay_apart(
-    gateway: Wire, elsewhere: Wire
+    gateway: Recorder, elsewhere: Recorder
 ) -> None:
     async with ClientSession() as session:
         attach(session, RoutingConfig(gateway.url))
@@ -511,7 +513,7 @@ async def test_hooks_of_two_gateways_on_one_session_stay_apart(
     assert pin.startswith(b"sha256-")
 
 
-async def test_a_base_path_in_the_gateways_url_is_respected(gateway: Wire) -> None:
+async def test_a_base_path_in_the_gateways_url_is_respected(gateway: Recorder) -> None:
     config = RoutingConfig(gateway.url / "base/")
     async with ClientSession(trace_configs=[routing_trace_config(config)]) as session:
         with routing_session("s-1"):

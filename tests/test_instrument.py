@@ -21,8 +21,7 @@ from aiohttp_smg_routing import (
     routing_trace_config,
     setup,
 )
-
-from .wire import Wire
+from aiohttp_smg_routing.testing import Recorder
 
 PLAIN = ClientSession.__init__
 
@@ -33,14 +32,16 @@ def _pristine() -> Iterator[None]:
     assert ClientSession.__init__ is PLAIN
 
 
-async def post(session: ClientSession, wire: Wire, session_id: str | None = "s-1") -> list[bytes]:
+async def post(
+    session: ClientSession, wire: Recorder, session_id: str | None = "s-1"
+) -> list[bytes]:
     """Call the gateway in a session; return the keys that arrived."""
     with routing_session(session_id):
         async with session.post(wire.chat):
             return wire.last.keys
 
 
-async def test_every_session_carries_the_hook_until_it_is_undone(gateway: Wire) -> None:
+async def test_every_session_carries_the_hook_until_it_is_undone(gateway: Recorder) -> None:
     config = RoutingConfig(gateway.url)
     async with ClientSession() as before:
         undo = instrument(config)
@@ -57,7 +58,7 @@ async def test_every_session_carries_the_hook_until_it_is_undone(gateway: Wire) 
 
 @pytest.mark.filterwarnings("ignore:Inheritance class:DeprecationWarning")
 async def test_subclasses_and_sessions_that_aiohttp_makes_itself_are_among_them(
-    gateway: Wire,
+    gateway: Recorder,
 ) -> None:
     class Session(ClientSession):
         def __init__(self, **kwargs: Any) -> None:
@@ -76,7 +77,7 @@ async def test_subclasses_and_sessions_that_aiohttp_makes_itself_are_among_them(
 
 
 async def test_other_traffic_leaves_byte_for_byte_as_without_it(
-    gateway: Wire, elsewhere: Wire
+    gateway: Recorder, elsewhere: Recorder
 ) -> None:
     async def sent(session: ClientSession) -> list[object]:
         calls: list[object] = []
@@ -105,7 +106,7 @@ async def test_other_traffic_leaves_byte_for_byte_as_without_it(
         undo()
 
 
-async def test_a_session_that_has_the_hook_is_tagged_and_counted_once(gateway: Wire) -> None:
+async def test_a_session_that_has_the_hook_is_tagged_and_counted_once(gateway: Recorder) -> None:
     config = RoutingConfig(gateway.url)
     pins = PinLedger(config)
     undo = instrument(config, pins)
@@ -120,7 +121,9 @@ async def test_a_session_that_has_the_hook_is_tagged_and_counted_once(gateway: W
     assert pins.summary() == PinSummary(unknown=2, sessions=1)
 
 
-async def test_a_hook_that_was_attached_meanwhile_stays_when_it_is_undone(gateway: Wire) -> None:
+async def test_a_hook_that_was_attached_meanwhile_stays_when_it_is_undone(
+    gateway: Recorder,
+) -> None:
     config = RoutingConfig(gateway.url)
     undo = instrument(config)
     async with ClientSession() as session:
@@ -130,7 +133,7 @@ async def test_a_hook_that_was_attached_meanwhile_stays_when_it_is_undone(gatewa
 
 
 async def test_several_gateways_side_by_side_and_one_is_undone(
-    gateway: Wire, elsewhere: Wire
+    gateway: Recorder, elsewhere: Recorder
 ) -> None:
     one = instrument(RoutingConfig(gateway.url))
     async with ClientSession() as kept:  # a library may keep one for the whole process
@@ -149,7 +152,7 @@ async def test_several_gateways_side_by_side_and_one_is_undone(
             other()
 
 
-async def test_equal_configs_are_undone_one_by_one(gateway: Wire) -> None:
+async def test_equal_configs_are_undone_one_by_one(gateway: Recorder) -> None:
     undo, undo_other = (instrument(RoutingConfig(gateway.url)) for _ in range(2))
     async with ClientSession() as session:
         undo()
@@ -157,13 +160,13 @@ async def test_equal_configs_are_undone_one_by_one(gateway: Wire) -> None:
         undo_other()
 
 
-async def test_not_enabled_does_nothing(gateway: Wire) -> None:
+async def test_not_enabled_does_nothing(gateway: Recorder) -> None:
     undo = instrument(RoutingConfig(gateway.url, enabled=False))
     assert ClientSession.__init__ is PLAIN
     undo()
 
 
-async def test_it_gets_along_with_others_that_wrap_the_constructor(gateway: Wire) -> None:
+async def test_it_gets_along_with_others_that_wrap_the_constructor(gateway: Recorder) -> None:
     config = RoutingConfig(gateway.url)
     telemetry = AioHttpClientInstrumentor()
     undo = instrument(config)
@@ -187,7 +190,7 @@ async def test_it_gets_along_with_others_that_wrap_the_constructor(gateway: Wire
 
 
 async def test_it_is_not_lost_where_another_one_takes_the_constructor_back_to_what_it_was(
-    gateway: Wire,
+    gateway: Recorder,
 ) -> None:
     config = RoutingConfig(gateway.url)
     undo = instrument(config)
@@ -199,7 +202,7 @@ async def test_it_is_not_lost_where_another_one_takes_the_constructor_back_to_wh
     undo_other()
 
 
-async def test_sessions_made_in_threads_are_among_them(gateway: Wire) -> None:
+async def test_sessions_made_in_threads_are_among_them(gateway: Recorder) -> None:
     async def call() -> None:
         async with ClientSession() as session, session.post(gateway.chat):
             pass
@@ -211,7 +214,7 @@ async def test_sessions_made_in_threads_are_among_them(gateway: Wire) -> None:
     assert gateway.last.keys == [b"s-1"]
 
 
-def server(wire: Wire, **config: Any) -> web.Application:
+def server(wire: Recorder, **config: Any) -> web.Application:
     """Return a server that makes a ClientSession for each call, and knows nothing of the plugin."""
 
     async def handler(request: web.Request) -> web.Response:
@@ -225,7 +228,7 @@ def server(wire: Wire, **config: Any) -> web.Application:
 
 
 async def test_all_is_every_session_made_while_the_app_runs(
-    gateway: Wire, aiohttp_client: AiohttpClient
+    gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
     app = server(gateway)
     client = await aiohttp_client(app)
@@ -238,7 +241,7 @@ async def test_all_is_every_session_made_while_the_app_runs(
     assert ClientSession.__init__ is PLAIN
 
 
-async def test_all_reaches_what_the_app_makes_when_it_starts(gateway: Wire) -> None:
+async def test_all_reaches_what_the_app_makes_when_it_starts(gateway: Recorder) -> None:
     made: list[ClientSession] = []
 
     async def client(app: web.Application) -> AsyncIterator[None]:
@@ -259,7 +262,7 @@ async def test_all_reaches_what_the_app_makes_when_it_starts(gateway: Wire) -> N
 
 @pytest.mark.parametrize("client_session", ["all", "all, kept"])
 async def test_all_reaches_what_apps_keep_before_they_start_once(
-    gateway: Wire, client_session: str
+    gateway: Recorder, client_session: str
 ) -> None:
     async with ClientSession() as kept:
         runners = []
@@ -275,14 +278,14 @@ async def test_all_reaches_what_apps_keep_before_they_start_once(
             await runner.cleanup()
 
 
-async def test_all_of_an_app_that_is_never_started_changes_nothing(gateway: Wire) -> None:
+async def test_all_of_an_app_that_is_never_started_changes_nothing(gateway: Recorder) -> None:
     server(gateway)
     assert ClientSession.__init__ is PLAIN
     async with ClientSession() as session:
         assert await post(session, gateway) == []
 
 
-async def test_all_of_an_app_that_fails_to_start_is_undone(gateway: Wire) -> None:
+async def test_all_of_an_app_that_fails_to_start_is_undone(gateway: Recorder) -> None:
     async def fail(app: web.Application) -> None:
         raise ZeroDivisionError
 
@@ -296,7 +299,7 @@ async def test_all_of_an_app_that_fails_to_start_is_undone(gateway: Wire) -> Non
 
 
 async def test_all_of_several_apps_side_by_side_and_undone_with_the_last(
-    gateway: Wire, elsewhere: Wire, aiohttp_client: AiohttpClient
+    gateway: Recorder, elsewhere: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
     clients = [
         await aiohttp_client(server(gateway)),

@@ -9,14 +9,14 @@ from aiohttp import web
 from pytest_aiohttp.plugin import AiohttpClient
 
 from aiohttp_smg_routing import current_session_id
+from aiohttp_smg_routing.testing import Recorder
 
 from .conftest import session_server
 from .test_middleware import assert_no_crosstalk, call
-from .wire import Wire
 
 
 def server_with_jobs(
-    gateway: Wire, job: Callable[[web.Request], Coroutine[object, object, None]]
+    gateway: Recorder, job: Callable[[web.Request], Coroutine[object, object, None]]
 ) -> web.Application:
     """Return a server whose handlers leave the call to a job, and that runs one job at a time."""
 
@@ -24,7 +24,7 @@ def server_with_jobs(
         await aiojobs.aiohttp.spawn(request, job(request))
         return web.Response()
 
-    app = session_server(gateway)
+    app = session_server(gateway.url)
     aiojobs.aiohttp.setup(app, limit=1)
     app.router.add_post("/{session_id}", handler)
     return app
@@ -32,7 +32,7 @@ def server_with_jobs(
 
 @pytest.mark.parametrize("enabled", [True, False])
 async def test_a_job_that_waited_carries_the_session_that_spawned_it(
-    gateway: Wire, aiohttp_client: AiohttpClient, enabled: bool
+    gateway: Recorder, aiohttp_client: AiohttpClient, enabled: bool
 ) -> None:
     all_are_queued = asyncio.Event()
 
@@ -58,7 +58,7 @@ async def test_a_job_that_waited_carries_the_session_that_spawned_it(
 
 
 async def test_a_job_that_is_spawned_outside_a_request_has_no_neighbours_session(
-    gateway: Wire, aiohttp_client: AiohttpClient
+    gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
     seen: list[str | None] = []
     is_queued = asyncio.Event()
@@ -81,7 +81,7 @@ async def test_a_job_that_is_spawned_outside_a_request_has_no_neighbours_session
 
 
 async def test_a_job_that_is_closed_before_it_starts_leaves_no_warning(
-    gateway: Wire, aiohttp_client: AiohttpClient
+    gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
     started = []
 

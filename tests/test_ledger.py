@@ -24,9 +24,9 @@ from aiohttp_smg_routing import (
     setup,
 )
 from aiohttp_smg_routing.ledger import MOVES_LOGGED_PER_MINUTE
+from aiohttp_smg_routing.testing import Call, Recorder, answer, completion, redirect
 
 from .conftest import CLIENT, naive_proxy, session_server
-from .wire import OK, Call, Wire, redirect
 
 GATEWAY = "http://gateway"
 W1, W2, W3 = "http://10.0.0.1:8000", "http://10.0.0.2:8000", "http://10.0.0.3:8000"
@@ -44,9 +44,7 @@ def play(pins: PinLedger, *turns: tuple[str, str | None]) -> None:
 def by_worker(*workers: str) -> Callable[[Call], bytes]:
     """Return answers that name one worker after the other."""
     names = iter(workers)
-    return lambda call: OK.replace(
-        b"\r\n", f"\r\nx-smg-routed-worker-id: {next(names)}\r\n".encode(), 1
-    )
+    return lambda call: completion(worker=next(names))
 
 
 def test_outcome_of_each_call() -> None:
@@ -238,9 +236,9 @@ def test_moves_that_the_cap_holds_back_are_counted(caplog: pytest.LogCaptureFixt
 
 
 async def test_moves_held_back_are_counted_when_the_app_ends(
-    gateway: Wire, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
+    gateway: Recorder, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
 ) -> None:
-    app = session_server(gateway)
+    app = session_server(gateway.url)
     client = await aiohttp_client(app)
     play(app[PINS], *[("a", (W1, W2)[number % 2]) for number in range(MOVES_LOGGED_PER_MINUTE + 3)])
     await client.close()
@@ -285,22 +283,22 @@ async def turn(client: Any, session_id: str = "s-1") -> int:
 
 
 async def test_the_app_enters_every_call_in_its_ledger(
-    gateway: Wire, aiohttp_client: AiohttpClient
+    gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    app = session_server(gateway)
+    app = session_server(gateway.url)
     client = await aiohttp_client(app)
     gateway.answer = by_worker(W1, W1, W2, W2)
     for session_id in ("s-1", "s-1", "s-1", "s-2"):
         assert await turn(client, session_id) == 200
-    gateway.answer = lambda call: OK
+    gateway.answer = lambda call: answer()
     assert await turn(client) == 200
-    gateway.answer = lambda call: OK.replace(b"200 OK", b"404 No")
+    gateway.answer = lambda call: answer(status=404)
     assert await turn(client) == 404
-    gateway.answer = lambda call: OK.replace(b"200 OK", b"503 No")
+    gateway.answer = lambda call: answer(status=503)
     assert await turn(client) == 503
     async with client.post("/v1/chat/completions"):
         pass
-    gateway.answer = lambda call: OK
+    gateway.answer = lambda call: answer()
     async with client.post("/v1/chat/completions"):
         pass
     gateway.answer = lambda call: b"garbage\r\n\r\n"
@@ -312,9 +310,9 @@ async def test_the_app_enters_every_call_in_its_ledger(
 
 
 async def test_other_calls_are_not_entered(
-    gateway: Wire, elsewhere: Wire, aiohttp_client: AiohttpClient
+    gateway: Recorder, elsewhere: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    app = session_server(gateway)
+    app = session_server(gateway.url)
 
     async def handler(request: web.Request) -> web.Response:
         for url in (elsewhere.chat, gateway.url / "v1/models"):
@@ -331,9 +329,9 @@ async def test_other_calls_are_not_entered(
 
 
 async def test_a_call_is_entered_when_the_answers_head_is_there(
-    gateway: Wire, aiohttp_client: AiohttpClient
+    gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    app = session_server(gateway)
+    app = session_server(gateway.url)
     gateway.answer = lambda call: (
         b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\nX-SMG-Routed-Worker-Id: w\r\n\r\n"
     )
@@ -349,9 +347,9 @@ async def test_a_call_is_entered_when_the_answers_head_is_there(
 
 
 async def test_a_redirected_call_is_entered_once_and_only_if_the_gateway_answers(
-    gateway: Wire, elsewhere: Wire, aiohttp_client: AiohttpClient
+    gateway: Recorder, elsewhere: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    app = session_server(gateway)
+    app = session_server(gateway.url)
     client = await aiohttp_client(app)
     named = by_worker(W1)
     gateway.answer = lambda call: named(call) if b"?" in call.start_line else redirect("?again")
@@ -362,7 +360,7 @@ async def test_a_redirected_call_is_entered_once_and_only_if_the_gateway_answers
 
 
 async def test_a_failed_call_is_counted_however_it_fails(
-    gateway: Wire, outgoing: ClientSession
+    gateway: Recorder, outgoing: ClientSession
 ) -> None:
     pins = ledger()
     attach(outgoing, RoutingConfig(gateway.url), pins)
@@ -373,7 +371,7 @@ async def test_a_failed_call_is_counted_however_it_fails(
         return b""
 
     with routing_session("s-1"):
-        gateway.answer = lambda call: OK.replace(b"200 OK", b"500 No")
+        gateway.answer = lambda call: answer(status=500)
         with pytest.raises(ClientError):
             await outgoing.post(gateway.chat, raise_for_status=True)
         gateway.answer = never
@@ -390,14 +388,14 @@ async def test_a_failed_call_is_counted_however_it_fails(
 
 
 async def test_two_hooks_on_one_session_count_a_call_once(
-    gateway: Wire, outgoing: ClientSession, aiohttp_client: AiohttpClient
+    gateway: Recorder, outgoing: ClientSession, aiohttp_client: AiohttpClient
 ) -> None:
     """A call counts in the ledger of the app whose request it is made in, whoever's hook it is."""
     apps, clients = [], []
     for name in ("one", "two"):
         app = web.Application()
         app[CLIENT] = outgoing
-        app.router.add_post("/", naive_proxy(gateway))
+        app.router.add_post("/", naive_proxy(gateway.url))
         config = RoutingConfig(gateway.url, session_id=f"query:{name}", client_session=CLIENT)
         setup(app, config)
         apps.append(app)
@@ -407,7 +405,7 @@ async def test_two_hooks_on_one_session_count_a_call_once(
     for client, session_id in zip((*clients, clients[1]), ("a", "b", "b"), strict=True):
         async with client.post("/", params={"one": session_id, "two": session_id}):
             pass
-    gateway.answer = lambda call: OK
+    gateway.answer = lambda call: answer()
     async with clients[1].post("/"):
         pass
     one, two = (app[PINS] for app in apps)
@@ -416,11 +414,11 @@ async def test_two_hooks_on_one_session_count_a_call_once(
 
 
 async def test_a_hook_of_the_users_own_enters_calls_of_a_request_in_the_apps_ledger(
-    gateway: Wire, aiohttp_client: AiohttpClient
+    gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
     config = RoutingConfig(gateway.url)
     app = web.Application()
-    app.router.add_post("/sessions/{session_id}/v1/chat/completions", naive_proxy(gateway))
+    app.router.add_post("/sessions/{session_id}/v1/chat/completions", naive_proxy(gateway.url))
     setup(app, config)
     async with ClientSession(trace_configs=[routing_trace_config(config)]) as app[CLIENT]:
         client = await aiohttp_client(app)
@@ -429,9 +427,9 @@ async def test_a_hook_of_the_users_own_enters_calls_of_a_request_in_the_apps_led
 
 
 async def test_calls_outside_a_request_count_in_the_ledger_of_the_app_that_attached_the_hook(
-    gateway: Wire, aiohttp_client: AiohttpClient
+    gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    app = session_server(gateway)
+    app = session_server(gateway.url)
     await aiohttp_client(app)
     gateway.answer = by_worker(W1, W1, W1)
     with routing_session("job"):
@@ -444,7 +442,7 @@ async def test_calls_outside_a_request_count_in_the_ledger_of_the_app_that_attac
 
 
 async def test_a_block_within_a_request_counts_in_the_apps_ledger(
-    gateway: Wire, outgoing: ClientSession, aiohttp_client: AiohttpClient
+    gateway: Recorder, outgoing: ClientSession, aiohttp_client: AiohttpClient
 ) -> None:
     """Even if the hook, of another config, is not of this app: and in this app's key form."""
     app = web.Application()
@@ -465,11 +463,11 @@ async def test_a_block_within_a_request_counts_in_the_apps_ledger(
 
 
 async def test_digest_never_shows_the_session_id(
-    gateway: Wire, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
+    gateway: Recorder, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG, "aiohttp_smg_routing")
     moves: list[Move] = []
-    app = session_server(gateway, key="digest", on_move=moves.append, session_id="header:Token")
+    app = session_server(gateway.url, key="digest", on_move=moves.append, session_id="header:Token")
     gateway.answer = by_worker(W1, W2)
     client = await aiohttp_client(app)
     for _ in range(2):
@@ -484,17 +482,17 @@ async def test_digest_never_shows_the_session_id(
 
 
 async def test_no_tracking_in_one_app_is_not_anothers_to_make_up_for(
-    gateway: Wire, outgoing: ClientSession, aiohttp_client: AiohttpClient
+    gateway: Recorder, outgoing: ClientSession, aiohttp_client: AiohttpClient
 ) -> None:
     async def in_a_block(request: web.Request) -> web.Response:
         with routing_session("s-3"):
-            return await naive_proxy(gateway)(request)
+            return await naive_proxy(gateway.url)(request)
 
     apps = []
     for name, track_sessions in (("one", 10), ("two", 0)):
         app = web.Application()
         app[CLIENT] = outgoing
-        app.router.add_post("/", naive_proxy(gateway))
+        app.router.add_post("/", naive_proxy(gateway.url))
         app.router.add_post("/block", in_a_block)
         config = RoutingConfig(
             gateway.url,
@@ -514,14 +512,14 @@ async def test_no_tracking_in_one_app_is_not_anothers_to_make_up_for(
 
 
 async def test_a_middleware_without_a_ledger_leaves_others_alone(
-    gateway: Wire, outgoing: ClientSession, aiohttp_client: AiohttpClient
+    gateway: Recorder, outgoing: ClientSession, aiohttp_client: AiohttpClient
 ) -> None:
     pins = ledger()
     config = RoutingConfig(gateway.url, session_id="query:sid")
     attach(outgoing, config, pins)
     app = web.Application(middlewares=[routing_middleware(config)])
     app[CLIENT] = outgoing
-    app.router.add_post("/", naive_proxy(gateway))
+    app.router.add_post("/", naive_proxy(gateway.url))
     client = await aiohttp_client(app)
     async with client.post("/?sid=s-1"):
         pass
@@ -530,13 +528,13 @@ async def test_a_middleware_without_a_ledger_leaves_others_alone(
 
 
 async def test_apps_with_equal_configs_on_one_session_have_a_ledger_each(
-    gateway: Wire, outgoing: ClientSession, aiohttp_client: AiohttpClient
+    gateway: Recorder, outgoing: ClientSession, aiohttp_client: AiohttpClient
 ) -> None:
     apps = []
     for _ in range(2):
         app = web.Application()
         app[CLIENT] = outgoing
-        app.router.add_post("/sessions/{session_id}/v1/chat/completions", naive_proxy(gateway))
+        app.router.add_post("/sessions/{session_id}/v1/chat/completions", naive_proxy(gateway.url))
         setup(app, RoutingConfig(gateway.url, client_session=CLIENT))
         apps.append((app, await aiohttp_client(app)))
     for _, client in apps:
@@ -545,7 +543,7 @@ async def test_apps_with_equal_configs_on_one_session_have_a_ledger_each(
 
 
 async def test_a_hook_attached_before_setup_takes_the_apps_ledger(
-    gateway: Wire, outgoing: ClientSession, aiohttp_client: AiohttpClient
+    gateway: Recorder, outgoing: ClientSession, aiohttp_client: AiohttpClient
 ) -> None:
     config = RoutingConfig(gateway.url, client_session=CLIENT)
     attach(outgoing, config)
@@ -560,7 +558,7 @@ async def test_a_hook_attached_before_setup_takes_the_apps_ledger(
     assert app[PINS].summary() == PinSummary(unknown=1, sessions=1)
 
 
-async def test_another_hook_that_raises_is_no_second_outcome(gateway: Wire) -> None:
+async def test_another_hook_that_raises_is_no_second_outcome(gateway: Recorder) -> None:
     async def broken(*_: object) -> None:
         raise ZeroDivisionError
 
@@ -575,25 +573,21 @@ async def test_another_hook_that_raises_is_no_second_outcome(gateway: Wire) -> N
 
 
 @pytest.mark.parametrize(
-    "answer",
-    [
-        OK.replace(b"\r\n", b"\r\nX-SMG-Routed-Worker-Id:\r\n", 1),
-        OK.replace(b"200 OK", b"307 Nowhere"),
-    ],
+    "unnamed", [answer(headers={"X-SMG-Routed-Worker-Id": ""}), answer(status=307)]
 )
 async def test_an_answer_that_names_no_worker_is_unknown(
-    gateway: Wire, aiohttp_client: AiohttpClient, answer: bytes
+    gateway: Recorder, aiohttp_client: AiohttpClient, unnamed: bytes
 ) -> None:
-    app = session_server(gateway)
+    app = session_server(gateway.url)
     client = await aiohttp_client(app)
-    gateway.answer = lambda call: answer
+    gateway.answer = lambda call: unnamed
     await turn(client)
     assert app[PINS].summary() == PinSummary(unknown=1, sessions=1)
     assert app[PINS].workers() == {}
 
 
-async def test_no_tracking_no_ledger(gateway: Wire, aiohttp_client: AiohttpClient) -> None:
-    app = session_server(gateway, track_sessions=0)
+async def test_no_tracking_no_ledger(gateway: Recorder, aiohttp_client: AiohttpClient) -> None:
+    app = session_server(gateway.url, track_sessions=0)
     client = await aiohttp_client(app)
     gateway.answer = by_worker(W1, W2)
     for _ in range(2):
@@ -604,9 +598,9 @@ async def test_no_tracking_no_ledger(gateway: Wire, aiohttp_client: AiohttpClien
 
 @pytest.mark.parametrize(("hide", "names"), [(False, [W1]), (True, [])])
 async def test_hide_worker_ids_strips_them_from_what_agents_get(
-    gateway: Wire, aiohttp_client: AiohttpClient, hide: bool, names: list[str]
+    gateway: Recorder, aiohttp_client: AiohttpClient, hide: bool, names: list[str]
 ) -> None:
-    app = session_server(gateway, hide_worker_ids=hide)
+    app = session_server(gateway.url, hide_worker_ids=hide)
 
     async def passing_headers_on(request: web.Request) -> web.StreamResponse:
         async with request.app[CLIENT].post(gateway.chat) as answer:

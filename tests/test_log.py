@@ -4,9 +4,9 @@ from aiohttp import web
 from pytest_aiohttp.plugin import AiohttpClient
 
 from aiohttp_smg_routing import RoutingConfig, SessionIdFilter, routing_session
+from aiohttp_smg_routing.testing import Recorder
 
 from .conftest import session_server
-from .wire import Wire
 
 CONFIG = RoutingConfig("http://gateway", key="digest", secret="k")
 
@@ -36,9 +36,9 @@ def test_digest_is_what_the_record_shows() -> None:
 
 
 async def test_a_block_within_a_request_shows_the_key_of_its_app(
-    gateway: Wire, aiohttp_client: AiohttpClient
+    gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    app = session_server(gateway, key="digest")
+    app = session_server(gateway.url, key="digest")
 
     async def handler(request: web.Request) -> web.Response:
         with routing_session("bearer-token"):
@@ -51,9 +51,9 @@ async def test_a_block_within_a_request_shows_the_key_of_its_app(
 
 
 async def test_a_request_shows_the_key_of_its_app(
-    gateway: Wire, aiohttp_client: AiohttpClient
+    gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    app = session_server(gateway, key="digest")
+    app = session_server(gateway.url, key="digest")
 
     async def handler(request: web.Request) -> web.Response:
         return web.Response(text=stamped(SessionIdFilter()))

@@ -21,10 +21,10 @@ from aiohttp_smg_routing import (
     setup,
 )
 from aiohttp_smg_routing.ledger import Outcome
+from aiohttp_smg_routing.testing import Recorder, answer
 
 from .conftest import session_server
 from .test_ledger import W1, W2, by_worker, play, turn
-from .wire import OK, Wire
 
 REGISTRY = CollectorRegistry()
 NOT_SEEN = ("moved", "unknown", "untagged", "failed")
@@ -37,19 +37,19 @@ def series(registry: Any) -> dict[str, float]:
 
 
 async def test_metrics_say_what_the_ledger_says(
-    gateway: Wire, aiohttp_client: AiohttpClient
+    gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
     registry = CollectorRegistry()
-    app = session_server(gateway, metrics="prometheus", metrics_registry=registry)
+    app = session_server(gateway.url, metrics="prometheus", metrics_registry=registry)
     client = await aiohttp_client(app)
     gateway.answer = by_worker(W1, W1, W1, W2)
     for session_id in ("s-1", "s-2", "s-1", "s-1"):
         assert await turn(client, session_id) == 200
-    gateway.answer = lambda call: OK
+    gateway.answer = lambda call: answer()
     async with client.post("/v1/chat/completions"):
         pass
     assert await turn(client, "s-3") == 200
-    gateway.answer = lambda call: OK.replace(b"200 OK", b"500 No")
+    gateway.answer = lambda call: answer(status=500)
     assert await turn(client) == 500
     assert series(registry) == {
         'smg_routing_calls_total{outcome="first"}': 2,
@@ -67,11 +67,11 @@ async def test_metrics_say_what_the_ledger_says(
 
 
 async def test_a_call_that_on_missing_stops_is_counted_as_missing(
-    gateway: Wire, aiohttp_client: AiohttpClient
+    gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
     registry = CollectorRegistry()
     app = session_server(
-        gateway, metrics="prometheus", metrics_registry=registry, on_missing="raise"
+        gateway.url, metrics="prometheus", metrics_registry=registry, on_missing="raise"
     )
     client = await aiohttp_client(app)
     async with client.post("/v1/chat/completions") as response:
@@ -94,7 +94,7 @@ class Broken:
 
 
 async def test_metrics_that_fail_fail_no_call_and_are_logged_once(
-    gateway: Wire, caplog: pytest.LogCaptureFixture
+    gateway: Recorder, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = RoutingConfig(gateway.url)
     pins = PinLedger(config, metrics=Broken())
@@ -109,7 +109,7 @@ async def test_metrics_that_fail_fail_no_call_and_are_logged_once(
 
 
 def test_a_registry_that_has_other_metrics_of_these_names_is_a_fault_of_the_config(
-    gateway: Wire,
+    gateway: Recorder,
 ) -> None:
     registry = CollectorRegistry()
     taken = Counter("smg_routing_moves", "Not ours.", registry=registry)
@@ -123,10 +123,10 @@ def test_a_registry_that_has_other_metrics_of_these_names_is_a_fault_of_the_conf
 
 
 async def test_the_sessions_of_an_app_that_has_ended_are_no_longer_there(
-    gateway: Wire, aiohttp_client: AiohttpClient
+    gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
     registry = CollectorRegistry()
-    app = session_server(gateway, metrics="prometheus", metrics_registry=registry)
+    app = session_server(gateway.url, metrics="prometheus", metrics_registry=registry)
     client = await aiohttp_client(app)
     play(app[PINS], ("a", W1), ("b", W1), ("c", None))
     assert series(registry)[f'smg_routing_sessions{{worker="{W1}"}}'] == 2
@@ -136,10 +136,10 @@ async def test_the_sessions_of_an_app_that_has_ended_are_no_longer_there(
     assert app[PINS].workers() == {W1: 2}
 
 
-def test_apps_that_share_a_registry_share_the_metrics(gateway: Wire) -> None:
+def test_apps_that_share_a_registry_share_the_metrics(gateway: Recorder) -> None:
     apps = [
         session_server(
-            gateway, metrics="prometheus", metrics_registry="tests.test_metrics:REGISTRY"
+            gateway.url, metrics="prometheus", metrics_registry="tests.test_metrics:REGISTRY"
         )
         for _ in range(2)
     ]
@@ -148,10 +148,10 @@ def test_apps_that_share_a_registry_share_the_metrics(gateway: Wire) -> None:
     assert series(REGISTRY)[f'smg_routing_sessions{{worker="{W1}"}}'] == 2
 
 
-def test_the_default_registry_is_that_of_prometheus_client(gateway: Wire) -> None:
+def test_the_default_registry_is_that_of_prometheus_client(gateway: Recorder) -> None:
     from prometheus_client import REGISTRY as DEFAULT
 
-    app = session_server(gateway, metrics="prometheus")
+    app = session_server(gateway.url, metrics="prometheus")
     play(app[PINS], ("s", W1))
     assert series(DEFAULT)['smg_routing_calls_total{outcome="first"}'] >= 1
 

@@ -19,9 +19,9 @@ from aiohttp_smg_routing import (
     routing_trace_config,
     setup,
 )
+from aiohttp_smg_routing.testing import Recorder
 
 from .conftest import CLIENT, session_server
-from .wire import Wire
 
 if TYPE_CHECKING:
     from pytest_aiohttp.plugin import AiohttpServer  # since 1.1, which needs aiohttp 3.11
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
-async def call(request: web.Request, wire: Wire) -> None:
+async def call(request: web.Request, wire: Recorder) -> None:
     """Make a call whose body names the session that it belongs to."""
     async with request.config_dict[CLIENT].post(
         wire.chat, data=request.match_info["session_id"].encode()
@@ -37,28 +37,28 @@ async def call(request: web.Request, wire: Wire) -> None:
         await response.read()
 
 
-def assert_no_crosstalk(wire: Wire, calls: int) -> None:
+def assert_no_crosstalk(wire: Recorder, calls: int) -> None:
     assert len(wire.calls) == calls
     assert [call.keys for call in wire.calls] == [[call.body] for call in wire.calls]
 
 
-async def in_handler(request: web.Request, wire: Wire) -> web.StreamResponse:
+async def in_handler(request: web.Request, wire: Recorder) -> web.StreamResponse:
     await call(request, wire)
     return web.Response()
 
 
-async def in_gather(request: web.Request, wire: Wire) -> web.StreamResponse:
+async def in_gather(request: web.Request, wire: Recorder) -> web.StreamResponse:
     await asyncio.gather(*(call(request, wire) for _ in range(3)))
     return web.Response()
 
 
-async def in_task_group(request: web.Request, wire: Wire) -> web.StreamResponse:
+async def in_task_group(request: web.Request, wire: Recorder) -> web.StreamResponse:
     async with asyncio.TaskGroup() as group:  # type: ignore[attr-defined,unused-ignore]
         group.create_task(call(request, wire))
     return web.Response()
 
 
-async def in_thread(request: web.Request, wire: Wire) -> web.StreamResponse:
+async def in_thread(request: web.Request, wire: Recorder) -> web.StreamResponse:
     async def own_loop() -> None:
         config = {"gateway": str(wire.url)}
         async with (
@@ -71,7 +71,7 @@ async def in_thread(request: web.Request, wire: Wire) -> web.StreamResponse:
     return web.Response()
 
 
-async def in_streamed_body(request: web.Request, wire: Wire) -> web.StreamResponse:
+async def in_streamed_body(request: web.Request, wire: Recorder) -> web.StreamResponse:
     async def body() -> AsyncIterator[bytes]:
         for _ in range(3):
             await call(request, wire)
@@ -80,7 +80,7 @@ async def in_streamed_body(request: web.Request, wire: Wire) -> web.StreamRespon
     return web.Response(body=body())
 
 
-async def in_streamed_response(request: web.Request, wire: Wire) -> web.StreamResponse:
+async def in_streamed_response(request: web.Request, wire: Recorder) -> web.StreamResponse:
     response = web.StreamResponse()
     await response.prepare(request)
     await call(request, wire)
@@ -88,7 +88,7 @@ async def in_streamed_response(request: web.Request, wire: Wire) -> web.StreamRe
     return response
 
 
-async def in_shield(request: web.Request, wire: Wire) -> web.StreamResponse:
+async def in_shield(request: web.Request, wire: Recorder) -> web.StreamResponse:
     await asyncio.shield(asyncio.create_task(call(request, wire)))
     return web.Response()
 
@@ -107,9 +107,9 @@ if sys.version_info >= (3, 11):
 
 @pytest.mark.parametrize(("handler", "calls"), HANDLERS.values(), ids=HANDLERS)
 async def test_call_carries_the_session_of_its_request(
-    gateway: Wire, aiohttp_client: AiohttpClient, handler: Any, calls: int
+    gateway: Recorder, aiohttp_client: AiohttpClient, handler: Any, calls: int
 ) -> None:
-    app = session_server(gateway)
+    app = session_server(gateway.url)
     app.router.add_post("/{session_id}", partial(handler, wire=gateway))
     client = await aiohttp_client(app)
 
@@ -124,7 +124,7 @@ async def test_call_carries_the_session_of_its_request(
 
 
 async def test_thousands_of_sessions_at_once_stay_apart(
-    gateway: Wire, aiohttp_client: AiohttpClient
+    gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
     sessions = 3000
     waiting = 0
@@ -139,7 +139,7 @@ async def test_thousands_of_sessions_at_once_stay_apart(
         await call(request, gateway)
         return web.Response(text=current_session_id())
 
-    app = session_server(gateway)
+    app = session_server(gateway.url)
     app.router.add_post("/{session_id}", handler)
     client = await aiohttp_client(app, connector=TCPConnector(limit=0))
 
@@ -153,9 +153,9 @@ async def test_thousands_of_sessions_at_once_stay_apart(
 
 
 async def test_pipelined_requests_of_one_connection_stay_apart(
-    gateway: Wire, aiohttp_server: "AiohttpServer"
+    gateway: Recorder, aiohttp_server: "AiohttpServer"
 ) -> None:
-    app = session_server(gateway)
+    app = session_server(gateway.url)
     app.router.add_post("/{session_id}", partial(in_handler, wire=gateway))
 
     async def without_session(request: web.Request) -> web.Response:
@@ -178,9 +178,9 @@ async def test_pipelined_requests_of_one_connection_stay_apart(
 
 
 async def test_a_hostile_client_can_neither_choose_nor_break_its_pin(
-    gateway: Wire, aiohttp_server: "AiohttpServer"
+    gateway: Recorder, aiohttp_server: "AiohttpServer"
 ) -> None:
-    server = await aiohttp_server(session_server(gateway))
+    server = await aiohttp_server(session_server(gateway.url))
     reader, writer = await asyncio.open_connection(server.host, server.port)
     writer.write(
         b"POST /sessions/s-1/v1/chat/completions HTTP/1.1\r\n"
@@ -206,9 +206,9 @@ async def test_a_hostile_client_can_neither_choose_nor_break_its_pin(
     [("a%0d%0aX-Evil:%201", "a\r\nX-Evil: 1"), ("%00", "\0"), ("%C3%A9", "é"), ("a%2Fb", "a/b")],
 )
 async def test_a_hostile_session_id_gives_one_clean_key(
-    gateway: Wire, aiohttp_server: "AiohttpServer", path: str, session_id: str
+    gateway: Recorder, aiohttp_server: "AiohttpServer", path: str, session_id: str
 ) -> None:
-    server = await aiohttp_server(session_server(gateway))
+    server = await aiohttp_server(session_server(gateway.url))
     reader, writer = await asyncio.open_connection(server.host, server.port)
     writer.write(
         f"POST /sessions/{path}/v1/chat/completions HTTP/1.1\r\n"
@@ -223,21 +223,21 @@ async def test_a_hostile_session_id_gives_one_clean_key(
 
 
 async def test_a_request_without_a_session_goes_on_without_a_key(
-    gateway: Wire, aiohttp_client: AiohttpClient
+    gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    client = await aiohttp_client(session_server(gateway))
+    client = await aiohttp_client(session_server(gateway.url))
     async with client.post("/v1/chat/completions", data=b"{}") as response:
         assert response.status == 200
     assert gateway.last.keys == []
 
 
 async def test_a_source_that_raises_never_fails_the_request(
-    gateway: Wire, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
+    gateway: Recorder, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     def source(request: web.Request) -> str:
         raise ZeroDivisionError("in the source")
 
-    client = await aiohttp_client(session_server(gateway, session_id=source))
+    client = await aiohttp_client(session_server(gateway.url, session_id=source))
     for _ in range(3):
         async with client.post("/sessions/s-1/v1/chat/completions") as response:
             assert response.status == 200
@@ -246,17 +246,17 @@ async def test_a_source_that_raises_never_fails_the_request(
 
 
 async def test_a_server_started_within_a_session_does_not_give_it_to_its_requests(
-    gateway: Wire, aiohttp_client: AiohttpClient
+    gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
     with routing_session("of-whoever-started-the-server"):
-        client = await aiohttp_client(session_server(gateway))
+        client = await aiohttp_client(session_server(gateway.url))
         async with client.post("/v1/chat/completions") as response:
             assert response.status == 200
     assert gateway.last.keys == []
 
 
 async def test_a_block_within_a_request_outranks_its_session(
-    gateway: Wire, aiohttp_client: AiohttpClient
+    gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
     async def handler(request: web.Request) -> web.Response:
         for session_id in ("judge", None):
@@ -266,7 +266,7 @@ async def test_a_block_within_a_request_outranks_its_session(
         await call(request, gateway)
         return web.Response()
 
-    app = session_server(gateway)
+    app = session_server(gateway.url)
     app.router.add_post("/{session_id}", handler)
     client = await aiohttp_client(app)
     async with client.post("/s-1") as response:
@@ -274,7 +274,7 @@ async def test_a_block_within_a_request_outranks_its_session(
     assert [sent.keys for sent in gateway.calls] == [[b"judge"], [], [b"s-1"]]
 
 
-def calling(*wires: Wire) -> Handler:
+def calling(*wires: Recorder) -> Handler:
     async def handler(request: web.Request) -> web.Response:
         for wire in wires:
             async with request.config_dict[CLIENT].post(wire.chat):
@@ -299,7 +299,7 @@ NESTED = {
 
 @pytest.mark.parametrize(("root", "sub", "keys", "sub_keys"), NESTED.values(), ids=NESTED)
 async def test_nested_apps(
-    gateway: Wire,
+    gateway: Recorder,
     outgoing: ClientSession,
     aiohttp_client: AiohttpClient,
     root: bool,
@@ -325,7 +325,7 @@ async def test_nested_apps(
 
 
 async def test_nested_apps_with_a_gateway_each_stay_apart(
-    gateway: Wire, elsewhere: Wire, outgoing: ClientSession, aiohttp_client: AiohttpClient
+    gateway: Recorder, elsewhere: Recorder, outgoing: ClientSession, aiohttp_client: AiohttpClient
 ) -> None:
     app, sub_app = web.Application(), web.Application()
     app[CLIENT] = outgoing
@@ -345,7 +345,7 @@ async def test_nested_apps_with_a_gateway_each_stay_apart(
 
 
 async def test_apps_that_share_a_client_session_stay_apart(
-    gateway: Wire, elsewhere: Wire, outgoing: ClientSession, aiohttp_client: AiohttpClient
+    gateway: Recorder, elsewhere: Recorder, outgoing: ClientSession, aiohttp_client: AiohttpClient
 ) -> None:
     """An id goes to the gateways of its own app only, in that app's key form and header."""
     configs = [
@@ -373,7 +373,7 @@ async def test_apps_that_share_a_client_session_stay_apart(
 
 
 async def test_middleware_alone_with_a_session_of_its_own_hook(
-    gateway: Wire, aiohttp_client: AiohttpClient
+    gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
     config = RoutingConfig(gateway.url)
     app = web.Application(middlewares=[routing_middleware(config)])
@@ -386,7 +386,7 @@ async def test_middleware_alone_with_a_session_of_its_own_hook(
 
 
 async def test_middleware_that_is_not_enabled_does_nothing(
-    gateway: Wire, aiohttp_client: AiohttpClient
+    gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
     app = web.Application(
         middlewares=[routing_middleware({"gateway": str(gateway.url), "enabled": False})]
@@ -402,7 +402,7 @@ async def test_middleware_that_is_not_enabled_does_nothing(
 
 
 async def test_one_request_that_is_handled_as_several_at_once_keeps_their_sessions_apart(
-    gateway: Wire, aiohttp_client: AiohttpClient
+    gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
     """An outer middleware may begin several handlers before one of them runs."""
 
@@ -417,7 +417,7 @@ async def test_one_request_that_is_handled_as_several_at_once_keeps_their_sessio
         async with request.app[CLIENT].post(gateway.chat, data=session_id.encode()):
             return web.Response()
 
-    app = session_server(gateway, session_id="header:X-Session-Id")
+    app = session_server(gateway.url, session_id="header:X-Session-Id")
     app.middlewares.insert(0, fan_out)
     app.router.add_post("/fan", handler)
     client = await aiohttp_client(app)
@@ -428,7 +428,7 @@ async def test_one_request_that_is_handled_as_several_at_once_keeps_their_sessio
 
 @pytest.mark.parametrize(("inner", "outer"), [("warn", "pass"), ("pass", "warn")])
 async def test_a_request_without_a_session_goes_by_its_apps_on_missing(
-    gateway: Wire,
+    gateway: Recorder,
     aiohttp_client: AiohttpClient,
     caplog: pytest.LogCaptureFixture,
     inner: Any,
@@ -450,7 +450,7 @@ async def test_a_request_without_a_session_goes_by_its_apps_on_missing(
 
 
 async def test_an_inner_app_that_finds_no_session_leaves_the_outer_apps(
-    gateway: Wire, aiohttp_client: AiohttpClient
+    gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
     config = RoutingConfig(gateway.url, session_id="header:X-Inner")
     hook = routing_trace_config(config)

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from aiohttp_smg_routing.testing import smg_gateway
 
-from .workers import chat, stub_workers
+from .workers import chat
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -152,8 +152,7 @@ def test_alerts_dashboard_and_docs_name_the_series_of_the_plugin_and_no_other() 
 async def served(policy: str, *args: str) -> str:
     """Return the metrics of the real gateway after calls with a key and without one."""
     async with (
-        stub_workers(2) as workers,
-        smg_gateway(workers.urls, policy=policy, args=args) as gateway,
+        smg_gateway(2, policy=policy, args=args) as gateway,
         ClientSession(raise_for_status=True) as session,
     ):
         for key in ("s-1", "s-1", None):

@@ -1,7 +1,9 @@
 """The ledger against the real gateway: what it counts is what the gateway did."""
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Iterable
+from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 import pytest
@@ -11,11 +13,10 @@ from pytest_aiohttp.plugin import AiohttpClient
 from yarl import URL
 
 from aiohttp_smg_routing import PINS, PinSummary
-from aiohttp_smg_routing.testing import free_port, smg_gateway
+from aiohttp_smg_routing.testing import free_port, recording_gateway, smg_gateway
 
 from .conftest import session_server
-from .wire import Wire
-from .workers import chat, stub_workers, worker_processes
+from .workers import chat, worker_processes
 
 if TYPE_CHECKING:
     Client = TestClient[web.Request, web.Application]  # generic since aiohttp 3.11
@@ -41,7 +42,7 @@ async def test_when_a_worker_is_killed_exactly_its_sessions_move_once(
         worker_processes(3) as processes,
         smg_gateway(list(processes), policy="manual", args=args) as smg,
     ):
-        app = session_server(Wire(smg.url))
+        app = session_server(smg.url)
         client = await aiohttp_client(app)
         for _ in range(3):
             await turn(client, sessions)
@@ -67,15 +68,22 @@ async def test_the_moves_after_a_gateway_has_lost_its_sticky_map_are_seen(
 ) -> None:
     sessions = [f"s-{number}" for number in range(40)]
     port = free_port()
-    app = session_server(Wire(URL(f"http://127.0.0.1:{port}")))
+    app = session_server(URL(f"http://127.0.0.1:{port}"))
     client = await aiohttp_client(app)
-    async with stub_workers(3) as workers:
+    served: defaultdict[str, list[URL]] = defaultdict(list)  # the worker that each gateway chose
+    async with AsyncExitStack() as stack:
+        workers = [await stack.enter_async_context(recording_gateway()) for _ in range(3)]
         for _ in range(2):  # a gateway, and the one that takes its place
-            async with smg_gateway(workers.urls, policy="manual", port=port) as smg:
+            urls = [worker.url for worker in workers]
+            async with smg_gateway(urls, policy="manual", port=port) as smg:
                 for _ in range(2):
                     await turn(client, sessions)
                 assert (await smg.branches())["vacant"] == len(sessions)
-        moves = sum(served[1] != served[2] for served in workers.served.values())
+            for worker in workers:
+                for user in {call.json()["user"] for call in worker.calls if call.body}:
+                    served[user].append(worker.url)
+                worker.calls.clear()
+        moves = sum(first != second for first, second in served.values())
     summary = app[PINS].summary()
     assert summary == PinSummary(first=40, kept=120 - moves, moved=moves, sessions=40)
     assert moves > 0  # of 40 sessions each stays with a chance of one third
@@ -87,7 +95,7 @@ async def test_fifty_thousand_turns_are_counted_to_the_last(aiohttp_client: Aioh
         worker_processes(3) as processes,
         smg_gateway(list(processes), policy="manual") as smg,
     ):
-        app = session_server(Wire(smg.url))
+        app = session_server(smg.url)
         client = await aiohttp_client(app, connector=TCPConnector(limit=64))
 
         async def play(session_id: str) -> None:

@@ -6,9 +6,9 @@ from aiohttp import ClientSession, web
 from pytest_aiohttp.plugin import AiohttpClient
 
 from aiohttp_smg_routing import ROUTING_CONFIG, ConfigError, RoutingConfig, setup
+from aiohttp_smg_routing.testing import Recorder
 
 from .conftest import CLIENT, naive_proxy, session_server
-from .wire import Wire
 
 PATH = "/sessions/s-1/v1/chat/completions"
 
@@ -19,8 +19,8 @@ async def outgoing() -> AsyncIterator[ClientSession]:
         yield session
 
 
-async def test_one_line_pins_a_session(gateway: Wire, aiohttp_client: AiohttpClient) -> None:
-    client = await aiohttp_client(session_server(gateway))
+async def test_one_line_pins_a_session(gateway: Recorder, aiohttp_client: AiohttpClient) -> None:
+    client = await aiohttp_client(session_server(gateway.url))
     for _ in range(3):
         async with client.post(PATH, json={}) as response:
             assert response.status == 200
@@ -34,8 +34,10 @@ def test_setup_keeps_the_config_and_installs_the_middleware() -> None:
     assert len(app.middlewares) == 1
 
 
-async def test_not_enabled_installs_nothing(gateway: Wire, aiohttp_client: AiohttpClient) -> None:
-    app = session_server(gateway, enabled="false")
+async def test_not_enabled_installs_nothing(
+    gateway: Recorder, aiohttp_client: AiohttpClient
+) -> None:
+    app = session_server(gateway.url, enabled="false")
     assert list(app.middlewares) == []
     assert app[ROUTING_CONFIG].enabled is False
     client = await aiohttp_client(app)
@@ -86,7 +88,7 @@ NAME = CLIENT._name
 )
 @pytest.mark.filterwarnings("ignore::aiohttp.web.NotAppKeyWarning")
 async def test_client_session_names_the_session_to_attach_to(
-    gateway: Wire, outgoing: ClientSession, aiohttp_client: AiohttpClient, key: Any, name: Any
+    gateway: Recorder, outgoing: ClientSession, aiohttp_client: AiohttpClient, key: Any, name: Any
 ) -> None:
     app = web.Application()
 
@@ -106,7 +108,7 @@ async def test_client_session_names_the_session_to_attach_to(
     assert gateway.last.keys == [b"s-1"]
 
 
-async def test_client_session_may_name_several(gateway: Wire, outgoing: ClientSession) -> None:
+async def test_client_session_may_name_several(gateway: Recorder, outgoing: ClientSession) -> None:
     async with ClientSession() as other:
         app = web.Application()
         second = web.AppKey("second", ClientSession)
@@ -150,7 +152,7 @@ async def test_client_session_that_names_two_stops_the_app_at_start(
 
 
 async def test_earlier_middlewares_can_store_the_id(
-    gateway: Wire, outgoing: ClientSession, aiohttp_client: AiohttpClient
+    gateway: Recorder, outgoing: ClientSession, aiohttp_client: AiohttpClient
 ) -> None:
     @web.middleware
     async def store(request: web.Request, handler: Any) -> web.StreamResponse:
@@ -160,7 +162,7 @@ async def test_earlier_middlewares_can_store_the_id(
 
     app = web.Application(middlewares=[store])
     app[CLIENT] = outgoing
-    app.router.add_post("/", naive_proxy(gateway))
+    app.router.add_post("/", naive_proxy(gateway.url))
     setup(
         app,
         {

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -464,15 +463,10 @@ def test_without_the_extra_the_command_says_what_to_install(
     )
 
 
-def test_python_dash_m_is_the_command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["aiohttp-smg-routing", "verify", "--help"])
-    monkeypatch.delitem(sys.modules, "aiohttp_smg_routing.__main__")
-    with pytest.raises(SystemExit) as caught:
-        runpy.run_module("aiohttp_smg_routing", run_name="__main__")
-    assert caught.value.code == 0
-    assert "GATEWAY_URL" in capsys.readouterr().out
+def test_python_dash_m_is_the_command() -> None:
+    argv = [sys.executable, "-m", "aiohttp_smg_routing", "verify", "--help"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)  # noqa: S603
+    assert "GATEWAY_URL" in done.stdout
 
 
 def test_core_does_not_import_the_command() -> None:

@@ -1,11 +1,9 @@
 import asyncio
 import sys
-from importlib.machinery import BuiltinImporter
 
 import pytest
 
-from aiohttp_smg_routing import testing
-from aiohttp_smg_routing.testing import child_process, free_port, free_ports, smg_gateway
+from aiohttp_smg_routing.testing import child_process, free_ports, processes
 
 
 async def never() -> bool:
@@ -58,20 +56,12 @@ async def test_child_that_exits_shows_what_it_printed() -> None:
 
 
 async def test_child_that_never_gets_ready_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(testing, "_START_SECONDS", 0)
+    monkeypatch.setattr(processes, "_START_SECONDS", 0)
     with pytest.raises(RuntimeError, match="did not start: TimeoutError"):
         async with child_process(
             sys.executable, "-c", "import time; time.sleep(1000)", ready=never
         ):
             raise AssertionError("never ready")
-
-
-async def test_missing_gateway_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "meta_path", [BuiltinImporter])  # which finds no package
-    monkeypatch.delitem(sys.modules, "smg", raising=False)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'aiohttp_smg_routing\[gateway\]'"):
-        async with smg_gateway([f"http://127.0.0.1:{free_port()}"], policy="manual"):
-            raise AssertionError("it is not installed")
 
 
 def test_no_two_free_ports_are_the_same() -> None:

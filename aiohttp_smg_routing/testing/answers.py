@@ -1,0 +1,133 @@
+"""What a gateway or an engine answers: canned, failing, streamed."""
+
+import json
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import suppress
+from http import HTTPStatus
+from types import MappingProxyType
+from typing import Any
+
+from yarl import URL
+
+from ..gateway import CHAT_COMPLETIONS, ROUTED_WORKER_HEADER
+from .call import Call
+
+MODEL = "stub"
+"""The model that ``GET /v1/models`` names, which the real gateway asks its workers for."""
+
+Answer = bytes | AsyncGenerator[bytes, None]
+"""A whole HTTP answer, or the pieces of one. An empty piece closes the connection."""
+
+
+def answer(
+    body: object = b"", *, status: int = 200, headers: Mapping[str, str] = MappingProxyType({})
+) -> bytes:
+    """Return a whole HTTP answer; ``body`` is bytes, or else goes out as JSON.
+
+    >>> answer({"error": "busy"}, status=503, headers={"Retry-After": "1"})
+    """
+    kind = {} if isinstance(body, bytes) else {"Content-Type": "application/json"}
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return _head(status, {**kind, "Content-Length": str(len(content)), **headers}) + content
+
+
+def failure(status: int = 503, message: str = "no worker is available") -> bytes:
+    """Return an error as the OpenAI API words it."""
+    return answer({"error": {"message": message, "type": "gateway_error"}}, status=status)
+
+
+def redirect(location: str | URL, status: int = 307) -> bytes:
+    """Return a redirect."""
+    return answer(status=status, headers={"Location": str(location)})
+
+
+def completion(text: str = "ok", *, model: str = MODEL, worker: str | None = None) -> bytes:
+    """Return a chat completion; ``worker`` is what the real gateway calls the one that gave it."""
+    message = {"role": "assistant", "content": text}
+    choice = {"index": 0, "message": message, "finish_reason": "stop"}
+    document: dict[str, object] = {"id": "c", "object": "chat.completion", "created": 1}
+    headers = {str(ROUTED_WORKER_HEADER): worker} if worker else {}
+    document |= {"model": model, "choices": [choice], "usage": _USAGE}
+    return answer(document, headers=headers)
+
+
+async def stream(*texts: str, model: str = MODEL) -> AsyncGenerator[bytes, None]:
+    """Yield a streamed chat completion, each of the ``texts`` in a chunk of its own."""
+    yield _head(200, {"Content-Type": "text/event-stream", "Transfer-Encoding": "chunked"})
+    document = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": model}
+    deltas = [{"role": "assistant", "content": ""}, *({"content": text} for text in texts), {}]
+    for delta in deltas:
+        choice = {"index": 0, "delta": delta, "finish_reason": None if delta else "stop"}
+        yield _chunk(json.dumps({**document, "choices": [choice]}).encode())
+    yield _chunk(b"[DONE]") + b"0\r\n\r\n"
+
+
+def canned(call: Call) -> Answer:
+    """Return what an engine would answer: to a health check, or to any call that has a prompt."""
+    if call.path == "/v1/models":
+        entry = {"id": MODEL, "object": "model", "owned_by": "vllm", "root": MODEL}
+        return answer({"object": "list", "data": [{**entry, "max_model_len": 4096}]})
+    if call.path != CHAT_COMPLETIONS:
+        return answer(_CANNED.get(call.path, b""))
+    asked: Any = {}
+    with suppress(ValueError):
+        asked = call.json()
+    if not isinstance(asked, dict):
+        asked = {}
+    model = str(asked.get("model", MODEL))
+    return stream("ok", model=model) if asked.get("stream") is True else completion(model=model)
+
+
+_USAGE = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+_CANNED: dict[str, object] = {
+    "/generate": {"text": "ok", "meta_info": {"finish_reason": {"type": "stop"}}},
+    "/v1/completions": {
+        "id": "c",
+        "object": "text_completion",
+        "created": 1,
+        "model": MODEL,
+        "choices": [{"index": 0, "text": "ok", "finish_reason": "stop", "logprobs": None}],
+        "usage": _USAGE,
+    },
+    "/v1/messages": {
+        "id": "m",
+        "type": "message",
+        "role": "assistant",
+        "model": MODEL,
+        "content": [{"type": "text", "text": "ok"}],
+        "stop_reason": "end_turn",
+        "stop_sequence": None,
+        "usage": {"input_tokens": 1, "output_tokens": 1},
+    },
+    "/v1/responses": {
+        "id": "r",
+        "object": "response",
+        "created_at": 1,
+        "model": MODEL,
+        "status": "completed",
+        "output": [
+            {
+                "id": "m",
+                "type": "message",
+                "role": "assistant",
+                "status": "completed",
+                "content": [{"type": "output_text", "text": "ok", "annotations": []}],
+            }
+        ],
+        "parallel_tool_calls": False,
+        "tool_choice": "auto",
+        "tools": [],
+    },
+}
+
+
+def _head(status: int, headers: Mapping[str, str]) -> bytes:
+    known = status in HTTPStatus._value2member_map_
+    reason = HTTPStatus(status).phrase if known else "Unknown"
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    return f"HTTP/1.1 {status} {reason}\r\n{lines}\r\n".encode()
+
+
+def _chunk(data: bytes) -> bytes:
+    event = b"data: " + data + b"\n\n"
+    return f"{len(event):x}\r\n".encode() + event + b"\r\n"

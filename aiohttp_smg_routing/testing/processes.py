@@ -1,0 +1,79 @@
+"""Real processes on free loopback ports."""
+
+import asyncio
+import os
+import signal
+import socket
+import tempfile
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import ExitStack, asynccontextmanager, suppress
+
+import aiohttp
+
+_POLL_SECONDS = 0.05
+_START_SECONDS = 60
+
+
+def free_port() -> int:
+    """Return a loopback TCP port that nobody listens on at this moment."""
+    [port] = free_ports(1)
+    return port
+
+
+def free_ports(count: int) -> list[int]:
+    """Return so many loopback TCP ports that nobody listens on, no two of them the same."""
+    with ExitStack() as stack:  # all are held until the last is there
+        held = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for probe in held:
+            probe.bind(("127.0.0.1", 0))
+        return [probe.getsockname()[1] for probe in held]
+
+
+@asynccontextmanager
+async def child_process(
+    *argv: str, ready: Callable[[], Awaitable[bool]]
+) -> AsyncIterator[asyncio.subprocess.Process]:
+    """Run ``argv`` until the block ends; enter the block once ``ready()`` is true.
+
+    The child has a session of its own, so a Ctrl-C in the terminal reaches this process alone,
+    which then kills the child. Raises ``RuntimeError``, with the end of what the child printed,
+    when it exits early or is not ready within a minute. A connection that ``ready()`` is refused
+    counts as false.
+    """
+    with tempfile.TemporaryFile() as output:
+        process = await asyncio.create_subprocess_exec(
+            *argv,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+        try:
+            try:
+                await asyncio.wait_for(_until_ready(process, ready), _START_SECONDS)
+            except (ChildProcessError, asyncio.TimeoutError) as error:
+                output.seek(0)
+                tail = output.read()[-4000:].decode(errors="replace")
+                raise RuntimeError(f"{argv} did not start: {error!r}\n{tail}") from error
+            yield process
+        finally:
+            if process.returncode is None:
+                # Not process.kill(): that reaps a child which has just died, and asyncio, which
+                # then cannot, logs a warning.
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
+            await process.wait()
+
+
+async def _until_ready(
+    process: asyncio.subprocess.Process, ready: Callable[[], Awaitable[bool]]
+) -> None:
+    while True:
+        if process.returncode is not None:
+            raise ChildProcessError(f"exit status {process.returncode}")
+        try:
+            if await ready():
+                return
+        except aiohttp.ClientConnectionError:
+            pass
+        await asyncio.sleep(_POLL_SECONDS)

@@ -1,0 +1,159 @@
+"""A gateway, or a worker behind one, that keeps each call as it arrived."""
+
+import asyncio
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager, closing, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from yarl import URL
+
+from ..config import RoutingConfig, as_config
+from ..gateway import CHAT_COMPLETIONS, ROUTING_KEY_HEADER
+from ..key import SessionId, routing_key
+from .answers import Answer, canned
+from .call import Call, read_call
+
+
+@dataclass(slots=True, eq=False)
+class Recorder:
+    """A server's address, what it received, and what it answers.
+
+    >>> recorder.answer = lambda call: answer(status=503)
+    """
+
+    url: URL
+    calls: list[Call] = field(default_factory=list)
+    """What it received, the last one last. A worker is asked for its health, too."""
+
+    answer: Callable[[Call], Answer] = field(default=canned)
+    """Gives the answer to a call; ``canned()`` unless set."""
+
+    _next: deque[Answer] = field(default_factory=deque)
+
+    @property
+    def chat(self) -> URL:
+        """Where it takes chat completions."""
+        return self.url / CHAT_COMPLETIONS[1:]
+
+    @property
+    def last(self) -> Call:
+        """The last call."""
+        return self.calls[-1]
+
+    def answer_with(self, *answers: Answer) -> None:
+        """Give these to the next calls, one to each; ``answer`` has those after them."""
+        self._next.extend(answers)
+
+    async def answer_to(self, call: Call) -> AsyncGenerator[bytes, None]:
+        """Yield the pieces of the answer to a call."""
+        answer = self._next.popleft() if self._next else self.answer(call)
+        if isinstance(answer, bytes):
+            yield answer
+            return
+        async with aclosing(answer):
+            async for piece in answer:
+                yield piece
+
+    def assert_pinned(
+        self,
+        session_id: SessionId,
+        *,
+        turns: int | None = None,
+        config: RoutingConfig | Mapping[str, Any] | None = None,
+    ) -> None:
+        """Assert that the session's calls, ``turns`` of them, carried its key and that key alone.
+
+        The key is what ``config`` makes of the id: give the server's own where that sets ``key``,
+        ``secret``, ``prefix`` or ``header``. Without ``turns`` there must be one call or more.
+        """
+        __tracebackhide__ = True
+        assert_pinned([self], session_id, turns=turns, config=config)
+
+
+def assert_pinned(
+    workers: Sequence[Recorder],
+    session_id: SessionId,
+    *,
+    turns: int | None,
+    config: RoutingConfig | Mapping[str, Any] | None,
+) -> None:
+    """Assert that one of the ``workers`` received all of a session's calls; see ``Recorder``."""
+    __tracebackhide__ = True
+    given = None if config is None else as_config(config)
+    key = (given.routing_key if given else routing_key)(session_id).encode()
+    header = given.header if given else ROUTING_KEY_HEADER
+    arrived = [
+        (worker, tuple(call.values(header)))
+        for worker in workers
+        for call in worker.calls
+        if call.method == "POST"  # the gateway asks its workers for their health all the time
+    ]
+    served = Counter(worker for worker, keys in arrived if key in keys)
+    if any(key in keys and len(keys) > 1 for _, keys in arrived):
+        problem = "came beside another key on one call"
+    elif len(served) > 1:
+        problem = f"came to {len(served)} workers"
+    elif sum(served.values()) != turns and (turns is not None or not served):
+        wanted = "one or more" if turns is None else turns
+        problem = f"came on {sum(served.values())} calls, not on {wanted}"
+    else:
+        return
+    shown = "\n".join(
+        f"  {count} x {b', '.join(keys).decode(errors='replace') or '(none)'} at {worker.url}"
+        for (worker, keys), count in Counter(arrived).items()
+    )
+    raise AssertionError(
+        f"session {session_id!r} is not pinned: its key {key.decode()!r} {problem}. "
+        f"The keys that arrived:\n{shown or '  no call arrived'}"
+    )
+
+
+@asynccontextmanager
+async def recording_gateway(port: int = 0) -> AsyncIterator[Recorder]:
+    """Run a server that stands in for a gateway until the block ends, on a free port unless given.
+
+    It takes any call, keeps it in ``calls`` and answers what it is told to. It pins nothing: that
+    is for ``smg_gateway()``, which has recorders as its workers. What goes wrong in an answer is
+    raised at the end of the block.
+
+    >>> async with recording_gateway() as gateway:
+    ...     gateway.assert_pinned("s-1", turns=3)
+    """
+    writers: list[asyncio.StreamWriter] = []
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None  # noqa: S101 - asyncio serves each connection in a task
+        tasks.add(task)
+        writers.append(writer)
+        # The caller, or the end of the block, may close the connection at any moment.
+        with closing(writer), suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                call = await read_call(reader)
+                recorder.calls.append(call)
+                async with aclosing(recorder.answer_to(call)) as pieces:
+                    async for piece in pieces:
+                        if not piece:
+                            return
+                        writer.write(piece)
+                        await writer.drain()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", port, backlog=4096)
+    recorder = Recorder(URL(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"))
+    try:
+        yield recorder
+    finally:
+        server.close()
+        for writer in writers:
+            writer.close()
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
+        for writer in writers:
+            with suppress(ConnectionError):
+                await writer.wait_closed()
+        await server.wait_closed()
+        for error in ended:
+            if isinstance(error, Exception):
+                raise error

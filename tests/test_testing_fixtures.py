@@ -1,0 +1,68 @@
+"""The fixtures, as a project has them that installs this package."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+TEST = """
+import aiohttp
+from aiohttp import web
+
+from aiohttp_smg_routing import setup
+
+
+async def test_server(aiohttp_client, recording_gateway):
+    async def handler(request):
+        async with aiohttp.ClientSession() as session:
+            async with session.post(recording_gateway.chat, json=await request.json()) as answer:
+                return web.Response(body=await answer.read(), status=answer.status)
+
+    app = web.Application()
+    app.router.add_post("/{session_id}", handler)
+    setup(app, {"gateway": str(recording_gateway.url), "client_session": "all"})
+    client = await aiohttp_client(app)
+    for _ in range(3):
+        async with client.post("/s-1", json={"messages": []}) as answer:
+            assert answer.status == 200
+    recording_gateway.assert_pinned("s-1", turns=TURNS)
+
+
+async def test_real(smg_gateway):
+    smg = await smg_gateway(1, policy="manual")
+    assert len(smg.workers) == 1
+"""
+
+
+INI = """
+[pytest]
+asyncio_mode = auto
+asyncio_default_fixture_loop_scope = function
+filterwarnings = error
+"""
+
+
+def run(folder: Path, turns: int, *args: str) -> subprocess.CompletedProcess[str]:
+    (folder / "test_it.py").write_text(TEST.replace("TURNS", str(turns)))
+    (folder / "pytest.ini").write_text(INI)
+    argv = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *args]
+    return subprocess.run(argv, capture_output=True, text=True, cwd=folder, check=False)  # noqa: S603
+
+
+def test_they_are_there_in_any_project(tmp_path: Path) -> None:
+    done = run(tmp_path, 3)
+    assert done.returncode == 0, done.stdout
+    assert "2 passed" in done.stdout
+
+
+def test_a_failing_assertion_shows_the_test_and_not_our_code(tmp_path: Path) -> None:
+    done = run(tmp_path, 4)
+    assert done.returncode == 1
+    assert "AssertionError: session 's-1' is not pinned" in done.stdout
+    assert "came on 3 calls, not on 4" in done.stdout
+    assert "recorder.py" not in done.stdout
+
+
+def test_without_pytest_aiohttp_they_are_not_there_and_nothing_breaks(tmp_path: Path) -> None:
+    done = run(tmp_path, 3, "-p", "no:aiohttp", "-k", "real")
+    assert done.returncode == 1
+    assert "fixture 'smg_gateway' not found" in done.stdout
