@@ -244,6 +244,7 @@ def test_environment_faults_name_the_variable() -> None:
         ("session_id", "json:a..b", "'json:a..b' has an empty name in its path: one is 'json:"),
         ("ignore_ids", ["a", " "], "' ' is not a session id: a text that is not blank, or"),
         ("ignore_ids", [None], "None is not a session id"),
+        ("ignore_ids", [True], "True is not a session id"),
         ("prefix", "a b", "'a b' is not a text of up to 52 visible ASCII characters"),
         ("paths", "v1/chat", "'v1/chat' is not a path such as '/v1/chat/completions'"),
         ("paths", "//evil/x", "'//evil/x' is not a path"),

@@ -111,6 +111,16 @@ async def test_answers_come_in_order_and_then_as_ever(
     assert seen[3][1] == '{"then": "/v1/chat/completions"}'
 
 
+@pytest.mark.parametrize("body", [b"", b"[]", b"{", b'{"stream": "yes"}', b'{"model": 5}'])
+async def test_any_call_is_answered(
+    recording_gateway: Recorder, client: ClientSession, body: bytes
+) -> None:
+    async with client.post(recording_gateway.chat, data=body) as response:
+        assert (await response.json())["object"] == "chat.completion"
+    async with client.put(recording_gateway.url / "elsewhere", data=body) as response:
+        assert response.status == 200
+
+
 async def test_a_stream_goes_out_piece_by_piece(
     recording_gateway: Recorder, client: ClientSession
 ) -> None:

@@ -1,0 +1,57 @@
+"""litellm over its aiohttp transport, whose ClientSessions live as long as the process."""
+
+from collections.abc import AsyncIterator
+
+import litellm
+import pytest
+from aiohttp import web
+from pytest_aiohttp.plugin import AiohttpClient
+
+from aiohttp_smg_routing import setup
+from aiohttp_smg_routing.testing import Recorder, recording_gateway
+
+from .serving import assert_no_crosstalk, chat, play
+
+
+@pytest.fixture(autouse=True)
+async def _close_litellm() -> AsyncIterator[None]:
+    yield
+    await litellm.close_litellm_async_clients()  # type: ignore[attr-defined,no-untyped-call]
+
+
+def server(gateway: Recorder) -> web.Application:
+    async def ask(request: web.Request) -> web.Response:
+        body = await request.json()
+        body["model"] = "openai/stub"
+        answer = await litellm.acompletion(
+            api_base=f"{gateway.url}/v1", api_key="none", num_retries=0, **body
+        )
+        if body.get("stream"):
+            text = "".join([chunk.choices[0].delta.content or "" async for chunk in answer])
+        else:
+            text = answer.choices[0].message.content
+        assert text == "ok"
+        return web.Response(text=text)
+
+    app = web.Application()
+    app.router.add_post("/sessions/{session_id}/ask", ask)
+    setup(app, {"gateway": str(gateway.url), "client_session": "all"})
+    return app
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_each_turn_carries_the_key_of_its_session(
+    aiohttp_client: AiohttpClient, stream: bool
+) -> None:
+    for _ in range(2):  # the second app meets the ClientSession that litellm made for the first
+        async with recording_gateway() as gateway:
+            client = await aiohttp_client(server(gateway))
+            await play(
+                client.make_url("/"),
+                lambda session_id: {
+                    "url": f"/sessions/{session_id}/ask",
+                    "json": chat(session_id, stream=stream),
+                },
+            )
+            assert_no_crosstalk(gateway)
+            await client.close()
