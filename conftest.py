@@ -76,7 +76,7 @@ class Page:
                         assert response.status == 200, await response.text()
                         await response.read()
         for session_id in sessions:
-            config = app[aiohttp_smg_routing.ROUTING_CONFIG]
+            config = app.get(aiohttp_smg_routing.ROUTING_CONFIG)  # a sub-app may have it
             self.gateway.assert_pinned(session_id, turns=turns, config=config)
 
     def run(self, coroutine: Awaitable[Any]) -> None:
