@@ -1,4 +1,7 @@
-"""Pin each session of an aiohttp session server to one worker behind an SMG gateway."""
+"""Pin each session of an aiohttp session server to one worker behind an SMG gateway.
+
+PYTEST_DONT_REWRITE: pytest, which loads the fixtures from here, is not to warn that it comes late.
+"""
 
 from .call import MissingSessionError
 from .client_middleware import routing_client_middleware

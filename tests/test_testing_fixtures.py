@@ -41,10 +41,15 @@ filterwarnings = error
 """
 
 
-def run(folder: Path, turns: int, *args: str) -> subprocess.CompletedProcess[str]:
+PYTEST = ("-m", "pytest")
+
+
+def run(
+    folder: Path, turns: int, *args: str, program: tuple[str, ...] = PYTEST
+) -> subprocess.CompletedProcess[str]:
     (folder / "test_it.py").write_text(TEST.replace("TURNS", str(turns)))
     (folder / "pytest.ini").write_text(INI)
-    argv = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *args]
+    argv = [sys.executable, *program, "-p", "no:cacheprovider", *args]
     return subprocess.run(argv, capture_output=True, text=True, cwd=folder, check=False)  # noqa: S603
 
 
@@ -66,3 +71,11 @@ def test_without_pytest_aiohttp_they_are_not_there_and_nothing_breaks(tmp_path: 
     done = run(tmp_path, 3, "-p", "no:aiohttp", "-k", "real")
     assert done.returncode == 1
     assert "fixture 'smg_gateway' not found" in done.stdout
+
+
+def test_a_program_that_has_imported_the_package_before_pytest_gets_no_warning(
+    tmp_path: Path,
+) -> None:
+    code = "import sys, aiohttp_smg_routing, pytest; sys.exit(pytest.main())"
+    done = run(tmp_path, 3, "-k", "server", program=("-c", code))
+    assert done.returncode == 0, done.stdout + done.stderr
