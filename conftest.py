@@ -1,6 +1,7 @@
 """The pages that users read are run: each snippet of README.md and docs/*.md is a test.
 
-Addresses in them are made real: ``http://10.0.0.1:30000`` is a recording gateway while they run.
+Addresses in them are made real: ``http://10.0.0.1:30000`` is a recording gateway while they run,
+and ``8080`` a free port.
 Names that a snippet takes for granted, such as ``app``, are those that ``Page`` sets.
 """
 
@@ -24,7 +25,7 @@ from sybil.parsers.markdown import CodeBlockParser
 from yarl import URL
 
 import aiohttp_smg_routing
-from aiohttp_smg_routing.testing import Recorder, recording_gateway
+from aiohttp_smg_routing.testing import Recorder, free_port, recording_gateway
 
 tomllib = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
@@ -32,6 +33,7 @@ os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # or it asks the internet, 
 
 ROOT = Path(__file__).parent
 GATEWAY = "http://10.0.0.1:30000"
+PORT = "8080"
 
 
 class Page:
@@ -134,14 +136,14 @@ def shell(example: Example) -> None:
             extras = re.findall(r"aiohttp_smg_routing\[([^\]]+)\]", line)
             known = metadata("aiohttp_smg_routing").get_all("Provides-Extra") or []
             assert [extra for extra in extras if extra not in known] == []
-        elif command != "gunicorn":  # tests/recipes/test_gunicorn.py runs that line
+        elif command != "gunicorn":  # tests/recipes/test_servers.py runs that line
             raise AssertionError(f"nothing looks after {line!r}")
 
 
 def real(example: Example) -> str:
     """Return a snippet with real addresses in it."""
     url: URL = example.namespace["gateway"].url
-    return str(example.parsed).replace(GATEWAY, str(url))
+    return str(example.parsed).replace(GATEWAY, str(url)).replace(PORT, str(free_port()))
 
 
 def setup(namespace: dict[str, Any]) -> None:

@@ -77,10 +77,11 @@ def in_current_scope(coroutine: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T
         _scope.set(scope)
         return await coroutine
 
-    running = run()
+    running: Any = run()
+    running.__qualname__ = getattr(coroutine, "__qualname__", running.__qualname__)
     # Where it is cancelled before it starts, it is all well that nobody awaits the coroutine.
     weakref.finalize(running, coroutine.close)
-    return running
+    return running  # type: ignore[no-any-return]
 
 
 def current_scope() -> Scope | None:
@@ -104,8 +105,9 @@ def scope_of_call(config: RoutingConfig, pins: PinLedger | None, method: str, ur
     """Return the scope that a call which ``config`` tags belongs to; it has a config.
 
     It is the innermost scope with a session that may go there. Without any such session it is the
-    innermost scope of an app that tags this call. What is not bound to an app is bound to the
-    hook's ``config``, and entered in its ``pins``.
+    innermost scope of an app that tags this call. What is not bound to an app is bound to the app
+    around it, whose ledger it has, where that tags the call; else to the hook's ``config``, and is
+    entered in its ``pins``.
     """
     scope = _scope.get()
     if scope and scope.config is config and scope.key:
@@ -118,7 +120,12 @@ def scope_of_call(config: RoutingConfig, pins: PinLedger | None, method: str, ur
             sessionless = sessionless or scope
         scope = scope.outer
     scope = scope or sessionless or Scope(None)
-    return scope if scope.config else Scope(scope.session_id, config, scope.pins or pins)
+    if scope.config:
+        return scope
+    around = scope.pins.config if scope.pins else config
+    if not around.tags(method, url):
+        around = config
+    return Scope(scope.session_id, around, scope.pins or pins)
 
 
 class routing_session:  # noqa: N801 - used like a function, as contextlib.suppress is

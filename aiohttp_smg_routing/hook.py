@@ -1,6 +1,6 @@
 """The outbound half: the hook puts the key on the call, and tells the ledger where it went."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -36,7 +36,7 @@ class RoutingTraceConfig(TraceConfig):
 
     def __init__(self, *targets: Target) -> None:
         super().__init__()
-        self.targets: Sequence[Target] = targets
+        self.targets = [*targets]
         self.on_request_start.append(self._start)
         self.on_request_redirect.append(self._redirect)
         self.on_request_end.append(self._end)
@@ -86,7 +86,7 @@ class RoutingTraceConfig(TraceConfig):
         target = self.target(method, url)
         if target is None:
             return None
-        if session.trace_configs[0] is not self and is_claimed(session, method, url, before=self):
+        if hooks(session)[0] is not self and is_claimed(session, method, url, before=self):
             return None
         return begin(target.config, target.pins, method, url, headers)
 
@@ -95,7 +95,7 @@ def is_claimed(
     session: ClientSession, method: str, url: URL, *, before: TraceConfig | None = None
 ) -> bool:
     """Tell whether a hook of ``session`` has the call: it is tagged and counted once."""
-    for hook in session.trace_configs:
+    for hook in hooks(session):
         if hook is before:
             break
         if isinstance(hook, RoutingTraceConfig) and hook.target(method, url):
@@ -132,7 +132,7 @@ def attach(
     config = as_config(config)
     if not config.enabled:
         return
-    for there in session.trace_configs:
+    for there in hooks(session):
         if type(there) is RoutingTraceConfig:  # not that of instrument(), which is undone
             for target in there.targets:
                 if target.config == config:
@@ -145,7 +145,12 @@ def add_hook(session: ClientSession, hook: TraceConfig) -> None:
     """Add a hook to a session that exists already."""
     hook.freeze()  # the session does that in its constructor only
     # A new list: the old one may be the caller's own, and that of other sessions.
-    session._trace_configs = [*session.trace_configs, hook]
+    session._trace_configs = [*hooks(session), hook]
+
+
+def hooks(session: ClientSession) -> list[TraceConfig]:
+    """Return what a session has for its calls; a subclass may show something else to others."""
+    return session._trace_configs
 
 
 def _next_hop(

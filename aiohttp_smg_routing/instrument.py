@@ -1,15 +1,15 @@
 """Every ClientSession: one hook on each that the process makes, whoever makes it."""
 
-import threading
 from collections.abc import Callable, Mapping
-from functools import wraps
 from typing import Any
 
 from aiohttp import ClientSession
+from yarl import URL
 
 from .config import RoutingConfig, as_config
-from .hook import RoutingTraceConfig, Target, add_hook
+from .hook import RoutingTraceConfig, Target, add_hook, hooks
 from .ledger import PinLedger
+from .patch import Patch
 
 
 class _EveryHook(RoutingTraceConfig):
@@ -20,10 +20,16 @@ class _EveryHook(RoutingTraceConfig):
     undone.
     """
 
+    def target(self, method: str, url: URL) -> Target | None:
+        """Return the first target whose config tags a call, and which fails none, if there is one.
+
+        It matters outside of requests only: within one, the call is that of the request's app.
+        """
+        tagging = [target for target in self.targets if target.config.tags(method, url)]
+        return min(tagging, key=lambda it: it.config.on_missing == "raise", default=None)
+
 
 _hook = _EveryHook()
-_lock = threading.Lock()
-_constructor: Any = None  # ours, while it is in use
 
 
 def instrument(
@@ -45,49 +51,32 @@ def instrument(
     >>> undo()
     """
     config = as_config(config)
+    if not config.enabled:
+        return lambda: None
     target = Target(config, pins)
-    if config.enabled:
-        with _lock:
-            _hook.targets = (*_hook.targets, target)
-            _wrap_constructor()
+    _hook.targets.append(target)
+    release = _constructor.hold(ClientSession, "__init__")
 
     def undo() -> None:
-        with _lock:
-            _hook.targets = tuple(other for other in _hook.targets if other is not target)
-            if not _hook.targets:
-                _unwrap_constructor()
+        if target in _hook.targets:
+            _hook.targets.remove(target)
+        release()
 
     return undo
 
 
 def instrument_session(session: ClientSession) -> None:
     """Put the hook of ``instrument()`` on a session, unless it is there."""
-    if _hook not in session.trace_configs:
+    if not any(there is _hook for there in hooks(session)):
         add_hook(session, _hook)
 
 
-def _wrap_constructor() -> None:
-    global _constructor
-    original: Any = ClientSession.__init__
-    layer = original
-    while layer is not None:  # others may have wrapped it too, over ours
-        if layer is _constructor:
-            return
-        layer = getattr(layer, "__wrapped__", None)
+def _around(original: Callable[..., None]) -> Callable[..., None]:
+    def constructor(session: ClientSession, *args: Any, **kwargs: Any) -> None:
+        original(session, *args, **kwargs)
+        instrument_session(session)
 
-    @wraps(original)
-    def constructor(self: ClientSession, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        if _hook.targets:
-            instrument_session(self)
-
-    _constructor = constructor
-    ClientSession.__init__ = constructor  # type: ignore[method-assign]
+    return constructor
 
 
-def _unwrap_constructor() -> None:
-    global _constructor
-    # Over a wrapper of somebody else's it stays where it is, and does nothing.
-    if ClientSession.__init__ is _constructor:
-        ClientSession.__init__ = _constructor.__wrapped__  # type: ignore[attr-defined,method-assign]
-        _constructor = None
+_constructor = Patch(_around)

@@ -1,6 +1,5 @@
 """The plugin: one line joins both halves to an app."""
 
-import sys
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ from .config import ALL_SESSIONS, ConfigError, RoutingConfig, as_config
 from .gateway import ROUTED_WORKER_HEADER
 from .hook import attach
 from .instrument import instrument, instrument_session
-from .jobs import keep_sessions
+from .jobs import keep_sessions_in_jobs
 from .ledger import PinLedger
 from .middleware import routing_middleware
 from .values import is_named, several
@@ -28,9 +27,9 @@ def setup(app: web.Application, config: RoutingConfig | Mapping[str, Any]) -> No
     Installs the middleware, innermost of those that ``app`` has at this moment, and keeps the
     config under ``ROUTING_CONFIG`` and the ledger under ``PINS``. At start-up it attaches the hook
     to each ``ClientSession`` that ``config.client_session`` names, or to all that are made while
-    ``app`` runs; other sessions take it as ``routing_trace_config(config)``. Jobs of an aiojobs
-    scheduler that ``app`` keeps run in the session that spawned them. A config that is not enabled
-    is kept, with an empty ledger, and nothing is installed.
+    ``app`` runs; other sessions take it as ``routing_trace_config(config)``. While ``app`` runs,
+    jobs of aiojobs keep the session that spawned them. A config that is not enabled is kept, with
+    an empty ledger, and nothing is installed.
 
     Raises ``ConfigError`` with every fault of the config, at start-up for a ``client_session`` that
     is not there; ``RuntimeError`` when ``app`` is set up already, or frozen.
@@ -52,7 +51,7 @@ def setup(app: web.Application, config: RoutingConfig | Mapping[str, Any]) -> No
         if ALL_SESSIONS in several(config.client_session):
             app.cleanup_ctx.insert(0, _instrument)  # before the app makes its own
         app.on_startup.append(_attach_client_sessions)
-        app.on_startup.append(_keep_sessions_in_jobs)
+        app.cleanup_ctx.append(_keep_sessions_in_jobs)
         app.on_cleanup.append(_close_ledger)
         if config.hide_worker_ids:
             app.on_response_prepare.append(_hide_worker_id)
@@ -102,11 +101,10 @@ async def _attach_client_sessions(app: web.Application) -> None:
         raise ConfigError(faults)
 
 
-async def _keep_sessions_in_jobs(app: web.Application) -> None:
-    scheduler_type: Any = getattr(sys.modules.get("aiojobs"), "Scheduler", ())
-    for value in app.values():
-        if isinstance(value, scheduler_type):
-            keep_sessions(value)
+async def _keep_sessions_in_jobs(app: web.Application) -> AsyncIterator[None]:
+    undo = keep_sessions_in_jobs()
+    yield
+    undo()
 
 
 async def _close_ledger(app: web.Application) -> None:

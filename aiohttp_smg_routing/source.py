@@ -5,12 +5,12 @@ import json
 import logging
 import re
 import sys
-import warnings
 from collections.abc import Awaitable, Callable, Iterable
 from inspect import isawaitable
+from types import FunctionType, SimpleNamespace
 from typing import Any
 
-from aiohttp import hdrs, web
+from aiohttp import StreamReader, hdrs, streams, web
 
 from .key import SessionId, as_session_id
 from .values import imported_function, is_header_name, is_named, need, request_key
@@ -21,8 +21,10 @@ logger = logging.getLogger(__name__)
 Source = str | Callable[[web.Request], SessionId | Awaitable[SessionId | None] | None]
 
 _Reader = Callable[[web.Request], Any]
+_Unread = Callable[[StreamReader, bytes], None]
 _BEARER = re.compile(r"bearer +(\S+)", re.IGNORECASE)
 _JSON = request_key("aiohttp_smg_routing.json", dict)
+_MOST_BYTES = 64 * 2**20  # of a body, where the app has no limit
 
 
 def _header(name: str) -> _Reader:
@@ -49,9 +51,10 @@ def _json_text(path: str) -> _Reader:
     names = path.split(".")
     if not all(names):
         raise ValueError("has an empty name in its path: one is 'json:metadata.session_id'")
+    unread = _silent_unread()
 
     async def text(request: web.Request) -> str | None:
-        found: Any = await _json_object(request)
+        found: Any = await _json_object(request, unread)
         for name in names:
             found = found.get(name) if isinstance(found, dict) else None
         return found if isinstance(found, str) else None
@@ -61,14 +64,17 @@ def _json_text(path: str) -> _Reader:
 
 def _has_json(request: web.Request) -> bool:
     kind = request.content_type
+    if kind == "application/stream+json":  # such a request may wait for its answer to begin
+        return False
     return kind == "application/json" or kind.endswith("+json")
 
 
-async def _json_object(request: web.Request) -> dict[str, Any]:
+async def _json_object(request: web.Request, unread: _Unread) -> dict[str, Any]:
     """Return the JSON object in the body, without its lists; empty where the body has none."""
     if _JSON not in request:
         try:
-            found = json.loads((await _peek(request)).decode(request.charset or "utf-8"))
+            body = await _peek(request, unread)
+            found = json.loads(body.decode(request.charset or "utf-8"))
         except (ValueError, LookupError, RecursionError):  # the handler's to answer
             found = None
         found = found if isinstance(found, dict) else {}
@@ -77,29 +83,42 @@ async def _json_object(request: web.Request) -> dict[str, Any]:
     return request[_JSON]  # type: ignore[no-any-return]
 
 
-async def _peek(request: web.Request) -> bytes:
+async def _peek(request: web.Request, unread: _Unread) -> bytes:
     """Return the body, and leave it to be read by the handler in whatever way.
 
     Empty where it is larger than the app takes, or does not arrive whole: then the handler meets
     what it would have met without this. ``request.read()`` would do neither: it takes the body off
     ``request.content``, and forbids ``request.clone()``.
     """
-    content, limit = request.content, request.client_max_size
+    content, limit = request.content, request.client_max_size or _MOST_BYTES
     if content.at_eof():
         return await request.read()  # an earlier middleware has read it
-    body = bytearray()
+    chunks: list[bytes] = []
+    is_whole = False
     try:
         while chunk := await content.readany():
-            body += chunk
-            if limit and len(body) > limit:
-                return b""
-        return bytes(body)
+            chunks.append(chunk)
+            limit -= len(chunk)
+            if limit < 0:
+                break
+        else:
+            is_whole = True
     except Exception:  # the same one is raised again when the handler reads
-        return b""
+        is_whole = False
     finally:
-        with warnings.catch_warnings():  # as aiohttp itself does where it calls this
-            warnings.filterwarnings("ignore", "unread_data", DeprecationWarning)
-            content.unread_data(bytes(body))
+        body = b"".join(chunks)
+        unread(content, body)
+    return body if is_whole else b""
+
+
+def _silent_unread() -> _Unread:
+    """Return ``StreamReader.unread_data()`` without the warning that it is deprecated.
+
+    Nothing public takes its place. Where warnings are errors, it would lose the body; and to
+    silence them at each request would make all of the server's own warnings appear again.
+    """
+    silent = {**vars(streams), "warnings": SimpleNamespace(warn=lambda *_, **__: None)}
+    return FunctionType(StreamReader.unread_data.__code__, silent)
 
 
 def _in_aiohttp_session(name: str) -> _Reader:

@@ -6,17 +6,20 @@ from typing import Any
 
 import aiohttp
 import pytest
-from aiohttp import ClientSession, web
+from aiohttp import ClientSession, TraceConfig, web
 from opentelemetry.instrumentation.aiohttp_client import AioHttpClientInstrumentor
 from pytest_aiohttp.plugin import AiohttpClient
 
 from aiohttp_smg_routing import (
     PINS,
+    ROUTING_CONFIG,
+    MissingSessionError,
     PinLedger,
     PinSummary,
     RoutingConfig,
     attach,
     instrument,
+    routing_client_middleware,
     routing_session,
     routing_trace_config,
     setup,
@@ -225,6 +228,72 @@ def server(wire: Recorder, **config: Any) -> web.Application:
     app.router.add_post("/{session_id}", handler)
     setup(app, {"gateway": str(wire.url), "client_session": "all", **config})
     return app
+
+
+@pytest.mark.filterwarnings("ignore:Inheritance class:DeprecationWarning")
+async def test_a_session_that_is_odd_is_made_as_without_it(gateway: Recorder) -> None:
+    class Odd(ClientSession):
+        trace_configs = None  # type: ignore[assignment]
+
+    class OddTraceConfig(TraceConfig):
+        def __eq__(self, other: object) -> bool:
+            raise ZeroDivisionError
+
+        __hash__ = None  # type: ignore[assignment]
+
+    undo = instrument(RoutingConfig(gateway.url))
+    async with Odd(trace_configs=[OddTraceConfig()]) as session:
+        assert await post(session, gateway) == [b"s-1"]
+    undo()
+
+
+@pytest.mark.skipif(not hasattr(aiohttp, "ClientMiddlewareType"), reason="aiohttp 3.12 and newer")
+async def test_a_client_middleware_beside_it_leaves_the_call_to_it(gateway: Recorder) -> None:
+    config = RoutingConfig(gateway.url)
+    pins = PinLedger(config)
+    undo = instrument(config, pins)
+    async with ClientSession(middlewares=[routing_client_middleware(config, pins)]) as session:
+        assert await post(session, gateway) == [b"s-1"]
+    undo()
+    assert pins.summary() == PinSummary(unknown=1, sessions=1)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+async def test_apps_that_share_a_gateway_have_each_its_own_keys_also_in_a_block(
+    gateway: Recorder, aiohttp_client: AiohttpClient, order: tuple[int, int]
+) -> None:
+    async def handler(request: web.Request) -> web.Response:
+        with routing_session("sk-credential"):
+            async with ClientSession() as session, session.post(gateway.chat):
+                return web.Response()
+
+    configs: list[dict[str, Any]] = [{"prefix": "job-a/"}, {"key": "digest", "secret": "k"}]
+    apps = []
+    for number in order:
+        app = web.Application()
+        app.router.add_post("/", handler)
+        setup(app, {"gateway": str(gateway.url), "client_session": "all", **configs[number]})
+        apps.append((app, await aiohttp_client(app)))
+    for app, client in apps:
+        async with client.post("/"):
+            pass
+        key = app[ROUTING_CONFIG].routing_key("sk-credential")
+        assert gateway.last.keys == [key.encode()]
+        assert list(app[PINS].sessions()) == [key]
+
+
+@pytest.mark.parametrize("order", [("pass", "raise"), ("raise", "pass")])
+async def test_a_call_outside_any_request_fails_only_where_all_ask_for_it(
+    gateway: Recorder, order: tuple[Any, Any]
+) -> None:
+    undos = [instrument(RoutingConfig(gateway.url, on_missing=missing)) for missing in order]
+    async with ClientSession() as session:
+        assert await post(session, gateway, None) == []
+        undos[order.index("pass")]()
+        with pytest.raises(MissingSessionError):
+            await post(session, gateway, None)
+    for undo in undos:
+        undo()
 
 
 async def test_all_is_every_session_made_while_the_app_runs(

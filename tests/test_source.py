@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import sys
+import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib.machinery import BuiltinImporter
 from typing import Any
@@ -360,9 +361,75 @@ async def test_the_handler_reads_the_body_in_whatever_way_as_without_the_plugin(
     assert session_id == "s-1"
 
 
+async def test_the_body_is_read_and_parsed_once_for_all_sources_and_apps(
+    aiohttp_client: AiohttpClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed = []
+    loads = json.loads
+
+    def counting(text: str) -> object:
+        parsed.append(text)
+        return loads(text)
+
+    app = web.Application()
+    app.add_subapp("/sub", echo_server("json:no", "json:a.b", "json:user", read=body_of))
+    setup(app, {"gateway": "http://gateway", "session_id": ["json:neither", "json:user"]})
+    client = await aiohttp_client(app)
+    monkeypatch.setattr("aiohttp_smg_routing.source.json.loads", counting)
+    async with client.post("/sub/", data=b'{"user": "s-1"}', headers=JSON) as response:
+        text = await response.text()
+    assert parsed == ['{"user": "s-1"}']
+    assert "s-1" in text
+
+
+async def test_a_body_of_as_many_bytes_as_the_app_takes_has_its_session(
+    aiohttp_client: AiohttpClient,
+) -> None:
+    head, tail = b'{"user": "s-1", "pad": "', b'"}'
+    body = head + b"x" * (LIMIT - len(head) - len(tail)) + tail
+    for extra, session_id in ((b"", "s-1"), (b" ", None)):
+        echo = await echoed(aiohttp_client, io.BytesIO(body + extra), "json:user", read=never)
+        assert echo[0] == session_id
+
+
+async def test_where_the_app_has_no_limit_the_plugin_has_one(
+    aiohttp_client: AiohttpClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aiohttp_smg_routing.source._MOST_BYTES", 1000)
+
+    async def handler(request: web.Request) -> web.Response:
+        size = len(await request.read())
+        return web.json_response([current_session_id(), size])
+
+    app = web.Application(client_max_size=0)
+    app.router.add_post("/", handler)
+    setup(app, {"gateway": "http://gateway", "session_id": "json:user"})
+    client = await aiohttp_client(app)
+    for pad, session_id in ((100, "s-1"), (200_000, None)):
+        body = json.dumps({"user": "s-1", "pad": "x" * pad}).encode()
+        async with client.post("/", data=body, headers=JSON) as response:
+            assert await response.json() == [session_id, len(body)]
+
+
+async def test_the_servers_own_warnings_are_shown_as_often_as_without_the_plugin(
+    aiohttp_client: AiohttpClient, recwarn: pytest.WarningsRecorder
+) -> None:
+    async def read(request: web.Request) -> object:
+        warnings.warn("seen once", UserWarning, stacklevel=1)
+        return None
+
+    client = await aiohttp_client(echo_server("json:user", read=read))
+    warnings.simplefilter("default", UserWarning)
+    for _ in range(3):
+        async with client.post("/", data=b'{"user": "s-1"}', headers=JSON) as response:
+            assert (await response.json())[0] == "s-1"
+    assert [str(warning.message) for warning in recwarn] == ["seen once"]
+
+
 @pytest.mark.parametrize(
     ("content_type", "session_id"),
     [
+        ("application/stream+json", None),
         ("application/json", "s-1"),
         ("Application/JSON; charset=utf-8", "s-1"),
         ("application/vnd.api+json", "s-1"),

@@ -1,5 +1,5 @@
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 
 import pytest
 from aiohttp import ClientError, ClientSession
@@ -76,8 +76,8 @@ async def test_pinned_goes_by_the_config(
         ([()], 1, r"came on 0 calls, not on 1. .*:\n  1 x \(none\) at http://127"),
         ([("s-2",)], 1, "came on 0 calls, not on 1. .*:\n  1 x s-2 at http://127"),
         ([("s-1",), ("s-1",)], 1, "came on 2 calls, not on 1. .*:\n  2 x s-1 at http://127"),
-        ([("s-1", "s-2")], 1, "came beside another key on one call. .*:\n  1 x s-1, s-2 at"),
-        ([("s-1", "s-1")], 1, "came beside another key on one call. .*:\n  1 x s-1, s-1 at"),
+        ([("s-1", "s-2")], 1, "came beside another key, .*:\n  1 x s-1, s-2 at"),
+        ([("s-1", "s-1")], 1, "came beside another key, .*:\n  1 x s-1, s-1 at"),
         ([("s-1",)], 0, "came on 1 calls, not on 0"),
     ],
 )
@@ -109,6 +109,64 @@ async def test_answers_come_in_order_and_then_as_ever(
     assert "no worker is available" in seen[0][1]
     assert '"content": "first"' in seen[2][1]
     assert seen[3][1] == '{"then": "/v1/chat/completions"}'
+
+
+@pytest.mark.parametrize(
+    "other", [("X-SMG-Target-Worker", "1"), ("x-smg-routing-key", "evil"), ("X-Pin", "evil")]
+)
+async def test_not_pinned_where_something_else_on_the_call_may_choose_the_worker(
+    recording_gateway: Recorder, client: ClientSession, other: tuple[str, str]
+) -> None:
+    config = {"gateway": "http://gateway", "header": "X-Pin"}
+    headers = [("X-Pin", "s-1"), other]
+    async with client.post(recording_gateway.chat, headers=headers):
+        pass
+    with pytest.raises(AssertionError, match="came beside another key, or a worker's name"):
+        recording_gateway.assert_pinned("s-1", turns=1, config=config)
+
+
+async def test_it_speaks_http_as_clients_do(recording_gateway: Recorder) -> None:
+    """Informational answers, HEAD, trailers, a connection that is to be closed."""
+    assert recording_gateway.url.host
+    reader, writer = await asyncio.open_connection(
+        recording_gateway.url.host, recording_gateway.url.port
+    )
+    writer.write(b"POST /1 HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n")
+    assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+    writer.write(b"{}HEAD /v1/models HTTP/1.1\r\n\r\n")
+    writer.write(b"POST /2 HTTP/1.1\r\nTransfer-Encoding: Chunked\r\n\r\n")
+    writer.write(b"2;ext=1\r\n{}\r\n0\r\nX-Trailer: 1\r\n\r\n")
+    writer.write(b"POST /3 HTTP/1.1\r\nX: " + b"x" * 100_000 + b"\r\nConnection: Close\r\n\r\n")
+    answers = await reader.read()
+    assert answers.count(b"HTTP/1.1 200 OK\r\n") == 4
+    assert b"stub" not in answers
+    writer.close()
+    assert [call.body for call in recording_gateway.calls] == [b"{}", b"", b"{}", b""]
+
+
+async def test_an_answer_that_never_comes_or_is_not_read_ends_with_the_block() -> None:
+    async def never() -> AsyncGenerator[bytes, None]:
+        await asyncio.Event().wait()
+        yield b""
+
+    answers: Iterator[Answer] = iter((never(), answer(b"x" * 50_000_000)))
+    asked = asyncio.Semaphore(0)
+
+    def next_answer(call: Call) -> Answer:
+        asked.release()
+        return next(answers)
+
+    writers = []
+    async with recording_gateway() as gateway:
+        gateway.answer = next_answer
+        assert gateway.url.host
+        for _ in range(2):
+            _, writer = await asyncio.open_connection(gateway.url.host, gateway.url.port)
+            writer.write(b"POST / HTTP/1.1\r\nContent-Length: 0\r\n\r\n")
+            await asked.acquire()
+            writers.append(writer)
+    for writer in writers:
+        writer.close()
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b"{", b'{"stream": "yes"}', b'{"model": 5}'])

@@ -5,7 +5,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from ..gateway import ROUTING_KEY_HEADER
+from ..gateway import ROUTING_KEY_HEADER, TARGET_WORKER_HEADER
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,22 +36,30 @@ class Call:
         pairs = (line.split(b":", 1) for line in self.header_lines)
         return [value.strip() for key, value in pairs if key.lower() == name.lower().encode()]
 
+    def others(self, header: str) -> tuple[bytes, ...]:
+        """Return what else could choose the worker, where ``header`` carries the key."""
+        names = {ROUTING_KEY_HEADER.lower(), TARGET_WORKER_HEADER.lower()} - {header.lower()}
+        return tuple(value for name in sorted(names) for value in self.values(name))
+
     def json(self) -> Any:
         """Return what the body says; ``ValueError`` where it is not JSON."""
         return json.loads(self.body)
 
 
-async def read_call(reader: asyncio.StreamReader) -> Call:
+async def read_call(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Call:
     """Read the next call of a connection."""
     head = await reader.readuntil(b"\r\n\r\n")
     start_line, *lines = head[:-4].split(b"\r\n")
     call = Call(start_line, tuple(lines), b"")
-    body = b""
-    if call.values("Transfer-Encoding") == [b"chunked"]:
-        while size := int(await reader.readline(), 16):
+    if call.values("Expect"):
+        writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    body = bytearray()
+    if b"chunked" in b",".join(call.values("Transfer-Encoding")).lower():
+        while size := int((await reader.readline()).partition(b";")[0], 16):
             body += await reader.readexactly(size)
             await reader.readline()
-        await reader.readline()
+        while (await reader.readline()).strip():  # trailers
+            pass
     elif length := call.values("Content-Length"):
-        body = await reader.readexactly(int(length[0]))
-    return Call(start_line, tuple(lines), body)
+        body += await reader.readexactly(int(length[0]))
+    return Call(start_line, tuple(lines), bytes(body))

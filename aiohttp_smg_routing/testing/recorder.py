@@ -15,6 +15,8 @@ from ..key import SessionId, routing_key
 from .answers import Answer, canned
 from .call import Call, read_call
 
+_LARGEST_HEAD = 2**20
+
 
 @dataclass(slots=True, eq=False)
 class Recorder:
@@ -50,7 +52,8 @@ class Recorder:
         """Yield the pieces of the answer to a call."""
         answer = self._next.popleft() if self._next else self.answer(call)
         if isinstance(answer, bytes):
-            yield answer
+            head, end, _ = answer.partition(b"\r\n\r\n")
+            yield head + end if call.method == "HEAD" else answer
             return
         async with aclosing(answer):
             async for piece in answer:
@@ -85,14 +88,15 @@ def assert_pinned(
     key = (given.routing_key if given else routing_key)(session_id).encode()
     header = given.header if given else ROUTING_KEY_HEADER
     arrived = [
-        (worker, tuple(call.values(header)))
+        (worker, tuple(call.values(header)), call.others(header))
         for worker in workers
         for call in worker.calls
         if call.method == "POST"  # the gateway asks its workers for their health all the time
     ]
-    served = Counter(worker for worker, keys in arrived if key in keys)
-    if any(key in keys and len(keys) > 1 for _, keys in arrived):
-        problem = "came beside another key on one call"
+    ours = [each for each in arrived if key in each[1]]
+    served = Counter(worker for worker, _, _ in ours)
+    if any(len(keys) > 1 or others for _, keys, others in ours):
+        problem = "came beside another key, or a worker's name, on one call"
     elif len(served) > 1:
         problem = f"came to {len(served)} workers"
     elif sum(served.values()) != turns and (turns is not None or not served):
@@ -101,8 +105,9 @@ def assert_pinned(
     else:
         return
     shown = "\n".join(
-        f"  {count} x {b', '.join(keys).decode(errors='replace') or '(none)'} at {worker.url}"
-        for (worker, keys), count in Counter(arrived).items()
+        f"  {count} x {b', '.join(keys + others).decode(errors='replace') or '(none)'}"
+        f" at {worker.url}"
+        for (worker, keys, others), count in Counter(arrived).items()
     )
     raise AssertionError(
         f"session {session_id!r} is not pinned: its key {key.decode()!r} {problem}. "
@@ -129,10 +134,12 @@ async def recording_gateway(port: int = 0) -> AsyncIterator[Recorder]:
         assert task is not None  # noqa: S101 - asyncio serves each connection in a task
         tasks.add(task)
         writers.append(writer)
-        # The caller, or the end of the block, may close the connection at any moment.
-        with closing(writer), suppress(asyncio.IncompleteReadError, ConnectionError):
-            while True:
-                call = await read_call(reader)
+        # The caller, or the end of the block, may end it at any moment.
+        over = (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError)
+        with closing(writer), suppress(*over):
+            is_over = False
+            while not is_over:
+                call = await read_call(reader, writer)
                 recorder.calls.append(call)
                 async with aclosing(recorder.answer_to(call)) as pieces:
                     async for piece in pieces:
@@ -140,15 +147,18 @@ async def recording_gateway(port: int = 0) -> AsyncIterator[Recorder]:
                             return
                         writer.write(piece)
                         await writer.drain()
+                is_over = b"close" in b",".join(call.values("Connection")).lower()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", port, backlog=4096)
+    server = await asyncio.start_server(serve, "127.0.0.1", port, backlog=4096, limit=_LARGEST_HEAD)
     recorder = Recorder(URL(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"))
     try:
         yield recorder
     finally:
         server.close()
-        for writer in writers:
-            writer.close()
+        for writer in writers:  # an answer under way ends here, even one that nobody reads
+            writer.transport.abort()
+        for task in tasks:
+            task.cancel()
         ended = await asyncio.gather(*tasks, return_exceptions=True)
         for writer in writers:
             with suppress(ConnectionError):
