@@ -1,19 +1,18 @@
 """A session id is found in the request."""
 
 import asyncio
-import json
 import logging
 import re
 import sys
 from collections.abc import Awaitable, Callable, Iterable
 from inspect import isawaitable
-from types import FunctionType, SimpleNamespace
 from typing import Any
 
-from aiohttp import StreamReader, hdrs, streams, web
+from aiohttp import hdrs, web
 
+from .body import text_in_json
 from .key import SessionId, as_session_id
-from .values import imported_function, is_header_name, is_named, need, request_key
+from .values import imported_function, is_header_name, is_named, need
 
 logger = logging.getLogger(__name__)
 
@@ -21,10 +20,7 @@ logger = logging.getLogger(__name__)
 Source = str | Callable[[web.Request], SessionId | Awaitable[SessionId | None] | None]
 
 _Reader = Callable[[web.Request], Any]
-_Unread = Callable[[StreamReader, bytes], None]
 _BEARER = re.compile(r"bearer +(\S+)", re.IGNORECASE)
-_JSON = request_key("aiohttp_smg_routing.json", dict)
-_MOST_BYTES = 64 * 2**20  # of a body, where the app has no limit
 
 
 def _header(name: str) -> _Reader:
@@ -47,80 +43,6 @@ def _stored(name: str) -> _Reader:
     return stored
 
 
-def _json_text(path: str) -> _Reader:
-    names = path.split(".")
-    if not all(names):
-        raise ValueError("has an empty name in its path: one is 'json:metadata.session_id'")
-    unread = _silent_unread()
-
-    async def text(request: web.Request) -> str | None:
-        found: Any = await _json_object(request, unread)
-        for name in names:
-            found = found.get(name) if isinstance(found, dict) else None
-        return found if isinstance(found, str) else None
-
-    return lambda request: text(request) if _has_json(request) else None
-
-
-def _has_json(request: web.Request) -> bool:
-    kind = request.content_type
-    if kind == "application/stream+json":  # such a request may wait for its answer to begin
-        return False
-    return kind == "application/json" or kind.endswith("+json")
-
-
-async def _json_object(request: web.Request, unread: _Unread) -> dict[str, Any]:
-    """Return the JSON object in the body, without its lists; empty where the body has none."""
-    if _JSON not in request:
-        try:
-            body = await _peek(request, unread)
-            found = json.loads(body.decode(request.charset or "utf-8"))
-        except (ValueError, LookupError, RecursionError):  # the handler's to answer
-            found = None
-        found = found if isinstance(found, dict) else {}
-        # It is kept for the next source and app. The conversation, the bulk of it, need not be.
-        request[_JSON] = {name: it for name, it in found.items() if not isinstance(it, list)}
-    return request[_JSON]  # type: ignore[no-any-return]
-
-
-async def _peek(request: web.Request, unread: _Unread) -> bytes:
-    """Return the body, and leave it to be read by the handler in whatever way.
-
-    Empty where it is larger than the app takes, or does not arrive whole: then the handler meets
-    what it would have met without this. ``request.read()`` would do neither: it takes the body off
-    ``request.content``, and forbids ``request.clone()``.
-    """
-    content, limit = request.content, request.client_max_size or _MOST_BYTES
-    if content.at_eof():
-        return await request.read()  # an earlier middleware has read it
-    chunks: list[bytes] = []
-    is_whole = False
-    try:
-        while chunk := await content.readany():
-            chunks.append(chunk)
-            limit -= len(chunk)
-            if limit < 0:
-                break
-        else:
-            is_whole = True
-    except Exception:  # the same one is raised again when the handler reads
-        is_whole = False
-    finally:
-        body = b"".join(chunks)
-        unread(content, body)
-    return body if is_whole else b""
-
-
-def _silent_unread() -> _Unread:
-    """Return ``StreamReader.unread_data()`` without the warning that it is deprecated.
-
-    Nothing public takes its place. Where warnings are errors, it would lose the body; and to
-    silence them at each request would make all of the server's own warnings appear again.
-    """
-    silent = {**vars(streams), "warnings": SimpleNamespace(warn=lambda *_, **__: None)}
-    return FunctionType(StreamReader.unread_data.__code__, silent)
-
-
 def _in_aiohttp_session(name: str) -> _Reader:
     need("aiohttp_session", extra="aiohttp-session")
     get_session = imported_function("aiohttp_session:get_session")
@@ -136,7 +58,7 @@ _KINDS: dict[str, Callable[[str], _Reader]] = {
     "header": _header,
     "query": lambda name: lambda request: request.query.get(name),
     "cookie": lambda name: lambda request: request.cookies.get(name),
-    "json": _json_text,
+    "json": text_in_json,
     "request": _stored,
     "aiohttp_session": _in_aiohttp_session,
     "call": imported_function,
