@@ -274,6 +274,24 @@ async def test_a_block_within_a_request_outranks_its_session(
     assert [sent.keys for sent in gateway.calls] == [[b"judge"], [], [b"s-1"]]
 
 
+async def test_a_block_within_a_request_goes_to_a_gateway_that_is_not_the_apps_too(
+    gateway: Recorder, elsewhere: Recorder, aiohttp_client: AiohttpClient
+) -> None:
+    hook = routing_trace_config(RoutingConfig(elsewhere.url, prefix="judge/"))
+
+    async def handler(request: web.Request) -> web.Response:
+        with routing_session("s-9"):
+            async with ClientSession(trace_configs=[hook]) as session, session.post(elsewhere.chat):
+                return web.Response()
+
+    app = session_server(gateway.url)
+    app.router.add_post("/{session_id}", handler)
+    client = await aiohttp_client(app)
+    async with client.post("/s-1") as response:
+        assert response.status == 200
+    assert elsewhere.last.keys == [b"judge/s-9"]
+
+
 def calling(*wires: Recorder) -> Handler:
     async def handler(request: web.Request) -> web.Response:
         for wire in wires:
