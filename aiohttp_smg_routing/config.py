@@ -198,7 +198,9 @@ def as_config(config: RoutingConfig | Mapping[str, Any]) -> RoutingConfig:
     if isinstance(config, RoutingConfig):
         return config
     if not isinstance(config, Mapping):
-        raise ConfigError([("config", f"{config!r} is not a RoutingConfig or a mapping")])
+        raise ConfigError(  # it may hold a secret: its type alone is shown
+            [("config", f"is a {type(config).__name__}, not a RoutingConfig or a mapping")]
+        )
     return RoutingConfig.from_mapping(config)
 
 

@@ -3,6 +3,7 @@
 import hashlib
 import hmac
 import operator
+import re
 from typing import Literal, SupportsIndex
 from uuid import UUID
 
@@ -13,6 +14,10 @@ KeyForm = Literal["session_id", "digest"]
 
 #: A prefix leaves room for the longest digest in the 128 bytes of a key.
 LONGEST_PREFIX = 128 - len("hmac-sha256-") - 64
+
+#: The form of our digests. A text that has it is digested too: as its own key it would be that of
+#: the session whose digest it is.
+_DIGEST = re.compile(r"(?:hmac-)?sha256-[0-9a-f]{64}")
 
 
 def as_session_id(value: object) -> str | None:
@@ -53,7 +58,8 @@ def routing_key(
 
     With ``key="session_id"`` an id of 1 to 128 bytes of visible ASCII is its own key. Any other
     id (longer, not ASCII, with spaces or control characters) gives ``sha256-`` and 64 hexadecimal
-    digits, because the gateway drops what it does not accept, silently. ``key="digest"`` digests
+    digits, because the gateway drops what it does not accept, silently; so does an id that looks
+    like such a digest itself, so that different ids have different keys. ``key="digest"`` digests
     every id, as HMAC-SHA256 where there is a ``secret``. The key begins with the ``prefix``, up to
     52 visible ASCII characters, in either form. An id has the same key on every machine and in
     every process.
@@ -74,7 +80,8 @@ def routing_key(
 
 def key_of(text: str, key: KeyForm, secret: str | None, prefix: str) -> str:
     """Return the key of a session whose id has been through ``as_session_id()``."""
-    if key == "session_id" and VALID_KEY.fullmatch(whole := prefix + text):
+    whole = prefix + text
+    if key == "session_id" and VALID_KEY.fullmatch(whole) and not _DIGEST.fullmatch(text):
         return whole
     # A path or a header can hold lone surrogates (bytes that were not UTF-8): they count as well.
     data = text.encode("utf-8", "surrogatepass")

@@ -19,6 +19,7 @@ _BOOLS = {
     **dict.fromkeys(("false", "no", "off", "0"), False),
 }
 _FRAMING = frozenset(("connection", "content-length", "host", "transfer-encoding", "upgrade"))
+_PATH = re.compile(r"/[^/?#][^?#]*")
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
 #: Makes a key of a request's storage from a name and a type: a text where aiohttp is before 3.14.
@@ -90,7 +91,7 @@ def gateway_url(value: Any) -> URL:
             # yarl before 1.10 keeps a default port that the text names.
             origin = url.origin().with_port(None if url.is_default_port() else url.port)
             return URL(f"{origin}{url.raw_path.rstrip('/')}", encoded=True)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, IndexError):  # the last one is yarl's for "http://[]@"
         pass
     shown = repr(value)
     if "@" in shown:  # before it credentials can stand
@@ -100,8 +101,10 @@ def gateway_url(value: Any) -> URL:
 
 def call_path(value: Any) -> str:
     """Return a path, percent-encoded as it goes out."""
-    if isinstance(value, str) and re.fullmatch(r"/[^/?#][^?#]*", value):
-        return URL(f"http://gateway{value}").raw_path
+    if isinstance(value, str) and _PATH.fullmatch(value):
+        path = URL(f"http://gateway{value}").raw_path
+        if _PATH.fullmatch(path):  # of "/a/.." nothing is left
+            return path
     raise ValueError(f"{value!r} is not a path such as {CHAT_COMPLETIONS!r}")
 
 

@@ -249,6 +249,9 @@ def test_environment_faults_name_the_variable() -> None:
         ("paths", "v1/chat", "'v1/chat' is not a path such as '/v1/chat/completions'"),
         ("paths", "//evil/x", "'//evil/x' is not a path"),
         ("paths", "/a?b", "'/a?b' is not a path"),
+        ("paths", "/a/..", "'/a/..' is not a path"),
+        ("paths", "/\udc80", "is not a path"),
+        ("gateway", "http://[]@", "is not an absolute http(s) URL"),
         ("paths", ["/a", 5], "5 is not a path"),
         ("header", "X Key", "'X Key' is not a header name such as 'X-SMG-Routing-Key'"),
         ("header", "X-Key\r\n", "is not a header name"),
@@ -301,7 +304,7 @@ def test_all_faults_are_named_at_once() -> None:
 
 
 def test_a_config_of_another_type_is_a_config_error() -> None:
-    with pytest.raises(ConfigError, match="config: None is not a RoutingConfig or a mapping"):
+    with pytest.raises(ConfigError, match="config: is a NoneType, not a RoutingConfig or a m"):
         as_config(None)  # type: ignore[arg-type]
 
 

@@ -40,6 +40,19 @@ def test_any_other_id_has_a_digest_that_the_gateway_takes(session_id: str) -> No
     assert routing_key(session_id + "'") != key
 
 
+@pytest.mark.parametrize("prefix", ["", "job-7/"])
+@pytest.mark.parametrize("secret", [None, "k"])
+def test_an_id_that_looks_like_a_digest_is_not_the_key_of_another_session(
+    prefix: str, secret: str | None
+) -> None:
+    # A client that chooses its id must not reach the session whose digest it has seen.
+    key = routing_key("a b", secret=secret, prefix=prefix)
+    copied = key.removeprefix(prefix)
+    assert routing_key(copied, secret=secret, prefix=prefix) not in (key, prefix + copied)
+    for near in (copied[:-1], copied + "0", copied.upper()):
+        assert routing_key(near, secret=secret, prefix=prefix) == prefix + near
+
+
 def test_digest_is_the_sha256_of_the_utf8_text() -> None:
     # printf 'task 7' | sha256sum
     assert routing_key("task 7") == (
