@@ -1,0 +1,34 @@
+"""What the laws are tried with: the same inputs in every run, and texts that are none too kind."""
+
+import string
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+# The same inputs in every run, whatever the machine has to do besides; nothing is kept on disk.
+LAW = settings(
+    max_examples=300,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+ANY_TEXT = st.text(st.characters(codec=None, exclude_categories=())) | st.sampled_from(
+    [
+        "x" * 1_000_000,
+        "é" * 500_000,
+        "b'bytes'",
+        "\\x00\\xff",
+        "a\r\nX-SMG-Target-Worker: 0",
+        "X-SMG-Routing-Key: s-1",
+        "\0",
+        "\ud800\udc00",
+        "\U00010000",
+        "\ufeffs",
+        "s\u0301",
+        "ś",
+    ]
+)
+VISIBLE = st.text(string.ascii_letters + string.digits + string.punctuation)

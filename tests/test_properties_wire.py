@@ -1,0 +1,276 @@
+"""The laws of what goes out and what comes in, for whatever input, judged by what arrived."""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any, TypeVar
+
+import pytest
+from aiohttp import ClientResponse, ClientSession, web
+from aiohttp.test_utils import TestServer
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from multidict import CIMultiDict, CIMultiDictProxy, MultiDict, istr
+from yarl import URL
+
+from aiohttp_smg_routing import routing_key
+from aiohttp_smg_routing.testing import recording_gateway, redirect
+
+from .conftest import session_server
+from .laws import LAW, VISIBLE
+from .origins import Gateway, Origins, all_origins
+
+T = TypeVar("T")
+Run = Callable[[Coroutine[Any, Any, T]], T]
+
+
+@pytest.fixture
+def run() -> Iterator[Run[Any]]:
+    """Run coroutines on one loop, which lives as long as the test."""
+    loop = asyncio.new_event_loop()
+    yield loop.run_until_complete
+    loop.run_until_complete(loop.shutdown_asyncgens())
+    loop.close()
+
+
+@pytest.fixture
+def origins(run: Run[Any]) -> Iterator[Origins]:
+    context = all_origins()
+    yield run(context.__aenter__())
+    run(context.__aexit__(None, None, None))
+
+
+GATEWAYS = st.sampled_from(
+    [
+        Gateway("http://gw.example", "gw.example", 80),
+        Gateway("HTTP://GW.Example:80/", "gw.example", 80),
+        Gateway("http://user:pw@gw.example:8080", "gw.example", 8080),
+        Gateway("http://gw.example.:8080", "gw.example.", 8080),
+        Gateway("http://gw.example/base/", "gw.example", 80, "/base/v1/chat/completions"),
+        Gateway("http://gw.example/b c%2F", "gw.example", 80, "/b%20c%2F/v1/chat/completions"),
+        Gateway("http://bücher.example:8080", "xn--bcher-kva.example", 8080),
+        Gateway("http://[::1]:8080", "::1", 8080),
+        Gateway("http://127.0.0.1:8080", "127.0.0.1", 8080),
+    ]
+)
+HOSTS = ["gw.example"] * 3 + [
+    *("GW.Example", "gw.example.", "gw.example..", "gw%2eexample", "gw.example.evil", "evil.gw"),
+    *("bücher.example", "BÜCHER.example", "xn--bcher-kva.example", "XN--BCHER-KVA.example"),
+    *("[::1]", "[0:0::1]", "[::ffff:127.0.0.1]", "127.0.0.1", "127.1", "2130706433", "gw。example"),
+]
+PATHS = ["/v1/chat/completions"] * 3 + [
+    *("/v1/chat/completions/", "//v1/chat/completions", "/v1//chat/completions", "/v1/models", ""),
+    *("/v1/chat%2Fcompletions", "/v1/chat%2fcompletions", "/v1/%63hat/completions", "/v1/chat"),
+    *("/x/../v1/chat/completions", "/v1/./chat/completions", "/v1/chat/completions/../completions"),
+    *("/V1/chat/completions", "/v1/chat/completions;x", "/v1/chat/completions%00", "/../v1/chat"),
+    *("/base/v1/chat/completions", "/base/../v1/chat/completions", "/b c%2F/v1/chat/completions"),
+    *("/b%20c%2f/v1/chat/completions", "/base%2Fv1/chat/completions", "/v1\\chat\\completions"),
+    *("/base/%2e%2e/v1/chat/completions", "/v1/chat/completions%20", "/v1/chat/completions%3Fa"),
+]
+URLS = st.builds(
+    "{}://{}{}{}{}{}".format,
+    st.sampled_from(["http"] * 6 + ["HTTP", "ws", "ftp", ""]),
+    st.sampled_from([""] * 4 + ["user@", "user:pw@", "gw.example@", "gw.example:80@", ":@"]),
+    st.sampled_from(HOSTS) | st.text("gw.example:@[]%é-", max_size=12),
+    st.sampled_from(["", "", ":80", ":8080", ":8080", ":080", ":", ":81"]),
+    st.sampled_from(PATHS) | st.text("/.%2fFvV1chat;@é \\", max_size=24).map("/v1/{}".format),
+    st.sampled_from(["", "", "?a=b", "#f", "?/v1/chat/completions", "?%2e#é"]),
+)
+
+
+def test_a_key_reaches_the_gateways_origin_and_path_or_nobody(
+    run: Run[Any], origins: Origins
+) -> None:
+    @settings(LAW, max_examples=1500)
+    @given(GATEWAYS, URLS, st.booleans(), st.sampled_from(["POST"] * 6 + ["post", "GET", "PUT"]))
+    def law(gateway: Gateway, text: str, encoded: bool, method: str) -> None:
+        try:
+            url = URL(text, encoded=encoded)
+        except (ValueError, IndexError):
+            assume(False)
+        run(
+            origins.assert_key_or_nothing(
+                gateway,
+                lambda session: session.request(method, url, data=b"{}", allow_redirects=False),
+                scheme=url.scheme,
+            )
+        )
+
+    law()
+
+
+LOCATIONS = st.builds(
+    str.__add__,
+    st.sampled_from(
+        [
+            *("http://gw.example/v1/chat/completions", "http://GW.example:80/v1/chat/completions"),
+            *("http://elsewhere/v1/chat/completions", "http://gw.example:81/v1/chat/completions"),
+            *("http://user:pw@gw.example/v1/chat/completions", "//gw.example/v1/chat/completions"),
+            *("//elsewhere/v1/chat/completions", "/v1/chat/completions", "completions", "./"),
+            *("../chat/completions", "/other", "/v1/%63hat/completions", "/v1/chat%2Fcompletions"),
+            *("http:/v1/chat/completions", "https:/v1/chat/completions", "http://[", "http://[]@"),
+            *("/v1/é/../chat/completions", "///v1/chat/completions", "/v1/x y/../chat/completions"),
+        ]
+    )
+    | st.text("/.:@%2f[]gwé\\", min_size=1, max_size=12),
+    st.sampled_from(["", "", "?q", "#f"]),
+)
+HOPS = st.lists(
+    st.tuples(LOCATIONS, st.sampled_from([307, 308, 307, 308, 301, 302, 303])),
+    min_size=1,
+    max_size=12,
+)
+
+
+def test_every_hop_of_a_redirect_chain_is_judged_by_where_it_arrives(
+    run: Run[Any], origins: Origins
+) -> None:
+    gateway = Gateway("http://gw.example", "gw.example", 80)
+
+    @settings(LAW, max_examples=500)
+    @given(HOPS, st.sampled_from(["gw.example", "elsewhere"]), st.booleans())
+    def law(hops: list[tuple[str, int]], first: str, requote: bool) -> None:
+        url = URL(f"http://{first}/v1/chat/completions")
+        run(
+            origins.assert_key_or_nothing(
+                gateway,
+                lambda session: session.post(url, data=b"{}"),
+                answers=tuple(redirect(*hop) for hop in hops),
+                requote_redirect_url=requote,
+            )
+        )
+
+    law()
+
+
+def in_any_case(name: str) -> st.SearchStrategy[str]:
+    upper = st.lists(st.booleans(), min_size=len(name), max_size=len(name))
+    return upper.map(
+        lambda flags: "".join(
+            c.upper() if up else c.lower() for c, up in zip(name, flags, strict=True)
+        )
+    )
+
+
+NAMES = st.one_of(
+    *map(in_any_case, ("X-SMG-Routing-Key", "X-SMG-Target-Worker")),
+    st.sampled_from(["Authorization", "X-SMG-Routing-Key", "x-a", "X-SMG-Routing-Keys", "Host"]),
+)
+PAIRS = st.lists(
+    st.tuples(
+        NAMES | NAMES.map(istr),
+        st.sampled_from(["", "s-1", "evil", "0", "99"]) | VISIBLE | st.text("é 会", min_size=1),
+    ),
+    max_size=6,
+)
+SHAPES = st.sampled_from(
+    [list, tuple, dict, MultiDict, CIMultiDict, lambda pairs: CIMultiDictProxy(CIMultiDict(pairs))]
+)
+
+
+def test_headers_of_every_shape_gain_one_key_or_nothing_and_stay_the_callers(
+    run: Run[Any], origins: Origins
+) -> None:
+    gateway = Gateway("http://gw.example", "gw.example", 80)
+
+    @settings(LAW, max_examples=500)
+    @given(PAIRS, SHAPES, PAIRS, st.sampled_from(["gw.example", "elsewhere"]))
+    def law(pairs: Any, shape: Any, default: Any, host: str) -> None:
+        headers = shape(pairs)
+        before = [*(headers.items() if hasattr(headers, "items") else headers)]
+        url = URL(f"http://{host}/v1/chat/completions")
+
+        async def send(session: ClientSession) -> ClientResponse:
+            return await session.post(url, headers=headers, data=b"{}")
+
+        run(origins.assert_key_or_nothing(gateway, send, headers=default))
+        assert [*(headers.items() if hasattr(headers, "items") else headers)] == before
+
+    law()
+
+
+#: A segment of a path as bytes on the wire: raw where HTTP allows it, percent-encoded at will.
+SEGMENTS = st.lists(
+    st.sampled_from(
+        [
+            *(
+                "%0d%0a",
+                "%0D%0AX-SMG-Target-Worker:%200",
+                "%00",
+                "%2f",
+                "%2F..%2f",
+                "%25",
+                "%20",
+                "+",
+            ),
+            *(
+                "%C3%A9",
+                "%c3",
+                "%ff",
+                "%ed%a0%80",
+                "%F0%9F%98%80",
+                "%u00e9",
+                "%",
+                "%7f",
+                "%09",
+                ":",
+            ),
+            *("sha256-", "a" * 64, "x" * 129, "..", "%2e%2e", ";a=b", "@", "a,b", "%2c", '"', "\\"),
+        ]
+    )
+    | st.binary(min_size=1, max_size=3).map(lambda raw: "".join(f"%{byte:02x}" for byte in raw))
+    | st.text("abcXYZ019-._~!$&'()*=", min_size=1, max_size=6),
+    min_size=1,
+    max_size=5,
+).map("".join)
+
+
+def test_a_percent_encoded_id_in_the_path_gives_one_clean_key(run: Run[Any]) -> None:
+    seen: list[str] = []
+
+    async def send(port: int, segment: str) -> bytes:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        head = f"POST /sessions/{segment}/v1/chat/completions HTTP/1.1\r\nHost: h\r\n"
+        writer.write(f"{head}Connection: close\r\nContent-Length: 0\r\n\r\n".encode())
+        answered = await reader.read()
+        writer.close()
+        await writer.wait_closed()
+        return answered
+
+    @web.middleware
+    async def keep(request: web.Request, handler: Any) -> web.StreamResponse:
+        seen.extend(request.match_info.values())
+        return await handler(request)  # type: ignore[no-any-return]
+
+    async def start() -> Any:
+        gateway = recording_gateway()
+        wire = await gateway.__aenter__()
+        app = session_server(wire.url)
+        app.middlewares.append(keep)
+        server = TestServer(app)
+        await server.start_server()
+        return gateway, wire, server
+
+    gateway, wire, server = run(start())
+
+    @settings(LAW, max_examples=600)
+    @given(SEGMENTS)
+    def law(segment: str) -> None:
+        wire.calls.clear()
+        seen.clear()
+        answered: bytes = run(send(server.port, segment))
+        if not seen:  # the server takes no such path
+            assert answered.startswith((b"HTTP/1.1 400", b"HTTP/1.1 404"))
+            assert wire.calls == []
+            return
+        assert answered.startswith(b"HTTP/1.1 200")
+        [call] = wire.calls
+        assert call.keys == ([routing_key(seen[0]).encode()] if seen[0].strip() else [])
+        names = {line.partition(b":")[0] for line in call.header_lines} - {b"X-SMG-Routing-Key"}
+        assert names <= {b"Host", b"User-Agent", b"Accept", b"Accept-Encoding"} | {
+            b"Content-Type",
+            b"Content-Length",
+        }
+
+    law()
+    run(server.close())
+    run(gateway.__aexit__(None, None, None))
