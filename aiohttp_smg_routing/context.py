@@ -17,7 +17,7 @@ from .ledger import PinLedger
 T = TypeVar("T")
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)  # the id may be a credential
 class Scope:
     """What the running code belongs to: a session, and the app whose request it is.
 

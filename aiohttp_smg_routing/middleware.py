@@ -29,7 +29,11 @@ def routing_middleware(
     >>> app = web.Application(middlewares=[routing_middleware(config)])
     """
     config = as_config(config)
-    find_session_id = SessionIdFinder(several(config.session_id), several(config.ignore_ids)).find
+    find_session_id = SessionIdFinder(
+        several(config.session_id),
+        several(config.ignore_ids),
+        conceal=config.key == "digest",
+    ).find
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import re
 import sys
+import traceback
 from collections.abc import Awaitable, Callable, Iterable
 from inspect import isawaitable
 from typing import Any
@@ -88,12 +89,16 @@ class SessionIdFinder:
     """Finds a request's session id: that of the first source with one.
 
     A source that raises, or gives what can't be a session id, counts as one without; the first
-    time it is logged with its traceback. An id of ``ignore_ids`` counts as none.
+    time it is logged with its traceback; without what the error says where ``conceal`` is set,
+    since that may quote an id which is a credential. An id of ``ignore_ids`` counts as none.
     """
 
-    def __init__(self, sources: Iterable[Source], ignore_ids: Iterable[str] = ()) -> None:
+    def __init__(
+        self, sources: Iterable[Source], ignore_ids: Iterable[str] = (), *, conceal: bool = False
+    ) -> None:
         self._readers = [(source, source_reader(source)) for source in sources]
         self._ignored = frozenset(ignore_ids)
+        self._conceal = conceal
         self._logged: set[int] = set()
 
     def find(self, request: web.Request, begin: int = 0) -> str | Awaitable[str | None] | None:
@@ -135,10 +140,16 @@ class SessionIdFinder:
             self._logged.add(place)
             logger.error(
                 "session id source %r failed: it counts as no session, "
-                "and further failures of it are not logged",
+                "and further failures of it are not logged%s",
                 self._readers[place][0],
-                exc_info=error,
+                f"\n{_where(error)}" if self._conceal else "",
+                exc_info=None if self._conceal else error,
             )
+
+
+def _where(error: BaseException) -> str:
+    """Return the traceback of ``error`` and its type, but nothing of what it says."""
+    return "".join([*traceback.format_tb(error.__traceback__), type(error).__name__])
 
 
 def _is_cancelled() -> bool:
