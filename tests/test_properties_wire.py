@@ -16,7 +16,7 @@ from aiohttp_smg_routing import routing_key
 from aiohttp_smg_routing.testing import recording_gateway, redirect
 
 from .conftest import session_server
-from .laws import LAW, VISIBLE
+from .inputs import LAW, VISIBLE
 from .origins import Gateway, Origins, all_origins
 
 T = TypeVar("T")
@@ -71,7 +71,7 @@ URLS = st.builds(
     st.sampled_from(["http"] * 6 + ["HTTP", "ws", "ftp", ""]),
     st.sampled_from([""] * 4 + ["user@", "user:pw@", "gw.example@", "gw.example:80@", ":@"]),
     st.sampled_from(HOSTS) | st.text("gw.example:@[]%é-", max_size=12),
-    st.sampled_from(["", "", ":80", ":8080", ":8080", ":080", ":", ":81"]),
+    st.sampled_from(["", "", ":80", ":8080", ":8080", ":080", ":", ":81", ":x"]),
     st.sampled_from(PATHS) | st.text("/.%2fFvV1chat;@é \\", max_size=24).map("/v1/{}".format),
     st.sampled_from(["", "", "?a=b", "#f", "?/v1/chat/completions", "?%2e#é"]),
 )
@@ -107,7 +107,13 @@ LOCATIONS = st.builds(
             *("http://user:pw@gw.example/v1/chat/completions", "//gw.example/v1/chat/completions"),
             *("//elsewhere/v1/chat/completions", "/v1/chat/completions", "completions", "./"),
             *("../chat/completions", "/other", "/v1/%63hat/completions", "/v1/chat%2Fcompletions"),
-            *("http:/v1/chat/completions", "https:/v1/chat/completions", "http://[", "http://[]@"),
+            *(
+                "http:/v1/chat/completions",
+                "https:/v1/chat/completions",
+                "http://[",
+                "http://[]@",
+                "http://gw.example:x/v1/chat/completions",
+            ),
             *("/v1/é/../chat/completions", "///v1/chat/completions", "/v1/x y/../chat/completions"),
         ]
     )

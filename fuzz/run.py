@@ -1,0 +1,133 @@
+"""Fuzz one target: ``python -m fuzz.run TARGET``, with libFuzzer's arguments after it."""
+
+import sys
+from typing import Any
+
+import atheris
+from yarl import URL
+
+with atheris.instrument_imports(include=["aiohttp_smg_routing"]):
+    from . import laws
+
+_FIELDS = (
+    *("gateway", "enabled", "session_id", "ignore_ids", "paths", "header", "key", "secret"),
+    *("prefix", "on_missing", "client_session", "track_sessions", "on_move", "metrics"),
+    "hide_worker_ids",
+)
+_BEGINNINGS = [
+    "http://",
+    "http://gw.example",
+    "HTTP://GW.EXAMPLE:80",
+    "http://gw.example/base/",
+    "",
+]
+_ENDINGS = ["/base/v1/chat/completions", "v1/chat/completions", "/chat/completions", ""]
+_NEARLY = {"gateway": "http://", "session_id": "json:", "paths": "/", "key": "digest"}
+_PIECES = [
+    *(
+        "/",
+        "//",
+        "..",
+        ".",
+        "%2f",
+        "%2e",
+        "\\",
+        "?",
+        "#",
+        "@",
+        ":",
+        ":80",
+        ":x",
+        "[",
+        "]",
+        "[]",
+        "[::1]",
+    ),
+    *("gw", "example", "GW.example", ".evil", "user:pw@", "base", "v1", "chat", "completions", " "),
+    *("\n", "\t", "\0", "\udc80", "é", "%", ",", "a"),
+]
+
+
+def key(data: Any) -> None:
+    """Make up two ids, and a form of their keys."""
+    form = {
+        "key": data.PickValueInList(["session_id", "digest"]),
+        "secret": _text(data, 8) or None,
+        "prefix": "job-7/" if data.ConsumeBool() else "",
+    }
+    one, other = _text(data, 150), _text(data, 150)
+    if data.ConsumeBool():
+        other = one + other  # ids that are near to each other
+    if one.strip() and other.strip():
+        laws.key(one, other, form)
+
+
+def matcher(data: Any) -> None:
+    """Make up a call, and the headers that its caller passes."""
+    method = data.PickValueInList(["POST", "post", "GET"])
+    headers = [
+        (data.PickValueInList([*laws.ROUTING_HEADERS, "x-smg-routing-key", "X-A"]), value)
+        for value in _text(data, 20).split(",")
+    ]
+    session_id = _text(data, 20)
+    text = data.PickValueInList(_BEGINNINGS) + _pieces(data) + data.PickValueInList(_ENDINGS)
+    encoded = data.ConsumeBool()
+    try:
+        url = URL(text, encoded=encoded)
+        if not url.raw_host:  # aiohttp asks too, before it shows the URL to any hook
+            return
+    except (ValueError, IndexError):
+        return
+    laws.matcher(method, url, session_id if session_id.strip() else "s", headers)
+
+
+def config(data: Any) -> None:
+    """Make up a mapping as an app's config file may have it."""
+    mapping: dict[str, Any] = {"gateway": "http://gw"} if data.ConsumeBool() else {}
+    for _ in range(data.ConsumeIntInRange(0, 4)):
+        name = data.PickValueInList([*_FIELDS, _text(data, 12)])
+        mapping[name] = _value(data, _NEARLY.get(name, ""))
+    laws.config(mapping)
+
+
+def _value(data: Any, beginning: str) -> Any:
+    kind = data.ConsumeIntInRange(0, 9)
+    if kind == 0:
+        return [_value(data, beginning) for _ in range(data.ConsumeIntInRange(0, 2))]
+    if kind == 1:
+        return {_text(data, 4): _value(data, "")}
+    if kind == 2:
+        return data.ConsumeInt(16)
+    if kind == 3:
+        return data.PickValueInList([None, True, False, data.ConsumeFloat()])
+    text = beginning + _pieces(data)
+    return text.replace("call:", "call:no.")  # what a config names is imported
+
+
+def _text(data: Any, longest: int) -> str:
+    text: str = data.ConsumeUnicode(data.ConsumeIntInRange(0, longest))
+    return text
+
+
+def _pieces(data: Any) -> str:
+    """Return a text of what parsers of URLs, paths and names trip over."""
+    count = data.ConsumeIntInRange(0, 5)
+    return "".join(data.PickValueInList([*_PIECES, _text(data, 6)]) for _ in range(count))
+
+
+TARGETS = {"key": key, "matcher": matcher, "config": config}
+
+
+def main() -> None:
+    """Fuzz the target that the command line names; the process ends with it."""
+    target = TARGETS[sys.argv.pop(1)]
+
+    def one_input(raw: bytes) -> None:
+        target(atheris.FuzzedDataProvider(raw))
+
+    atheris.Setup(sys.argv, one_input)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
