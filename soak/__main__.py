@@ -1,0 +1,148 @@
+"""The command line: ``python -m soak``."""
+
+import argparse
+import asyncio
+import json
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from stopping import FAILURES, run_until_signal
+
+from .run import KILLS, MEMORY_SLACK, Load, Outcome, soak
+
+try:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}: pip install 'aiohttp_smg_routing[demo]'")
+
+DEBUG_SHARE = 10  # with PYTHONASYNCIODEBUG=1 a turn takes several times as long
+MIB = 2**20
+
+
+async def run(loads: list[Load], console: Console) -> list[Outcome]:
+    """Play one load after the other. A terminal gets a bar for each."""
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn())
+    outcomes = []
+    with Progress(*columns, console=console, disable=not console.is_interactive) as bars:
+        for load in loads:
+            bar = bars.add_task(name(load), total=load.all_turns)
+
+            def show(outcome: Outcome, bar: Any = bar) -> None:
+                bars.update(bar, completed=outcome.tally.played)
+
+            outcomes.append(await soak(load, show))
+    return outcomes
+
+
+def name(load: Load) -> str:
+    """Return what a load is called."""
+    return "PYTHONASYNCIODEBUG=1" if load.debug else "soak"
+
+
+def row_values(outcome: Outcome) -> dict[str, Any]:
+    """Return what the table and the file say of a load."""
+    turns, load = outcome.tally.turns, outcome.load
+    half, end = outcome.memory_of_quarter(3), outcome.memory_of_quarter(4)
+    return {
+        "sessions": load.sessions,
+        "turns": load.all_turns,
+        "turns in flight, at most": outcome.tally.most_in_flight,
+        "turns per second": round(load.all_turns / outcome.seconds, 1),
+        "seconds": round(outcome.seconds, 1),
+        "fault: workers killed and restarted": outcome.kills,
+        "fault: 503 of a worker": outcome.faults["503"],
+        "fault: answers cut off": outcome.faults["cut off"],
+        "fault: agents that hung up": turns["hung up"],
+        "turns answered": turns["answered"],
+        "turns reported to the agent as an error": turns["reported"],
+        "lost": turns["lost"],
+        "transcripts that are wrong": len(outcome.tally.wrong),
+        "turns that workers received": outcome.received,
+        "crosstalk": len(outcome.wrong_keys) + turns["crosstalk"],
+        "memory after half, MiB": None if half is None else round(half / MIB, 1),
+        "memory at the end, MiB": None if end is None else round(end / MIB, 1),
+    }
+
+
+def report(console: Console, outcomes: list[Outcome]) -> int:
+    """Print what came of the loads; return the exit status."""
+    table = Table("", *(name(outcome.load) for outcome in outcomes))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    columns = [row_values(outcome) for outcome in outcomes]
+    for label in columns[0]:
+        values = (column[label] for column in columns)
+        table.add_row(label, *(f"{value:,}" if value is not None else "-" for value in values))
+    console.print(table)
+    failed = 0
+    for outcome in outcomes:
+        for failure in outcome.failures():
+            console.print(f"{name(outcome.load)}: {failure}", soft_wrap=True)
+            failed = 1
+    return failed
+
+
+def write_json(file: Path, outcomes: list[Outcome]) -> None:
+    """Write all of it to a file."""
+    documents = [
+        {
+            "name": name(outcome.load),
+            "load": asdict(outcome.load),
+            "figures": row_values(outcome),
+            "reported as": outcome.tally.reported_as,
+            "failures": outcome.failures(),
+            "memory in bytes": outcome.memory,
+        }
+        for outcome in outcomes
+    ]
+    file.write_text(json.dumps(documents, indent=1) + "\n", encoding="utf-8")
+
+
+def at_least_one(text: str) -> int:
+    """Read an option."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1")
+    return number
+
+
+def main() -> int:
+    """Run the soak that the command line asks for; return its exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m soak",
+        description=f"Play sessions while {KILLS} times a worker is killed, workers fail, answers "
+        "break off and agents hang up. It passes (status 0) when no turn is lost, none is kept "
+        "twice, no key is another session's, and the session server's memory in the last quarter "
+        f"is no more than {MEMORY_SLACK // MIB} MiB above that in the third (medians).",
+    )
+    for option, default in (("sessions", 10_000), ("turns", 10), ("at-a-time", 256)):
+        parser.add_argument(f"--{option}", type=at_least_one, default=default, help="(%(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="of all that is random (%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="has all that was counted")
+    options = vars(parser.parse_args())
+    file: Path | None = options.pop("json")
+    load = Load(**options)
+    smaller = options | {"sessions": -(-load.sessions // DEBUG_SHARE)}
+    # rich would let FORCE_COLOR put control codes and moving bars into a file.
+    console = Console(force_terminal=sys.stdout.isatty(), highlight=False)
+    try:
+        work = run([load, Load(**smaller, debug=True)], console)
+        outcomes = asyncio.run(run_until_signal(work))
+    except FAILURES as error:
+        print(f"The soak failed: {str(error) or repr(error)}", file=sys.stderr)
+        return 1
+    if isinstance(outcomes, signal.Signals):
+        print(f"Stopped by {outcomes.name}; all processes are gone.", file=sys.stderr)
+        return 128 + outcomes
+    if file:
+        write_json(file, outcomes)
+    return report(console, outcomes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
