@@ -1,0 +1,12 @@
+"""Faults with sessions in flight, each with three questions: did a turn fail that would not have
+failed without the plugin, did a key go wrong, is anything left over?
+
+The first is asked by playing the same fault with the plugin and without. Where the gateway routes
+at random without a key, every failure must be the gateway's own.
+"""
+
+import sys
+from pathlib import Path
+
+# The session server of the examples is the one that is played.
+sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))

@@ -1,0 +1,164 @@
+"""Workers that die, come back and are added, behind the real gateway, with turns in flight."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from aiohttp_smg_routing.testing import SmgGateway, smg_gateway
+from soak.servers import Worker, worker_processes
+
+from .serving import SESSIONS, Got, Server, assert_keys_of, session_server, soon, until
+
+# A worker that is back is tried again after a second, not after a minute.
+ARGS = ("--assignment-mode", "min_group", "--cb-timeout-duration-secs", "1")
+
+
+@asynccontextmanager
+async def behind_the_gateway(
+    workers: Sequence[Worker], policy: str = "manual"
+) -> AsyncIterator[tuple[Server, SmgGateway]]:
+    """Run the gateway and the session server before ``workers``; their keys must be right."""
+    args = ARGS if policy == "manual" else ARGS[2:]
+    async with (
+        smg_gateway([worker.url for worker in workers], policy=policy, args=args) as smg,
+        session_server(smg.url) as server,
+    ):
+        yield server, smg
+    assert_keys_of(workers)
+
+
+def sessions_of(server: Server, worker: Worker) -> list[str]:
+    """Return the sessions that the agents saw answered by a worker at last."""
+    name = str(worker.url.origin())
+    return [each for each, agent in server.agents.by_id.items() if agent.worker == name]
+
+
+def assert_the_ledger_is_right(server: Server) -> None:
+    """Assert that it has each session, where its agent saw it."""
+    pins = {session_id: pin.worker for session_id, pin in server.pins.sessions().items()}
+    assert pins == {each: agent.worker for each, agent in server.agents.by_id.items()}
+
+
+async def until_all_are_answered(server: Server, number: int) -> None:
+    """Play turns until one of each session is answered; failures must be the gateway's own."""
+
+    async def play() -> None:
+        while True:
+            turns = await server.agents.all(number)
+            if all(got.answered for got in turns.values()):
+                return
+            assert_failures_are_the_gateways(turns.values())
+
+    await soon(play())
+
+
+def assert_failures_are_the_gateways(turns: "Sequence[Got] | object") -> None:
+    assert [got for got in turns if not (got.answered or got.is_failure_of_the_gateway)] == []  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_worker_is_killed_and_restarted(tmp_path: Path, stream: bool) -> None:
+    async with (
+        worker_processes(tmp_path, 3) as workers,
+        behind_the_gateway(workers) as (server, _),
+    ):
+        agents = server.agents
+        await agents.all_answered(1)
+        dead = max(workers, key=lambda worker: len(sessions_of(server, worker)))
+        hit = sessions_of(server, dead)
+        turns = {
+            each: asyncio.create_task(agent.turn(2, stream=stream, hold=dead.port))
+            for each, agent in agents.by_id.items()
+        }
+        await until(lambda: len(list(dead.received())) == 2 * len(hit))
+        await dead.kill()
+        got = {each: await soon(turn) for each, turn in turns.items()}
+        # Only turns that the worker had begun can fail, and agents are told so.
+        assert {each for each, turn in got.items() if not turn.answered} <= set(hit)
+        assert_failures_are_the_gateways(got.values())
+        kept = {each: 1 + turn.answered for each, turn in got.items()}
+        assert await agents.turns_kept() == kept
+        await until_all_are_answered(server, 3)
+        assert sessions_of(server, dead) == []
+        assert_the_ledger_is_right(server)
+        await dead.start()
+        await until_all_are_answered(server, 4)
+        await agents.all_answered(5)
+        assert_the_ledger_is_right(server)
+
+
+@pytest.mark.parametrize("policy", ["manual", "consistent_hashing"])
+async def test_a_worker_is_added(tmp_path: Path, policy: str) -> None:
+    async with (
+        worker_processes(tmp_path, 3) as workers,
+        behind_the_gateway(workers[:2], policy) as (server, smg),
+    ):
+        agents, added = server.agents, workers[2]
+        await agents.all_answered(1)
+        before = {each: agent.worker for each, agent in agents.by_id.items()}
+        stop = asyncio.Event()
+
+        async def keep_playing(session_id: str) -> None:
+            while not stop.is_set():
+                assert (await agents.by_id[session_id].turn(2)).answered
+
+        playing = asyncio.gather(*map(keep_playing, SESSIONS))
+        try:
+            await soon(add(smg, added))
+        finally:
+            stop.set()
+            await soon(playing)
+        await agents.all_answered(3)
+        moved = {each for each, agent in agents.by_id.items() if agent.worker != before[each]}
+        assert set(sessions_of(server, added)) == moved
+        assert server.pins.summary().moved == (len(moved) if policy != "manual" else 0)
+        assert server.pins.summary().failed == 0
+        assert_the_ledger_is_right(server)
+        # New sessions come to the new worker too.
+        await agents.begin(f"new-{number}" for number in range(30))
+        await agents.all_answered(1)
+        assert any(each.startswith("new-") for each in sessions_of(server, added))
+        assert_the_ledger_is_right(server)
+    assert_keys_of(workers)
+
+
+async def add(smg: SmgGateway, worker: Worker) -> None:
+    """Have the gateway add a worker; return once it takes it for healthy."""
+    client = worker.client
+    async with client.post(smg.url / "workers", json={"url": str(worker.url.origin())}) as response:
+        assert response.status == 202, await response.text()
+    while True:
+        async with client.get(smg.url / "workers") as response:
+            known = (await response.json())["workers"]
+        if {"url": str(worker.url.origin()), "is_healthy": True}.items() <= known[-1].items():
+            return
+        if any(each["url"] == str(worker.url.origin()) and each["is_healthy"] for each in known):
+            return
+
+
+async def test_all_workers_are_gone_and_come_back(tmp_path: Path) -> None:
+    async with (
+        worker_processes(tmp_path, 2) as workers,
+        behind_the_gateway(workers) as (server, _),
+    ):
+        agents = server.agents
+        await agents.all_answered(1)
+        turns = [
+            asyncio.create_task(agent.turn(2, hold=int(agent.worker.rpartition(":")[2])))
+            for agent in agents.by_id.values()
+        ]
+        received = len(SESSIONS) * 2
+        await until(lambda: sum(len(list(each.received())) for each in workers) == received)
+        await asyncio.gather(*(worker.kill() for worker in workers))
+        got = [await soon(turn) for turn in turns]
+        got += (await agents.all(3)).values()
+        assert not any(turn.answered for turn in got)
+        assert_failures_are_the_gateways(got)
+        assert await agents.turns_kept() == dict.fromkeys(SESSIONS, 1)
+        await asyncio.gather(*(worker.start() for worker in workers))
+        await until_all_are_answered(server, 4)
+        await agents.all_answered(5)
+        assert_the_ledger_is_right(server)
