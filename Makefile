@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo bench micro fuzz test lint clean
+.PHONY: help demo bench micro fuzz soak test lint clean
 
 help: ## Show this help
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -27,6 +27,9 @@ micro: $(VENV)/bench.installed ## Micro-benchmarks of this tree beside those of 
 
 fuzz: $(VENV)/fuzz.installed ## Inputs that a fuzzer makes up, against the laws of key, matcher and config: SECONDS=60 each
 	@exec $(BIN)/python -m fuzz $(SECONDS)
+
+soak: $(VENV)/demo.installed ## 10,000 sessions while workers die, fail and cut answers off: nothing is lost
+	@exec $(BIN)/python -m soak
 
 test: $(VENV)/test.installed ## All tests, the ones on the real gateway included, with branch coverage
 	$(BIN)/python -m coverage run -m pytest  # not pytest --cov: pytest itself imports the package

@@ -18,6 +18,7 @@ Outcome = Literal["answered", "reported", "hung up", "lost", "crosstalk"]
 WAIT_SECONDS = 120  # for an answer, or for a transcript to be right: after that it is lost
 HANG_UP_SECONDS = 0.1  # the longest that an agent which is to hang up waits for its answer
 HANG_UPS = 0.02  # the share of the turns that an agent hangs up in
+STREAMED = 0.5  # the share of the turns that are streamed
 
 
 @dataclass(slots=True)
@@ -120,7 +121,7 @@ class Agent:
 
     async def ask(self, messages: list[Message]) -> tuple[Outcome, str]:
         """Send the conversation; return what came of it, and the reply."""
-        streamed = self.random.random() < 0.5
+        streamed = self.random.random() < STREAMED
         body = {"model": "stub", "user": self.session_id, "messages": messages, "stream": streamed}
         status = None
         try:

@@ -3,12 +3,13 @@
 import asyncio
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from statistics import median
+from typing import Any
 
 import aiohttp
 from yarl import URL
@@ -21,6 +22,7 @@ from .servers import SessionServer, Worker, complaints, session_server, worker_p
 WORKERS = 4
 KILLS = 40  # of a worker, spread over the run
 FAILURE_SHARE = 0.02  # of the turns that a worker receives, for each way to fail
+LIMIT_SECONDS = 1800  # for one load
 SAMPLES = 200  # of the session server's memory
 MEMORY_SLACK = 4 * 2**20  # bytes: 160 for each turn between the last two quarters of a full run
 TRACKED = 500  # sessions in the ledger: full long before half, so that it must not grow any more
@@ -116,12 +118,20 @@ async def soak(load: Load, progress: Callable[[Outcome], None]) -> Outcome:
             async with background(
                 break_workers(outcome, workers), watch(outcome, server, progress)
             ):
-                await play(load, server.url, outcome.tally)
+                await in_time(play(load, server.url, outcome.tally), outcome.tally)
             outcome.seconds = asyncio.get_running_loop().time() - begin
             outcome.exit_status = await server.stop()
             outcome.complaints = complaints(server.log)
             compare_keys(outcome, workers)
     return outcome
+
+
+async def in_time(work: Coroutine[Any, Any, None], tally: Tally) -> None:
+    """Do ``work``; raise ``RuntimeError`` when it takes too long."""
+    try:
+        await asyncio.wait_for(work, LIMIT_SECONDS)
+    except asyncio.TimeoutError as error:
+        raise RuntimeError(f"not over after {LIMIT_SECONDS} s: {dict(tally.turns)}") from error
 
 
 def environment(load: Load) -> Mapping[str, str]:

@@ -2,7 +2,7 @@
 
 Each turn that it receives is a line of a file at once, so that a kill takes nothing with it. A
 turn whose body has ``"hold": PORT`` is not answered by the worker on that port, only begun when it
-is streamed.
+is streamed; one with ``"hold": true`` by none.
 """
 
 import asyncio
@@ -50,7 +50,7 @@ class Worker:
         if fault == "503":
             return failure(503)
         whole = reply(turn)
-        if turn.get("hold") == self.port:
+        if turn.get("hold") in (True, self.port):
             return begun(whole, stop=asyncio.Event())
         return begun(whole) if fault else whole
 

@@ -107,6 +107,7 @@ def impatient_server(gateway: URL, **config: object) -> web.Application:
     async def handler(request: web.Request) -> web.Response:
         session_id, way = request.match_info["session_id"], request.match_info["way"]
         client = request.app[CLIENT]
+        request.app[ARRIVED][session_id] = asyncio.Event()
         chat_url = gateway / "v1/chat/completions"
 
         async def call(turn: int, **more: ClientTimeout) -> int:
@@ -116,7 +117,7 @@ def impatient_server(gateway: URL, **config: object) -> web.Application:
         with suppress(asyncio.CancelledError, asyncio.TimeoutError):
             if way == "cancel":
                 task = asyncio.create_task(call(2))
-                await request.app[ARRIVED].acquire()
+                await request.app[ARRIVED][session_id].wait()
                 task.cancel()
                 await task
             elif way == "wait_for":
@@ -128,12 +129,12 @@ def impatient_server(gateway: URL, **config: object) -> web.Application:
 
     app.cleanup_ctx.append(client_session)
     app.router.add_post("/{way}/{session_id}", handler)
-    app[ARRIVED] = asyncio.Semaphore(0)
+    app[ARRIVED] = {}
     setup(app, {"gateway": str(gateway), "client_session": "client", **config})
     return app
 
 
-ARRIVED = web.AppKey("arrived", asyncio.Semaphore)
+ARRIVED = web.AppKey("arrived", dict[str, asyncio.Event])
 WAYS = ("cancel", "wait_for", "timeout")
 
 
@@ -141,7 +142,7 @@ async def give_up(gateway: Recorder, held: Held, *, enabled: bool) -> list[int]:
     app = impatient_server(gateway.url, enabled=enabled)
 
     def answer(call: Call) -> Answer:
-        app[ARRIVED].release()
+        app[ARRIVED][call.json()["user"]].set()
         return held(call)
 
     gateway.answer = answer
@@ -150,13 +151,10 @@ async def give_up(gateway: Recorder, held: Held, *, enabled: bool) -> list[int]:
 
         async def turn(way: str, session_id: str) -> int:
             async with client.post(f"/{way}/{session_id}") as response:
-                return response.status
+                return int(response.status)
 
         sessions = [(way, f"{way}-{each}") for way in WAYS for each in SESSIONS]
-        statuses = []
-        for way in WAYS:  # where all arrive, each of them has
-            turns = (turn(*each) for each in sessions if each[0] == way)
-            statuses += await soon(asyncio.gather(*turns))
+        statuses = await soon(asyncio.gather(*(turn(*each) for each in sessions)))
         connector = app[CLIENT].connector
         assert connector is not None
         await until(lambda: not connector._acquired)

@@ -184,7 +184,7 @@ async def resetting_gateway(resets: Callable[[Call], bool]) -> AsyncIterator[Rec
         connections.add(writer)
         with suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
-                call = await read_call(reader)
+                call = await read_call(reader, writer)
                 recorder.calls.append(call)
                 if resets(call):
                     opened = writer.get_extra_info("socket")

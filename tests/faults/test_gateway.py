@@ -61,8 +61,8 @@ async def kill_and_restart(workers: list[Recorder], *, plugin: bool) -> list[lis
         held.release.set()
         assert await agents.turns_kept() == dict.fromkeys(SESSIONS, 1)
         async with smg_gateway(urls, policy="manual", port=port) as smg:
-            for number in (4, 5):
-                turns.append(await agents.all(number, stream=True))
+            turns.append(await agents.all(4, stream=True))
+            turns.append(await agents.all(5, stream=True))
             if plugin:  # each session is pinned anew, once
                 pinned = len(SESSIONS)
                 assert +await smg.branches() == {"vacant": pinned, "occupied_hit": pinned}

@@ -1,0 +1,125 @@
+"""The session server is stopped, or killed, in the midst of turns: the example, as a process."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from aiohttp import ClientSession, TCPConnector
+from yarl import URL
+
+from aiohttp_smg_routing.testing import (
+    Answer,
+    Call,
+    Recorder,
+    canned,
+    recording_gateway,
+    smg_gateway,
+)
+from soak.servers import SessionServer, complaints, session_server
+
+from .serving import SESSIONS, Agents, assert_keys, soon, until
+
+
+@dataclass
+class Held:
+    """Hold every second turn until ``release`` is set."""
+
+    release: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __call__(self, call: Call) -> Answer:
+        held = call.method == "POST" and len(call.json()["messages"]) == 2
+        return self.held(call) if held else canned(call)
+
+    async def held(self, call: Call) -> AsyncGenerator[bytes, None]:
+        await self.release.wait()
+        answer = canned(call)
+        if isinstance(answer, bytes):
+            yield answer
+        else:
+            async for piece in answer:
+                yield piece
+
+
+def turns_of(*workers: Recorder) -> list[Call]:
+    return [call for worker in workers for call in worker.calls if call.method == "POST"]
+
+
+@asynccontextmanager
+async def serving(
+    folder: Path, gateway: URL, *, plugin: bool = True
+) -> AsyncIterator[tuple[SessionServer, Agents]]:
+    """Run the session server with all sessions; it may not complain, or leave anything behind."""
+    async with (
+        session_server(folder, gateway, env={"TMPDIR": str(folder)}, enabled=plugin) as server,
+        ClientSession(connector=TCPConnector(limit=0)) as client,
+    ):
+        yield server, await Agents(server.url, client).begin()
+    assert complaints(server.log) == []
+    assert server.process.returncode is not None
+    assert sorted(os.listdir(folder)) == ["server.log", "settings.toml"]
+
+
+async def until_refused(url: URL) -> None:
+    """Return when nobody listens at ``url`` any more."""
+    while True:
+        try:
+            _, writer = await asyncio.open_connection(url.host, url.port)
+        except ConnectionError:
+            return
+        writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+async def stop_in_the_midst(folder: Path, *, plugin: bool, stream: bool) -> list[tuple[int, bool]]:
+    async with recording_gateway() as gateway:
+        gateway.answer = held = Held()
+        async with serving(folder, gateway.url, plugin=plugin) as (server, agents):
+            await agents.all_answered(1)
+            second = asyncio.create_task(agents.all(2, stream=stream))
+            await until(lambda: len(turns_of(gateway)) == 2 * len(SESSIONS))
+            os.kill(server.process.pid, signal.SIGTERM)
+            await soon(until_refused(server.url))
+            held.release.set()
+            got = await second
+            assert await soon(server.process.wait()) == 0
+        assert_keys(gateway.calls, plugin=plugin)
+    return [(got.status or 0, got.whole) for got in got.values()]
+
+
+async def test_sigterm_lets_the_turns_under_way_come_to_their_end(tmp_path: Path) -> None:
+    for plugin in (True, False):
+        for stream in (True, False):
+            got = await stop_in_the_midst(tmp_path, plugin=plugin, stream=stream)
+            assert got == [(200, True)] * len(SESSIONS)
+
+
+async def test_after_sigkill_a_new_server_goes_on_with_the_same_pins(tmp_path: Path) -> None:
+    async with smg_gateway(3, policy="manual", args=["--assignment-mode", "min_group"]) as smg:
+        for worker in smg.workers:
+            worker.answer = Held()
+        async with serving(tmp_path, smg.url) as (server, agents):
+            await agents.all_answered(1)
+            second = asyncio.create_task(agents.all(2))
+            await until(lambda: len(turns_of(*smg.workers)) == 2 * len(SESSIONS))
+            server.process.kill()
+            got = await second
+            assert {(got.status, got.whole) for got in got.values()} == {(None, False)}
+            before = {each: agent.worker for each, agent in agents.by_id.items()}
+        for worker in smg.workers:
+            assert isinstance(worker.answer, Held)
+            worker.answer.release.set()
+        async with serving(tmp_path, smg.url) as (server, agents):
+            await agents.all_answered(3)
+            await agents.all_answered(4)
+            assert {each: agent.worker for each, agent in agents.by_id.items()} == before
+            assert await soon(server.stop()) == 0
+        for session_id in SESSIONS:
+            smg.assert_pinned(session_id, turns=4)
+        pinned = len(SESSIONS)
+        assert +await smg.branches() == {"vacant": pinned, "occupied_hit": 3 * pinned}
+    assert_keys(turns_of(*smg.workers))
