@@ -2,8 +2,15 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Iterable,
+    Iterator,
+)
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,7 +20,7 @@ from session_server import CLIENT, make_app
 from yarl import URL
 
 from aiohttp_smg_routing import PINS, PinLedger
-from aiohttp_smg_routing.testing import Call
+from aiohttp_smg_routing.testing import Call, Recorder, canned
 from soak.servers import Worker
 
 from ..workers import chat
@@ -179,7 +186,7 @@ async def session_server(
     before = asyncio.all_tasks()
     routing = {"gateway": str(gateway), "client_session": "client_session", "enabled": plugin}
     app = make_app({"gateway": {"url": str(gateway), **settings}, "smg_routing": routing})
-    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=PATIENCE_SECONDS)
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=5)
     await runner.setup()
     try:
         site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -196,6 +203,43 @@ async def session_server(
     finally:
         await runner.cleanup()
     await until(lambda: asyncio.all_tasks() <= before)
+
+
+@contextmanager
+def holding(*gateways: Recorder) -> Iterator[asyncio.Event]:
+    """Have each second turn held until the event that is yielded is set, or the block ends.
+
+    One that is streamed is answered to its half before.
+    """
+    release = asyncio.Event()
+
+    async def held(call: Call) -> AsyncGenerator[bytes, None]:
+        whole = canned(call)
+        if isinstance(whole, bytes):
+            await release.wait()
+            yield whole
+            return
+        yield await anext(whole) + await anext(whole)
+        await release.wait()
+        async for piece in whole:
+            yield piece
+
+    for gateway in gateways:
+        gateway.answer = lambda call: held(call) if is_turn(call, 2) else canned(call)
+    try:
+        yield release
+    finally:
+        release.set()
+
+
+def is_turn(call: Call, number: int) -> bool:
+    """Tell whether it is that turn of a session."""
+    return call.method == "POST" and len(call.json()["messages"]) == number
+
+
+def turns_of(*gateways: Recorder) -> list[Call]:
+    """Return the turns that arrived."""
+    return [call for each in gateways for call in each.calls if call.method == "POST"]
 
 
 def assert_keys(calls: Iterable[Call], *, plugin: bool = True) -> None:

@@ -1,56 +1,38 @@
 """Agents that hang up, handlers that are cancelled, time-outs: with the plugin and without."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import suppress
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, suppress
 
 from aiohttp import ClientSession, ClientTimeout, web
 from aiohttp.test_utils import TestClient, TestServer
 from yarl import URL
 
 from aiohttp_smg_routing import PINS, setup
-from aiohttp_smg_routing.testing import Answer, Call, Recorder, canned, recording_gateway
+from aiohttp_smg_routing.testing import Answer, Call, Recorder, recording_gateway
 
 from ..conftest import CLIENT
 from ..workers import chat
-from .serving import SESSIONS, Got, assert_keys, session_server, soon, until
+from .serving import SESSIONS, Got, assert_keys, holding, session_server, soon, turns_of, until
 
 LEAVING = SESSIONS[::2]
 STAYING = SESSIONS[1::2]
 
 
-class Held:
-    """Hold every second turn until ``release`` is set."""
-
-    def __init__(self) -> None:
-        self.release = asyncio.Event()
-
-    def __call__(self, call: Call) -> Answer:
-        return self.held(call) if len(call.json()["messages"]) == 2 else canned(call)
-
-    async def held(self, call: Call) -> AsyncGenerator[bytes, None]:
-        await self.release.wait()
-        answer = canned(call)
-        assert isinstance(answer, bytes)
-        yield answer
-
-
-def second_turns(gateway: Recorder) -> int:
-    return sum(call.method == "POST" and b"turn 1" in call.body for call in gateway.calls)
-
-
-async def hang_up(gateway: Recorder, held: Held, *, plugin: bool) -> list[dict[str, Got]]:
+async def hang_up(
+    gateway: Recorder, release: asyncio.Event, *, plugin: bool
+) -> list[dict[str, Got]]:
     """Play three turns of each session; half of the agents leave in the midst of the second."""
     async with session_server(gateway.url, plugin=plugin) as server:
         agents = server.agents
         turns = [await agents.all(1)]
         second = {each: asyncio.create_task(agents.by_id[each].turn(2)) for each in SESSIONS}
-        await until(lambda: second_turns(gateway) == len(SESSIONS))
+        await until(lambda: len(turns_of(gateway)) == 2 * len(SESSIONS))
         for each in LEAVING:
             second[each].cancel()
         # Their calls have left the gateway, and only theirs.
         await until(lambda: server.calls_under_way == len(STAYING))
-        held.release.set()
+        release.set()
         turns.append({each: await soon(second[each]) for each in STAYING})
         turns.append(await agents.all(3))
         kept = await agents.turns_kept()
@@ -65,9 +47,10 @@ async def hang_up(gateway: Recorder, held: Held, *, plugin: bool) -> list[dict[s
 async def test_agents_that_hang_up_take_nothing_of_others_with_them() -> None:
     outcomes = []
     for plugin in (True, False):
-        async with recording_gateway() as gateway:
-            gateway.answer = held = Held()
-            outcomes.append(await hang_up(gateway, held, plugin=plugin))
+        async with AsyncExitStack() as stack:
+            gateway = await stack.enter_async_context(recording_gateway())
+            release = stack.enter_context(holding(gateway))
+            outcomes.append(await hang_up(gateway, release, plugin=plugin))
             assert_keys(gateway.calls, plugin=plugin)
     assert outcomes[0] == outcomes[1]
     assert {got.status for turn in outcomes[0] for got in turn.values()} == {200}
@@ -76,13 +59,14 @@ async def test_agents_that_hang_up_take_nothing_of_others_with_them() -> None:
 async def test_agents_get_the_same_of_a_time_out() -> None:
     outcomes = []
     for plugin in (True, False):
-        async with recording_gateway() as gateway:
-            gateway.answer = held = Held()
+        async with AsyncExitStack() as stack:
+            gateway = await stack.enter_async_context(recording_gateway())
+            release = stack.enter_context(holding(gateway))
             async with session_server(
                 gateway.url, plugin=plugin, timeout_seconds=1.5, retries=0
             ) as server:
                 turns = [await server.agents.all(1), await server.agents.all(2)]
-                held.release.set()
+                release.set()
                 turns.append(await server.agents.all(3))
                 assert await server.agents.turns_kept() == dict.fromkeys(SESSIONS, 2)
                 if plugin:
@@ -138,8 +122,8 @@ ARRIVED = web.AppKey("arrived", dict[str, asyncio.Event])
 WAYS = ("cancel", "wait_for", "timeout")
 
 
-async def give_up(gateway: Recorder, held: Held, *, enabled: bool) -> list[int]:
-    app = impatient_server(gateway.url, enabled=enabled)
+async def give_up(gateway: Recorder, release: asyncio.Event, *, enabled: bool) -> list[int]:
+    app, held = impatient_server(gateway.url, enabled=enabled), gateway.answer
 
     def answer(call: Call) -> Answer:
         app[ARRIVED][call.json()["user"]].set()
@@ -162,7 +146,7 @@ async def give_up(gateway: Recorder, held: Held, *, enabled: bool) -> list[int]:
         if enabled:
             assert (counted.failed, counted.unknown) == (len(sessions), len(sessions))
         assert set(app[PINS].sessions()) == ({each for _, each in sessions} if enabled else set())
-    held.release.set()
+    release.set()
     await until(lambda: asyncio.all_tasks() <= before)
     return statuses
 
@@ -170,7 +154,9 @@ async def give_up(gateway: Recorder, held: Held, *, enabled: bool) -> list[int]:
 async def test_calls_that_a_handler_gives_up_leave_the_next_one_its_key() -> None:
     outcomes = []
     for enabled in (True, False):
-        async with recording_gateway() as gateway:
-            outcomes.append(await give_up(gateway, Held(), enabled=enabled))
+        async with AsyncExitStack() as stack:
+            gateway = await stack.enter_async_context(recording_gateway())
+            release = stack.enter_context(holding(gateway))
+            outcomes.append(await give_up(gateway, release, enabled=enabled))
             assert_keys(gateway.calls, plugin=enabled)
     assert outcomes[0] == outcomes[1] == [200] * len(SESSIONS) * len(WAYS)

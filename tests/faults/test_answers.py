@@ -149,6 +149,22 @@ class HalfAStream:
         yield b""
 
 
+async def fail_in_a_stream(
+    gateway: Recorder, failing: HalfAStream, *, plugin: bool, timeout: float
+) -> list[dict[str, Got]]:
+    """Play three turns of each session; the second fails when all agents have a piece of it."""
+    async with session_server(gateway.url, plugin=plugin, timeout_seconds=timeout) as server:
+        agents = server.agents
+        turns = [await agents.all(1, stream=True)]
+        async with agents.begun(2, stream=True) as under_way:
+            failing.seen.set()
+        turns.append(await under_way)
+        failing.over.set()
+        turns.append(await agents.all(3, stream=True))
+        assert await agents.turns_kept() == dict.fromkeys(SESSIONS, 2)
+    return turns
+
+
 @pytest.mark.parametrize(
     ("fault", "timeout"),
     [("breaks off", 30.0), ("has an error in it", 30.0), ("falls silent", 1.5)],
@@ -158,17 +174,11 @@ async def test_agents_get_the_same_of_a_stream_that_fails(fault: str, timeout: f
     for plugin in (True, False):
         async with recording_gateway() as gateway:
             gateway.answer = failing = HalfAStream(fault)
-            async with session_server(
-                gateway.url, plugin=plugin, timeout_seconds=timeout
-            ) as server:
-                agents = server.agents
-                turns = [await agents.all(1, stream=True)]
-                async with agents.begun(2, stream=True) as under_way:
-                    failing.seen.set()
-                turns.append(await under_way)
+            try:
+                turns = await fail_in_a_stream(gateway, failing, plugin=plugin, timeout=timeout)
+            finally:
+                failing.seen.set()
                 failing.over.set()
-                turns.append(await agents.all(3, stream=True))
-                assert await agents.turns_kept() == dict.fromkeys(SESSIONS, 2)
             assert_keys(gateway.calls, plugin=plugin)
         assert [{got.whole for got in turn.values()} for turn in turns] == [{True}, {False}, {True}]
         outcomes.append([[got.status for got in turn.values()] for turn in turns])
@@ -213,29 +223,36 @@ async def test_agents_get_the_same_of_a_gateway_that_resets_connections() -> Non
         assert [got.status for got in turns] == [200, 502, 200, 200]
 
 
+@dataclass
+class Slow:
+    """Answer when a call of each session is under way: the last one first, each after another."""
+
+    waiting: list[asyncio.Event] = field(default_factory=list)
+
+    async def __call__(self, call: Call) -> AsyncGenerator[bytes, None]:
+        self.waiting.append(mine := asyncio.Event())
+        if len(self.waiting) == len(SESSIONS):
+            mine.set()
+        await mine.wait()
+        self.waiting.remove(mine)
+        if self.waiting:
+            self.waiting[-1].set()
+        yield completion(call.json()["user"])
+
+    def give_up(self) -> None:
+        for event in self.waiting:
+            event.set()
+
+
 async def test_agents_get_the_same_of_a_gateway_that_is_slow() -> None:
-    """All calls are under way at once, and answered only then, the last one first."""
-
-    def slow() -> Fault:
-        waiting: list[asyncio.Event] = []
-
-        async def answer_in_turn(call: Call) -> AsyncGenerator[bytes, None]:
-            waiting.append(mine := asyncio.Event())
-            if len(waiting) == len(SESSIONS):
-                mine.set()
-            await mine.wait()
-            waiting.remove(mine)
-            if waiting:
-                waiting[-1].set()
-            yield completion(call.json()["user"])
-
-        return answer_in_turn
-
     outcomes = []
     for plugin in (True, False):
         async with recording_gateway() as gateway:
-            gateway.answer = slow()
-            outcomes.append(await play(gateway, plugin=plugin))
+            gateway.answer = slow = Slow()
+            try:
+                outcomes.append(await play(gateway, plugin=plugin))
+            finally:
+                slow.give_up()
     assert outcomes[0] == outcomes[1]
     for session_id, turns in outcomes[0].items():
         assert all(got.status == 200 and session_id.encode() in got.body for got in turns)

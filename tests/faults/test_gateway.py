@@ -1,52 +1,20 @@
 """The real gateway is killed in the midst of streams, and restarted with an empty sticky map."""
 
 import asyncio
-from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack
 
 from yarl import URL
 
-from aiohttp_smg_routing.testing import (
-    Answer,
-    Call,
-    Recorder,
-    canned,
-    free_port,
-    recording_gateway,
-    smg_gateway,
-    stream,
-)
+from aiohttp_smg_routing.testing import Recorder, free_port, recording_gateway, smg_gateway
 
-from .serving import SESSIONS, Got, assert_keys, session_server
+from .serving import SESSIONS, Got, assert_keys, holding, session_server, turns_of
 
 
-class Held:
-    """Answer each second turn to its half, and the rest when ``release`` is set."""
-
-    def __init__(self) -> None:
-        self.release = asyncio.Event()
-
-    def __call__(self, call: Call) -> Answer:
-        held = call.method == "POST" and len(call.json()["messages"]) == 2
-        return self.half() if held else canned(call)
-
-    async def half(self) -> AsyncGenerator[bytes, None]:
-        pieces = stream("half", "of it")
-        yield await anext(pieces) + await anext(pieces)
-        await self.release.wait()
-        async for piece in pieces:
-            yield piece
-
-
-def on_workers(workers: list[Recorder]) -> list[Call]:
-    return [call for worker in workers for call in worker.calls if call.method == "POST"]
-
-
-async def kill_and_restart(workers: list[Recorder], *, plugin: bool) -> list[list[Got]]:
+async def kill_and_restart(
+    workers: list[Recorder], release: asyncio.Event, *, plugin: bool
+) -> list[list[Got]]:
     """Play four turns: the second is cut by the kill, the third finds no gateway."""
-    held, port = Held(), free_port()
-    for worker in workers:
-        worker.answer = held
+    port = free_port()
     urls = [worker.url for worker in workers]
     gateway = URL(f"http://127.0.0.1:{port}")
     async with session_server(gateway, plugin=plugin, retries=1) as server:
@@ -58,7 +26,7 @@ async def kill_and_restart(workers: list[Recorder], *, plugin: bool) -> list[lis
                 await smg.process.wait()
             turns.append(await under_way)
         turns.append(await agents.all(3, stream=True))
-        held.release.set()
+        release.set()
         assert await agents.turns_kept() == dict.fromkeys(SESSIONS, 1)
         async with smg_gateway(urls, policy="manual", port=port) as smg:
             turns.append(await agents.all(4, stream=True))
@@ -78,8 +46,9 @@ async def test_the_gateway_is_killed_in_the_midst_of_streams() -> None:
     for plugin in (True, False):
         async with AsyncExitStack() as stack:
             workers = [await stack.enter_async_context(recording_gateway()) for _ in range(3)]
-            turns = await kill_and_restart(workers, plugin=plugin)
-            assert_keys(on_workers(workers), plugin=plugin)
+            release = stack.enter_context(holding(*workers))
+            turns = await kill_and_restart(workers, release, plugin=plugin)
+            assert_keys(turns_of(*workers), plugin=plugin)
         outcomes.append([[(got.status, got.whole) for got in turn] for turn in turns])
     assert outcomes[0] == outcomes[1]
     assert [set(turn) for turn in outcomes[0]] == [

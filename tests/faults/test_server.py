@@ -3,49 +3,17 @@
 import asyncio
 import os
 import signal
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 from aiohttp import ClientSession, TCPConnector
 from yarl import URL
 
-from aiohttp_smg_routing.testing import (
-    Answer,
-    Call,
-    Recorder,
-    canned,
-    recording_gateway,
-    smg_gateway,
-)
+from aiohttp_smg_routing.testing import recording_gateway, smg_gateway
 from soak.servers import SessionServer, complaints, session_server
 
-from .serving import SESSIONS, Agents, assert_keys, soon, until
-
-
-@dataclass
-class Held:
-    """Hold every second turn until ``release`` is set."""
-
-    release: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def __call__(self, call: Call) -> Answer:
-        held = call.method == "POST" and len(call.json()["messages"]) == 2
-        return self.held(call) if held else canned(call)
-
-    async def held(self, call: Call) -> AsyncGenerator[bytes, None]:
-        await self.release.wait()
-        answer = canned(call)
-        if isinstance(answer, bytes):
-            yield answer
-        else:
-            async for piece in answer:
-                yield piece
-
-
-def turns_of(*workers: Recorder) -> list[Call]:
-    return [call for worker in workers for call in worker.calls if call.method == "POST"]
+from .serving import SESSIONS, Agents, assert_keys, holding, soon, turns_of, until
 
 
 @asynccontextmanager
@@ -76,15 +44,16 @@ async def until_refused(url: URL) -> None:
 
 
 async def stop_in_the_midst(folder: Path, *, plugin: bool, stream: bool) -> list[tuple[int, bool]]:
-    async with recording_gateway() as gateway:
-        gateway.answer = held = Held()
+    async with AsyncExitStack() as stack:
+        gateway = await stack.enter_async_context(recording_gateway())
+        release = stack.enter_context(holding(gateway))
         async with serving(folder, gateway.url, plugin=plugin) as (server, agents):
             await agents.all_answered(1)
             second = asyncio.create_task(agents.all(2, stream=stream))
             await until(lambda: len(turns_of(gateway)) == 2 * len(SESSIONS))
             os.kill(server.process.pid, signal.SIGTERM)
             await soon(until_refused(server.url))
-            held.release.set()
+            release.set()
             got = await second
             assert await soon(server.process.wait()) == 0
         assert_keys(gateway.calls, plugin=plugin)
@@ -99,9 +68,10 @@ async def test_sigterm_lets_the_turns_under_way_come_to_their_end(tmp_path: Path
 
 
 async def test_after_sigkill_a_new_server_goes_on_with_the_same_pins(tmp_path: Path) -> None:
-    async with smg_gateway(3, policy="manual", args=["--assignment-mode", "min_group"]) as smg:
-        for worker in smg.workers:
-            worker.answer = Held()
+    async with AsyncExitStack() as stack:
+        args = ["--assignment-mode", "min_group"]
+        smg = await stack.enter_async_context(smg_gateway(3, policy="manual", args=args))
+        release = stack.enter_context(holding(*smg.workers))
         async with serving(tmp_path, smg.url) as (server, agents):
             await agents.all_answered(1)
             second = asyncio.create_task(agents.all(2))
@@ -110,9 +80,7 @@ async def test_after_sigkill_a_new_server_goes_on_with_the_same_pins(tmp_path: P
             got = await second
             assert {(got.status, got.whole) for got in got.values()} == {(None, False)}
             before = {each: agent.worker for each, agent in agents.by_id.items()}
-        for worker in smg.workers:
-            assert isinstance(worker.answer, Held)
-            worker.answer.release.set()
+        release.set()
         async with serving(tmp_path, smg.url) as (server, agents):
             await agents.all_answered(3)
             await agents.all_answered(4)
