@@ -2,20 +2,17 @@
 
 import asyncio
 import json
-import os
 import re
-import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
-import pytest
 from aiohttp import ClientSession
 from prometheus_client.parser import text_string_to_metric_families
 
 from aiohttp_smg_routing.testing import smg_gateway
 
+from .programs import program
 from .workers import chat
 
 ROOT = Path(__file__).parents[1]
@@ -35,25 +32,10 @@ OUTCOMES = {"first", "kept", "moved", "unknown", "untagged", "failed"}
 # The gateway has one series, under --routing-key-override, that begins as ours do.
 GATEWAY_LOOKALIKE = "smg_routing_key_source_total"
 
-NO_PROMTOOL = "promtool is not here: run .ci/promtool, which puts it into .venv/bin"
-
-
-def promtool_path(environ: Mapping[str, str]) -> str:
-    """Return where promtool is; without it fail on CI, and skip elsewhere."""
-    folders = [environ.get("PATH", os.defpath), str(ROOT / ".venv" / "bin")]
-    path = shutil.which("promtool", path=os.pathsep.join(folders))
-    return path or no_promtool(environ)
-
-
-def no_promtool(environ: Mapping[str, str]) -> NoReturn:
-    if environ.get("CI") == "true":
-        pytest.fail(NO_PROMTOOL)
-    pytest.skip(NO_PROMTOOL)
-
 
 def promtool(*args: str | Path) -> str:
     """Run promtool and return what it printed; it must succeed."""
-    argv = [promtool_path(os.environ), *map(str, args)]
+    argv = [program("promtool", "prometheus"), *map(str, args)]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)  # noqa: S603
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -181,13 +163,3 @@ async def test_the_real_gateway_serves_every_series_and_branch_that_is_named() -
         for branch in re.findall(r"\w+", family.documentation)
     }
     assert label_values("branch") <= branches
-
-
-def test_without_promtool_ci_fails_and_other_machines_skip(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(f"{__name__}.ROOT", tmp_path)
-    with pytest.raises(pytest.fail.Exception, match=r"run \.ci/promtool"):
-        promtool_path({"PATH": str(tmp_path), "CI": "true"})
-    with pytest.raises(pytest.skip.Exception, match=r"run \.ci/promtool"):
-        promtool_path({"PATH": str(tmp_path)})
