@@ -1,0 +1,112 @@
+"""Three session servers, two real gateways and four workers, and what came to whom."""
+
+import asyncio
+import sys
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from itertools import cycle, islice
+
+from aiohttp import ClientSession, TCPConnector
+from yarl import URL
+
+from aiohttp_smg_routing.testing import (
+    Recorder,
+    SmgGateway,
+    child_process,
+    free_port,
+    recording_gateway,
+    smg_gateway,
+)
+
+from ..workers import chat
+
+SERVERS, GATEWAYS, WORKERS = 3, 2, 4
+SESSIONS = [f"s-{number}" for number in range(96)]
+AT_A_TIME = 15  # odd: sessions in step would meet the same of two gateways every time
+
+
+@asynccontextmanager
+async def workers() -> AsyncIterator[list[Recorder]]:
+    async with AsyncExitStack() as stack:
+        yield [await stack.enter_async_context(recording_gateway()) for _ in range(WORKERS)]
+
+
+@asynccontextmanager
+async def gateways(
+    workers: Sequence[Recorder], policy: str, *args: str
+) -> AsyncIterator[list[SmgGateway]]:
+    """Run the gateways, all of them before all workers."""
+    urls = [worker.url for worker in workers]
+    async with AsyncExitStack() as stack:
+        contexts = [smg_gateway(urls, policy=policy, args=args) for _ in range(GATEWAYS)]
+        yield await asyncio.gather(*map(stack.enter_async_context, contexts))
+
+
+@asynccontextmanager
+async def session_servers(*told: URL) -> AsyncIterator[list[URL]]:
+    """Run the session servers, each a process; ``told`` in turn are whom they call."""
+    async with AsyncExitStack() as stack:
+        contexts = [_session_server(gateway) for gateway in islice(cycle(told), SERVERS)]
+        yield await asyncio.gather(*map(stack.enter_async_context, contexts))
+
+
+@asynccontextmanager
+async def _session_server(gateway: URL) -> AsyncIterator[URL]:
+    url = URL(f"http://127.0.0.1:{free_port()}")
+    argv = (sys.executable, "-m", "tests.recipes.pinned", str(gateway), "asyncio", str(url.port))
+    async with ClientSession() as client:
+
+        async def ready() -> bool:
+            async with client.get(url):
+                return True
+
+        async with child_process(*argv, ready=ready):
+            yield url
+
+
+async def play(servers: Sequence[URL], turns: int, sessions: Iterable[str] = SESSIONS) -> None:
+    """Play so many turns of each session, every turn through the next server."""
+    limit = asyncio.Semaphore(AT_A_TIME)
+
+    async def session(number: int, session_id: str) -> None:
+        async with limit, ClientSession(connector=TCPConnector(force_close=True)) as agent:
+            for turn in range(turns):
+                server = servers[(number + turn) % len(servers)]
+                url = server / "v1/chat/completions"
+                async with agent.post(url, json=chat(session_id, turn + 1)) as response:
+                    assert response.status == 200, await response.text()
+                    await response.read()
+
+    await asyncio.gather(*(session(*each) for each in enumerate(sessions)))
+
+
+def served(workers: Sequence[Recorder]) -> Mapping[str, Counter[URL]]:
+    """Return how many turns of each session came to which worker; each must have its own key."""
+    found: dict[str, Counter[URL]] = defaultdict(Counter)
+    for worker in workers:
+        for call in worker.calls:
+            if call.method == "POST":
+                session_id = call.json()["user"]
+                assert call.keys == [session_id.encode()]
+                found[session_id][worker.url] += 1
+    return found
+
+
+def on_one_worker(workers: Sequence[Recorder], turns: int) -> bool:
+    """Return whether each session had all its turns on a worker of its own."""
+    came = served(workers)
+    assert sorted(came) == sorted(SESSIONS)
+    assert {sum(each.values()) for each in came.values()} == {turns}
+    return all(len(each) == 1 for each in came.values())
+
+
+def forget(workers: Sequence[Recorder]) -> None:
+    for worker in workers:
+        worker.calls.clear()
+
+
+async def branches(gateways: Sequence[SmgGateway]) -> Counter[str]:
+    """Return what the gateways count, added up."""
+    each = await asyncio.gather(*(gateway.branches() for gateway in gateways))
+    return sum(each, Counter())

@@ -1,0 +1,66 @@
+"""``verify`` before several gateways: a front that hashes the key, or one that does not."""
+
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+
+import pytest
+from yarl import URL
+
+from aiohttp_smg_routing.testing import smg_gateway
+
+from ..conftest import session_server
+from ..test_verify_gateway import verify
+from ..verify_servers import in_background, proxy, server, stub_engines
+from .cluster import GATEWAYS, WORKERS
+from .nginx import nginx
+
+
+@asynccontextmanager
+async def gateways() -> AsyncIterator[list[tuple[URL, URL]]]:
+    """Run them under ``manual``; each has its address, and that of its metrics."""
+    async with AsyncExitStack() as stack:
+        urls = await stack.enter_async_context(stub_engines(WORKERS))
+        contexts = [smg_gateway(urls, policy="manual") for _ in range(GATEWAYS)]
+        smgs = [await stack.enter_async_context(context) for context in contexts]
+        yield [(smg.url, smg.metrics_url) for smg in smgs]
+
+
+@asynccontextmanager
+async def behind_nginx(folder: Path, *, hashing: bool) -> AsyncIterator[tuple[URL, URL]]:
+    async with (
+        gateways() as ((first, metrics), (second, _)),
+        nginx(folder, first, second, hashing=hashing) as front,
+    ):
+        yield front.url, metrics
+
+
+@pytest.mark.parametrize(
+    ("hashing", "status", "causes"),
+    [(True, 0, []), (False, 1, ["replicas"])],
+    ids=["hash", "round robin"],
+)
+def test_verify_names_the_replicas_unless_nginx_hashes_the_key(
+    tmp_path: Path, hashing: bool, status: int, causes: list[str]
+) -> None:
+    with in_background(behind_nginx(tmp_path, hashing=hashing)) as (front, metrics):
+        run = verify(tmp_path, front, "--metrics", metrics)
+    assert (run.status, run.causes) == (status, causes), run.out
+
+
+def test_verify_names_the_replicas_when_each_session_server_has_a_gateway_of_its_own(
+    tmp_path: Path,
+) -> None:
+    @asynccontextmanager
+    async def servers() -> AsyncIterator[tuple[URL, URL, URL]]:
+        async with (
+            gateways() as ((first, metrics), (second, _)),
+            server(session_server(first)) as one,
+            server(session_server(second)) as other,
+            server(proxy(one, other)) as front,
+        ):
+            yield first, metrics, front
+
+    with in_background(servers()) as (first, metrics, front):
+        run = verify(tmp_path, first, "--metrics", metrics, "--through", front)
+    assert (run.status, run.causes) == (2, ["replicas", "worker_hidden"]), run.out
