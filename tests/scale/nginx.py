@@ -60,9 +60,9 @@ class Nginx:
             await asyncio.sleep(0.01)
 
 
-def configuration() -> str:
-    """Return the one on the page."""
-    [found] = re.findall(r"```nginx\n(.*?)```", PAGE.read_text(), re.DOTALL)
+def on_the_page(language: str) -> str:
+    """Return the one block of that language."""
+    [found] = re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(), re.DOTALL)
     return str(found)
 
 
@@ -80,7 +80,7 @@ async def nginx(folder: Path, *gateways: URL, hashing: bool = True) -> AsyncIter
     first, second = gateways
     url = URL(f"http://127.0.0.1:{free_port()}")
     conf = instead(
-        configuration(),
+        on_the_page("nginx"),
         ("listen 8080", f"listen {url.authority}"),
         ("10.0.0.1:30000", first.authority),
         ("10.0.0.2:30000", second.authority),

@@ -1,0 +1,97 @@
+"""The session servers as Ray actors, by the recipe of docs/scaling.md."""
+
+import asyncio
+import json
+import os
+import secrets
+import signal
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from aiohttp import ClientSession
+from yarl import URL
+
+from ..processes import HAS_PROC, processes_in
+from ..programs import ROOT, absent
+from .cluster import SERVERS, gateways, on_one_worker, play, workers
+from .nginx import instead, nginx, on_the_page
+from .ray_cluster import LOOPBACK
+
+TURNS = 3
+
+
+@asynccontextmanager
+async def ray_cluster(folder: Path, gateway: URL) -> AsyncIterator[Process]:
+    """Run a cluster of session servers in ``folder``; nothing is left of it after the block."""
+    actor = ("from server import make_app", "from tests.scale.ray_cluster import make_app")
+    (folder / "actor.py").write_text(instead(on_the_page("python"), actor))
+    env = {
+        **{name: text for name, text in os.environ.items() if not name.startswith("RAY_")},
+        **LOOPBACK,
+        "GATEWAY": str(gateway),
+        "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),  # or it makes one, and keeps it in the home
+    }
+    argv = (sys.executable, "-m", "tests.scale.ray_cluster", str(folder), str(SERVERS))
+    with (folder / "log").open("wb") as log:
+        process = await asyncio.create_subprocess_exec(
+            *argv, cwd=folder, env=env, stdin=PIPE, stdout=PIPE, stderr=log
+        )
+    try:
+        yield process
+        await process.communicate(b"")  # its standard input ends, and so does Ray
+        left = processes_in(folder)
+    finally:
+        for pid in {process.pid, *processes_in(folder)}:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        await process.wait()
+    assert left == {}
+
+
+async def addresses(process: Process) -> list[URL]:
+    """Read what the cluster prints next, among the messages that Ray prints itself."""
+    assert process.stdout is not None
+    while line := await asyncio.wait_for(process.stdout.readline(), 120):
+        if line.startswith(b"["):
+            return [URL(url) for url in json.loads(line)]
+    raise AssertionError("see the log in its folder")
+
+
+async def pid_of(server: URL) -> int:
+    async with ClientSession() as client, client.get(server) as response:
+        return int((await response.json())["pid"])
+
+
+async def test_ray_actors_keep_their_sessions_and_so_does_one_that_ray_made_again(
+    tmp_path: Path,
+) -> None:
+    if find_spec("ray") is None:
+        absent("Ray is not installed: pip install 'aiohttp_smg_routing[ray]'")
+    # Ray has sockets in its folder, and their paths must be short.
+    with TemporaryDirectory(prefix="ray-") as folder:
+        async with (
+            workers() as behind,
+            gateways(behind, "manual") as both,
+            nginx(tmp_path, *(gateway.url for gateway in both)) as front,
+            ray_cluster(Path(folder), front.url) as cluster,
+        ):
+            servers = await addresses(cluster)
+            await play(servers, TURNS)
+            pids = [await pid_of(server) for server in servers]
+            assert not HAS_PROC or set(pids) < set(processes_in(Path(folder)))
+
+            os.kill(pids[0], signal.SIGKILL)
+            assert cluster.stdin is not None
+            cluster.stdin.write(b"again\n")
+            again = await addresses(cluster)
+            assert (again[0] != servers[0], again[1:]) == (True, servers[1:])
+            assert await pid_of(again[0]) != pids[0]
+            await play(again, TURNS)
+
+        assert on_one_worker(behind, 2 * TURNS)
