@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo bench micro fuzz soak test lint clean
+.PHONY: help demo bench micro fuzz soak test compat lint clean
 
 help: ## Show this help
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -34,6 +34,9 @@ soak: $(VENV)/demo.installed ## 10,000 sessions while workers die, fail and cut 
 test: $(VENV)/test.installed ## All tests, the ones on the real gateway included, with branch coverage
 	$(BIN)/python -m coverage run -m pytest  # not pytest --cov: pytest itself imports the package
 	$(BIN)/python -m coverage report --fail-under=100
+
+compat: ## The core's tests with old and new versions, each in an environment of its own: ENVIRONMENTS="oldest uvloop" runs some
+	@.ci/compat $(ENVIRONMENTS)
 
 lint: $(VENV)/lint.installed ## ruff, mypy --strict, a wheel built and checked
 	$(BIN)/ruff check .

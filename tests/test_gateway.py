@@ -10,7 +10,7 @@ from aiohttp_smg_routing import RoutingConfig, routing_session, routing_trace_co
 from aiohttp_smg_routing.testing import Call, SmgGateway, StartSmgGateway
 
 from .conftest import session_server
-from .workers import chat
+from .workers import SMG, chat
 
 SESSIONS = [f"s-{number}" for number in range(200)]
 TURNS = 6
@@ -69,8 +69,9 @@ async def test_a_policy_that_does_not_route_on_the_key_is_unharmed(
     smg = await smg_gateway(3, policy="cache_aware")
     await play(smg, aiohttp_client)  # asserts that every call is answered
     branches = await smg.branches()
-    assert branches["tree_match"] > 0
-    assert sum(branches.values()) == len(SESSIONS) * TURNS
+    if SMG >= (1, 11):  # those before do not count what cache_aware does
+        assert branches["tree_match"] > 0
+        assert sum(branches.values()) == len(SESSIONS) * TURNS
     assert not {"vacant", "occupied_hit", "no_routing_id"} & branches.keys()
 
 

@@ -16,7 +16,7 @@ from aiohttp_smg_routing import PINS, PinSummary
 from aiohttp_smg_routing.testing import free_port, recording_gateway, smg_gateway
 
 from .conftest import session_server
-from .workers import chat, worker_processes
+from .workers import chat, names_workers, worker_processes
 
 if TYPE_CHECKING:
     Client = TestClient[web.Request, web.Application]  # generic since aiohttp 3.11
@@ -33,6 +33,7 @@ async def turn(client: "Client", sessions: Iterable[str]) -> None:
     await asyncio.gather(*map(play, sessions))
 
 
+@names_workers
 async def test_when_a_worker_is_killed_exactly_its_sessions_move_once(
     aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -63,6 +64,7 @@ async def test_when_a_worker_is_killed_exactly_its_sessions_move_once(
     assert sorted(record.split()[1] for record in records) == sorted(lost)
 
 
+@names_workers
 async def test_the_moves_after_a_gateway_has_lost_its_sticky_map_are_seen(
     aiohttp_client: AiohttpClient,
 ) -> None:
@@ -89,6 +91,7 @@ async def test_the_moves_after_a_gateway_has_lost_its_sticky_map_are_seen(
     assert moves > 0  # of 40 sessions each stays with a chance of one third
 
 
+@names_workers
 async def test_fifty_thousand_turns_are_counted_to_the_last(aiohttp_client: AiohttpClient) -> None:
     sessions, turns = 5000, 10
     async with (

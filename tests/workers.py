@@ -8,11 +8,17 @@ import sys
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
+from importlib.metadata import version
 
+import pytest
 from aiohttp import ClientSession
 from yarl import URL
 
 from aiohttp_smg_routing.testing import child_process, free_port, recording_gateway
+
+SMG = tuple(map(int, version("smg").split(".")[:2]))
+
+names_workers = pytest.mark.skipif(SMG < (1, 10), reason="SMG names its workers from 1.10 on")
 
 
 def chat(session_id: str, turn: int = 1) -> Mapping[str, object]:
