@@ -13,6 +13,9 @@ from aiohttp_smg_routing import RoutingConfig, routing_session, routing_trace_co
 from aiohttp_smg_routing.gateway import ROUTING_KEY_HEADER, TARGET_WORKER_HEADER
 from aiohttp_smg_routing.testing import Answer, Call, Recorder, answer, recording_gateway
 
+#: How a call is refused before it leaves; aiohttp 3.9 asserts that a URL has a scheme of its own.
+_REFUSED = (ClientError, ValueError, IndexError, OSError, AssertionError)
+
 Send = Callable[[ClientSession], Awaitable[ClientResponse]]
 
 _ROUTING = {str(name).lower() for name in (ROUTING_KEY_HEADER, TARGET_WORKER_HEADER)}
@@ -66,7 +69,7 @@ class Origins:
             async with ClientSession(connector=_Loopback(gateway, self), **session) as client:
                 response = await asyncio.wait_for(send(client), 60)
                 response.release()
-        except (ClientError, ValueError, IndexError, OSError) as error:
+        except _REFUSED as error:
             return type(error), list(self.arrived)
         return None, list(self.arrived)
 

@@ -23,7 +23,7 @@ FORMS = st.fixed_dictionaries(
 )
 
 
-@settings(LAW, max_examples=2000)
+@settings(LAW, max_examples=1000)
 @given(IDS, IDS, FORMS)
 @example("x" * 128, "x" * 129, {"prefix": ""})
 @example("x" * 76, "x" * 77, {"prefix": "~" * LONGEST_PREFIX})
@@ -76,7 +76,7 @@ MAPPINGS = st.fixed_dictionaries(
 ) | st.dictionaries(ANY_TEXT, JSON, max_size=3)
 
 
-@settings(LAW, max_examples=500)
+@settings(LAW, max_examples=400)
 @given(MAPPINGS, st.booleans())
 @example({"gateway": "http://gw", "paths": "/a/.."}, True)
 @example({"gateway": "http://gw", "paths": "/\t//x"}, True)

@@ -80,7 +80,7 @@ URLS = st.builds(
 def test_a_key_reaches_the_gateways_origin_and_path_or_nobody(
     run: Run[Any], origins: Origins
 ) -> None:
-    @settings(LAW, max_examples=1500)
+    @settings(LAW, max_examples=1000)
     @given(GATEWAYS, URLS, st.booleans(), st.sampled_from(["POST"] * 6 + ["post", "GET", "PUT"]))
     def law(gateway: Gateway, text: str, encoded: bool, method: str) -> None:
         try:
@@ -132,7 +132,7 @@ def test_every_hop_of_a_redirect_chain_is_judged_by_where_it_arrives(
 ) -> None:
     gateway = Gateway("http://gw.example", "gw.example", 80)
 
-    @settings(LAW, max_examples=500)
+    @settings(LAW, max_examples=400)
     @given(HOPS, st.sampled_from(["gw.example", "elsewhere"]), st.booleans())
     def law(hops: list[tuple[str, int]], first: str, requote: bool) -> None:
         url = URL(f"http://{first}/v1/chat/completions")
@@ -178,7 +178,7 @@ def test_headers_of_every_shape_gain_one_key_or_nothing_and_stay_the_callers(
 ) -> None:
     gateway = Gateway("http://gw.example", "gw.example", 80)
 
-    @settings(LAW, max_examples=500)
+    @settings(LAW, max_examples=400)
     @given(PAIRS, SHAPES, PAIRS, st.sampled_from(["gw.example", "elsewhere"]))
     def law(pairs: Any, shape: Any, default: Any, host: str) -> None:
         headers = shape(pairs)
@@ -258,7 +258,7 @@ def test_a_percent_encoded_id_in_the_path_gives_one_clean_key(run: Run[Any]) -> 
 
     gateway, wire, server = run(start())
 
-    @settings(LAW, max_examples=600)
+    @settings(LAW, max_examples=400)
     @given(SEGMENTS)
     def law(segment: str) -> None:
         wire.calls.clear()
