@@ -164,5 +164,5 @@ def _next_hop(
         return hdrs.METH_GET, url  # the others make a GET of a POST
     try:
         return method, url.join(URL(location, encoded=not session.requote_redirect_url))
-    except (ValueError, IndexError):  # aiohttp is about to raise for it
+    except ValueError:  # aiohttp is about to raise for it
         return hdrs.METH_GET, url

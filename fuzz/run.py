@@ -74,9 +74,10 @@ def matcher(data: Any) -> None:
     encoded = data.ConsumeBool()
     try:
         url = URL(text, encoded=encoded)
-        if not url.raw_host:  # aiohttp asks too, before it shows the URL to any hook
-            return
+        is_absolute = bool(url.raw_host and url.port)  # yarl may raise only now
     except (ValueError, IndexError):
+        return
+    if not is_absolute:  # aiohttp refuses it before it shows it to any hook
         return
     laws.matcher(method, url, session_id if session_id.strip() else "s", headers)
 
