@@ -15,7 +15,8 @@ from .worker import reply_text
 Message = dict[str, str]
 Outcome = Literal["answered", "reported", "hung up", "lost", "crosstalk"]
 
-WAIT_SECONDS = 120  # for an answer, or for a transcript to be right: after that it is lost
+WAIT_SECONDS = 120  # for an answer: after that it is lost
+SETTLE_SECONDS = 30  # until a transcript must be right
 HANG_UP_SECONDS = 0.1  # the longest that an agent which is to hang up waits for its answer
 HANG_UPS = 0.02  # the share of the turns that an agent hangs up in
 STREAMED = 0.5  # the share of the turns that are streamed
@@ -143,7 +144,9 @@ class Agent:
 
         One that the agent hung up in may be kept: once, too. It may not be over yet.
         """
-        deadline = asyncio.get_running_loop().time() + WAIT_SECONDS
+        # Where several are wrong, there is nothing to wait for in all others.
+        patience = SETTLE_SECONDS if len(self.tally.wrong) < 3 else 0
+        deadline = asyncio.get_running_loop().time() + patience
         while True:
             async with self.client.get(self.url) as response:
                 document = await response.json()

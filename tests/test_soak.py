@@ -167,7 +167,7 @@ async def test_an_agent_sees_what_a_session_server_does_wrong(
     outcome: str,
     is_wrong: bool,
 ) -> None:
-    monkeypatch.setattr(agents, "WAIT_SECONDS", 1)
+    monkeypatch.setattr(agents, "SETTLE_SECONDS", 0.2)
     monkeypatch.setattr(agents, "HANG_UPS", 0)
     monkeypatch.setattr(agents, "STREAMED", 0)
     tally = Tally()
