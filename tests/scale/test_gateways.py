@@ -125,12 +125,13 @@ async def test_a_turn_of_megabytes_reaches_the_gateway_and_a_stream_comes_piece_
     tmp_path: Path,
 ) -> None:
     """The front has limits and buffers of its own."""
-    seen = asyncio.Event()
+    texts = [f"piece-{number}" for number in range(5)]
+    seen = asyncio.Semaphore(1)
 
-    async def two_pieces(call: Call) -> AsyncGenerator[bytes, None]:
-        async for piece in stream("first", "second"):
-            if b"second" in piece:
-                await seen.wait()
+    async def one_by_one(call: Call) -> AsyncGenerator[bytes, None]:
+        async for piece in stream(*texts):
+            if b"piece-" in piece:
+                await seen.acquire()  # the one before has arrived
             yield piece
 
     async with (
@@ -139,14 +140,14 @@ async def test_a_turn_of_megabytes_reaches_the_gateway_and_a_stream_comes_piece_
         nginx(tmp_path, *(gateway.url for gateway in both)) as front,
         ClientSession(headers=HEADERS) as client,
     ):
+        for worker in behind:
+            worker.answer = lambda call: one_by_one(call) if call.body else canned(call)
         turn = {**chat("s-1"), "stream": True, "metadata": {"padding": "x" * 2**21}}
         body = BytesIO(json.dumps(turn).encode())
-        for worker in behind:
-            worker.answer = lambda call: two_pieces(call) if call.body else canned(call)
         async with client.post(front.url / "v1/chat/completions", data=body) as response:
             assert response.status == 200
             read = b""
-            while b"first" not in read:  # until then the second piece is not sent
-                read += await asyncio.wait_for(response.content.readany(), 30)
-            seen.set()
-            assert b"second" in await response.read()
+            for text in texts:
+                while text.encode() not in read:
+                    read += await asyncio.wait_for(response.content.readany(), 30)
+                seen.release()
