@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 from io import BytesIO
 from pathlib import Path
 
-from aiohttp import ClientSession
+from aiohttp import ClientSession, ClientTimeout
 
 from aiohttp_smg_routing.testing import Call, stream
 from aiohttp_smg_routing.testing.answers import canned
@@ -28,6 +28,7 @@ from .cluster import (
 from .nginx import nginx
 
 TURNS = 6
+SILENCE = ClientTimeout(sock_read=30)
 HEADERS = {"X-SMG-Routing-Key": "s-1", "Content-Type": "application/json"}
 
 
@@ -138,20 +139,20 @@ async def test_a_turn_of_megabytes_reaches_the_gateway_and_a_stream_comes_piece_
         workers() as behind,
         gateways(behind, "consistent_hashing") as both,
         nginx(tmp_path, *(gateway.url for gateway in both)) as front,
-        ClientSession(headers=HEADERS) as client,
+        ClientSession(headers=HEADERS, timeout=SILENCE) as client,
     ):
         for worker in behind:
             worker.answer = lambda call: one_by_one(call) if call.body else canned(call)
         turn = {**chat("s-1"), "stream": True, "metadata": {"padding": "x" * 2**21}}
         body = BytesIO(json.dumps(turn).encode())
-        async with client.post(front.url / "v1/chat/completions", data=body) as response:
-            assert response.status == 200
-            read = b""
-            try:
+        read = b""
+        try:
+            async with client.post(front.url / "v1/chat/completions", data=body) as response:
+                assert response.status == 200
                 for text in texts:
                     while text.encode() not in read:
-                        read += await asyncio.wait_for(response.content.readany(), 30)
+                        read += await response.content.readany()
                     seen.release()
-            finally:
-                for _ in texts:  # no worker waits for what did not arrive
-                    seen.release()
+        finally:
+            for _ in texts:  # no worker waits for what did not arrive
+                seen.release()
