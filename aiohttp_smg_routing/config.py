@@ -186,7 +186,10 @@ class RoutingConfig:
             return True
         if url.raw_path not in self._paths:
             return False
-        return (url.scheme, (url.raw_host or "").lower(), url.port, url.raw_path) in self._meant
+        try:
+            return (url.scheme, (url.raw_host or "").lower(), url.port, url.raw_path) in self._meant
+        except ValueError:  # an encoded URL is read only now: aiohttp is about to refuse it
+            return False
 
     def routing_key(self, session_id: SessionId) -> str:
         """Return the key that ``session_id`` has under this config; see ``routing_key()``."""
