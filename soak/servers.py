@@ -18,7 +18,8 @@ from yarl import URL
 from aiohttp_smg_routing.testing import free_ports
 from benchmarks.servers import child
 
-PROGRAM = Path(__file__).resolve().parents[1] / "examples" / "session_server.py"
+ROOT = Path(__file__).resolve().parents[1]
+PROGRAM = ROOT / "examples" / "session_server.py"
 
 
 class Received(NamedTuple):
@@ -141,7 +142,8 @@ gateway.timeout_seconds = {timeout_seconds}
             stdin=asyncio.subprocess.DEVNULL,
             stdout=PIPE,
             stderr=output,
-            env={**os.environ, **env},
+            # The plugin of this tree, whichever is installed: it is what the soak speaks of.
+            env={**os.environ, "PYTHONPATH": str(ROOT), **env},
             start_new_session=True,  # a Ctrl-C in the terminal is not for it
         )
     try:
