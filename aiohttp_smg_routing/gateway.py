@@ -39,7 +39,7 @@ POLICY_BRANCHES: Final = frozenset(
 
 #: The branches in which the key chose the worker, and those of a call without a key that counts.
 KEY_BRANCHES: Final = ("vacant", "occupied_hit", "occupied_miss", "cap_respill", "routing_key_hit")
-NO_KEY_BRANCHES: Final = ("no_routing_id", "random_fallback")
+NO_KEY_BRANCHES: Final = ("no_routing_id", "random_fallback", "implicit_key_hit")
 
 #: Each choice of a worker; the label ``policy`` names the policy, ``worker_type`` the pool.
 WORKER_SELECTIONS: Final = "smg_worker_selection_total"

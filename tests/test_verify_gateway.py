@@ -188,6 +188,21 @@ def test_replicas_that_do_not_share_their_pins_are_seen(tmp_path: Path) -> None:
     assert "replicas" in unknown.out
 
 
+def test_proxy_that_drops_the_key_is_named_where_its_own_header_routes_all_calls(
+    tmp_path: Path,
+) -> None:
+    """consistent_hashing of SMG 1.13 hashes X-Forwarded-For where there is no key."""
+    drop, add = frozenset({"x-smg-routing-key"}), [("X-Forwarded-For", "10.0.0.7")]
+    with (
+        in_background(gateway("consistent_hashing")) as smg,
+        in_background(server(proxy(smg.url, drop=drop, add=add))) as url,
+    ):
+        run = verify(tmp_path, url, "--metrics", smg.metrics_url)
+    assert run.json["counters"]["branches"] == {"implicit_key_hit": 288}
+    assert run.status == 1, run.out
+    assert "key_lost" in run.causes, run.out
+
+
 def test_session_server_with_the_plugin_is_pinned(tmp_path: Path) -> None:
     with (
         in_background(gateway("manual")) as smg,
@@ -246,8 +261,10 @@ def test_keys_that_the_gateway_drops_or_shortens_are_named(tmp_path: Path) -> No
 def test_ids_that_differ_in_their_tail_only_share_a_worker(tmp_path: Path) -> None:
     with in_background(gateway("random", "--routing-key-override")) as smg:
         run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url, "--session-id", "{run}_t{n}")
-    # One key, and more calls with it at once than the gateway sends to one worker.
-    assert (run.status, run.causes) == (1, ["shared_key", "key_tail"]), run.out
+    # One key, and more calls with it at once than the gateway sends to one worker; the first ones,
+    # on a busy machine, may come one after the other.
+    assert (run.status, run.causes[:2]) == (1, ["shared_key", "key_tail"]), run.out
+    assert run.causes[2:] in ([], ["one_sided"]), run.out
 
 
 def test_unknown_model_lists_those_that_exist(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import (
     AbstractAsyncContextManager,
     AsyncExitStack,
@@ -112,11 +112,15 @@ def fake_gateway(chat: Handler, *, models: Handler = models) -> web.Application:
 
 
 def proxy(
-    *upstreams: URL, drop: frozenset[str] = frozenset(), api_key: str | None = None
+    *upstreams: URL,
+    drop: frozenset[str] = frozenset(),
+    add: Sequence[tuple[str, str]] = (),
+    api_key: str | None = None,
 ) -> web.Application:
     """Return a proxy before one gateway, or before replicas that take turns.
 
-    ``drop`` names headers, in small letters, that it takes off calls and answers. Where there is an
+    ``drop`` names headers, in small letters, that it takes off calls and answers; ``add`` are those
+    that it puts on calls. Where there is an
     ``api_key`` it asks for it, and tells what it got instead.
     """
     turn = cycle(upstreams)
@@ -131,6 +135,7 @@ def proxy(
             raise web.HTTPUnauthorized(text=f"wrong API key: {authorization}")
         gone = drop | {"host", "content-length", "transfer-encoding", "connection", "keep-alive"}
         headers = [(n, v) for n, v in request.headers.items() if n.lower() not in gone]
+        headers += add
         upstream = next(turn) if request.method == "POST" else upstreams[0]
         url = upstream.with_path(request.path)
         body = await request.read()
