@@ -162,7 +162,7 @@ pytest_collect_file = Sybil(
         CodeBlockParser("toml", toml),
         CodeBlockParser("sh", shell),
     ],
-    patterns=["README.md", "docs/recipes.md", "docs/testing.md"],
+    patterns=["README.md", "docs/recipes.md", "docs/testing.md", "docs/reliability.md"],
     setup=setup,
     teardown=teardown,
 ).pytest()

@@ -15,6 +15,10 @@ from .evidence import (
 )
 from .seen import Answer, Counters, Failure, Seen, Summary, by_session
 
+_REPLICAS_ADVICE = (
+    "Run one gateway, or --policy consistent_hashing, on which replicas agree, or a balancer that "
+    "hashes the key"
+)
 _POLICY_ADVICE = (
     "Launch the gateway with --policy manual or --policy consistent_hashing, or keep its policy "
     "and add --routing-key-override."
@@ -172,7 +176,7 @@ def _by_counters(
             "pinned_again",
             f"The gateway made {counters.of('vacant')} pins for {begun} sessions: "
             "replicas behind one address do not share them, and a restart forgets them.",
-            "Run one gateway, or --policy consistent_hashing, on which replicas agree.",
+            f"{_REPLICAS_ADVICE}.",
         )
     if counters.of("cap_respill"):
         yield Cause(
@@ -216,7 +220,7 @@ def _replicas(seen: Seen, calls: int, ours: int) -> Cause:
         "replicas",
         f"The gateway whose metrics are at {seen.plan.metrics} routed {calls} of {ours} calls: "
         "others behind the same address routed the rest, and replicas do not share their pins.",
-        "Run one gateway, or --policy consistent_hashing, on which replicas agree.",
+        f"{_REPLICAS_ADVICE}.",
     )
 
 
@@ -248,8 +252,7 @@ def _by_moves(better: bool) -> Cause:
             "pins_lost",
             "The key keeps sessions together, but not always: replicas behind one address do not "
             "share their pins, a restart forgets them, and a worker that fails loses them.",
-            "Run one gateway, or --policy consistent_hashing, on which replicas agree; give the "
-            "gateway's metrics with --metrics URL to tell which it is.",
+            f"{_REPLICAS_ADVICE}; give the gateway's metrics with --metrics URL to tell which it is.",
         )
     return Cause(
         "policy",
