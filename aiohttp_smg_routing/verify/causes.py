@@ -252,7 +252,8 @@ def _by_moves(better: bool) -> Cause:
             "pins_lost",
             "The key keeps sessions together, but not always: replicas behind one address do not "
             "share their pins, a restart forgets them, and a worker that fails loses them.",
-            f"{_REPLICAS_ADVICE}; give the gateway's metrics with --metrics URL to tell which it is.",
+            f"{_REPLICAS_ADVICE}; give the gateway's metrics with --metrics URL to tell which it "
+            "is.",
         )
     return Cause(
         "policy",
