@@ -78,7 +78,7 @@ def test_the_hook_from_start_to_end_of_a_call(benchmark: BenchmarkFixture) -> No
     pins = PinLedger(CONFIG)
     hook = routing_trace_config(CONFIG)
     hook.freeze()
-    session = cast("ClientSession", SimpleNamespace(trace_configs=[hook]))
+    session = cast("ClientSession", SimpleNamespace(trace_configs=[hook], _trace_configs=[hook]))
     head = CIMultiDict({"X-SMG-Routed-Worker-Id": WORKER})
     response = cast("ClientResponse", SimpleNamespace(status=200, headers=head))
 

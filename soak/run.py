@@ -25,6 +25,7 @@ FAILURE_SHARE = 0.02  # of the turns that a worker receives, for each way to fai
 LIMIT_SECONDS = 1800  # for one load
 SAMPLES = 200  # of the session server's memory
 MEMORY_SLACK = 4 * 2**20  # bytes: 160 for each turn between the last two quarters of a full run
+MOST_REPORTED = 0.05  # of the turns: five times what the faults come to
 TRACKED = 500  # sessions in the ledger: full long before half, so that it must not grow any more
 # A worker that is back is tried again after two seconds, not after a minute.
 GATEWAY_ARGS = (
@@ -96,6 +97,10 @@ class Outcome:
             ),
             f"the session server complained: {self.complaints[:3]}": self.complaints,
             f"the session server ended with status {self.exit_status}": self.exit_status,
+            # Where nothing works nothing is lost, and nothing shown.
+            f"{turns['reported']} turns failed": turns["reported"] > MOST_REPORTED * load.all_turns,
+            f"workers received {self.received} turns": self.received < turns["answered"],
+            "no worker was killed": not self.kills,
         }
         return [text for text, is_broken in checks.items() if is_broken]
 

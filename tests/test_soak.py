@@ -69,8 +69,9 @@ async def test_a_soak_that_is_stopped_leaves_nothing_behind(folder: Path) -> Non
 
 def whole() -> Outcome:
     """Return an outcome that breaks no promise."""
-    outcome = Outcome(Load(sessions=2, turns=2, at_a_time=2, seed=1), exit_status=0)
-    outcome.tally.turns.update({"answered": 2, "reported": 1, "hung up": 1})
+    outcome = Outcome(Load(sessions=50, turns=2, at_a_time=2, seed=1), exit_status=0)
+    outcome.tally.turns.update({"answered": 98, "reported": 1, "hung up": 1})
+    outcome.received, outcome.kills = 100, 1
     outcome.memory = [2**26] * 8
     return outcome
 
@@ -89,6 +90,9 @@ def test_an_outcome_that_breaks_no_promise_passes() -> None:
         (lambda it: it.wrong_keys.append("s-1"), "keys"),
         (lambda it: it.complaints.append("Traceback"), "complained"),
         (lambda it: setattr(it, "exit_status", -9), "status -9"),
+        (lambda it: it.tally.turns.update({"answered": -9, "reported": 9}), "10 turns failed"),
+        (lambda it: setattr(it, "received", 97), "received 97 turns"),
+        (lambda it: setattr(it, "kills", 0), "no worker was killed"),
         (lambda it: it.memory.extend([2**26 + 2 * MEMORY_SLACK] * 4), "memory grew"),
     ],
 )
