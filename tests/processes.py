@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
+from yarl import URL
+
 PROC = Path("/proc")
 HAS_PROC = (PROC / "self" / "cwd").exists()
 
@@ -42,3 +44,15 @@ async def running(folder: Path, *argv: str, **env: str) -> AsyncIterator[Process
         if process.returncode is None:
             process.kill()
             await process.communicate()
+
+
+async def until_refused(url: URL) -> None:
+    """Return when nobody listens at ``url`` any more."""
+    while True:
+        try:
+            _, writer = await asyncio.open_connection(url.host, url.port)
+        except ConnectionError:
+            return
+        writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()

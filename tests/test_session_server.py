@@ -14,7 +14,7 @@ import socket
 import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -26,6 +26,8 @@ import pytest
 from aiohttp import ClientSession, web
 from multidict import CIMultiDict
 from yarl import URL
+
+from .processes import until_refused
 
 if TYPE_CHECKING:
     from pytest_aiohttp.plugin import AiohttpServer  # since 1.1, which needs aiohttp 3.11
@@ -1056,15 +1058,3 @@ async def test_the_program_takes_broken_connections_calmly(
         assert program.returncode == 0
         assert b"Traceback" not in err
         assert b"session s: ClientPayloadError" in err
-
-
-async def until_refused(url: URL) -> None:
-    """Return when nobody listens at ``url`` any more."""
-    while True:
-        try:
-            _, writer = await asyncio.open_connection(url.host, url.port)
-        except ConnectionError:
-            return
-        writer.close()
-        with suppress(ConnectionError):
-            await writer.wait_closed()

@@ -4,7 +4,7 @@ import asyncio
 import os
 import signal
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 from aiohttp import ClientSession, TCPConnector
@@ -13,6 +13,7 @@ from yarl import URL
 from aiohttp_smg_routing.testing import recording_gateway, smg_gateway
 from soak.servers import SessionServer, complaints, session_server
 
+from ..processes import until_refused
 from .serving import SESSIONS, Agents, assert_keys, holding, soon, turns_of, until
 
 
@@ -29,18 +30,6 @@ async def serving(
     assert complaints(server.log) == []
     assert server.process.returncode is not None
     assert sorted(os.listdir(folder)) == ["server.log", "settings.toml"]
-
-
-async def until_refused(url: URL) -> None:
-    """Return when nobody listens at ``url`` any more."""
-    while True:
-        try:
-            _, writer = await asyncio.open_connection(url.host, url.port)
-        except ConnectionError:
-            return
-        writer.close()
-        with suppress(ConnectionError):
-            await writer.wait_closed()
 
 
 async def stop_in_the_midst(folder: Path, *, plugin: bool, stream: bool) -> list[tuple[int, bool]]:
