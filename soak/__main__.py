@@ -11,7 +11,7 @@ from typing import Any
 
 from stopping import FAILURES, run_until_signal
 
-from .run import KILLS, MEMORY_SLACK, Load, Outcome, soak
+from .run import GATEWAY_KILLS, MEMORY_SLACK, SERVER_KILLS, WORKER_KILLS, Load, Outcome, soak
 
 try:
     from rich.console import Console
@@ -47,6 +47,7 @@ def name(load: Load) -> str:
 def row_values(outcome: Outcome) -> dict[str, Any]:
     """Return what the table and the file say of a load."""
     turns, load = outcome.tally.turns, outcome.load
+    at_first, at_last = outcome.descriptors or (None, None)
     half, end = outcome.memory_of_quarter(3), outcome.memory_of_quarter(4)
     return {
         "sessions": load.sessions,
@@ -54,18 +55,26 @@ def row_values(outcome: Outcome) -> dict[str, Any]:
         "turns in flight, at most": outcome.tally.most_in_flight,
         "turns per second": round(load.all_turns / outcome.seconds, 1),
         "seconds": round(outcome.seconds, 1),
-        "fault: workers killed and restarted": outcome.kills,
+        "fault: workers killed and restarted": outcome.kills["worker"],
+        "fault: gateway killed and restarted": outcome.kills["gateway"],
+        "fault: session server killed and restarted": outcome.kills["session server"],
         "fault: 503 of a worker": outcome.faults["503"],
         "fault: answers cut off": outcome.faults["cut off"],
         "fault: agents that hung up": turns["hung up"],
         "turns answered": turns["answered"],
         "turns reported to the agent as an error": turns["reported"],
+        "- as the session server was killed": outcome.causes["session server"],
+        "- as the gateway was down": outcome.causes["gateway"],
+        "- as workers failed or were down": outcome.causes["workers"],
+        "- for no fault": len(outcome.unexplained),
         "lost": turns["lost"],
         "transcripts that are wrong": len(outcome.tally.wrong),
         "turns that workers received": outcome.received,
         "crosstalk": len(outcome.wrong_keys) + turns["crosstalk"],
         "memory after half, MiB": None if half is None else round(half / MIB, 1),
         "memory at the end, MiB": None if end is None else round(end / MIB, 1),
+        "descriptors before the first turn": at_first,
+        "descriptors after the last turn": at_last,
     }
 
 
@@ -115,10 +124,13 @@ def main() -> int:
     """Run the soak that the command line asks for; return its exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m soak",
-        description=f"Play sessions while {KILLS} times a worker is killed, workers fail, answers "
-        "break off and agents hang up. It passes (status 0) when no turn is lost, none is kept "
-        "twice, no key is another session's, and the session server's memory in the last quarter "
-        f"is no more than {MEMORY_SLACK // MIB} MiB above that in the third (medians).",
+        description=f"Play sessions while {WORKER_KILLS} times a worker is killed, "
+        f"{len(GATEWAY_KILLS)} times the gateway and {len(SERVER_KILLS)} times the session server, "
+        "workers fail, answers break off and agents hang up. It passes (status 0) when each turn "
+        "is answered, or reported to its agent for one of these faults, none is kept twice, no key "
+        "is another session's, the session server's memory in the last quarter is no more than "
+        f"{MEMORY_SLACK // MIB} MiB above that in the third (medians), and all its connections are "
+        "closed at the end.",
     )
     for option, default in (("sessions", 10_000), ("turns", 10), ("at-a-time", 256)):
         parser.add_argument(f"--{option}", type=at_least_one, default=default, help="(%(default)s)")

@@ -3,8 +3,8 @@
 import asyncio
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -14,26 +14,39 @@ from typing import Any
 import aiohttp
 from yarl import URL
 
-from aiohttp_smg_routing.testing import smg_gateway
+from aiohttp_smg_routing.testing import SmgGateway, free_ports, smg_gateway
 
-from .agents import Agent, Tally
-from .servers import SessionServer, Worker, complaints, session_server, worker_processes
+from .agents import SETTLE_SECONDS, Agent, Report, Tally
+from .causes import BREAKER_SECONDS, causes
+from .servers import (
+    Restartable,
+    SessionServer,
+    Worker,
+    complaints,
+    restartable,
+    session_server,
+    worker_processes,
+)
 
 WORKERS = 4
-KILLS = 40  # of a worker, spread over the run
+WORKER_KILLS = 40  # spread over the run
+# The shares of the run after which they are killed. The session server lives over the second half:
+# its memory is looked at there. Each new life of it begins with no transcript at all.
+GATEWAY_KILLS = (0.2, 0.4, 0.6)
+SERVER_KILLS = (0.1, 0.3)
 FAILURE_SHARE = 0.02  # of the turns that a worker receives, for each way to fail
 LIMIT_SECONDS = 1800  # for one load
 SAMPLES = 200  # of the session server's memory
-MEMORY_SLACK = 4 * 2**20  # bytes: 160 for each turn between the last two quarters of a full run
-MOST_REPORTED = 0.05  # of the turns: five times what the faults come to
-TRACKED = 500  # sessions in the ledger: full long before half, so that it must not grow any more
-# A worker that is back is tried again after two seconds, not after a minute.
+MEMORY_SLACK = 2**20  # bytes: 42 for each turn between the last two quarters of a full run
+MOST_REPORTED = 0.05  # of the turns, for what workers do: five times what their faults come to
+TRACKED = 200  # sessions in the ledger: full long before half, so that it must not grow any more
+# A worker that is back is tried again after seconds, not after a minute.
 GATEWAY_ARGS = (
     "--assignment-mode",
     "min_group",
     "--disable-retries",
     "--cb-timeout-duration-secs",
-    "2",
+    str(BREAKER_SECONDS),
 )
 
 
@@ -60,12 +73,21 @@ class Outcome:
 
     load: Load
     tally: Tally = field(default_factory=Tally)
-    kills: int = 0
+    kills: Counter[str] = field(default_factory=Counter)
     received: int = 0
     wrong_keys: list[str] = field(default_factory=list)
     """The first turns whose key was not the session that the body names."""
 
     faults: Counter[str] = field(default_factory=Counter)
+    causes: Counter[str] = field(default_factory=Counter)
+    """What the turns that were reported as errors came of."""
+
+    unexplained: list[Report] = field(default_factory=list)
+    """Those that came of nothing that failed."""
+
+    descriptors: tuple[int, int] | None = None
+    """What the session server had open before the first turn and after the last."""
+
     memory: list[int] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)
     exit_status: int | None = None
@@ -95,39 +117,69 @@ class Outcome:
             f"the memory grew by {self.memory_growth / 2**20:.1f} MiB over the second half": (
                 self.memory_growth > MEMORY_SLACK
             ),
+            f"the session server has descriptors open, at first and at last: {self.descriptors}": (
+                self.descriptors and self.descriptors[1] > self.descriptors[0]
+            ),
+            f"turns were reported for no fault: {self.unexplained[:3]}": self.unexplained,
             f"the session server complained: {self.complaints[:3]}": self.complaints,
             f"the session server ended with status {self.exit_status}": self.exit_status,
             # Where nothing works nothing is lost, and nothing shown.
-            f"{turns['reported']} turns failed": turns["reported"] > MOST_REPORTED * load.all_turns,
+            f"workers failed at {self.causes['workers']} turns": (
+                self.causes["workers"] > MOST_REPORTED * load.all_turns
+            ),
             f"workers received {self.received} turns": self.received < turns["answered"],
-            "no worker was killed": not self.kills,
+            f"not all were killed: {dict(self.kills)}": len(+self.kills) < 3,
         }
         return [text for text, is_broken in checks.items() if is_broken]
 
 
 async def soak(load: Load, progress: Callable[[Outcome], None]) -> Outcome:
-    """Play a load while workers are killed and fail; ``progress`` is called now and then."""
+    """Play a load while all is killed in turn; ``progress`` is called now and then."""
     outcome = Outcome(load)
+    ports = free_ports(2)
+    gateway_url, server_url = (URL(f"http://127.0.0.1:{port}") for port in ports)
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
         folder = Path(name)
+
+        def run_gateway() -> AbstractAsyncContextManager[SmgGateway]:
+            urls = [worker.url for worker in workers]
+            return smg_gateway(urls, policy="manual", port=ports[0], args=GATEWAY_ARGS)
+
+        def run_server() -> AbstractAsyncContextManager[SessionServer]:
+            env = {"PYTHONASYNCIODEBUG": "1"} if load.debug else {}
+            return session_server(
+                folder, gateway_url, port=ports[1], env=env, track_sessions=TRACKED
+            )
+
         async with (
             worker_processes(folder, WORKERS, seed=load.seed, share=FAILURE_SHARE) as workers,
-            smg_gateway(
-                [worker.url for worker in workers], policy="manual", args=GATEWAY_ARGS
-            ) as gateway,
-            session_server(
-                folder, gateway.url, env=environment(load), track_sessions=TRACKED
-            ) as server,
+            restartable(gateway_url, run_gateway) as gateway,
+            restartable(server_url, run_server) as server,
         ):
+            at_first = server.running.descriptors()
+            all_workers_up = asyncio.Lock()
             begin = asyncio.get_running_loop().time()
-            async with background(
-                break_workers(outcome, workers), watch(outcome, server, progress)
-            ):
-                await in_time(play(load, server.url, outcome.tally), outcome.tally)
+            await alongside(
+                in_time(play(load, server, outcome.tally), outcome.tally),
+                kill_workers(outcome, workers, all_workers_up),
+                kill_gateway(outcome, gateway, all_workers_up),
+                kill_server(outcome, server),
+                watch(outcome, server, progress),
+            )
             outcome.seconds = asyncio.get_running_loop().time() - begin
-            outcome.exit_status = await server.stop()
-            outcome.complaints = complaints(server.log)
+            outcome.kills["worker"] = sum(worker.process.kills for worker in workers)
+            outcome.kills["gateway"], outcome.kills["session server"] = gateway.kills, server.kills
             compare_keys(outcome, workers)
+            outcome.causes, outcome.unexplained = causes(
+                outcome.tally.reports, server, gateway, workers
+            )
+            # It ends the connections that the session server keeps for later turns.
+            await gateway.kill()
+            if at_first is not None:
+                at_last = await descriptors_left(server.running, at_first)
+                outcome.descriptors = at_first, at_last
+            outcome.exit_status = await server.running.stop()
+            outcome.complaints = complaints(server.running.log)
     return outcome
 
 
@@ -139,12 +191,7 @@ async def in_time(work: Coroutine[Any, Any, None], tally: Tally) -> None:
         raise RuntimeError(f"not over after {LIMIT_SECONDS} s: {dict(tally.turns)}") from error
 
 
-def environment(load: Load) -> Mapping[str, str]:
-    """Return what the session server finds in its environment besides."""
-    return {"PYTHONASYNCIODEBUG": "1"} if load.debug else {}
-
-
-async def play(load: Load, server: URL, tally: Tally) -> None:
+async def play(load: Load, server: Restartable[Any], tally: Tally) -> None:
     """Play all sessions."""
     numbers = iter(range(load.sessions))
     async with aiohttp.ClientSession(
@@ -159,42 +206,75 @@ async def play(load: Load, server: URL, tally: Tally) -> None:
         await asyncio.gather(*(one_after_another() for _ in range(load.at_a_time)))
 
 
-@asynccontextmanager
-async def background(*works: Awaitable[None]) -> AsyncIterator[None]:
-    """Do ``works`` until the block ends; what goes wrong in one ends the soak."""
-    tasks = [asyncio.ensure_future(work) for work in works]
+async def alongside(work: Awaitable[None], *others: Awaitable[None]) -> None:
+    """Do ``work`` while ``others`` are done; what goes wrong in any ends all, at once."""
+    tasks = [asyncio.ensure_future(each) for each in (work, *others)]
+    waiting = set(tasks)
     try:
-        yield
+        while tasks[0] in waiting:
+            ended, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in ended:
+                task.result()
     finally:
         for task in tasks:
             task.cancel()
-        ended = await asyncio.gather(*tasks, return_exceptions=True)
-    for error in ended:
-        if isinstance(error, Exception):
-            raise error
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def break_workers(outcome: Outcome, workers: Sequence[Worker]) -> None:
+async def kill_workers(
+    outcome: Outcome, workers: Sequence[Worker], all_workers_up: asyncio.Lock
+) -> None:
     """Kill one worker after another, each for some share of the run."""
-    random, step = Random(outcome.load.seed), outcome.load.all_turns / KILLS
-    for number in range(KILLS):
+    random, step = Random(outcome.load.seed), outcome.load.all_turns / WORKER_KILLS
+    for number in range(WORKER_KILLS):
         await outcome.tally.until((number + 0.25) * step)
         worker = random.choice(workers)
-        await worker.kill()
-        outcome.kills += 1
-        await outcome.tally.until((number + 0.75) * step)
-        await worker.start()
+        async with all_workers_up:
+            await worker.kill()
+            await outcome.tally.until((number + 0.75) * step)
+            await worker.start()
+
+
+async def kill_gateway(
+    outcome: Outcome, gateway: Restartable[SmgGateway], all_workers_up: asyncio.Lock
+) -> None:
+    """Kill the gateway now and then, and start it anew with an empty sticky map."""
+    for share in GATEWAY_KILLS:
+        await outcome.tally.until(share * outcome.load.all_turns)
+        async with all_workers_up:  # one that is not costs a new gateway half a minute
+            await gateway.kill()
+            # Each agent meets it, about once.
+            await outcome.tally.until(outcome.tally.played + outcome.load.at_a_time)
+            await gateway.start()
+
+
+async def kill_server(outcome: Outcome, server: Restartable[SessionServer]) -> None:
+    """Kill the session server now and then, and start it anew without any session."""
+    for share in SERVER_KILLS:
+        await outcome.tally.until(share * outcome.load.all_turns)
+        await server.kill()
+        await server.start()
 
 
 async def watch(
-    outcome: Outcome, server: SessionServer, progress: Callable[[Outcome], None]
+    outcome: Outcome, server: Restartable[SessionServer], progress: Callable[[Outcome], None]
 ) -> None:
     """Sample the session server's memory, and tell how far the load is."""
     for number in range(SAMPLES):
         await outcome.tally.until(number / SAMPLES * outcome.load.all_turns)
-        if (memory := server.memory()) is not None:
+        if memory := server.running.memory():  # 0 as it dies
             outcome.memory.append(memory)
         progress(outcome)
+
+
+async def descriptors_left(server: SessionServer, at_first: int) -> int:
+    """Return how many descriptors a server has open that nobody is connected to any more."""
+    deadline = asyncio.get_running_loop().time() + SETTLE_SECONDS
+    while (left := server.descriptors() or 0) > at_first:
+        if asyncio.get_running_loop().time() > deadline:
+            break
+        await asyncio.sleep(0.02)
+    return left
 
 
 def compare_keys(outcome: Outcome, workers: Sequence[Worker]) -> None:

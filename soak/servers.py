@@ -5,12 +5,18 @@ import json
 import os
 import signal
 import sys
+import time
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    suppress,
+)
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Generic, NamedTuple, TypeVar
 
 from aiohttp import ClientSession
 from yarl import URL
@@ -21,13 +27,73 @@ from benchmarks.servers import child
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = ROOT / "examples" / "session_server.py"
 
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Restartable(Generic[T]):
+    """What can be killed, and run again where it was."""
+
+    url: URL
+    run: Callable[[], AbstractAsyncContextManager[T]]
+    running: T = field(init=False)
+    """What runs, or ran last."""
+
+    up: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+    down: list[list[float]] = field(default_factory=list, init=False)
+    """Since when it was down, and until when."""
+
+    _stack: AsyncExitStack = field(default_factory=AsyncExitStack, init=False)
+
+    @property
+    def kills(self) -> int:
+        """How often it was killed."""
+        return len(self.down)
+
+    async def start(self) -> None:
+        """Run it; return once it answers."""
+        self.running = await self._stack.enter_async_context(self.run())
+        self.up.set()
+        if self.down:
+            self.down[-1][1] = time.monotonic()
+
+    async def kill(self) -> None:
+        """Kill it, if it runs."""
+        if self.up.is_set():
+            self.up.clear()
+            self.down.append([time.monotonic(), float("inf")])
+            await self._stack.aclose()
+
+    def was_down(self, since: float, until: float) -> bool:
+        """Tell whether it was killed, or was not yet back, at some moment of that time."""
+        return any(begin <= until and end >= since for begin, end in self.down)
+
+
+@asynccontextmanager
+async def restartable(
+    url: URL, run: Callable[[], AbstractAsyncContextManager[T]]
+) -> AsyncIterator[Restartable[T]]:
+    """Run it until the block ends."""
+    it = Restartable(url, run)
+    await it.start()
+    try:
+        yield it
+    finally:
+        await it.kill()
+
 
 class Received(NamedTuple):
-    """A turn as a worker received it: the body's ``user``, the keys, and how the worker failed."""
+    """A turn as a worker received it."""
 
     user: str
+    """The session that the body names."""
+
+    text: str
+    """The last message."""
+
     keys: list[str]
     fault: str | None
+    at: float
 
 
 @dataclass(slots=True)
@@ -39,31 +105,32 @@ class Worker:
     client: ClientSession
     seed: int = 0
     share: float = 0
-    _running: AbstractAsyncContextManager[Process] | None = field(default=None, init=False)
+    process: Restartable[Process] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.process = Restartable(self.url, self._run)
 
     @property
     def url(self) -> URL:
         """Where it answers."""
         return URL(f"http://127.0.0.1:{self.port}")
 
-    async def start(self) -> None:
-        """Run it; return once it answers."""
-
+    def _run(self) -> AbstractAsyncContextManager[Process]:
         async def ready() -> bool:
             async with self.client.get(self.url / "health") as response:
                 return response.ok
 
         spec = {"port": self.port, "file": str(self.file), "seed": self.seed, "share": self.share}
         self.seed += 1  # a restarted one does not fail at the same turns again
-        running = child("soak.worker", ready, **spec)
-        await running.__aenter__()
-        self._running = running
+        return child("soak.worker", ready, **spec)
+
+    async def start(self) -> None:
+        """Run it; return once it answers."""
+        await self.process.start()
 
     async def kill(self) -> None:
         """Kill it, if it runs."""
-        running, self._running = self._running, None
-        if running:
-            await running.__aexit__(None, None, None)
+        await self.process.kill()
 
     def received(self) -> Iterator[Received]:
         """Yield the turns that it received, in all its lives."""
@@ -112,12 +179,20 @@ class SessionServer:
             return None
         return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
+    def descriptors(self) -> int | None:
+        """Return how many files and sockets it has open, None where the system does not tell."""
+        try:
+            return len(os.listdir(f"/proc/{self.process.pid}/fd"))
+        except OSError:
+            return None
+
 
 @asynccontextmanager
 async def session_server(
     folder: Path,
     gateway: URL,
     *,
+    port: int = 0,
     timeout_seconds: float = 60,
     env: Mapping[str, str],
     **config: object,
@@ -129,7 +204,7 @@ async def session_server(
     settings, log = folder / "settings.toml", folder / "server.log"
     config = {"gateway": str(gateway), "client_session": "client_session", **config}
     text = f"""\
-server.port = 0
+server.port = {port}
 gateway.url = {json.dumps(str(gateway))}
 gateway.timeout_seconds = {timeout_seconds}
 [smg_routing]

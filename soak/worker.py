@@ -8,6 +8,7 @@ is streamed; one with ``"hold": true`` by none.
 import asyncio
 import json
 import os
+import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from random import Random
@@ -45,8 +46,9 @@ class Worker:
         roll = self.random.random()
         fault = FAULTS[int(roll / self.share)] if roll < len(FAULTS) * self.share else None
         keys = [key.decode() for key in call.keys]
+        noted = [turn["user"], turn["messages"][-1]["content"], keys, fault, time.monotonic()]
         # One write: a line is there whole, or not at all.
-        os.write(self.file, json.dumps([turn["user"], keys, fault]).encode() + b"\n")
+        os.write(self.file, json.dumps(noted).encode() + b"\n")
         if fault == "503":
             return failure(503)
         whole = reply(turn)

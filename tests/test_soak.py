@@ -4,7 +4,7 @@ import asyncio
 import json
 import signal
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -15,10 +15,11 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from yarl import URL
 
-from soak import agents
-from soak.agents import Agent, Tally
-from soak.run import MEMORY_SLACK, Load, Outcome, compare_keys
-from soak.servers import Worker, complaints
+from soak import agents, run
+from soak.agents import Agent, ErrorKind, Report, Tally
+from soak.causes import causes
+from soak.run import MEMORY_SLACK, Load, Outcome, alongside, compare_keys, descriptors_left
+from soak.servers import Restartable, Worker, complaints, restartable, session_server
 
 from .processes import HAS_PROC, processes_in, running
 
@@ -47,7 +48,7 @@ async def test_a_short_soak_loses_nothing(folder: Path) -> None:
         assert each["failures"] == []
         assert (figures["lost"], figures["crosstalk"]) == (0, 0)
     faults = {name: count for name, count in soak["figures"].items() if name.startswith("fault: ")}
-    assert len(faults) == 4
+    assert len(faults) == 6
     assert all(faults.values())
     assert debug["load"]["debug"]
 
@@ -71,7 +72,9 @@ def whole() -> Outcome:
     """Return an outcome that breaks no promise."""
     outcome = Outcome(Load(sessions=50, turns=2, at_a_time=2, seed=1), exit_status=0)
     outcome.tally.turns.update({"answered": 98, "reported": 1, "hung up": 1})
-    outcome.received, outcome.kills = 100, 1
+    outcome.received = 100
+    outcome.kills.update({"worker": 1, "gateway": 1, "session server": 1})
+    outcome.descriptors = 7, 7
     outcome.memory = [2**26] * 8
     return outcome
 
@@ -90,9 +93,11 @@ def test_an_outcome_that_breaks_no_promise_passes() -> None:
         (lambda it: it.wrong_keys.append("s-1"), "keys"),
         (lambda it: it.complaints.append("Traceback"), "complained"),
         (lambda it: setattr(it, "exit_status", -9), "status -9"),
-        (lambda it: it.tally.turns.update({"answered": -9, "reported": 9}), "10 turns failed"),
+        (lambda it: it.causes.update({"workers": 10}), "failed at 10 turns"),
+        (lambda it: it.unexplained.append("s-1"), "for no fault: ['s-1']"),
+        (lambda it: setattr(it, "descriptors", (7, 8)), "open, at first and at last: (7, 8)"),
         (lambda it: setattr(it, "received", 97), "received 97 turns"),
-        (lambda it: setattr(it, "kills", 0), "no worker was killed"),
+        (lambda it: it.kills.update({"worker": -1}), "not all were killed"),
         (lambda it: it.memory.extend([2**26 + 2 * MEMORY_SLACK] * 4), "memory grew"),
     ],
 )
@@ -108,7 +113,7 @@ async def test_a_wrong_key_is_found_in_what_a_worker_received(
     tmp_path: Path, client: aiohttp.ClientSession, keys: list[str]
 ) -> None:
     file = tmp_path / "received"
-    lines = [["s-1", ["s-1"], None], ["s-1", keys, "503"]]
+    lines = [["s-1", "turn 0", ["s-1"], None, 0], ["s-1", "turn 1", keys, "503", 1]]
     file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     outcome = Outcome(Load(1, 1, 1, 1))
     compare_keys(outcome, [Worker(1, file, client)])
@@ -122,10 +127,94 @@ def test_a_complaint_is_found_in_a_log(tmp_path: Path) -> None:
     assert complaints(log) == ["Task was destroyed but it is pending!"]
 
 
+async def test_what_fails_beside_the_load_ends_the_soak_at_once() -> None:
+    async def fail() -> None:
+        raise LookupError
+
+    with pytest.raises(LookupError):
+        await asyncio.wait_for(alongside(forever(), forever(), fail()), 30)
+
+
+async def test_the_load_that_is_over_ends_what_is_done_beside_it() -> None:
+    await asyncio.wait_for(alongside(asyncio.sleep(0), forever()), 30)
+
+
+async def forever() -> None:
+    await asyncio.Event().wait()
+
+
+SINCE, UNTIL = 10, 20  # when the turn was under way
+
+
+@pytest.mark.parametrize(
+    ("down", "tries", "error", "cause"),
+    [
+        # Every try met a fault.
+        ({}, ["503", "503", "503"], "other", "workers"),
+        ({}, ["cut off"], "cut off", "workers"),
+        ({"worker": [15, 30]}, [None, None, None], "other", "workers"),
+        ({"worker": [5, 12]}, [], "gateway's", "workers"),
+        ({"worker": [5, 9]}, [], "gateway's", "workers"),  # just back: it is not asked yet
+        ({"worker": [5, 12]}, ["503", "503"], "other", "workers"),
+        ({"gateway": [5, 12]}, [None], "other", "gateway"),
+        ({"session server": [15, 16]}, [None], "other", "session server"),
+        # It was reported though a worker answered, or though tries were left, or for nothing.
+        ({}, ["503", "503", None], "other", None),
+        ({"worker": [5, 11]}, [None], "cut off", None),  # killed before it received the turn
+        ({"worker": [5, 11]}, ["503", None], "other", None),
+        ({}, ["503", "503"], "other", None),
+        ({}, [], "cut off", None),
+        ({"worker": [5, 12]}, [], "other", None),  # nobody says that a worker was asked
+        ({"worker": [1, 7], "gateway": [21, 22]}, [], "gateway's", None),
+        ({"session server": [2, 3]}, [], "other", None),
+    ],
+)
+async def test_each_report_must_have_met_a_fault(
+    tmp_path: Path,
+    client: aiohttp.ClientSession,
+    down: dict[str, list[float]],
+    tries: list[str | None],
+    error: ErrorKind,
+    cause: str | None,
+) -> None:
+    worker = Worker(1, tmp_path / "received", client)
+    lines = [["s-1", "turn 0", ["s-1"], fault, 14] for fault in tries]
+    others = [["s-1", "turn 1", ["s-1"], "503", 14], ["s-2", "turn 0", ["s-2"], None, 14]]
+    worker.file.write_text("".join(f"{json.dumps(line)}\n" for line in lines + others))
+    gateway, server = (Restartable(URL(), nullcontext) for _ in range(2))
+    for name, it in ("worker", worker.process), ("gateway", gateway), ("session server", server):
+        it.down = [down[name]] if name in down else []
+    report = Report("s-1", "turn 0", error, SINCE, UNTIL)
+    counts, unexplained = causes([report], server, gateway, [worker])
+    assert (dict(counts), unexplained) == (({cause: 1}, []) if cause else ({}, [report]))
+
+
+@pytest.mark.skipif(not HAS_PROC, reason="descriptors are read from /proc")
+async def test_a_descriptor_that_stays_open_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with session_server(tmp_path, URL("http://127.0.0.1:9"), env={}) as server:
+        at_first = server.descriptors()
+        assert at_first
+        async with aiohttp.ClientSession() as client:
+            async with client.get(server.url / "health") as response:
+                await response.read()
+            with monkeypatch.context() as patch:
+                patch.setattr(run, "SETTLE_SECONDS", 0)
+                assert await descriptors_left(server, at_first) == at_first + 1
+        assert await descriptors_left(server, at_first) == at_first
+
+
 @asynccontextmanager
-async def server_that_keeps(times: int, status: int, reply: str) -> AsyncIterator[URL]:
-    """Run a session server that keeps each turn so many times, whatever it tells its agent."""
+async def server_that_keeps(
+    times: int, status: int | None, reply: str = ""
+) -> AsyncIterator[Restartable[None]]:
+    """Run a session server that keeps each turn so many times, whatever it tells its agent.
+
+    Where the status is 0 it hangs up, and where it is None it says nothing at all.
+    """
     turns, messages = [0], [[]]  # type: ignore[var-annotated]
+    stop = asyncio.Event()
 
     async def make(request: web.Request) -> web.Response:
         return web.Response(status=201)
@@ -137,7 +226,11 @@ async def server_that_keeps(times: int, status: int, reply: str) -> AsyncIterato
         turns[0] += times
         if times:
             messages[0] = [*body["messages"], message]
-        return web.json_response({"choices": [{"message": message}]}, status=status)
+        if status is None:
+            await stop.wait()
+        elif status == 0 and request.transport:
+            request.transport.close()
+        return web.json_response({"choices": [{"message": message}]}, status=status or 200)
 
     async def read(request: web.Request) -> web.Response:
         return web.json_response({"turns": turns[0], "messages": messages[0]})
@@ -147,8 +240,9 @@ async def server_that_keeps(times: int, status: int, reply: str) -> AsyncIterato
     app.router.add_post("/sessions/{id}/v1/chat/completions", play)
     app.router.add_get("/sessions/{id}", read)
     app.router.add_delete("/sessions/{id}", make)
-    async with TestServer(app) as server:
-        yield server.make_url("/")
+    async with TestServer(app) as server, restartable(server.make_url("/"), nullcontext) as it:
+        yield it
+        stop.set()
 
 
 @pytest.mark.parametrize(
@@ -160,6 +254,7 @@ async def server_that_keeps(times: int, status: int, reply: str) -> AsyncIterato
         (1, 503, "", "reported", True),  # kept, and reported as an error
         (0, 503, "", "reported", False),
         (0, 200, "s-2", "crosstalk", False),
+        (0, 0, "", "lost", False),  # nobody killed it
     ],
 )
 async def test_an_agent_sees_what_a_session_server_does_wrong(
@@ -173,9 +268,23 @@ async def test_an_agent_sees_what_a_session_server_does_wrong(
 ) -> None:
     monkeypatch.setattr(agents, "SETTLE_SECONDS", 0.2)
     monkeypatch.setattr(agents, "HANG_UPS", 0)
+    monkeypatch.setattr(agents, "PAUSE_SECONDS", 0)
     monkeypatch.setattr(agents, "STREAMED", 0)
     tally = Tally()
-    async with server_that_keeps(times, status, reply) as url:
-        await Agent(client, url, "s-1", Random(1), tally).play(1)
+    async with server_that_keeps(times, status, reply) as server:
+        await Agent(client, server, "s-1", Random(1), tally).play(1)
     assert tally.turns == {outcome: 1}
+    assert bool(tally.wrong) == is_wrong
+
+
+@pytest.mark.parametrize(("times", "is_wrong"), [(0, False), (1, False), (2, True)])
+async def test_a_turn_that_an_agent_hung_up_in_may_be_kept_once(
+    monkeypatch: pytest.MonkeyPatch, client: aiohttp.ClientSession, times: int, is_wrong: bool
+) -> None:
+    monkeypatch.setattr(agents, "SETTLE_SECONDS", 0.2)
+    monkeypatch.setattr(agents, "HANG_UPS", 1)
+    tally = Tally()
+    async with server_that_keeps(times, None) as server:
+        await Agent(client, server, "s-1", Random(1), tally).play(20)
+    assert tally.turns == {"hung up": 20}
     assert bool(tally.wrong) == is_wrong

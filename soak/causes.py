@@ -1,0 +1,56 @@
+"""Why turns were reported to their agents as errors: each must have met a fault."""
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from .agents import Report
+from .servers import Received, Restartable, Worker
+
+TRIES = 3  # of the example session server, for a turn whose answer has not begun
+BREAKER_SECONDS = 2  # for which the gateway does not ask a worker that refused, back or not
+
+Tries = Sequence[tuple[Worker, Received]]
+
+
+def causes(
+    reports: Sequence[Report],
+    server: Restartable[Any],
+    gateway: Restartable[Any],
+    workers: Sequence[Worker],
+) -> tuple[Counter[str], list[Report]]:
+    """Return how many reports came of what, and those that came of nothing that failed."""
+    tries: dict[tuple[str, str], list[tuple[Worker, Received]]] = defaultdict(list)
+    reported = {(report.user, report.text) for report in reports}
+    for worker in workers:
+        for turn in worker.received():
+            if (turn.user, turn.text) in reported:
+                tries[turn.user, turn.text].append((worker, turn))
+    counts: Counter[str] = Counter()
+    unexplained = []
+    for report in reports:
+        if server.was_down(report.since, report.until):
+            counts["session server"] += 1
+        elif gateway.was_down(report.since, report.until):
+            counts["gateway"] += 1
+        elif is_of_workers(report, tries[report.user, report.text], workers):
+            counts["workers"] += 1
+        else:
+            unexplained.append(report)
+    return counts, unexplained
+
+
+def is_of_workers(report: Report, tries: Tries, workers: Sequence[Worker]) -> bool:
+    """Tell whether workers failed at each try that they received, and one refused all others.
+
+    Where no worker received any, the gateway must have told of it.
+    """
+    failed = all(
+        turn.fault or worker.process.was_down(turn.at, report.until) for worker, turn in tries
+    )
+    if len(tries) >= (1 if report.error == "cut off" else TRIES):
+        return failed
+    was_told = bool(tries) or report.error == "gateway's"
+    since = report.since - BREAKER_SECONDS
+    was_down = any(worker.process.was_down(since, report.until) for worker in workers)
+    return failed and was_told and was_down
