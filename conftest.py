@@ -1,5 +1,7 @@
 """The pages that users read are run: each snippet of README.md and docs/*.md is a test.
 
+Those of docs/scaling.md that are not sh are what tests/scale runs.
+
 Addresses in them are made real: ``http://10.0.0.1:30000`` is a recording gateway while they run,
 and ``8080`` a free port.
 Names that a snippet takes for granted, such as ``app``, are those that ``Page`` sets.
@@ -10,6 +12,7 @@ import asyncio
 import inspect
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Awaitable, Callable, Mapping
@@ -129,7 +132,7 @@ def toml(example: Example) -> None:
 def shell(example: Example) -> None:
     """Look that there is what each line calls: what it does is tested where it takes minutes."""
     for line in example.parsed.splitlines():
-        command, *words = line.partition("#")[0].split()
+        command, *words = shlex.split(line, comments=True)
         if command == "make":
             subprocess.run(["make", "--dry-run", *words], cwd=ROOT, check=True, capture_output=True)  # noqa: S603, S607
         elif command == "pip":
@@ -156,13 +159,11 @@ def teardown(namespace: dict[str, Any]) -> None:
     namespace["page"].close()
 
 
-pytest_collect_file = Sybil(
-    parsers=[
-        CodeBlockParser("python", python),
-        CodeBlockParser("toml", toml),
-        CodeBlockParser("sh", shell),
-    ],
+SHELL = CodeBlockParser("sh", shell)
+PAGES = Sybil(
+    parsers=[CodeBlockParser("python", python), CodeBlockParser("toml", toml), SHELL],
     patterns=["README.md", "docs/recipes.md", "docs/testing.md", "docs/reliability.md"],
     setup=setup,
     teardown=teardown,
-).pytest()
+)
+pytest_collect_file = (PAGES + Sybil(parsers=[SHELL], patterns=["docs/scaling.md"])).pytest()
