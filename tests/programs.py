@@ -1,7 +1,8 @@
-"""Programs out of Debian packages, which no virtual environment brings."""
+"""Programs that are no Python, and where they are."""
 
 import os
 import shutil
+import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
@@ -9,13 +10,18 @@ from typing import NoReturn
 import pytest
 
 ROOT = Path(__file__).parents[1]
+SCRIPTS = sysconfig.get_path("scripts")
+
+
+def found(name: str, environ: Mapping[str, str] = os.environ) -> str | None:
+    """Return where the program is, the virtual environment included."""
+    folders = [environ.get("PATH", os.defpath), "/usr/sbin", SCRIPTS]
+    return shutil.which(name, path=os.pathsep.join(folders))
 
 
 def program(name: str, package: str, environ: Mapping[str, str] = os.environ) -> str:
-    """Return where the program is; without it fail on CI, and skip elsewhere."""
-    folders = [environ.get("PATH", os.defpath), "/usr/sbin", str(ROOT / ".venv" / "bin")]
-    path = shutil.which(name, path=os.pathsep.join(folders))
-    return path or absent(
+    """Return where Debian's program is; without it fail on CI, and skip elsewhere."""
+    return found(name, environ) or absent(
         f"{name} is not here: run .ci/debian {package} {name}, which puts it into .venv/bin",
         environ,
     )

@@ -7,7 +7,7 @@ from .programs import program
 
 @pytest.fixture(autouse=True)
 def _nothing_in_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.programs.ROOT", tmp_path)
+    monkeypatch.setattr("tests.programs.SCRIPTS", str(tmp_path / "bin"))
 
 
 def test_without_a_program_ci_fails_and_other_machines_skip(tmp_path: Path) -> None:
@@ -19,7 +19,7 @@ def test_without_a_program_ci_fails_and_other_machines_skip(tmp_path: Path) -> N
 
 
 def test_a_program_in_the_virtual_environment_is_found(tmp_path: Path) -> None:
-    file = tmp_path / ".venv" / "bin" / "a-program"
-    file.parent.mkdir(parents=True)
+    file = tmp_path / "bin" / "a-program"
+    file.parent.mkdir()
     file.touch(mode=0o755)
     assert program("a-program", "a-package", {"PATH": str(tmp_path)}) == str(file)
