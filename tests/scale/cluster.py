@@ -1,6 +1,8 @@
 """Three session servers, two real gateways and four workers, and what came to whom."""
 
 import asyncio
+import os
+import signal
 import sys
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
@@ -43,17 +45,22 @@ async def gateways(
         yield await asyncio.gather(*map(stack.enter_async_context, contexts))
 
 
+async def kill(gateway: SmgGateway) -> None:
+    os.kill(gateway.process.pid, signal.SIGKILL)
+    await gateway.process.wait()
+
+
 @asynccontextmanager
 async def session_servers(*told: URL) -> AsyncIterator[list[URL]]:
     """Run the session servers, each a process; ``told`` in turn are whom they call."""
     async with AsyncExitStack() as stack:
-        contexts = [_session_server(gateway) for gateway in islice(cycle(told), SERVERS)]
+        contexts = [session_server(gateway) for gateway in islice(cycle(told), SERVERS)]
         yield await asyncio.gather(*map(stack.enter_async_context, contexts))
 
 
 @asynccontextmanager
-async def _session_server(gateway: URL) -> AsyncIterator[URL]:
-    url = URL(f"http://127.0.0.1:{free_port()}")
+async def session_server(gateway: URL, port: int | None = None) -> AsyncIterator[URL]:
+    url = URL(f"http://127.0.0.1:{port or free_port()}")
     argv = (sys.executable, "-m", "tests.recipes.pinned", str(gateway), "asyncio", str(url.port))
     async with ClientSession() as client:
 
@@ -63,6 +70,11 @@ async def _session_server(gateway: URL) -> AsyncIterator[URL]:
 
         async with child_process(*argv, ready=ready):
             yield url
+
+
+async def pid_of(server: URL) -> int:
+    async with ClientSession() as client, client.get(server) as response:
+        return int((await response.json())["pid"])
 
 
 async def play(servers: Sequence[URL], turns: int, sessions: Iterable[str] = SESSIONS) -> None:

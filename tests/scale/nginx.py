@@ -1,21 +1,16 @@
 """nginx before the gateways, with the configuration of docs/scaling.md."""
 
-import asyncio
-import re
-from collections import defaultdict
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-from aiohttp import ClientSession
 from yarl import URL
 
-from aiohttp_smg_routing.testing import child_process, free_port
+from aiohttp_smg_routing.testing import free_port
 
 from ..programs import program
+from .front import Front, instead, on_the_page, running
 
-PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
 HASH = "    hash $http_x_smg_routing_key consistent;\n"
 
 # What Debian has in /etc/nginx/nginx.conf, with every path in the folder. One process: nothing is
@@ -37,46 +32,8 @@ http {
 """
 
 
-@dataclass(frozen=True)
-class Nginx:
-    url: URL
-    log: Path
-
-    async def gateways(self, turns: int) -> Mapping[str, Sequence[URL]]:
-        """Return which gateways answered each session's turns, in order, of so many turns."""
-        served = defaultdict(list)
-        for line in await asyncio.wait_for(self._logged(turns), 30):
-            key, gateway, status = line.split()
-            assert status == "200", line
-            served[key].append(URL(f"http://{gateway}"))
-        return served
-
-    async def _logged(self, turns: int) -> Sequence[str]:
-        while True:  # nginx writes a line when the answer has gone out
-            lines = self.log.read_text().splitlines()
-            lines = [line for line in lines if not line.startswith("- ")]
-            if len(lines) >= turns:
-                return lines
-            await asyncio.sleep(0.01)
-
-
-def on_the_page(language: str) -> str:
-    """Return the one block of that language."""
-    [found] = re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    return str(found)
-
-
-def instead(text: str, *pairs: tuple[str, object]) -> str:
-    """Return ``text`` with other words in it, each of which must be there once."""
-    for old, new in pairs:
-        assert text.count(old) == 1, old
-        text = text.replace(old, str(new))
-    return text
-
-
 @asynccontextmanager
-async def nginx(folder: Path, *gateways: URL, hashing: bool = True) -> AsyncIterator[Nginx]:
-    """Run nginx before two gateways; without ``hashing`` they take turns."""
+async def nginx(folder: Path, *gateways: URL, hashing: bool = True) -> AsyncIterator[Front]:
     first, second = gateways
     url = URL(f"http://127.0.0.1:{free_port()}")
     conf = instead(
@@ -90,11 +47,5 @@ async def nginx(folder: Path, *gateways: URL, hashing: bool = True) -> AsyncIter
     (folder / "nginx.conf").write_text(MAIN)
     (folder / "smg.conf").write_text(conf)
     argv = (program("nginx", "nginx"), "-p", f"{folder}/", "-c", "nginx.conf", "-e", "stderr")
-    async with ClientSession() as client:
-
-        async def ready() -> bool:
-            async with client.get(url / "health"):
-                return True
-
-        async with child_process(*argv, ready=ready):
-            yield Nginx(url, folder / "smg.log")
+    async with running(url, folder / "smg.log", *argv) as front:
+        yield front

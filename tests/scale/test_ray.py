@@ -13,13 +13,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from aiohttp import ClientSession
 from yarl import URL
 
 from ..processes import HAS_PROC, processes_in
 from ..programs import ROOT, absent
-from .cluster import SERVERS, gateways, on_one_worker, play, workers
-from .nginx import instead, nginx, on_the_page
+from .cluster import SERVERS, gateways, on_one_worker, pid_of, play, workers
+from .front import instead, on_the_page
+from .nginx import nginx
 from .ray_cluster import LOOPBACK
 
 TURNS = 3
@@ -61,11 +61,6 @@ async def addresses(process: Process) -> list[URL]:
         if line.startswith(b"["):
             return [URL(url) for url in json.loads(line)]
     raise AssertionError("see the log in its folder")
-
-
-async def pid_of(server: URL) -> int:
-    async with ClientSession() as client, client.get(server) as response:
-        return int((await response.json())["pid"])
 
 
 async def test_ray_actors_keep_their_sessions_and_so_does_one_that_ray_made_again(

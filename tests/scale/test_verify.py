@@ -13,7 +13,7 @@ from ..conftest import session_server
 from ..test_verify_gateway import verify
 from ..verify_servers import in_background, proxy, server, stub_engines
 from .cluster import GATEWAYS, WORKERS
-from .nginx import nginx
+from .front import Balancer
 
 
 @asynccontextmanager
@@ -27,10 +27,12 @@ async def gateways() -> AsyncIterator[list[tuple[URL, URL]]]:
 
 
 @asynccontextmanager
-async def behind_nginx(folder: Path, *, hashing: bool) -> AsyncIterator[tuple[URL, URL]]:
+async def behind(
+    balancer: Balancer, folder: Path, *, hashing: bool
+) -> AsyncIterator[tuple[URL, URL]]:
     async with (
         gateways() as ((first, metrics), (second, _)),
-        nginx(folder, first, second, hashing=hashing) as front,
+        balancer(folder, first, second, hashing=hashing) as front,
     ):
         yield front.url, metrics
 
@@ -40,10 +42,10 @@ async def behind_nginx(folder: Path, *, hashing: bool) -> AsyncIterator[tuple[UR
     [(True, 0, []), (False, 1, ["replicas"])],
     ids=["hash", "round robin"],
 )
-def test_verify_names_the_replicas_unless_nginx_hashes_the_key(
-    tmp_path: Path, hashing: bool, status: int, causes: list[str]
+def test_verify_names_the_replicas_unless_the_balancer_hashes_the_key(
+    tmp_path: Path, balancer: Balancer, hashing: bool, status: int, causes: list[str]
 ) -> None:
-    with in_background(behind_nginx(tmp_path, hashing=hashing)) as (front, metrics):
+    with in_background(behind(balancer, tmp_path, hashing=hashing)) as (front, metrics):
         run = verify(tmp_path, front, "--metrics", metrics)
     assert (run.status, run.causes) == (status, causes), run.out
 

@@ -1,0 +1,75 @@
+"""What stands before the gateways, with the configuration of docs/scaling.md."""
+
+import asyncio
+import re
+from collections import defaultdict
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from aiohttp import ClientSession
+from yarl import URL
+
+from aiohttp_smg_routing.testing import child_process
+
+PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
+
+
+@dataclass(frozen=True)
+class Front:
+    url: URL
+    log: Path
+
+    async def gateways(self, turns: int) -> Mapping[str, Sequence[URL]]:
+        """Return which gateways answered each session's turns, in order, of so many turns."""
+        served = defaultdict(list)
+        for line in await asyncio.wait_for(self._logged(turns), 30):
+            key, gateway, status = line.split()
+            assert status == "200", line
+            served[key].append(URL(f"http://{gateway}"))
+        return served
+
+    async def _logged(self, turns: int) -> Sequence[str]:
+        while True:  # a line is written some time after the answer has gone out
+            lines = self.log.read_text().splitlines()
+            lines = [line for line in lines if not line.startswith("- ")]
+            if len(lines) >= turns:
+                return lines
+            await asyncio.sleep(0.01)
+
+
+class Balancer(Protocol):
+    """Runs before two gateways; without ``hashing`` they take turns."""
+
+    def __call__(
+        self, folder: Path, *gateways: URL, hashing: bool = True
+    ) -> AbstractAsyncContextManager[Front]: ...
+
+
+@asynccontextmanager
+async def running(url: URL, log: Path, *argv: str) -> AsyncIterator[Front]:
+    """Run ``argv``, which answers at ``url`` and writes ``log``."""
+    async with ClientSession() as client:
+
+        async def ready() -> bool:
+            async with client.get(url / "health"):
+                return True
+
+        async with child_process(*argv, ready=ready):
+            yield Front(url, log)
+
+
+def on_the_page(language: str) -> str:
+    """Return the one block of that language."""
+    [found] = re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    return str(found)
+
+
+def instead(text: str, *pairs: tuple[str, object]) -> str:
+    """Return ``text`` with other words in it, each of which must be there once."""
+    for old, new in pairs:
+        assert text.count(old) == 1, old
+        text = text.replace(old, str(new))
+    return text

@@ -1,0 +1,249 @@
+"""What a balancer does with the calls themselves, and with a gateway that is gone."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Sequence
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from aiohttp import ClientSession, ClientTimeout
+from yarl import URL
+
+from aiohttp_smg_routing.testing import (
+    Call,
+    SmgGateway,
+    failure,
+    recording_gateway,
+    smg_gateway,
+    stream,
+)
+from aiohttp_smg_routing.testing.answers import canned
+
+from ..workers import chat
+from .cluster import (
+    SESSIONS,
+    forget,
+    gateways,
+    kill,
+    on_one_worker,
+    play,
+    served,
+    session_servers,
+    workers,
+)
+from .envoy import envoy
+from .front import Balancer, Front
+from .nginx import nginx
+
+TURNS = 3
+CHAT = "v1/chat/completions"
+SILENCE = ClientTimeout(sock_read=30)
+HEADERS = {"Content-Type": "application/json"}
+KEY = "X-SMG-Routing-Key"
+
+
+async def sessions_of(gateway: SmgGateway, front: Front, turns: int) -> list[str]:
+    """Return which sessions the front sends to the gateway, after so many turns of each."""
+    came = await front.gateways(len(SESSIONS) * turns)
+    found = [session for session in SESSIONS if came[session][0] == gateway.url]
+    assert 0.2 < len(found) / len(SESSIONS) < 0.8  # about half
+    return found
+
+
+async def test_a_gateway_that_stops_moves_its_own_sessions_once_and_no_other(
+    tmp_path: Path, balancer: Balancer
+) -> None:
+    async with (
+        workers() as behind,
+        gateways(behind, "manual") as (stops, stays),
+        balancer(tmp_path, stops.url, stays.url) as front,
+        session_servers(front.url) as servers,
+    ):
+        await play(servers, 2)
+        before = served(behind)
+        stayed = set(SESSIONS) - set(await sessions_of(stops, front, 2))
+        forget(behind)
+        await kill(stops)
+
+        await play(servers, TURNS)  # every turn is answered
+        assert on_one_worker(behind, TURNS)  # each that moved settled, too
+        after = served(behind)
+        assert [each for each in stayed if after[each].keys() != before[each].keys()] == []
+        assert (await stays.branches())["vacant"] == len(SESSIONS)
+
+
+async def test_a_gateway_that_comes_back_gets_its_own_sessions_and_pins_them_anew(
+    tmp_path: Path, balancer: Balancer
+) -> None:
+    async with (
+        workers() as behind,
+        gateways(behind, "manual") as (stops, stays),
+        balancer(tmp_path, stops.url, stays.url) as front,
+        session_servers(front.url) as servers,
+    ):
+        await play(servers, 1)
+        moved = await sessions_of(stops, front, 1)
+        await kill(stops)
+        await play(servers, 1)
+        urls = [worker.url for worker in behind]
+        async with smg_gateway(urls, policy="manual", port=stops.url.port) as again:
+            await asyncio.wait_for(until_back(again, servers, moved), 60)
+            assert (await again.branches())["vacant"] == len(moved)
+            forget(behind)
+            await play(servers, TURNS)
+            assert on_one_worker(behind, TURNS)
+            assert (await again.branches())["vacant"] == len(moved)  # those, and no other
+            assert (await stays.branches())["vacant"] == len(SESSIONS)
+
+
+async def until_back(gateway: SmgGateway, servers: Sequence[URL], moved: Sequence[str]) -> None:
+    """Play turns of what the gateway had, until they come to it again."""
+    calls = -1
+    while calls != len(moved):
+        before = (await gateway.branches()).total()
+        await play(servers, 1, moved)
+        calls = (await gateway.branches()).total() - before
+
+
+async def test_envoy_takes_a_gateway_out_that_says_that_it_is_ill_until_it_is_well(
+    tmp_path: Path,
+) -> None:
+    async with (
+        recording_gateway() as ill,
+        recording_gateway() as well,
+        envoy(tmp_path, ill.url, well.url) as front,
+        ClientSession(raise_for_status=True) as client,
+    ):
+
+        async def came() -> list[str]:
+            """Play a turn of each session, and return those that came to the first gateway."""
+            forget([ill, well])
+            for key in SESSIONS:
+                async with client.post(front.url / CHAT, json=chat(key), headers={KEY: key}):
+                    pass
+            assert sorted([*served([ill]), *served([well])]) == sorted(SESSIONS)
+            return list(served([ill]))
+
+        async def until(wanted: Sequence[str]) -> None:
+            while await came() != wanted:
+                pass
+
+        own = await came()
+        assert own
+        ill.answer = lambda call: failure() if call.path == "/health" else canned(call)
+        await asyncio.wait_for(until([]), 60)
+        ill.answer = canned
+        await asyncio.wait_for(until(own), 60)
+
+
+async def test_a_turn_that_a_gateway_dies_over_fails_and_is_sent_once(
+    tmp_path: Path, balancer: Balancer
+) -> None:
+    """Nobody knows how far the engine was: sent again, it is a turn more."""
+    arrived = asyncio.Event()
+
+    async def unanswered() -> AsyncGenerator[bytes, None]:
+        arrived.set()
+        await asyncio.Event().wait()
+        yield b""
+
+    async with (
+        workers() as behind,
+        gateways(behind, "consistent_hashing") as both,
+        balancer(tmp_path, *(gateway.url for gateway in both)) as front,
+        ClientSession(headers={KEY: "s-1"}, timeout=SILENCE) as client,
+    ):
+
+        async def turn() -> int:
+            async with client.post(front.url / CHAT, json=chat("s-1")) as response:
+                return response.status
+
+        assert await turn() == 200
+        [at] = (await front.gateways(1))["s-1"]
+        for worker in behind:
+            worker.answer = lambda call: (
+                unanswered() if call.body and not arrived.is_set() else canned(call)
+            )
+        under_way = asyncio.create_task(turn())
+        await asyncio.wait_for(arrived.wait(), 30)
+        await kill(next(gateway for gateway in both if gateway.url == at))
+        assert await under_way in (502, 503)
+        assert served(behind)["s-1"].total() == 2
+        assert await turn() == 200  # of the other gateway
+
+
+@pytest.mark.parametrize(("balancer", "least"), [(nginx, 20), (envoy, 1)])
+async def test_calls_without_a_key_come_to_every_gateway(
+    tmp_path: Path, balancer: Balancer, least: int
+) -> None:
+    """With nginx they take turns, with Envoy it is at random: 40 of 40 on one is 2 in 2⁴⁰."""
+    async with (
+        workers() as behind,
+        gateways(behind, "manual") as both,
+        balancer(tmp_path, *(gateway.url for gateway in both)) as front,
+        ClientSession(raise_for_status=True) as client,
+    ):
+        for _ in range(40):
+            async with client.post(front.url / CHAT, json=chat("s-1")) as response:
+                await response.read()
+        counts = [(await gateway.branches())["no_routing_id"] for gateway in both]
+        assert (sum(counts), min(counts) >= least) == (40, True), counts
+
+
+def megabytes(session_id: str) -> BytesIO:
+    """Return the body of a long turn, as aiohttp wants one of that size."""
+    turn = {**chat(session_id), "stream": True, "metadata": {"padding": "x" * 2**21}}
+    return BytesIO(json.dumps(turn).encode())
+
+
+async def test_a_turn_of_megabytes_reaches_the_gateway_and_a_stream_comes_piece_by_piece(
+    tmp_path: Path, balancer: Balancer
+) -> None:
+    """The front has limits and buffers of its own."""
+    texts = [f"piece-{number}" for number in range(5)]
+    seen = asyncio.Semaphore(1)
+
+    async def one_by_one(call: Call) -> AsyncGenerator[bytes, None]:
+        async for piece in stream(*texts):
+            if b"piece-" in piece:
+                await seen.acquire()  # the one before has arrived
+            yield piece
+
+    async with (
+        workers() as behind,
+        gateways(behind, "consistent_hashing") as both,
+        balancer(tmp_path, *(gateway.url for gateway in both)) as front,
+        ClientSession(headers={**HEADERS, KEY: "s-1"}, timeout=SILENCE) as client,
+    ):
+        for worker in behind:
+            worker.answer = lambda call: one_by_one(call) if call.body else canned(call)
+        read = b""
+        try:
+            async with client.post(front.url / CHAT, data=megabytes("s-1")) as response:
+                assert response.status == 200
+                for text in texts:
+                    while text.encode() not in read:
+                        read += await response.content.readany()
+                    seen.release()
+        finally:
+            for _ in texts:  # no worker waits for what did not arrive
+                seen.release()
+
+
+async def test_a_turn_of_megabytes_for_a_gateway_that_is_gone_comes_to_the_other(
+    tmp_path: Path, balancer: Balancer
+) -> None:
+    """The front must have kept it, to send it again."""
+    async with (
+        workers() as behind,
+        gateways(behind, "consistent_hashing") as (stops, stays),
+        balancer(tmp_path, stops.url, stays.url) as front,
+        ClientSession(headers=HEADERS, timeout=SILENCE) as client,
+    ):
+        await kill(stops)
+        for key in SESSIONS[:16]:  # one of two is for the one that is gone
+            post = client.post(front.url / CHAT, data=megabytes(key), headers={KEY: key})
+            async with post as response:
+                assert response.status == 200, await response.text()
+        assert {sum(each.values()) for each in served(behind).values()} == {1}
