@@ -2,10 +2,11 @@
 
 import asyncio
 import os
+import socket
 import sys
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 
 from yarl import URL
@@ -44,6 +45,22 @@ async def running(folder: Path, *argv: str, **env: str) -> AsyncIterator[Process
         if process.returncode is None:
             process.kill()
             await process.communicate()
+
+
+@contextmanager
+def held_port(port: int | None = None) -> Iterator[int]:
+    """Keep a loopback port for a server of ours, before it starts and after it died.
+
+    Linux gives such a port to nobody who takes any port, and lets in who asks for this one. Other
+    systems let in nobody, so there it is only looked for.
+    """
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", port or 0))
+        found: int = held.getsockname()[1]
+        if sys.platform != "linux":
+            held.close()
+        yield found
 
 
 async def until_refused(url: URL) -> None:

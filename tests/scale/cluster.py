@@ -16,11 +16,11 @@ from aiohttp_smg_routing.testing import (
     Recorder,
     SmgGateway,
     child_process,
-    free_port,
     recording_gateway,
     smg_gateway,
 )
 
+from ..processes import held_port
 from ..workers import chat
 
 SERVERS, GATEWAYS, WORKERS = 3, 2, 4
@@ -60,8 +60,16 @@ async def session_servers(*told: URL) -> AsyncIterator[list[URL]]:
 
 @asynccontextmanager
 async def session_server(gateway: URL, port: int | None = None) -> AsyncIterator[URL]:
-    url = URL(f"http://127.0.0.1:{port or free_port()}")
-    argv = (sys.executable, "-m", "tests.recipes.pinned", str(gateway), "asyncio", str(url.port))
+    with held_port(port) as port:
+        url = URL(f"http://127.0.0.1:{port}")
+        argv = (sys.executable, "-m", "tests.recipes.pinned", str(gateway), "asyncio", str(port))
+        async with answering(url, *argv):
+            yield url
+
+
+@asynccontextmanager
+async def answering(url: URL, *argv: str) -> AsyncIterator[None]:
+    """Run ``argv``; enter the block once it answers at ``url``."""
     async with ClientSession() as client:
 
         async def ready() -> bool:
@@ -69,7 +77,7 @@ async def session_server(gateway: URL, port: int | None = None) -> AsyncIterator
                 return True
 
         async with child_process(*argv, ready=ready):
-            yield url
+            yield
 
 
 async def pid_of(server: URL) -> int:

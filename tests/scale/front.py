@@ -3,16 +3,13 @@
 import asyncio
 import re
 from collections import defaultdict
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from aiohttp import ClientSession
 from yarl import URL
-
-from aiohttp_smg_routing.testing import child_process
 
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
 
@@ -46,19 +43,6 @@ class Balancer(Protocol):
     def __call__(
         self, folder: Path, *gateways: URL, hashing: bool = True
     ) -> AbstractAsyncContextManager[Front]: ...
-
-
-@asynccontextmanager
-async def running(url: URL, log: Path, *argv: str) -> AsyncIterator[Front]:
-    """Run ``argv``, which answers at ``url`` and writes ``log``."""
-    async with ClientSession() as client:
-
-        async def ready() -> bool:
-            async with client.get(url / "health"):
-                return True
-
-        async with child_process(*argv, ready=ready):
-            yield Front(url, log)
 
 
 def on_the_page(language: str) -> str:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from yarl import URL
 
-from aiohttp_smg_routing.testing import free_port
-
+from ..processes import held_port
 from ..programs import program
-from .front import Front, instead, on_the_page, running
+from .cluster import answering
+from .front import Front, instead, on_the_page
 
 HASH = "    hash $http_x_smg_routing_key consistent;\n"
 
@@ -35,17 +35,18 @@ http {
 @asynccontextmanager
 async def nginx(folder: Path, *gateways: URL, hashing: bool = True) -> AsyncIterator[Front]:
     first, second = gateways
-    url = URL(f"http://127.0.0.1:{free_port()}")
-    conf = instead(
-        on_the_page("nginx"),
-        ("listen 8080", f"listen {url.authority}"),
-        ("10.0.0.1:30000", first.authority),
-        ("10.0.0.2:30000", second.authority),
-        ("/var/log/nginx/smg.log", "smg.log"),
-        (HASH, HASH if hashing else ""),
-    )
-    (folder / "nginx.conf").write_text(MAIN)
-    (folder / "smg.conf").write_text(conf)
-    argv = (program("nginx", "nginx"), "-p", f"{folder}/", "-c", "nginx.conf", "-e", "stderr")
-    async with running(url, folder / "smg.log", *argv) as front:
-        yield front
+    with held_port() as port:
+        url, log = URL(f"http://127.0.0.1:{port}"), folder / "smg.log"
+        conf = instead(
+            on_the_page("nginx"),
+            ("listen 8080", f"listen {url.authority}"),
+            ("10.0.0.1:30000", first.authority),
+            ("10.0.0.2:30000", second.authority),
+            ("/var/log/nginx/smg.log", log),
+            (HASH, HASH if hashing else ""),
+        )
+        (folder / "nginx.conf").write_text(MAIN)
+        (folder / "smg.conf").write_text(conf)
+        argv = (program("nginx", "nginx"), "-p", f"{folder}/", "-c", "nginx.conf", "-e", "stderr")
+        async with answering(url, *argv):
+            yield Front(url, log)

@@ -20,6 +20,7 @@ from aiohttp_smg_routing.testing import (
 )
 from aiohttp_smg_routing.testing.answers import canned
 
+from ..processes import held_port
 from ..workers import chat
 from .cluster import (
     SESSIONS,
@@ -85,16 +86,17 @@ async def test_a_gateway_that_comes_back_gets_its_own_sessions_and_pins_them_ane
         await play(servers, 1)
         moved = await sessions_of(stops, front, 1)
         await kill(stops)
-        await play(servers, 1)
-        urls = [worker.url for worker in behind]
-        async with smg_gateway(urls, policy="manual", port=stops.url.port) as again:
-            await asyncio.wait_for(until_back(again, servers, moved), 60)
-            assert (await again.branches())["vacant"] == len(moved)
-            forget(behind)
-            await play(servers, TURNS)
-            assert on_one_worker(behind, TURNS)
-            assert (await again.branches())["vacant"] == len(moved)  # those, and no other
-            assert (await stays.branches())["vacant"] == len(SESSIONS)
+        with held_port(stops.url.port) as port:
+            await play(servers, 1)
+            urls = [worker.url for worker in behind]
+            async with smg_gateway(urls, policy="manual", port=port) as again:
+                await asyncio.wait_for(until_back(again, servers, moved), 60)
+                assert (await again.branches())["vacant"] == len(moved)
+                forget(behind)
+                await play(servers, TURNS)
+                assert on_one_worker(behind, TURNS)
+                assert (await again.branches())["vacant"] == len(moved)  # those, and no other
+                assert (await stays.branches())["vacant"] == len(SESSIONS)
 
 
 async def until_back(gateway: SmgGateway, servers: Sequence[URL], moved: Sequence[str]) -> None:
