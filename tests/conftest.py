@@ -1,16 +1,36 @@
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
+import aiohttp
 import pytest
 from aiohttp import ClientSession, web
 from yarl import URL
 
-from aiohttp_smg_routing import setup
+from aiohttp_smg_routing import (
+    RoutingConfig,
+    routing_client_middleware,
+    routing_trace_config,
+    setup,
+)
 from aiohttp_smg_routing.gateway import CHAT_COMPLETIONS
 from aiohttp_smg_routing.testing import Recorder, recording_gateway
 
 CLIENT = web.AppKey("client", ClientSession)
 
-_HOP_BY_HOP = {"host", "connection", "content-length", "transfer-encoding"}
+Headers = list[tuple[str, str]]
+Forward = Callable[[web.Request], Any]
+
+Outbound = Callable[[RoutingConfig], dict[str, Any]]
+OUTBOUND: dict[str, Outbound] = {
+    "hook": lambda config: {"trace_configs": [routing_trace_config(config)]},
+}
+if hasattr(aiohttp, "ClientMiddlewareType"):  # aiohttp 3.12+
+    OUTBOUND["client middleware"] = lambda config: {
+        "middlewares": [routing_client_middleware(config)]
+    }
+
+# The body is sent anew; all else is copied.
+_FRAMING = {"host", "content-length", "transfer-encoding"}
 
 
 @pytest.fixture(name="gateway")
@@ -31,25 +51,36 @@ async def client() -> AsyncIterator[ClientSession]:
         yield session
 
 
-def naive_proxy(upstream: URL) -> Callable[[web.Request], Awaitable[web.Response]]:
-    """Return the handler that is out there: it copies whatever the client sent."""
+@pytest.fixture(params=OUTBOUND.values(), ids=list(OUTBOUND))
+def outbound(request: pytest.FixtureRequest) -> Outbound:
+    """Return what gives a ClientSession the outbound half, in each of its forms."""
+    form: Outbound = request.param
+    return form
+
+
+def copied(request: web.Request) -> Headers:
+    """Return whatever headers the client sent, as a naive proxy sends them on."""
+    return [pair for pair in request.headers.items() if pair[0].lower() not in _FRAMING]
+
+
+def naive_proxy(
+    upstream: URL, forward: Forward = copied
+) -> Callable[[web.Request], Awaitable[web.Response]]:
+    """Return the handler that is out there: it sends on the headers that ``forward`` returns."""
 
     async def handler(request: web.Request) -> web.Response:
-        headers = [
-            (name, value)
-            for name, value in request.headers.items()
-            if name.lower() not in _HOP_BY_HOP
-        ]
         async with request.config_dict[CLIENT].post(
-            upstream.with_path(CHAT_COMPLETIONS), data=await request.read(), headers=headers
+            upstream.with_path(CHAT_COMPLETIONS),
+            data=await request.read(),
+            headers=forward(request),
         ) as response:
             return web.Response(body=await response.read(), status=response.status)
 
     return handler
 
 
-def session_server(upstream: URL, **config: object) -> web.Application:
-    """Return a session server in front of ``upstream``, with the plugin added by its one line."""
+def proxy_server(upstream: URL, forward: Forward = copied) -> web.Application:
+    """Return a session server in front of ``upstream`` that knows nothing of the plugin."""
     app = web.Application()
 
     async def client_session(app: web.Application) -> AsyncIterator[None]:
@@ -57,7 +88,13 @@ def session_server(upstream: URL, **config: object) -> web.Application:
             yield
 
     app.cleanup_ctx.append(client_session)
-    app.router.add_post("/sessions/{session_id}/v1/chat/completions", naive_proxy(upstream))
-    app.router.add_post("/v1/chat/completions", naive_proxy(upstream))
+    for path in ("/sessions/{session_id}/v1/chat/completions", "/v1/chat/completions"):
+        app.router.add_post(path, naive_proxy(upstream, forward))
+    return app
+
+
+def session_server(upstream: URL, **config: object) -> web.Application:
+    """Return a session server in front of ``upstream``, with the plugin added by its one line."""
+    app = proxy_server(upstream)
     setup(app, {"gateway": str(upstream), "client_session": "client", **config})
     return app

@@ -2,16 +2,21 @@
 
 import asyncio
 import socket
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from aiohttp import ClientError, ClientResponse, ClientSession, TCPConnector
+import trustme
+from aiohttp import ClientError, ClientRequest, ClientResponse, ClientSession, TCPConnector
+from aiohttp.connector import Connection
 
-from aiohttp_smg_routing import RoutingConfig, routing_session, routing_trace_config
+from aiohttp_smg_routing import RoutingConfig, routing_session
 from aiohttp_smg_routing.gateway import ROUTING_KEY_HEADER, TARGET_WORKER_HEADER
 from aiohttp_smg_routing.testing import Answer, Call, Recorder, answer, recording_gateway
+
+from .conftest import Outbound
 
 #: How a call is refused before it leaves; aiohttp 3.9 asserts that a URL has a scheme of its own.
 _REFUSED = (ClientError, ValueError, IndexError, OSError, AssertionError)
@@ -29,11 +34,12 @@ class Gateway:
     host: str
     port: int
     path: str = "/v1/chat/completions"
+    scheme: str = "http"
 
 
 @dataclass(frozen=True)
 class Arrived:
-    """A call that arrived, and whether it came to the gateway's host and port."""
+    """A call that arrived, and whether it came to the gateway's origin."""
 
     at_gateway: bool
     call: Call
@@ -55,6 +61,9 @@ class Origins:
 
     gateway: Recorder
     elsewhere: Recorder
+    tls_ports: dict[int, int]
+    """Where each recorder's port is reached through TLS."""
+    under_tls: set[asyncio.Task[None]]
     arrived: list[Arrived] = field(default_factory=list)
 
     async def send(
@@ -71,6 +80,8 @@ class Origins:
                 response.release()
         except _REFUSED as error:
             return type(error), list(self.arrived)
+        finally:
+            await asyncio.gather(*self.under_tls)  # each ends after its client
         return None, list(self.arrived)
 
     def _answer(self, wire: Recorder, answers: Any) -> Callable[[Call], Answer]:
@@ -84,24 +95,25 @@ class Origins:
     async def assert_key_or_nothing(
         self,
         gateway: Gateway,
+        outbound: Outbound,
         send: Send,
         *,
         answers: tuple[Answer, ...] = (),
-        scheme: str = "http",
         **session: Any,
-    ) -> None:
+    ) -> list[Arrived]:
         """Assert that a chat completion to the gateway gains the key, and no other call anything.
 
-        The call is sent without the plugin first, which shows what it is without it.
+        The call is sent without the plugin first, which shows what it is without it. What arrived
+        with it is returned.
         """
         plain_error, plain = await self.send(gateway, send, answers, **session)
-        hook = routing_trace_config(RoutingConfig(gateway.said))
+        plugin = outbound(RoutingConfig(gateway.said))
         with routing_session("s-1"):
-            error, hooked = await self.send(gateway, send, answers, trace_configs=[hook], **session)
+            error, tagged = await self.send(gateway, send, answers, **plugin, **session)
         assert error is plain_error
-        assert len(hooked) == len(plain)
-        for before, after in zip(plain, hooked, strict=True):
-            if scheme == "http" and after.is_chat(gateway):
+        assert len(tagged) == len(plain)
+        for before, after in zip(plain, tagged, strict=True):
+            if after.is_chat(gateway):
                 assert before.is_chat(gateway)
                 assert after.call.keys == [b"s-1"]
                 assert after.call.values(TARGET_WORKER_HEADER) == []
@@ -109,25 +121,75 @@ class Origins:
                 assert after.call.body == before.call.body
             else:
                 assert after == before
+        return tagged
 
 
 class _Loopback(TCPConnector):
     """Asks no DNS, and takes no address for what it says."""
 
     def __init__(self, gateway: Gateway, origins: Origins) -> None:
-        super().__init__()
-        self._of_gateway = (gateway.host, gateway.port)
+        super().__init__(ssl=False)
+        self._of_gateway = (gateway.scheme, gateway.host, gateway.port)
         self._origins = origins
+        self._is_gateway, self._is_tls = False, False
 
-    async def _resolve_host(self, host: str, port: int, *_: Any, **__: Any) -> list[Any]:
-        is_gateway = (host.lower(), port) == self._of_gateway
-        wire = self._origins.gateway if is_gateway else self._origins.elsewhere
-        there = {"hostname": host, "host": "127.0.0.1", "port": wire.url.port}
+    async def connect(self, req: ClientRequest, *rest: Any, **named: Any) -> Connection:
+        # One call after the other: a redirect is followed when it has been read.
+        url = req.url
+        origin = (url.scheme, (url.raw_host or "").lower(), url.port)
+        self._is_gateway, self._is_tls = origin == self._of_gateway, req.is_ssl()
+        return await super().connect(req, *rest, **named)
+
+    async def _resolve_host(self, host: str, *_: Any, **__: Any) -> list[Any]:
+        host.encode("idna")  # a resolver refuses what is no name: else aiohttp leaks a socket
+        origins = self._origins
+        led_to = (origins.gateway if self._is_gateway else origins.elsewhere).url.port
+        assert led_to
+        if self._is_tls:
+            led_to = origins.tls_ports[led_to]
+        there = {"hostname": host, "host": "127.0.0.1", "port": led_to}
         return [{**there, "family": socket.AF_INET, "proto": 0, "flags": socket.AI_NUMERICHOST}]
 
 
 @asynccontextmanager
 async def all_origins() -> AsyncIterator[Origins]:
-    """Run both recorders until the block ends."""
-    async with recording_gateway() as gateway, recording_gateway() as elsewhere:
-        yield Origins(gateway, elsewhere)
+    """Run both recorders until the block ends, each with and without TLS."""
+    under_tls: set[asyncio.Task[None]] = set()
+    async with (
+        recording_gateway() as gateway,
+        recording_gateway() as elsewhere,
+        _tls(gateway, under_tls) as gateway_tls,
+        _tls(elsewhere, under_tls) as elsewhere_tls,
+    ):
+        yield Origins(gateway, elsewhere, dict([gateway_tls, elsewhere_tls]), under_tls)
+
+
+@asynccontextmanager
+async def _tls(
+    recorder: Recorder, tasks: set[asyncio.Task[None]]
+) -> AsyncIterator[tuple[int, int]]:
+    """Take TLS off what comes to a port of its own; give the recorder's port and that one."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    trustme.CA().issue_cert("any.example").configure_cert(context)  # nobody verifies it
+    port = recorder.url.port
+    assert port
+
+    async def pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError):
+            while piece := await reader.read(2**16):
+                writer.write(piece)
+                await writer.drain()
+        with suppress(ConnectionError):
+            writer.close()
+            await writer.wait_closed()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+        inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.gather(pipe(reader, inner_writer), pipe(inner_reader, writer))
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context) as server:
+        yield port, server.sockets[0].getsockname()[1]

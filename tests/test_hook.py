@@ -6,7 +6,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from copy import deepcopy
 from typing import Any
 
-import aiohttp
 import pytest
 from aiohttp import (
     ClientError,
@@ -23,34 +22,18 @@ from aiohttp_smg_routing import (
     MissingSessionError,
     RoutingConfig,
     attach,
-    routing_client_middleware,
     routing_session,
     routing_trace_config,
 )
 from aiohttp_smg_routing.testing import Call, Recorder, answer, failure, redirect
+
+from .conftest import Outbound
 
 SMUGGLED = [
     ("x-smg-routing-key", ""),
     ("x-smg-routing-key", "evil"),
     ("X-Smg-Target-Worker", "1"),
 ]
-
-
-Outbound = Callable[[RoutingConfig], dict[str, Any]]
-OUTBOUND: dict[str, Outbound] = {
-    "hook": lambda config: {"trace_configs": [routing_trace_config(config)]},
-}
-if hasattr(aiohttp, "ClientMiddlewareType"):  # aiohttp 3.12+
-    OUTBOUND["client middleware"] = lambda config: {
-        "middlewares": [routing_client_middleware(config)]
-    }
-
-
-@pytest.fixture(params=OUTBOUND.values(), ids=list(OUTBOUND))
-def outbound(request: pytest.FixtureRequest) -> Outbound:
-    """Return what gives a ClientSession the outbound half, in each of its forms."""
-    form: Outbound = request.param
-    return form
 
 
 @pytest.fixture

@@ -2,18 +2,14 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 import pytest
-from aiohttp import ClientSession, web
-from yarl import URL
+from aiohttp import web
 
-from aiohttp_smg_routing import setup
-from aiohttp_smg_routing.gateway import CHAT_COMPLETIONS
 from aiohttp_smg_routing.testing import SmgGateway, StartSmgGateway
 
-from .conftest import CLIENT
+from .conftest import Forward, Headers, copied, proxy_server, session_server
 from .workers import chat
 
 if TYPE_CHECKING:
@@ -21,86 +17,63 @@ if TYPE_CHECKING:
 
 POLICIES = pytest.mark.parametrize("policy", ["manual", "consistent_hashing"])
 
-Headers = list[tuple[str, str]]
-Forward = Callable[[web.Request], Any]
-Send = Callable[[str, Headers], Awaitable[int]]
+CHAT = "/v1/chat/completions"
+ROUTING_KEY, TARGET = "X-SMG-Routing-Key", "X-SMG-Target-Worker"
 
-# The body is sent anew; all else is copied, which is what a naive proxy does.
-_FRAMING = {"host", "content-length", "transfer-encoding"}
 _HEAD = [("Host", "h"), ("Content-Type", "application/json")]
 
 
 def attacks(victim: str) -> list[Headers]:
     """Return what an agent may send to move a pin, to pick a worker, to break a call."""
-    routing_key, target = "X-SMG-Routing-Key", "X-SMG-Target-Worker"
     # What SMG 1.13 reads besides; none of it chose a worker for a call with a key.
     others = ["Routing-Tokens", "Priority", "Tenant-Id", "MCP", "Parser", "Cache-Trace"]
     return [
         *(
             [(spelled, victim)]
-            for spelled in (routing_key, routing_key.lower(), "x-SMG-routing-KEY")
+            for spelled in (ROUTING_KEY, ROUTING_KEY.lower(), "x-SMG-routing-KEY")
         ),
-        [(routing_key, victim), (routing_key, victim)],
-        [(routing_key, ""), (routing_key, victim)],
-        [(routing_key, ""), (routing_key.lower(), victim), (routing_key.upper(), "new")],
-        [(routing_key, "x" * 129)],
-        *([(spelled, "99")] for spelled in (target, target.lower(), target.upper())),
-        *([(target, index)] for index in ("0", "1", "2", "-1", "", "no-number")),
-        [(target, ""), (target, "99")],
-        [(target.lower(), "0"), (target, "99")],
-        [(target, "99"), (routing_key, victim)],
+        [(ROUTING_KEY, victim), (ROUTING_KEY, victim)],
+        [(ROUTING_KEY, ""), (ROUTING_KEY, victim)],
+        [(ROUTING_KEY, ""), (ROUTING_KEY.lower(), victim), (ROUTING_KEY.upper(), "new")],
+        [(ROUTING_KEY, "x" * 129)],
+        *([(spelled, "99")] for spelled in (TARGET, TARGET.lower(), TARGET.upper())),
+        *([(TARGET, index)] for index in ("0", "1", "2", "-1", "", "no-number")),
+        [(TARGET, ""), (TARGET, "99")],
+        [(TARGET.lower(), "0"), (TARGET, "99")],
+        [(TARGET, "99"), (ROUTING_KEY, victim)],
         [(f"X-SMG-{name}", "1") for name in others],
         [("X-Data-Parallel-Rank", "1"), ("X-Request-Id", victim), ("X-Correlation-Id", victim)],
         [("Authorization", victim), ("X-Forwarded-For", "10.0.0.1"), ("Cookie", f"a={victim}")],
-        [("Connection", f"keep-alive, {routing_key}")],
+        [("Connection", f"keep-alive, {ROUTING_KEY}")],
     ]
 
 
-def proxy(upstream: URL, forward: Forward) -> web.Application:
-    """Return a session server that sends on the headers that ``forward`` returns."""
-
-    async def handler(request: web.Request) -> web.Response:
-        async with request.app[CLIENT].post(
-            upstream.with_path(CHAT_COMPLETIONS),
-            data=await request.read(),
-            headers=forward(request),
-        ) as response:
-            return web.Response(body=await response.read(), status=response.status)
-
-    async def client_session(app: web.Application) -> AsyncIterator[None]:
-        async with ClientSession() as app[CLIENT]:
-            yield
-
-    app = web.Application()
-    app.cleanup_ctx.append(client_session)
-    app.router.add_post("/sessions/{session_id}/v1/chat/completions", handler)
-    return app
-
-
-def copied(request: web.Request) -> Headers:
-    """Return the client's headers, as a naive proxy sends them on."""
-    return [pair for pair in request.headers.items() if pair[0].lower() not in _FRAMING]
+class Send(Protocol):
+    async def __call__(self, session_id: str, headers: Headers, path: str = ...) -> int: ...
 
 
 def by_hand(request: web.Request) -> dict[str, str]:
     """Return what is written by hand most often."""
-    return {**dict(copied(request)), "X-SMG-Routing-Key": request.match_info["session_id"]}
+    return {**dict(copied(request)), ROUTING_KEY: request.match_info["session_id"]}
 
 
 def by_hand_appended(request: web.Request) -> Headers:
     """Return what is written by hand where a header may come twice."""
-    return [*copied(request), ("X-SMG-Routing-Key", request.match_info["session_id"])]
+    return [*copied(request), (ROUTING_KEY, request.match_info["session_id"])]
 
 
 async def agents(aiohttp_server: "AiohttpServer", app: web.Application) -> Send:
-    """Run a session server; return the function that sends a turn with raw headers to it."""
+    """Run a session server; return the function that sends a turn with raw headers to it.
+
+    Without a ``path`` the id is in the path; it is always in the body, as the worker's to see.
+    """
     server = await aiohttp_server(app)
 
-    async def send(session_id: str, headers: Headers) -> int:
+    async def send(session_id: str, headers: Headers, path: str = "") -> int:
         body = json.dumps(chat(session_id)).encode()
         lines = [*_HEAD, ("Content-Length", str(len(body))), *headers]
         head = "".join(f"{name}: {value}\r\n" for name, value in lines)
-        path = f"/sessions/{session_id}/v1/chat/completions"
+        path = path or f"/sessions/{session_id}{CHAT}"
         reader, writer = await asyncio.open_connection(server.host, server.port)
         writer.write(f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + body)
         status = int((await reader.readuntil(b"\r\n\r\n")).split()[1])
@@ -136,9 +109,7 @@ async def test_no_header_of_a_client_moves_a_pin_or_picks_a_worker_or_breaks_a_c
     smg_gateway: StartSmgGateway, aiohttp_server: "AiohttpServer", policy: str
 ) -> None:
     smg = await smg_gateway(3, policy=policy)
-    app = proxy(smg.url, copied)
-    setup(app, {"gateway": str(smg.url), "client_session": "client"})
-    send = await agents(aiohttp_server, app)
+    send = await agents(aiohttp_server, session_server(smg.url))
     agent, victim, opened = await two_apart(smg, send)
     sent = attacks(victim)
     for headers in sent:
@@ -160,26 +131,103 @@ async def test_code_by_hand_lets_a_client_pick_its_worker_and_get_a_503(
     smg_gateway: StartSmgGateway, aiohttp_server: "AiohttpServer"
 ) -> None:
     smg = await smg_gateway(3, policy="consistent_hashing")
-    send = await agents(aiohttp_server, proxy(smg.url, by_hand))
+    send = await agents(aiohttp_server, proxy_server(smg.url, by_hand))
     for index in ("0", "1", "2"):
-        assert await send("agent", [("x-smg-target-worker", index)]) == 200
+        assert await send("agent", [(TARGET.lower(), index)]) == 200
     assert sorted(served(smg, "agent")) == [0, 1, 2]
-    assert await send("agent", [("X-SMG-Target-Worker", "99")]) == 503
+    assert await send("agent", [(TARGET, "99")]) == 503
     branches = await smg.branches()
     assert (branches["target_worker_hit"], branches["routing_key_hit"]) == (3, 0)
     assert branches["target_worker_miss"] > 0
 
 
 @POLICIES
-async def test_code_by_hand_that_keeps_double_headers_lets_a_client_move_its_pin(
+@pytest.mark.parametrize(
+    ("forward", "names"),
+    [
+        # In a dict our key takes the place of that spelling; the other one comes after it, and
+        # aiohttp sends the last of them.
+        (by_hand, (ROUTING_KEY, ROUTING_KEY.lower())),
+        (by_hand_appended, (ROUTING_KEY,)),
+    ],
+)
+async def test_code_by_hand_lets_a_client_move_its_pin(
+    smg_gateway: StartSmgGateway,
+    aiohttp_server: "AiohttpServer",
+    policy: str,
+    forward: Forward,
+    names: tuple[str, ...],
+) -> None:
+    smg = await smg_gateway(3, policy=policy)
+    send = await agents(aiohttp_server, proxy_server(smg.url, forward))
+    agent, victim, _ = await two_apart(smg, send)
+    assert await send(agent, [(name, victim) for name in names]) == 200
+    assert set(served(smg, agent)) > {*served(smg, victim)}, "it came to the victim's worker"
+    before = await smg.branches()
+    assert await send(agent, [(name, "") for name in names]) == 200
+    [branch] = await smg.branches() - before
+    assert branch in ("no_routing_id", "random_fallback"), "it hid its own key"
+
+
+def numbered(request: web.Request) -> int:
+    return int(request.headers["X-Number"])
+
+
+#: A server that takes the id from anything that an agent sends.
+TAKEN_FROM = {
+    "session_id": [
+        *("header:X-Session", "query:session", "cookie:session", "json:session"),
+        *(numbered, "match_info:session_id"),
+    ],
+    "ignore_ids": "default",
+}
+#: What leaves a call to it without a session.
+LEFT_OUT: list[tuple[str, Headers]] = [
+    (CHAT, []),
+    (CHAT, [("X-Session", " ")]),
+    (CHAT, [("X-Session", "default")]),
+    (f"{CHAT}?session=%20", []),
+    (CHAT, [("Cookie", "session=")]),
+    (CHAT, [("X-Number", "none")]),  # the source raises
+    (f"/sessions/%20{CHAT}", []),
+]
+
+
+@POLICIES
+async def test_a_client_whose_call_has_no_session_reaches_any_pin_and_worker(
     smg_gateway: StartSmgGateway, aiohttp_server: "AiohttpServer", policy: str
 ) -> None:
     smg = await smg_gateway(3, policy=policy)
-    send = await agents(aiohttp_server, proxy(smg.url, by_hand_appended))
-    agent, victim, _ = await two_apart(smg, send)
-    assert await send(agent, [("X-SMG-Routing-Key", victim)]) == 200
-    assert set(served(smg, agent)) > {*served(smg, victim)}, "it came to the victim's worker"
-    before = await smg.branches()
-    assert await send(agent, [("X-SMG-Routing-Key", "")]) == 200
-    [branch] = await smg.branches() - before
-    assert branch in ("no_routing_id", "random_fallback"), "it hid its own key"
+    send = await agents(aiohttp_server, session_server(smg.url, **TAKEN_FROM))
+    _, victim, opened = await two_apart(smg, send)
+    for number, (path, left_out) in enumerate(LEFT_OUT):
+        agent = f"agent-{number}"
+        assert await send(agent, [*left_out, (ROUTING_KEY, victim)], path) == 200
+        assert served(smg, agent) == served(smg, victim), left_out
+        if policy == "consistent_hashing":
+            for index in ("0", "1", "2"):
+                assert await send(agent, [*left_out, (TARGET, index)], path) == 200
+            assert {*served(smg, agent)} == {0, 1, 2}, left_out
+            assert await send(agent, [*left_out, (TARGET, "99")], path) == 503, left_out
+    branches = await smg.branches()
+    if policy == "manual":
+        assert +branches == {"vacant": opened, "occupied_hit": len(LEFT_OUT)}
+    else:
+        assert branches["routing_key_hit"] == opened + len(LEFT_OUT)
+        assert branches["target_worker_hit"] == 3 * len(LEFT_OUT)
+
+
+@POLICIES
+async def test_where_a_missing_session_raises_no_such_call_reaches_the_gateway(
+    smg_gateway: StartSmgGateway, aiohttp_server: "AiohttpServer", policy: str
+) -> None:
+    smg = await smg_gateway(3, policy=policy)
+    app = session_server(smg.url, **TAKEN_FROM, on_missing="raise")
+    send = await agents(aiohttp_server, app)
+    _, victim, opened = await two_apart(smg, send)
+    for path, left_out in LEFT_OUT:
+        for headers in ([], [(ROUTING_KEY, victim)], [(TARGET, "0")], [(TARGET, "99")]):
+            assert await send("agent", [*left_out, *headers], path) == 500, left_out
+    assert served(smg, "agent") == []
+    branch = "vacant" if policy == "manual" else "routing_key_hit"
+    assert +await smg.branches() == {branch: opened}
