@@ -122,11 +122,11 @@ class RoutingConfig:
             value = getattr(self, name)
             given = values.several(value) if name in _SEVERAL else (value,)
             good = []
-            for item in given:
+            for place, item in enumerate(given):
                 try:
                     good.append(check(item))
                 except ValueError as error:
-                    faults.append((name, str(error)))
+                    faults.append((name, f"{_shown(name, given, place)}{error}"))
             if not given and name in _REQUIRED:
                 faults.append((name, _REQUIRED[name]))
             elif len(good) == len(given):
@@ -227,6 +227,20 @@ def _from_named(mapping: Mapping[str, Any], fields: Mapping[str, str]) -> Routin
     return config
 
 
+def _shown(name: str, given: Sequence[Any], place: int) -> str:
+    """Return how a fault names the value in that place: itself, unless it may hold a secret."""
+    value = given[place]
+    texts = "".join(text for text in given if isinstance(text, str))
+    # A password with a comma is in two places, and stands before the "@" in the second one.
+    if name in ("key", "secret") or (name == "gateway" and not set("@?#").isdisjoint(texts)):
+        return f"number {place + 1} of {len(given)} " if len(given) > 1 else ""
+    if value is None or isinstance(value, (str, float)):
+        return f"{value!r} "
+    if isinstance(value, int) and value.bit_length() < 64:  # Python writes out no very long ones
+        return f"{value!r} "
+    return f"a {type(value).__name__} "
+
+
 def _as_given(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """Return ``check`` for a value that is kept as it was given.
 
@@ -234,10 +248,7 @@ def _as_given(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
     """
 
     def keep(value: Any) -> Any:
-        try:
-            check(value)
-        except ValueError as error:
-            raise ValueError(f"{value!r} {error}") from error
+        check(value)
         return value
 
     return keep

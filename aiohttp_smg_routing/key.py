@@ -42,9 +42,7 @@ def as_prefix(value: object) -> str:
         return ""
     if isinstance(value, str) and len(value) <= LONGEST_PREFIX and VALID_KEY.fullmatch(value):
         return value
-    raise ValueError(
-        f"{value!r} is not a text of up to {LONGEST_PREFIX} visible ASCII characters, no spaces"
-    )
+    raise ValueError(f"is not a text of up to {LONGEST_PREFIX} visible ASCII characters, no spaces")
 
 
 def routing_key(
@@ -75,7 +73,11 @@ def routing_key(
     text = as_session_id(session_id)
     if text is None:
         raise ValueError(f"a session id is not empty or blank, but this is: {session_id!r}")
-    return key_of(text, key, secret, as_prefix(prefix))
+    try:
+        prefix = as_prefix(prefix)
+    except ValueError as error:
+        raise ValueError(f"prefix {prefix!r} {error}") from None
+    return key_of(text, key, secret, prefix)
 
 
 def key_of(text: str, key: KeyForm, secret: str | None, prefix: str) -> str:

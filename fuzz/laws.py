@@ -13,6 +13,8 @@ from aiohttp_smg_routing.call import begin
 
 ROUTING_HEADERS = ("X-SMG-Routing-Key", "X-SMG-Target-Worker")
 CONFIG = RoutingConfig("http://gw.example/base")
+#: Where it stands in a config a credential may stand.
+HIDDEN = "hush-7f3a"
 
 
 class LawError(AssertionError):
@@ -41,12 +43,17 @@ def key(one: str, other: str, form: Mapping[str, Any]) -> None:
 
 
 def config(mapping: Mapping[str, Any]) -> None:
-    """Ask that a mapping gives faults, or a config that is made again of its own values."""
+    """Ask that a mapping gives faults, or a config that is made again of its own values.
+
+    Neither shows what may be a credential.
+    """
     try:
         made = RoutingConfig.from_mapping(mapping)
     except ConfigError as error:
         law(bool(error.faults and str(error)), mapping)
+        law(HIDDEN not in str(error), mapping)
         return
+    law(HIDDEN not in repr(made), mapping)
     values = {field.name: getattr(made, field.name) for field in fields(made) if field.init}
     for again in (RoutingConfig.from_mapping(mapping), RoutingConfig(**values)):
         law(again == made and hash(again) == hash(made), mapping)

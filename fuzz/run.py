@@ -22,7 +22,7 @@ _BEGINNINGS = [
     "",
 ]
 _ENDINGS = ["/base/v1/chat/completions", "v1/chat/completions", "/chat/completions", ""]
-_NEARLY = {"gateway": "http://", "session_id": "json:", "paths": "/", "key": "digest"}
+_NEARLY = {"gateway": "http://", "session_id": "json:", "paths": "/"}
 _PIECES = [
     *(
         "/",
@@ -87,21 +87,26 @@ def config(data: Any) -> None:
     mapping: dict[str, Any] = {"gateway": "http://gw"} if data.ConsumeBool() else {}
     for _ in range(data.ConsumeIntInRange(0, 4)):
         name = data.PickValueInList([*_FIELDS, _text(data, 12)])
-        mapping[name] = _value(data, _NEARLY.get(name, ""))
+        mapping[name] = _value(data, name)
     laws.config(mapping)
 
 
-def _value(data: Any, beginning: str) -> Any:
+def _value(data: Any, name: str) -> Any:
     kind = data.ConsumeIntInRange(0, 9)
     if kind == 0:
-        return [_value(data, beginning) for _ in range(data.ConsumeIntInRange(0, 2))]
+        return [_value(data, name) for _ in range(data.ConsumeIntInRange(0, 2))]
     if kind == 1:
-        return {_text(data, 4): _value(data, "")}
+        return {_text(data, 4): laws.HIDDEN}
     if kind == 2:
         return data.ConsumeInt(16)
     if kind == 3:
         return data.PickValueInList([None, True, False, data.ConsumeFloat()])
-    text = beginning + _pieces(data)
+    text = _NEARLY.get(name, "") + _pieces(data)
+    if name == "gateway":
+        credential = ["", laws.HIDDEN + _pieces(data) + "@", "?" + laws.HIDDEN, "#" + laws.HIDDEN]
+        text += data.PickValueInList(credential) + _pieces(data)
+    elif name in ("key", "secret") or name not in _FIELDS:
+        text = data.PickValueInList(["digest", text + laws.HIDDEN])
     return text.replace("call:", "call:no.")  # what a config names is imported
 
 

@@ -3,6 +3,7 @@
 import logging
 import traceback
 from collections.abc import AsyncGenerator, Mapping
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -155,7 +156,14 @@ async def test_what_fails_outside_a_request_shows_neither_id_nor_secret(
         {"secret": SECRET, "key": "digests"},
         {"secret": SECRET, "prefix": "a b", "key": "digest", "header": "", "paths": "x"},
         {"secert": SECRET, "key": "digest"},
-        {"gateway": f"ftp://user:{SECRET}@gateway", "key": "digest"},
+        {"key": SECRET},
+        {"gateway": f"ftp://user:{SECRET}@gateway"},
+        {"gateway": f"http://user:pa{SECRET},ss@gateway"},
+        {"gateway": f"http://one, http://user:x,{SECRET},/@two"},
+        {"gateway": f"http://gateway/?token={SECRET}"},
+        {"gateway": f"http://gateway/?a={SECRET},b"},
+        {"gateway": f"http://gateway/#{SECRET}"},
+        {"gateway": [f"http://user:{SECRET}@", f"http://user:{SECRET}"]},
     ],
 )
 def test_a_bad_config_does_not_show_its_secret(mapping: Mapping[str, Any]) -> None:
@@ -166,6 +174,15 @@ def test_a_bad_config_does_not_show_its_secret(mapping: Mapping[str, Any]) -> No
     with pytest.raises(ConfigError) as from_env:
         RoutingConfig.from_env(environ=env)
     assert_hidden(from_env.value)
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(RoutingConfig) if field.init])
+def test_a_table_in_place_of_a_value_is_not_shown(name: str) -> None:
+    for table in ({"secret": SECRET}, [{SECRET: "x"}], {SECRET}):
+        with pytest.raises(ConfigError) as caught:
+            RoutingConfig.from_mapping({"gateway": "http://gateway", name: table})
+        assert {named for named, _ in caught.value.faults} == {name}
+        assert_hidden(caught.value)
 
 
 @pytest.mark.parametrize("config", [[("secret", SECRET)], f"secret = {SECRET}", {SECRET}])
