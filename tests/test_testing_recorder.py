@@ -1,5 +1,6 @@
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import suppress
 
 import pytest
 from aiohttp import ClientError, ClientSession
@@ -214,6 +215,30 @@ async def test_an_empty_piece_closes_the_connection(
         await post(client, recording_gateway, "s-1")
     await post(client, recording_gateway, "s-1")
     recording_gateway.assert_pinned("s-1", turns=2)
+
+
+async def reset_in_the_midst() -> AsyncGenerator[bytes, None]:
+    yield b"HTTP/1.1 200 OK\r\n"
+    raise ConnectionResetError
+
+
+def reset_at_once(call: Call) -> Answer:
+    raise ConnectionResetError
+
+
+@pytest.mark.parametrize("answer", [reset_at_once, lambda call: reset_in_the_midst()])
+async def test_a_connection_is_reset_where_the_answer_says_so(
+    recording_gateway: Recorder, answer: Callable[[Call], Answer]
+) -> None:
+    recording_gateway.answer = answer
+    url = recording_gateway.url
+    reader, writer = await asyncio.open_connection(url.host, url.port)
+    writer.write(b"GET / HTTP/1.1\r\n\r\n")
+    with pytest.raises(ConnectionResetError):
+        await reader.read()
+    writer.close()
+    with suppress(ConnectionResetError):
+        await writer.wait_closed()
 
 
 async def test_an_error_in_an_answer_is_raised_at_the_end(client: ClientSession) -> None:

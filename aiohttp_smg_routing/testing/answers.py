@@ -16,7 +16,8 @@ MODEL = "stub"
 """The model that ``GET /v1/models`` names, which the real gateway asks its workers for."""
 
 Answer = bytes | AsyncGenerator[bytes, None]
-"""A whole HTTP answer, or the pieces of one. An empty piece closes the connection."""
+"""A whole HTTP answer, or the pieces of one. An empty piece closes the connection, and a
+``ConnectionResetError`` resets it."""
 
 
 def answer(

@@ -1,9 +1,11 @@
 """A gateway, or a worker behind one, that keeps each call as it arrived."""
 
 import asyncio
+import socket
+import struct
 from collections import Counter, deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager, closing, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,6 +117,17 @@ def assert_pinned(
     )
 
 
+@contextmanager
+def _reset_where_an_answer_says_so(writer: asyncio.StreamWriter) -> Iterator[None]:
+    try:
+        yield
+    except ConnectionResetError:
+        linger = struct.pack("ii", True, 0)  # an RST, and no FIN
+        with suppress(OSError):  # it is closed already where it was the caller who reset it
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        writer.transport.abort()
+
+
 @asynccontextmanager
 async def recording_gateway(port: int = 0) -> AsyncIterator[Recorder]:
     """Run a server that stands in for a gateway until the block ends, on a free port unless given.
@@ -136,7 +149,7 @@ async def recording_gateway(port: int = 0) -> AsyncIterator[Recorder]:
         writers.append(writer)
         # The caller, or the end of the block, may end it at any moment.
         over = (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError)
-        with closing(writer), suppress(*over):
+        with closing(writer), suppress(*over), _reset_where_an_answer_says_so(writer):
             is_over = False
             while not is_over:
                 call = await read_call(reader, writer)
