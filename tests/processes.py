@@ -28,6 +28,31 @@ def processes_in(folder: Path) -> dict[int, str]:
     return found
 
 
+def open_files() -> list[str]:
+    """Return what this process has open, but for sockets; empty where there is no ``/proc``."""
+    return [name for _, name in _descriptors() if not name.startswith("socket:")]
+
+
+def connections_to(*ports: int | None) -> int:
+    """Return how many connections to these ports this process has open; 0 without ``/proc``."""
+    found = 0
+    for number, name in _descriptors():
+        if name.startswith("socket:"):
+            with (
+                suppress(OSError),  # it is no connection, or one that has ended
+                socket.fromfd(number, socket.AF_INET, socket.SOCK_STREAM) as opened,
+            ):
+                peer = opened.getpeername()
+                found += isinstance(peer, tuple) and peer[1] in ports
+    return found
+
+
+def _descriptors() -> Iterator[tuple[int, str]]:
+    for descriptor in (PROC / "self" / "fd").glob("*"):
+        with suppress(OSError):  # the one that reads this very folder is closed by now
+            yield int(descriptor.name), str(descriptor.readlink())
+
+
 @asynccontextmanager
 async def running(folder: Path, *argv: str, **env: str) -> AsyncIterator[Process]:
     """Run Python in ``folder``, which has its temporary files too, with pipes for what it says."""

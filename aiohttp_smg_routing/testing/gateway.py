@@ -101,7 +101,9 @@ async def smg_gateway(
             started = tuple([await stack.enter_async_context(context) for context in contexts])
             workers = [worker.url for worker in started]
         urls = [str(worker) for worker in workers]
-        session = await stack.enter_async_context(aiohttp.ClientSession())
+        # None of its connections stays, for a test that looks at those to the gateway.
+        connector = aiohttp.TCPConnector(force_close=True)
+        session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector))
 
         async def ready() -> bool:
             async with session.get(url / "workers") as response:

@@ -23,6 +23,7 @@ from aiohttp_smg_routing import PINS, PinLedger
 from aiohttp_smg_routing.testing import Call, Recorder, canned
 from soak.servers import Worker
 
+from ..processes import HAS_PROC, connections_to, open_files
 from ..workers import chat
 
 T = TypeVar("T")
@@ -178,12 +179,21 @@ class Server:
         return len(connector._acquired)
 
 
+def running_tasks() -> set["asyncio.Task[Any]"]:
+    """Return all tasks but those of recorders: the real gateway keeps its connections to them."""
+    return {
+        task
+        for task in asyncio.all_tasks()
+        if "recording_gateway" not in getattr(task.get_coro(), "__qualname__", "")
+    }
+
+
 @asynccontextmanager
 async def session_server(
     gateway: URL, *, plugin: bool = True, **settings: object
 ) -> AsyncIterator[Server]:
     """Run the example in this process, with its sessions; nothing may be left of it at the end."""
-    before = asyncio.all_tasks()
+    tasks, files = running_tasks(), len(open_files())
     routing = {"gateway": str(gateway), "client_session": "client_session", "enabled": plugin}
     app = make_app({"gateway": {"url": str(gateway), **settings}, "smg_routing": routing})
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=5)
@@ -197,12 +207,15 @@ async def session_server(
             server = Server(app, await agents.begin())
             yield server
             await until(lambda: not server.calls_under_way)
-            assert set(server.pins.sessions()) <= set(agents.by_id)
+            assert connections_to(port) or not HAS_PROC, "they are seen"
+            assert set(server.pins.sessions()) == (set(agents.by_id) if plugin else set())
             if not plugin:
                 assert server.pins.summary() == PinLedger(server.pins.config).summary()
     finally:
         await runner.cleanup()
-    await until(lambda: asyncio.all_tasks() <= before)
+    await until(lambda: running_tasks() <= tasks)
+    await until(lambda: not connections_to(gateway.port, port))
+    assert len(open_files()) <= files, open_files()
 
 
 @contextmanager

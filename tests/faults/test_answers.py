@@ -1,54 +1,52 @@
-"""A gateway that answers as badly as a gateway can, with the plugin and without."""
+"""A gateway that answers as badly as a gateway can, with the plugin and without.
+
+It is the real one: either something before it fails in its place, or all its workers do.
+"""
 
 import asyncio
-import socket
-import struct
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
-from yarl import URL
 
 from aiohttp_smg_routing.testing import (
     Answer,
     Call,
     Recorder,
     answer,
-    canned,
     completion,
-    recording_gateway,
     redirect,
     stream,
 )
-from aiohttp_smg_routing.testing.call import read_call
 
 from .. import conftest
 from ..workers import chat
-from .serving import SESSIONS, Got, assert_keys, session_server
+from .failing import Failing, Fault, Well, Where, failing_gateway
+from .serving import PATIENCE_SECONDS, SESSIONS, Got, session_server, turns_of
 
-Fault = Callable[[Call], Answer]
-TURNS = 4
+WHERE = pytest.mark.parametrize("where", ["the gateway", "its workers"])
 
 
 @dataclass
 class Faulty:
-    """Fail in every try of each session's second turn, and in the first try of its third."""
+    """Fail in every try of each session's even turns, and in the first try of the next ones.
 
-    fault: Fault
+    Each even turn has a fault of its own.
+    """
+
+    faults: Sequence[Fault]
+    well: Well
     tries: Counter[tuple[str, int]] = field(default_factory=Counter)
 
     def __call__(self, call: Call) -> Answer:
-        return self.fault(call) if self.fails(call) else canned(call)
-
-    def fails(self, call: Call) -> bool:
         body = call.json()
-        turn = body["user"], len(body["messages"])
-        self.tries[turn] += 1
-        return turn[1] == 2 or (turn[1] == 3 and self.tries[turn] == 1)
+        session_id, number = body["user"], len(body["messages"])
+        self.tries[session_id, number] += 1
+        fails = number % 2 == 0 or (number > 1 and self.tries[session_id, number] == 1)
+        return self.faults[number // 2 - 1](call) if fails else self.well(call)
 
 
 def status(number: int) -> Fault:
@@ -62,68 +60,87 @@ async def hang_up(*pieces: bytes) -> AsyncGenerator[bytes, None]:
     yield b""
 
 
-def half_an_answer(call: Call) -> Answer:
-    return hang_up(completion("the whole of it")[:-20])
+async def reset(*pieces: bytes) -> AsyncGenerator[bytes, None]:
+    for piece in pieces:
+        yield piece
+    raise ConnectionResetError
 
 
-def half_a_head(call: Call) -> Answer:
-    return hang_up(b"HTTP/1.1 200 OK\r\nContent-")
+WHOLE = completion("the whole of it")
 
 
-def no_answer(call: Call) -> Answer:
-    return hang_up()
+class Bad(NamedTuple):
+    """A fault, and what agents are told of it: by whom it is that fails."""
+
+    fault: Fault
+    gateway: int
+    workers: int
+    tried_again: bool = True
 
 
-def no_http(call: Call) -> Answer:
-    return hang_up(b"220 mail.example ESMTP\r\n\r\n")
+BAD = {
+    "429": Bad(status(429), 429, 429),
+    "500": Bad(status(500), 500, 500),
+    "503": Bad(status(503), 503, 503),
+    "half an answer": Bad(lambda call: hang_up(WHOLE[:-20]), 502, 500),
+    "half a head": Bad(lambda call: hang_up(b"HTTP/1.1 200 OK\r\nContent-"), 502, 500),
+    "no answer": Bad(lambda call: hang_up(), 502, 500),
+    "no http": Bad(lambda call: hang_up(b"220 mail.example ESMTP\r\n\r\n"), 502, 500),
+    "reset": Bad(lambda call: reset(), 502, 500),
+    "reset in the midst": Bad(lambda call: reset(WHOLE[:-20]), 502, 500),
+    # It is no failure that the server tries again; the gateway does not follow it either.
+    "redirect": Bad(lambda call: redirect("http://127.0.0.1:9/"), 307, 307, tried_again=False),
+}
 
 
-Outcome = dict[str, list[Got]]
-
-
-async def play(gateway: Recorder, *, plugin: bool, **body: Any) -> Outcome:
+async def play(
+    gateway: Failing, fault: Fault, turns: int, *, plugin: bool, **body: Any
+) -> list[dict[str, Got]]:
     """Play all sessions at once; return what each agent got, turn by turn."""
+    gateway.forget()
+    gateway.answer(fault)
     async with session_server(gateway.url, plugin=plugin) as server:
-        turns = [await server.agents.all(turn, **body) for turn in range(1, TURNS + 1)]
-        outcome = {each: [turn[each] for turn in turns] for each in SESSIONS}
+        got = [await server.agents.all(turn, **body) for turn in range(1, turns + 1)]
         # Answered turns are kept, and no others.
         kept = await server.agents.turns_kept()
-        assert kept == {k: sum(got.answered for got in v) for k, v in outcome.items()}
-        calls = sum(call.method == "POST" for call in gateway.calls)
-        counted = server.pins.summary()
-        if plugin:  # each call once, whatever came of it
-            assert counted.failed + counted.unknown == calls
-    assert_keys(gateway.calls, plugin=plugin)
-    return outcome
+        assert kept == {each: sum(turn[each].answered for turn in got) for each in SESSIONS}
+        if plugin:  # each call is counted once, whatever came of it
+            counted = server.pins.summary()
+            assert counted.first + counted.kept + counted.unknown + counted.failed == len(
+                turns_of(*gateway.recorders)
+            )
+    gateway.assert_keys(plugin=plugin)
+    for turn in got:
+        others = {
+            k: got.body for k, got in turn.items() if got.answered and quoted(k) not in got.body
+        }
+        assert others == {}, "each agent gets the answer to its own session"
+    return got
 
 
-async def with_and_without(fault: Fault, **body: Any) -> Outcome:
-    """Play the same fault in both arms; the agents get the same."""
-    outcomes = []
-    for plugin in (True, False):
-        async with recording_gateway() as gateway:
-            gateway.answer = Faulty(fault)
-            outcomes.append(await play(gateway, plugin=plugin, **body))
-    assert outcomes[0] == outcomes[1]
-    return outcomes[0]
+def quoted(session_id: str) -> bytes:
+    return f'"{session_id}"'.encode()
 
 
-@pytest.mark.parametrize(
-    ("fault", "reported"),
-    [
-        (status(429), 429),
-        (status(500), 500),
-        (status(503), 503),
-        (half_an_answer, 502),
-        (half_a_head, 502),
-        (no_answer, 502),
-        (no_http, 502),
-    ],
-    ids=["429", "500", "503", "half an answer", "half a head", "no answer", "no http"],
-)
-async def test_agents_get_the_same_of_a_gateway_that_fails(fault: Fault, reported: int) -> None:
-    for turns in (await with_and_without(fault)).values():
-        assert [got.status for got in turns] == [200, reported, 200, 200]
+def statuses(turns: Sequence[dict[str, Got]]) -> list[set[int | None]]:
+    return [{got.status for got in turn.values()} for turn in turns]
+
+
+@WHERE
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_agents_get_the_same_of_a_gateway_that_fails(where: Where, streamed: bool) -> None:
+    seen = []
+    async with failing_gateway(where) as gateway:
+        for plugin in (True, False):
+            faulty = Faulty([bad.fault for bad in BAD.values()], gateway.well)
+            turns = 1 + 2 * len(BAD)
+            got = await play(gateway, faulty, turns, plugin=plugin, stream=streamed)
+            seen.append(statuses(got))
+    told = [bad.gateway if where == "the gateway" else bad.workers for bad in BAD.values()]
+    expected = [{200}]
+    for bad, status in zip(BAD.values(), told, strict=True):
+        expected += [{status}, {200 if bad.tried_again else status}]
+    assert seen[0] == seen[1] == expected
 
 
 @dataclass
@@ -131,11 +148,12 @@ class HalfAStream:
     """Stream each second turn to its half; what then comes waits until the agents have seen it."""
 
     fault: str
+    well: Well
     seen: asyncio.Event = field(default_factory=asyncio.Event)
     over: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __call__(self, call: Call) -> Answer:
-        return self.half() if len(call.json()["messages"]) == 2 else canned(call)
+        return self.half() if len(call.json()["messages"]) == 2 else self.well(call)
 
     async def half(self) -> AsyncGenerator[bytes, None]:
         pieces = stream("half", "of it")
@@ -146,13 +164,17 @@ class HalfAStream:
             await self.over.wait()
         if self.fault == "has an error in it":
             yield b"f\r\ndata: {broken\n\n\r\n0\r\n\r\n"
+        if self.fault == "is reset":
+            raise ConnectionResetError
         yield b""
 
 
 async def fail_in_a_stream(
-    gateway: Recorder, failing: HalfAStream, *, plugin: bool, timeout: float
+    gateway: Failing, failing: HalfAStream, *, plugin: bool, timeout: float
 ) -> list[dict[str, Got]]:
     """Play three turns of each session; the second fails when all agents have a piece of it."""
+    gateway.forget()
+    gateway.answer(failing)
     async with session_server(gateway.url, plugin=plugin, timeout_seconds=timeout) as server:
         agents = server.agents
         turns = [await agents.all(1, stream=True)]
@@ -162,71 +184,34 @@ async def fail_in_a_stream(
         failing.over.set()
         turns.append(await agents.all(3, stream=True))
         assert await agents.turns_kept() == dict.fromkeys(SESSIONS, 2)
+    gateway.assert_keys(plugin=plugin)
     return turns
 
 
-@pytest.mark.parametrize(
-    ("fault", "timeout"),
-    [("breaks off", 30.0), ("has an error in it", 30.0), ("falls silent", 1.5)],
-)
-async def test_agents_get_the_same_of_a_stream_that_fails(fault: str, timeout: float) -> None:
-    outcomes = []
-    for plugin in (True, False):
-        async with recording_gateway() as gateway:
-            gateway.answer = failing = HalfAStream(fault)
-            try:
-                turns = await fail_in_a_stream(gateway, failing, plugin=plugin, timeout=timeout)
-            finally:
-                failing.seen.set()
-                failing.over.set()
-            assert_keys(gateway.calls, plugin=plugin)
-        assert [{got.whole for got in turn.values()} for turn in turns] == [{True}, {False}, {True}]
-        outcomes.append([[got.status for got in turn.values()] for turn in turns])
-    assert outcomes[0] == outcomes[1]
-
-
-@asynccontextmanager
-async def resetting_gateway(resets: Callable[[Call], bool]) -> AsyncIterator[Recorder]:
-    """Run a gateway that resets a connection, where a recorder can do no more than close it."""
-    connections: set[asyncio.StreamWriter] = set()
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        connections.add(writer)
-        with suppress(asyncio.IncompleteReadError, ConnectionError):
-            while True:
-                call = await read_call(reader, writer)
-                recorder.calls.append(call)
-                if resets(call):
-                    opened = writer.get_extra_info("socket")
-                    opened.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                    writer.transport.abort()
-                    return
-                writer.write(completion())
-        writer.close()
-
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    recorder = Recorder(URL(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"))
-    try:
-        yield recorder
-    finally:
-        server.close()
-        await server.wait_closed()
-
-
-async def test_agents_get_the_same_of_a_gateway_that_resets_connections() -> None:
-    outcomes = []
-    for plugin in (True, False):
-        async with resetting_gateway(Faulty(canned).fails) as gateway:
-            outcomes.append(await play(gateway, plugin=plugin))
-    assert outcomes[0] == outcomes[1]
-    for turns in outcomes[0].values():
-        assert [got.status for got in turns] == [200, 502, 200, 200]
+@WHERE
+async def test_agents_get_the_same_of_a_stream_that_fails(where: Where) -> None:
+    async with failing_gateway(where) as gateway:
+        for fault in ("breaks off", "is reset", "has an error in it", "falls silent"):
+            seen = []
+            for plugin in (True, False):
+                failing = HalfAStream(fault, gateway.well)
+                timeout = 5 if fault == "falls silent" else PATIENCE_SECONDS
+                try:
+                    turns = await fail_in_a_stream(gateway, failing, plugin=plugin, timeout=timeout)
+                finally:
+                    failing.seen.set()
+                    failing.over.set()
+                whole = [{got.whole for got in turn.values()} for turn in turns]
+                assert whole == [{True}, {False}, {True}], fault
+                seen.append(statuses(turns))
+            assert seen[0] == seen[1], fault
 
 
 @dataclass
 class Slow:
     """Answer when a call of each session is under way: the last one first, each after another."""
 
+    well: Well
     waiting: list[asyncio.Event] = field(default_factory=list)
 
     async def __call__(self, call: Call) -> AsyncGenerator[bytes, None]:
@@ -237,43 +222,34 @@ class Slow:
         self.waiting.remove(mine)
         if self.waiting:
             self.waiting[-1].set()
-        yield completion(call.json()["user"])
+        async for piece in self.well(call):
+            yield piece
 
     def give_up(self) -> None:
         for event in self.waiting:
             event.set()
 
 
-async def test_agents_get_the_same_of_a_gateway_that_is_slow() -> None:
-    outcomes = []
-    for plugin in (True, False):
-        async with recording_gateway() as gateway:
-            gateway.answer = slow = Slow()
+@WHERE
+async def test_agents_get_the_same_of_a_gateway_that_is_slow(where: Where) -> None:
+    async with failing_gateway(where) as gateway:
+        for plugin in (True, False):
+            slow = Slow(gateway.well)
             try:
-                outcomes.append(await play(gateway, plugin=plugin))
+                turns = await play(gateway, slow, 4, plugin=plugin)
             finally:
                 slow.give_up()
-    assert outcomes[0] == outcomes[1]
-    for session_id, turns in outcomes[0].items():
-        assert all(got.status == 200 and session_id.encode() in got.body for got in turns)
+            assert statuses(turns) == [{200}] * 4
 
 
-async def test_agents_get_the_redirect_of_the_gateway_and_its_target_nothing(
-    elsewhere: Recorder,
-) -> None:
-    outcome = await with_and_without(lambda call: redirect(elsewhere.chat))
-    for turns in outcome.values():
-        # It is no failure that the server tries again.
-        assert [got.status for got in turns] == [200, 307, 307, 200]
-    assert elsewhere.calls == []
-
-
-async def test_no_key_follows_a_redirect_to_elsewhere(elsewhere: Recorder) -> None:
-    statuses = []
-    for enabled in (True, False):
-        async with recording_gateway() as gateway:
-            gateway.answer = Faulty(lambda call: redirect(elsewhere.chat))
-            app = conftest.session_server(gateway.url, enabled=enabled)
+@WHERE
+async def test_no_key_follows_a_redirect_to_elsewhere(where: Where, elsewhere: Recorder) -> None:
+    """A naive proxy lets aiohttp follow it, and gets its answer from there."""
+    async with failing_gateway(where) as gateway:
+        for plugin in (True, False):
+            gateway.forget()
+            gateway.answer(Faulty([lambda call: redirect(elsewhere.chat)], gateway.well))
+            app = conftest.session_server(gateway.url, enabled=plugin)
             async with TestClient(TestServer(app)) as client:
 
                 async def turn(session_id: str, number: int) -> int:
@@ -281,11 +257,10 @@ async def test_no_key_follows_a_redirect_to_elsewhere(elsewhere: Recorder) -> No
                     async with client.post(path, json=chat(session_id, number)) as response:
                         return int(response.status)
 
-                for number in range(1, TURNS + 1):
+                for number in (1, 2, 3):
                     turns = (turn(session_id, number) for session_id in SESSIONS)
-                    statuses.append((enabled, set(await asyncio.gather(*turns))))
-            assert_keys(gateway.calls, plugin=enabled)
-            assert len(gateway.calls) == len(SESSIONS) * TURNS
-    assert statuses == [(enabled, {200}) for enabled in (True, False) for _ in range(TURNS)]
+                    assert set(await asyncio.gather(*turns)) == {200}
+            gateway.assert_keys(plugin=plugin)
+            assert len(turns_of(*gateway.recorders)) == len(SESSIONS) * 3
     assert len(elsewhere.calls) == len(SESSIONS) * 2 * 2
     assert {*map(tuple, (call.keys for call in elsewhere.calls))} == {()}

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
+from aiohttp import ClientSession
 
 from aiohttp_smg_routing.testing import SmgGateway, smg_gateway
 from soak.servers import Worker, worker_processes
@@ -127,14 +128,15 @@ async def test_a_worker_is_added(tmp_path: Path, policy: str) -> None:
 
 async def add(smg: SmgGateway, worker: Worker) -> None:
     """Have the gateway add a worker; return once it takes it for healthy."""
-    client = worker.client
-    async with client.post(smg.url / "workers", json={"url": str(worker.url.origin())}) as response:
-        assert response.status == 202, await response.text()
-    healthy: set[str] = set()
-    while str(worker.url.origin()) not in healthy:
-        async with client.get(smg.url / "workers") as response:
-            known = (await response.json())["workers"]
-        healthy = {each["url"] for each in known if each["is_healthy"]}
+    name = str(worker.url.origin())
+    async with ClientSession() as client:
+        async with client.post(smg.url / "workers", json={"url": name}) as response:
+            assert response.status == 202, await response.text()
+        healthy: set[str] = set()
+        while name not in healthy:
+            async with client.get(smg.url / "workers") as response:
+                known = (await response.json())["workers"]
+            healthy = {each["url"] for each in known if each["is_healthy"]}
 
 
 async def test_all_workers_are_gone_and_come_back(tmp_path: Path) -> None:

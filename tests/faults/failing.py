@@ -1,0 +1,92 @@
+"""The real gateway, failing: something before it that answers in its place, or all its workers."""
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, closing
+from dataclasses import dataclass
+from typing import Literal
+
+from yarl import URL
+
+from aiohttp_smg_routing.testing import (
+    Answer,
+    Call,
+    Recorder,
+    SmgGateway,
+    canned,
+    completion,
+    recording_gateway,
+    smg_gateway,
+    stream,
+)
+
+from .serving import SESSIONS, assert_keys
+
+Fault = Callable[[Call], Answer]
+Well = Callable[[Call], AsyncGenerator[bytes, None]]
+Where = Literal["the gateway", "its workers"]
+
+# A failure reaches the session server: the gateway does not try again, or give a worker up.
+ARGS = ("--disable-retries", "--disable-circuit-breaker")
+_FRAMING = {b"connection", b"content-length", b"transfer-encoding"}
+
+
+@dataclass(frozen=True)
+class Failing:
+    """What answers badly, where the session server finds it, and how it answers well."""
+
+    url: URL
+    recorders: Sequence[Recorder]
+    well: Well
+    smg: SmgGateway
+
+    def answer(self, fault: Fault) -> None:
+        """Have turns answered by ``fault``."""
+        for recorder in self.recorders:
+            recorder.answer = lambda call: fault(call) if call.method == "POST" else canned(call)
+
+    def assert_keys(self, *, plugin: bool) -> None:
+        """Assert that each turn had its key, and that each session stayed on its worker."""
+        assert_keys([call for each in self.recorders for call in each.calls], plugin=plugin)
+        assert_keys([call for each in self.smg.workers for call in each.calls], plugin=plugin)
+        if plugin:
+            for session_id in SESSIONS:
+                self.smg.assert_pinned(session_id)
+
+    def forget(self) -> None:
+        """Begin anew."""
+        for recorder in (*self.recorders, *self.smg.workers):
+            recorder.calls.clear()
+
+
+@asynccontextmanager
+async def failing_gateway(where: Where) -> AsyncIterator[Failing]:
+    """Run the real gateway, with what is before it or behind it to fail."""
+    async with smg_gateway(3, policy="manual", args=ARGS) as smg, recording_gateway() as front:
+        workers = Failing(smg.url, smg.workers, _named, smg)
+        workers.answer(_named)
+        if where == "its workers":
+            yield workers
+        else:
+            yield Failing(front.url, [front], lambda call: _relay(smg.url, call), smg)
+
+
+async def _named(call: Call) -> AsyncGenerator[bytes, None]:
+    """Answer with the session that the body names."""
+    turn = call.json()
+    if not turn.get("stream"):
+        yield completion(turn["user"])
+        return
+    async for piece in stream(turn["user"]):
+        yield piece
+
+
+async def _relay(gateway: URL, call: Call) -> AsyncGenerator[bytes, None]:
+    """Pass a call on as it is, and the answer back as it comes."""
+    reader, writer = await asyncio.open_connection(gateway.host, gateway.port)
+    with closing(writer):
+        kept = [line for line in call.header_lines if line.split(b":")[0].lower() not in _FRAMING]
+        framing = (b"Connection: close", b"Content-Length: %d" % len(call.body))
+        writer.write(b"\r\n".join((call.start_line, *kept, *framing, b"", call.body)))
+        while piece := await reader.read(2**16):
+            yield piece
