@@ -219,6 +219,7 @@ gateway.timeout_seconds = {timeout_seconds}
             stderr=output,
             # The plugin of this tree, whichever is installed: it is what the soak speaks of.
             env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+            cwd=folder,  # what it leaves behind, a process or a file, is found there
             start_new_session=True,  # a Ctrl-C in the terminal is not for it
         )
     try:

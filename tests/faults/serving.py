@@ -263,8 +263,8 @@ def assert_keys(calls: Iterable[Call], *, plugin: bool = True) -> None:
         assert call.keys == ([call.json()["user"].encode()] if plugin else [])
 
 
-def assert_keys_of(workers: Iterable[Worker]) -> None:
+def assert_keys_of(workers: Iterable[Worker], *, plugin: bool) -> None:
     """Assert the same of what worker processes have received."""
     turns = [turn for worker in workers for turn in worker.received()]
     assert turns
-    assert [turn for turn in turns if turn.keys != [turn.user]] == []
+    assert [turn for turn in turns if turn.keys != ([turn.user] if plugin else [])] == []

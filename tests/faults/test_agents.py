@@ -2,32 +2,54 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, suppress
+from contextlib import asynccontextmanager, suppress
 
+import pytest
 from aiohttp import ClientSession, ClientTimeout, web
 from aiohttp.test_utils import TestClient, TestServer
 from yarl import URL
 
 from aiohttp_smg_routing import PINS, setup
-from aiohttp_smg_routing.testing import Answer, Call, Recorder, recording_gateway
+from aiohttp_smg_routing.testing import Answer, Call, SmgGateway, smg_gateway
 
 from ..conftest import CLIENT
 from ..workers import chat
-from .serving import SESSIONS, Got, assert_keys, holding, session_server, soon, turns_of, until
+from .serving import (
+    SESSIONS,
+    Got,
+    assert_keys,
+    holding,
+    running_tasks,
+    session_server,
+    soon,
+    turns_of,
+    until,
+)
 
 LEAVING = SESSIONS[::2]
 STAYING = SESSIONS[1::2]
 
 
+@asynccontextmanager
+async def gateway_that_holds() -> AsyncIterator[tuple[SmgGateway, asyncio.Event]]:
+    """Run the real gateway; its workers hold second turns until the event is set."""
+    async with smg_gateway(3, policy="manual") as smg:
+        with holding(*smg.workers) as release:
+            yield smg, release
+
+
 async def hang_up(
-    gateway: Recorder, release: asyncio.Event, *, plugin: bool
+    smg: SmgGateway, release: asyncio.Event, *, plugin: bool, stream: bool
 ) -> list[dict[str, Got]]:
     """Play three turns of each session; half of the agents leave in the midst of the second."""
-    async with session_server(gateway.url, plugin=plugin) as server:
+    async with session_server(smg.url, plugin=plugin) as server:
         agents = server.agents
         turns = [await agents.all(1)]
-        second = {each: asyncio.create_task(agents.by_id[each].turn(2)) for each in SESSIONS}
-        await until(lambda: len(turns_of(gateway)) == 2 * len(SESSIONS))
+        second = {
+            each: asyncio.create_task(agent.turn(2, stream=stream))
+            for each, agent in agents.by_id.items()
+        }
+        await until(lambda: len(turns_of(*smg.workers)) == 2 * len(SESSIONS))
         for each in LEAVING:
             second[each].cancel()
         # Their calls have left the gateway, and only theirs.
@@ -37,21 +59,22 @@ async def hang_up(
         turns.append(await agents.all(3))
         kept = await agents.turns_kept()
         assert kept == dict.fromkeys(LEAVING, 2) | dict.fromkeys(STAYING, 3)
-        counted = server.pins.summary()
         if plugin:
-            assert counted.failed == len(LEAVING)
-            assert counted.unknown == len(SESSIONS) * 3 - len(LEAVING)
+            counted = server.pins.summary()
+            assert (counted.first, counted.moved) == (len(SESSIONS), 0)
+            # A stream that has begun has shown its worker.
+            assert counted.failed == (0 if stream else len(LEAVING))
+            assert counted.failed + counted.kept == 2 * len(SESSIONS)
     return turns
 
 
-async def test_agents_that_hang_up_take_nothing_of_others_with_them() -> None:
+@pytest.mark.parametrize("stream", [False, True])
+async def test_agents_that_hang_up_take_nothing_of_others_with_them(stream: bool) -> None:
     outcomes = []
     for plugin in (True, False):
-        async with AsyncExitStack() as stack:
-            gateway = await stack.enter_async_context(recording_gateway())
-            release = stack.enter_context(holding(gateway))
-            outcomes.append(await hang_up(gateway, release, plugin=plugin))
-            assert_keys(gateway.calls, plugin=plugin)
+        async with gateway_that_holds() as (smg, release):
+            outcomes.append(await hang_up(smg, release, plugin=plugin, stream=stream))
+            assert_keys(turns_of(*smg.workers), plugin=plugin)
     assert outcomes[0] == outcomes[1]
     assert {got.status for turn in outcomes[0] for got in turn.values()} == {200}
 
@@ -59,19 +82,18 @@ async def test_agents_that_hang_up_take_nothing_of_others_with_them() -> None:
 async def test_agents_get_the_same_of_a_time_out() -> None:
     outcomes = []
     for plugin in (True, False):
-        async with AsyncExitStack() as stack:
-            gateway = await stack.enter_async_context(recording_gateway())
-            release = stack.enter_context(holding(gateway))
-            async with session_server(
-                gateway.url, plugin=plugin, timeout_seconds=1.5, retries=0
-            ) as server:
-                turns = [await server.agents.all(1), await server.agents.all(2)]
-                release.set()
-                turns.append(await server.agents.all(3))
-                assert await server.agents.turns_kept() == dict.fromkeys(SESSIONS, 2)
-                if plugin:
-                    assert server.pins.summary().failed == len(SESSIONS)
-            assert_keys(gateway.calls, plugin=plugin)
+        async with (
+            gateway_that_holds() as (smg, release),
+            session_server(smg.url, plugin=plugin, timeout_seconds=5, retries=0) as server,
+        ):
+            turns = [await server.agents.all(1), await server.agents.all(2)]
+            release.set()
+            turns.append(await server.agents.all(3))
+            assert await server.agents.turns_kept() == dict.fromkeys(SESSIONS, 2)
+            assert_keys(turns_of(*smg.workers), plugin=plugin)
+            if plugin:
+                counted = server.pins.summary()
+                assert counted.first == counted.failed == counted.kept == len(SESSIONS)
             outcomes.append(turns)
     assert outcomes[0] == outcomes[1]
     assert [{got.status for got in turn.values()} for turn in outcomes[0]] == [{200}, {504}, {200}]
@@ -105,9 +127,9 @@ def impatient_server(gateway: URL, **config: object) -> web.Application:
                 task.cancel()
                 await task
             elif way == "wait_for":
-                await asyncio.wait_for(call(2), 0.1)
+                await asyncio.wait_for(call(2), 1)
             else:
-                await call(2, timeout=ClientTimeout(total=0.1))
+                await call(2, timeout=ClientTimeout(total=1))
             return web.Response(status=500, text="it was answered")
         return web.Response(status=await call(3))
 
@@ -122,15 +144,17 @@ ARRIVED = web.AppKey("arrived", dict[str, asyncio.Event])
 WAYS = ("cancel", "wait_for", "timeout")
 
 
-async def give_up(gateway: Recorder, release: asyncio.Event, *, enabled: bool) -> list[int]:
-    app, held = impatient_server(gateway.url, enabled=enabled), gateway.answer
+async def give_up(smg: SmgGateway, release: asyncio.Event, *, enabled: bool) -> list[int]:
+    app, held = impatient_server(smg.url, enabled=enabled), smg.workers[0].answer
 
     def answer(call: Call) -> Answer:
-        app[ARRIVED][call.json()["user"]].set()
+        if call.method == "POST":
+            app[ARRIVED][call.json()["user"]].set()
         return held(call)
 
-    gateway.answer = answer
-    before = asyncio.all_tasks()
+    for worker in smg.workers:
+        worker.answer = answer
+    before = running_tasks()
     async with TestClient(TestServer(app)) as client:
 
         async def turn(way: str, session_id: str) -> int:
@@ -144,19 +168,17 @@ async def give_up(gateway: Recorder, release: asyncio.Event, *, enabled: bool) -
         await until(lambda: not connector._acquired)
         counted = app[PINS].summary()
         if enabled:
-            assert (counted.failed, counted.unknown) == (len(sessions), len(sessions))
+            assert (counted.failed, counted.first) == (len(sessions), len(sessions))
         assert set(app[PINS].sessions()) == ({each for _, each in sessions} if enabled else set())
     release.set()
-    await until(lambda: asyncio.all_tasks() <= before)
+    await until(lambda: running_tasks() <= before)
     return statuses
 
 
 async def test_calls_that_a_handler_gives_up_leave_the_next_one_its_key() -> None:
     outcomes = []
     for enabled in (True, False):
-        async with AsyncExitStack() as stack:
-            gateway = await stack.enter_async_context(recording_gateway())
-            release = stack.enter_context(holding(gateway))
-            outcomes.append(await give_up(gateway, release, enabled=enabled))
-            assert_keys(gateway.calls, plugin=enabled)
+        async with gateway_that_holds() as (smg, release):
+            outcomes.append(await give_up(smg, release, enabled=enabled))
+            assert_keys(turns_of(*smg.workers), plugin=enabled)
     assert outcomes[0] == outcomes[1] == [200] * len(SESSIONS) * len(WAYS)

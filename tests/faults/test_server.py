@@ -10,10 +10,10 @@ from pathlib import Path
 from aiohttp import ClientSession, TCPConnector
 from yarl import URL
 
-from aiohttp_smg_routing.testing import recording_gateway, smg_gateway
+from aiohttp_smg_routing.testing import smg_gateway
 from soak.servers import SessionServer, complaints, session_server
 
-from ..processes import until_refused
+from ..processes import HAS_PROC, processes_in, until_refused
 from .serving import SESSIONS, Agents, assert_keys, holding, soon, turns_of, until
 
 
@@ -26,26 +26,33 @@ async def serving(
         session_server(folder, gateway, env={"TMPDIR": str(folder)}, enabled=plugin) as server,
         ClientSession(connector=TCPConnector(limit=0)) as client,
     ):
+        assert server.process.pid in processes_in(folder) or not HAS_PROC
         yield server, await Agents(server.url, client).begin()
+        await soon(server.process.wait())
+        assert processes_in(folder) == {}
     assert complaints(server.log) == []
-    assert server.process.returncode is not None
     assert sorted(os.listdir(folder)) == ["server.log", "settings.toml"]
 
 
 async def stop_in_the_midst(folder: Path, *, plugin: bool, stream: bool) -> list[tuple[int, bool]]:
     async with AsyncExitStack() as stack:
-        gateway = await stack.enter_async_context(recording_gateway())
-        release = stack.enter_context(holding(gateway))
-        async with serving(folder, gateway.url, plugin=plugin) as (server, agents):
+        smg = await stack.enter_async_context(smg_gateway(3, policy="manual"))
+        release = stack.enter_context(holding(*smg.workers))
+        async with serving(folder, smg.url, plugin=plugin) as (server, agents):
             await agents.all_answered(1)
             second = asyncio.create_task(agents.all(2, stream=stream))
-            await until(lambda: len(turns_of(gateway)) == 2 * len(SESSIONS))
+            await until(lambda: len(turns_of(*smg.workers)) == 2 * len(SESSIONS))
             os.kill(server.process.pid, signal.SIGTERM)
             await soon(until_refused(server.url))
             release.set()
             got = await second
             assert await soon(server.process.wait()) == 0
-        assert_keys(gateway.calls, plugin=plugin)
+        assert_keys(turns_of(*smg.workers), plugin=plugin)
+        if plugin:
+            assert +await smg.branches() == {
+                "vacant": len(SESSIONS),
+                "occupied_hit": len(SESSIONS),
+            }
     return [(got.status or 0, got.whole) for got in got.values()]
 
 

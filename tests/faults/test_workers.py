@@ -17,18 +17,21 @@ from .serving import SESSIONS, Got, Server, assert_keys_of, session_server, soon
 ARGS = ("--assignment-mode", "min_group", "--cb-timeout-duration-secs", "1")
 
 
+PLUGIN = pytest.mark.parametrize("plugin", [True, False], ids=["plugin", "without"])
+
+
 @asynccontextmanager
 async def behind_the_gateway(
-    workers: Sequence[Worker], policy: str = "manual"
+    workers: Sequence[Worker], policy: str = "manual", *, plugin: bool = True
 ) -> AsyncIterator[tuple[Server, SmgGateway]]:
     """Run the gateway and the session server before ``workers``; their keys must be right."""
     args = ARGS if policy == "manual" else ARGS[2:]
     async with (
         smg_gateway([worker.url for worker in workers], policy=policy, args=args) as smg,
-        session_server(smg.url) as server,
+        session_server(smg.url, plugin=plugin) as server,
     ):
         yield server, smg
-    assert_keys_of(workers)
+    assert_keys_of(workers, plugin=plugin)
 
 
 def sessions_of(server: Server, worker: Worker) -> list[str]:
@@ -37,10 +40,15 @@ def sessions_of(server: Server, worker: Worker) -> list[str]:
     return [each for each, agent in server.agents.by_id.items() if agent.worker == name]
 
 
-def assert_the_ledger_is_right(server: Server) -> None:
-    """Assert that it has each session, where its agent saw it."""
+def count_received(worker: Worker) -> int:
+    return sum(1 for _ in worker.received())
+
+
+def assert_the_ledger_is_right(server: Server, *, plugin: bool) -> None:
+    """Assert that it has each session, where its agent saw it; without the plugin it has none."""
     pins = {session_id: pin.worker for session_id, pin in server.pins.sessions().items()}
-    assert pins == {each: agent.worker for each, agent in server.agents.by_id.items()}
+    seen = {each: agent.worker for each, agent in server.agents.by_id.items()}
+    assert pins == (seen if plugin else {})
 
 
 async def until_all_are_answered(server: Server, number: int) -> None:
@@ -60,42 +68,48 @@ def assert_failures_are_the_gateways(turns: Iterable[Got]) -> None:
     assert [got for got in turns if not (got.answered or got.is_failure_of_the_gateway)] == []
 
 
+@PLUGIN
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_worker_is_killed_and_restarted(tmp_path: Path, stream: bool) -> None:
+async def test_a_worker_is_killed_and_restarted(tmp_path: Path, stream: bool, plugin: bool) -> None:
     async with (
         worker_processes(tmp_path, 3) as workers,
-        behind_the_gateway(workers) as (server, _),
+        behind_the_gateway(workers, plugin=plugin) as (server, _),
     ):
         agents = server.agents
         await agents.all_answered(1)
         dead = max(workers, key=lambda worker: len(sessions_of(server, worker)))
-        hit = sessions_of(server, dead)
+        before = len(list(dead.received()))
         turns = {
             each: asyncio.create_task(agent.turn(2, stream=stream, hold=dead.port))
             for each, agent in agents.by_id.items()
         }
-        await until(lambda: len(list(dead.received())) == 2 * len(hit))
+        await until(lambda: sum(map(count_received, workers)) == 2 * len(SESSIONS))
+        held = {turn.user for turn in list(dead.received())[before:]}
+        if plugin:
+            assert held == set(sessions_of(server, dead))
         await dead.kill()
         got = {each: await soon(turn) for each, turn in turns.items()}
-        # Only turns that the worker had begun can fail, and agents are told so.
-        assert {each for each, turn in got.items() if not turn.answered} <= set(hit)
+        # With the plugin and without: only turns that the worker had begun can fail, and agents
+        # are told so.
+        assert {each for each, turn in got.items() if not turn.answered} <= held
         assert_failures_are_the_gateways(got.values())
         kept = {each: 1 + turn.answered for each, turn in got.items()}
         assert await agents.turns_kept() == kept
         await until_all_are_answered(server, 3)
         assert sessions_of(server, dead) == []
-        assert_the_ledger_is_right(server)
+        assert_the_ledger_is_right(server, plugin=plugin)
         await dead.start()
         await until_all_are_answered(server, 4)
         await agents.all_answered(5)
-        assert_the_ledger_is_right(server)
+        assert_the_ledger_is_right(server, plugin=plugin)
 
 
+@PLUGIN
 @pytest.mark.parametrize("policy", ["manual", "consistent_hashing"])
-async def test_a_worker_is_added(tmp_path: Path, policy: str) -> None:
+async def test_a_worker_is_added(tmp_path: Path, policy: str, plugin: bool) -> None:
     async with (
         worker_processes(tmp_path, 3) as workers,
-        behind_the_gateway(workers[:2], policy) as (server, smg),
+        behind_the_gateway(workers[:2], policy, plugin=plugin) as (server, smg),
     ):
         agents, added = server.agents, workers[2]
         await agents.all_answered(1)
@@ -113,17 +127,18 @@ async def test_a_worker_is_added(tmp_path: Path, policy: str) -> None:
             stop.set()
             await soon(playing)
         await agents.all_answered(3)
-        moved = {each for each, agent in agents.by_id.items() if agent.worker != before[each]}
-        assert set(sessions_of(server, added)) == moved
-        assert server.pins.summary().moved == (len(moved) if policy != "manual" else 0)
-        assert server.pins.summary().failed == 0
-        assert_the_ledger_is_right(server)
+        if plugin:
+            moved = {each for each, agent in agents.by_id.items() if agent.worker != before[each]}
+            assert set(sessions_of(server, added)) == moved
+            assert server.pins.summary().moved == (len(moved) if policy != "manual" else 0)
+            assert server.pins.summary().failed == 0
+        assert_the_ledger_is_right(server, plugin=plugin)
         # New sessions come to the new worker too.
         await agents.begin(f"new-{number}" for number in range(30))
         await agents.all_answered(1)
         assert any(each.startswith("new-") for each in sessions_of(server, added))
-        assert_the_ledger_is_right(server)
-    assert_keys_of(workers)
+        assert_the_ledger_is_right(server, plugin=plugin)
+    assert_keys_of(workers, plugin=plugin)
 
 
 async def add(smg: SmgGateway, worker: Worker) -> None:
@@ -139,16 +154,16 @@ async def add(smg: SmgGateway, worker: Worker) -> None:
             healthy = {each["url"] for each in known if each["is_healthy"]}
 
 
-async def test_all_workers_are_gone_and_come_back(tmp_path: Path) -> None:
+@PLUGIN
+async def test_all_workers_are_gone_and_come_back(tmp_path: Path, plugin: bool) -> None:
     async with (
         worker_processes(tmp_path, 2) as workers,
-        behind_the_gateway(workers) as (server, _),
+        behind_the_gateway(workers, plugin=plugin) as (server, _),
     ):
         agents = server.agents
         await agents.all_answered(1)
         turns = [asyncio.create_task(agent.turn(2, hold=True)) for agent in agents.by_id.values()]
-        received = len(SESSIONS) * 2
-        await until(lambda: sum(len(list(each.received())) for each in workers) == received)
+        await until(lambda: sum(map(count_received, workers)) == 2 * len(SESSIONS))
         await asyncio.gather(*(worker.kill() for worker in workers))
         got = [await soon(turn) for turn in turns]
         got += (await agents.all(3)).values()
@@ -158,4 +173,4 @@ async def test_all_workers_are_gone_and_come_back(tmp_path: Path) -> None:
         await asyncio.gather(*(worker.start() for worker in workers))
         await until_all_are_answered(server, 4)
         await agents.all_answered(5)
-        assert_the_ledger_is_right(server)
+        assert_the_ledger_is_right(server, plugin=plugin)
