@@ -4,13 +4,14 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
-from aiohttp import ClientSession, TCPConnector
+from aiohttp import ClientSession, TCPConnector, web
 from yarl import URL
 
+from aiohttp_smg_routing import setup
 from aiohttp_smg_routing.testing import Recorder, child_process, free_port
 
 SESSIONS = [f"s-{number}" for number in range(8)]
@@ -29,6 +30,25 @@ async def play(url: URL, call: Callable[[str], Mapping[str, Any]]) -> None:
                     await response.read()
 
     await asyncio.gather(*map(session, SESSIONS))
+
+
+def asks(ask: Callable[[web.Request], Awaitable[web.Response]], gateway: URL) -> web.Application:
+    """Return a server that asks an SDK, whose ClientSession is its own, in each turn."""
+    app = web.Application()
+    app.router.add_post("/sessions/{session_id}/ask", ask)
+    setup(app, {"gateway": str(gateway), "client_session": "all"})
+    return app
+
+
+async def play_asks(url: URL, *, stream: bool) -> None:
+    """Play turns of such a server."""
+    await play(
+        url,
+        lambda session_id: {
+            "url": f"/sessions/{session_id}/ask",
+            "json": chat(session_id, stream=stream),
+        },
+    )
 
 
 def chat(session_id: str, **fields: Any) -> dict[str, Any]:

@@ -7,10 +7,9 @@ import pytest
 from aiohttp import web
 from pytest_aiohttp.plugin import AiohttpClient
 
-from aiohttp_smg_routing import setup
 from aiohttp_smg_routing.testing import Recorder, recording_gateway
 
-from .serving import assert_no_crosstalk, chat, play
+from .serving import asks, assert_no_crosstalk, play_asks
 
 
 @pytest.fixture(autouse=True)
@@ -33,10 +32,7 @@ def server(gateway: Recorder) -> web.Application:
         assert text == "ok"
         return web.Response(text=text)
 
-    app = web.Application()
-    app.router.add_post("/sessions/{session_id}/ask", ask)
-    setup(app, {"gateway": str(gateway.url), "client_session": "all"})
-    return app
+    return asks(ask, gateway.url)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -46,12 +42,6 @@ async def test_each_turn_carries_the_key_of_its_session(
     for _ in range(2):  # the second app meets the ClientSession that litellm made for the first
         async with recording_gateway() as gateway:
             client = await aiohttp_client(server(gateway))
-            await play(
-                client.make_url("/"),
-                lambda session_id: {
-                    "url": f"/sessions/{session_id}/ask",
-                    "json": chat(session_id, stream=stream),
-                },
-            )
+            await play_asks(client.make_url("/"), stream=stream)
             assert_no_crosstalk(gateway)
             await client.close()

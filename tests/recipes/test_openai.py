@@ -7,10 +7,10 @@ from aiohttp import web
 from openai import AsyncOpenAI, DefaultAioHttpClient
 from pytest_aiohttp.plugin import AiohttpClient
 
-from aiohttp_smg_routing import PINS, setup
+from aiohttp_smg_routing import PINS
 from aiohttp_smg_routing.testing import Recorder, answer
 
-from .serving import assert_no_crosstalk, chat, play
+from .serving import asks, assert_no_crosstalk, chat, play_asks
 
 
 @pytest.fixture
@@ -34,10 +34,7 @@ def server(gateway: Recorder, sdk: AsyncOpenAI) -> web.Application:
         await sdk.models.list()  # not a turn
         return web.Response(text=text)
 
-    app = web.Application()
-    app.router.add_post("/sessions/{session_id}/ask", ask)
-    setup(app, {"gateway": str(gateway.url), "client_session": "all"})
-    return app
+    return asks(ask, gateway.url)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -45,13 +42,7 @@ async def test_each_turn_carries_the_key_of_its_session(
     recording_gateway: Recorder, sdk: AsyncOpenAI, aiohttp_client: AiohttpClient, stream: bool
 ) -> None:
     client = await aiohttp_client(server(recording_gateway, sdk))
-    await play(
-        client.make_url("/"),
-        lambda session_id: {
-            "url": f"/sessions/{session_id}/ask",
-            "json": chat(session_id, stream=stream),
-        },
-    )
+    await play_asks(client.make_url("/"), stream=stream)
     assert_no_crosstalk(recording_gateway)
     others = [call for call in recording_gateway.calls if call.path == "/v1/models"]
     assert others
