@@ -28,7 +28,7 @@ micro: $(VENV)/bench.installed ## Micro-benchmarks of this tree beside those of 
 fuzz: $(VENV)/fuzz.installed ## Inputs that a fuzzer makes up, against the laws of key, matcher and config: SECONDS=60 each
 	@exec $(BIN)/python -m fuzz $(SECONDS)
 
-soak: $(VENV)/demo.installed ## 10,000 sessions while workers die, fail and cut answers off: nothing is lost
+soak: $(VENV)/demo.installed ## 10,000 sessions while workers, the gateway and the server are killed: nothing is lost
 	@exec $(BIN)/python -m soak
 
 test: $(VENV)/test.installed ## All tests, the ones on the real gateway included, with branch coverage

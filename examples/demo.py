@@ -7,14 +7,12 @@ Everything runs on free loopback ports, and every figure in the table is measure
 """
 
 import argparse
-import asyncio
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 
 from agents import PINNED, Arm, Load, Turn, moved_sessions, play
-from stopping import FAILURES, run_until_signal
+from stopping import exit_status
 
 try:
     from rich.console import Console
@@ -134,15 +132,7 @@ def main() -> int:
     args = parser.parse_args()
     # rich would let FORCE_COLOR put control codes and moving bars into a file.
     console = Console(force_terminal=sys.stdout.isatty(), highlight=False)
-    try:
-        outcome = asyncio.run(run_until_signal(demo(Load(**vars(args)), console)))
-    except FAILURES as error:
-        print(f"The demo failed: {str(error) or repr(error)}", file=sys.stderr)
-        return 1
-    if isinstance(outcome, signal.Signals):
-        print(f"Stopped by {outcome.name}; all processes are gone.", file=sys.stderr)
-        return 128 + outcome
-    return outcome
+    return exit_status("demo", demo(Load(**vars(args)), console))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import asyncio
 import signal
+import sys
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
@@ -34,3 +35,16 @@ async def run_until_signal(work: Coroutine[Any, Any, T]) -> T | signal.Signals:
         if received:
             return received[0]
         raise
+
+
+def exit_status(name: str, work: Coroutine[Any, Any, int]) -> int:
+    """Do the ``work`` of a program, which returns its exit status; say so where it did not end."""
+    try:
+        outcome = asyncio.run(run_until_signal(work))
+    except FAILURES as error:
+        print(f"The {name} failed: {str(error) or repr(error)}", file=sys.stderr)
+        return 1
+    if isinstance(outcome, signal.Signals):
+        print(f"Stopped by {outcome.name}; all processes are gone.", file=sys.stderr)
+        return 128 + outcome
+    return outcome

@@ -1,15 +1,13 @@
 """The command line: ``python -m soak``."""
 
 import argparse
-import asyncio
 import json
-import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from stopping import FAILURES, run_until_signal
+from stopping import exit_status
 
 from .run import GATEWAY_KILLS, MEMORY_SLACK, SERVER_KILLS, WORKER_KILLS, Load, Outcome, soak
 
@@ -112,6 +110,14 @@ def write_json(file: Path, outcomes: list[Outcome]) -> None:
     file.write_text(json.dumps(documents, indent=1) + "\n", encoding="utf-8")
 
 
+async def play(loads: list[Load], console: Console, file: Path | None) -> int:
+    """Play the loads, and tell what came of them; return the exit status."""
+    outcomes = await run(loads, console)
+    if file:
+        write_json(file, outcomes)
+    return report(console, outcomes)
+
+
 def at_least_one(text: str) -> int:
     """Read an option."""
     number = int(text)
@@ -142,18 +148,7 @@ def main() -> int:
     smaller = options | {"sessions": -(-load.sessions // DEBUG_SHARE)}
     # rich would let FORCE_COLOR put control codes and moving bars into a file.
     console = Console(force_terminal=sys.stdout.isatty(), highlight=False)
-    try:
-        work = run([load, Load(**smaller, debug=True)], console)
-        outcomes = asyncio.run(run_until_signal(work))
-    except FAILURES as error:
-        print(f"The soak failed: {str(error) or repr(error)}", file=sys.stderr)
-        return 1
-    if isinstance(outcomes, signal.Signals):
-        print(f"Stopped by {outcomes.name}; all processes are gone.", file=sys.stderr)
-        return 128 + outcomes
-    if file:
-        write_json(file, outcomes)
-    return report(console, outcomes)
+    return exit_status("soak", play([load, Load(**smaller, debug=True)], console, file))
 
 
 if __name__ == "__main__":

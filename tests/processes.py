@@ -16,14 +16,14 @@ HAS_PROC = (PROC / "self" / "cwd").exists()
 
 
 def processes_in(folder: Path) -> dict[int, str]:
-    """Return what runs in ``folder``: a child starts where its parent is, whatever its name.
+    """Return what runs in ``folder``, or below: a child starts where its parent is.
 
     A process that a dead parent left behind is found too. Empty where there is no ``/proc``.
     """
     found = {}
     for process in PROC.glob("[0-9]*"):
         with suppress(OSError):  # it ended just now, or is somebody else's
-            if (process / "cwd").readlink() == folder:
+            if (process / "cwd").readlink().is_relative_to(folder):
                 found[int(process.name)] = (process / "cmdline").read_bytes().decode()
     return found
 
