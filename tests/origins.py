@@ -50,9 +50,18 @@ class Arrived:
         return self.at_gateway and line == f"POST {gateway.path}".encode()
 
     def but_routing(self) -> list[bytes]:
-        """Return its header lines without those that choose a worker."""
-        lines = self.call.header_lines
-        return [it for it in lines if it.partition(b":")[0].decode().lower() not in _ROUTING]
+        """Return its header lines but those that choose a worker, and but ``Connection``."""
+        names = {*_ROUTING, "connection"}
+        return [
+            line
+            for line in self.call.header_lines
+            if line.partition(b":")[0].decode().lower() not in names
+        ]
+
+    def connection(self) -> list[bytes]:
+        """Return what ``Connection`` names: a proxy drops the headers among it."""
+        named = b",".join(self.call.values("Connection")).split(b",")
+        return [option.strip() for option in named if option.strip()]
 
 
 @dataclass
@@ -118,6 +127,9 @@ class Origins:
                 assert after.call.keys == [b"s-1"]
                 assert after.call.values(TARGET_WORKER_HEADER) == []
                 assert after.but_routing() == before.but_routing()
+                key = ROUTING_KEY_HEADER.lower().encode()
+                named = [option for option in before.connection() if option.lower() != key]
+                assert after.connection() == named
                 assert after.call.body == before.call.body
             else:
                 assert after == before

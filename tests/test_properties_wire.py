@@ -225,6 +225,11 @@ PAIRS = st.lists(
     st.tuples(
         NAMES | NAMES.map(istr),
         st.sampled_from(["", "s-1", "evil", "0", "99"]) | VISIBLE | st.text("é 会", min_size=1),
+    )
+    | st.tuples(
+        in_any_case("Connection"),
+        st.sampled_from(["close", "keep-alive, X-SMG-Routing-Key", " x-smg-routing-KEY ,x-a", ""])
+        | in_any_case("X-SMG-Routing-Key"),
     ),
     max_size=6,
 )

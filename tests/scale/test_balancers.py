@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from aiohttp import ClientSession, ClientTimeout
+from pytest_aiohttp.plugin import AiohttpServer
 from yarl import URL
 
 from aiohttp_smg_routing.testing import (
@@ -20,10 +21,12 @@ from aiohttp_smg_routing.testing import (
 )
 from aiohttp_smg_routing.testing.answers import canned
 
+from ..conftest import session_server as naive_server
 from ..processes import held_port
 from ..workers import chat
 from .cluster import (
     SESSIONS,
+    branches,
     forget,
     gateways,
     kill,
@@ -173,6 +176,25 @@ async def test_a_turn_that_a_gateway_dies_over_fails_and_is_sent_once(
         assert await under_way in (502, 503)
         assert served(behind)["s-1"].total() == 2
         assert await turn() == 200  # of the other gateway
+
+
+async def test_no_header_of_a_client_has_the_key_dropped_on_the_way(
+    tmp_path: Path, balancer: Balancer, aiohttp_server: AiohttpServer
+) -> None:
+    """Envoy drops what ``Connection`` names, as the standard says; nginx does not."""
+    async with (
+        workers() as behind,
+        gateways(behind, "manual") as both,
+        balancer(tmp_path, *(gateway.url for gateway in both)) as front,
+        ClientSession() as agent,
+    ):
+        server = await aiohttp_server(naive_server(front.url))
+        url = server.make_url("/sessions/s-1/v1/chat/completions")
+        for named in (KEY, KEY.lower(), f"keep-alive, {KEY}", f"close , {KEY.upper()},x-a"):
+            async with agent.post(url, json=chat("s-1"), headers={"Connection": named}) as response:
+                assert response.status == 200, named
+        assert served(behind)["s-1"].most_common(1)[0][1] == 4  # each with its key, on one worker
+        assert +await branches(both) == {"vacant": 1, "occupied_hit": 3}
 
 
 @pytest.mark.parametrize(("balancer", "least"), [(nginx, 20), (envoy, 1)])
