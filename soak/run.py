@@ -37,8 +37,9 @@ SERVER_KILLS = (0.1, 0.3)
 FAILURE_SHARE = 0.02  # of the turns that a worker receives, for each way to fail
 LIMIT_SECONDS = 1800  # for one load
 SAMPLES = 200  # of the session server's memory
-MEMORY_SLACK = 2**20  # bytes: 42 for each turn between the last two quarters of a full run
+OUTAGE_SHARE = 0.01  # of the turns, at most, end before the gateway starts anew
 MOST_REPORTED = 0.05  # of the turns, for what workers do: five times what their faults come to
+LEAST_ANSWERED = 0.8  # of the turns that fell into no outage, and that no agent hung up in
 TRACKED = 200  # sessions in the ledger: full long before half, so that it must not grow any more
 # A worker that is back is tried again after seconds, not after a minute.
 GATEWAY_ARGS = (
@@ -65,6 +66,15 @@ class Load:
     def all_turns(self) -> int:
         """The turns of all sessions."""
         return self.sessions * self.turns
+
+    @property
+    def memory_slack(self) -> int:
+        """The bytes by which memory may grow over the second half.
+
+        In a full run a ledger that forgets nothing grows by more than twice of that. A shorter one
+        is still at its beginning.
+        """
+        return 2**18 if self.all_turns >= 100_000 else 2**20
 
 
 @dataclass(slots=True)
@@ -103,6 +113,12 @@ class Outcome:
         """The bytes by which the last quarter is above the third, 0 where they are not known."""
         return (self.memory_of_quarter(4) or 0) - (self.memory_of_quarter(3) or 0)
 
+    @property
+    def answerable(self) -> int:
+        """The turns that fell into no outage, and that no agent hung up in."""
+        outages = self.causes["gateway"] + self.causes["session server"]
+        return self.load.all_turns - outages - self.tally.turns["hung up"]
+
     def failures(self) -> list[str]:
         """Return which promises are broken, in plain words."""
         turns, load = self.tally.turns, self.load
@@ -115,7 +131,7 @@ class Outcome:
             f"keys were not the session's own: {self.wrong_keys[:3]}": self.wrong_keys,
             f"transcripts were not what their agents got: {self.tally.wrong[:3]}": self.tally.wrong,
             f"the memory grew by {self.memory_growth / 2**20:.1f} MiB over the second half": (
-                self.memory_growth > MEMORY_SLACK
+                self.memory_growth > load.memory_slack
             ),
             f"the session server has descriptors open, at first and at last: {self.descriptors}": (
                 self.descriptors and self.descriptors[1] > self.descriptors[0]
@@ -126,6 +142,9 @@ class Outcome:
             # Where nothing works nothing is lost, and nothing shown.
             f"workers failed at {self.causes['workers']} turns": (
                 self.causes["workers"] > MOST_REPORTED * load.all_turns
+            ),
+            f"only {turns['answered']} turns were answered": (
+                turns["answered"] < max(load.all_turns / 4, LEAST_ANSWERED * self.answerable)
             ),
             f"workers received {self.received} turns": self.received < turns["answered"],
             f"not all were killed: {dict(self.kills)}": len(+self.kills) < 3,
@@ -244,7 +263,8 @@ async def kill_gateway(
         async with all_workers_up:  # one that is not costs a new gateway half a minute
             await gateway.kill()
             # Each agent meets it, about once.
-            await outcome.tally.until(outcome.tally.played + outcome.load.at_a_time)
+            met = min(outcome.load.at_a_time, OUTAGE_SHARE * outcome.load.all_turns)
+            await outcome.tally.until(outcome.tally.played + met)
             await gateway.start()
 
 

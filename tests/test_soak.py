@@ -18,7 +18,7 @@ from yarl import URL
 from soak import agents, run
 from soak.agents import Agent, ErrorKind, Report, Tally
 from soak.causes import causes
-from soak.run import MEMORY_SLACK, Load, Outcome, alongside, compare_keys, descriptors_left
+from soak.run import Load, Outcome, alongside, compare_keys, descriptors_left
 from soak.servers import Restartable, Worker, complaints, restartable, session_server
 
 from .processes import HAS_PROC, processes_in, running
@@ -68,6 +68,11 @@ async def test_a_soak_that_is_stopped_leaves_nothing_behind(folder: Path) -> Non
     assert b"Stopped by SIGTERM" in err
 
 
+def nothing_but_outages(outcome: Outcome) -> None:
+    outcome.tally.turns.clear()
+    outcome.tally.turns["reported"] = outcome.causes["gateway"] = outcome.load.all_turns
+
+
 def whole() -> Outcome:
     """Return an outcome that breaks no promise."""
     outcome = Outcome(Load(sessions=50, turns=2, at_a_time=2, seed=1), exit_status=0)
@@ -98,7 +103,8 @@ def test_an_outcome_that_breaks_no_promise_passes() -> None:
         (lambda it: setattr(it, "descriptors", (7, 8)), "open, at first and at last: (7, 8)"),
         (lambda it: setattr(it, "received", 97), "received 97 turns"),
         (lambda it: it.kills.update({"worker": -1}), "not all were killed"),
-        (lambda it: it.memory.extend([2**26 + 2 * MEMORY_SLACK] * 4), "memory grew"),
+        (lambda it: it.memory.extend([2**26 + 2 * it.load.memory_slack] * 4), "memory grew"),
+        (lambda it: nothing_but_outages(it), "only 0 turns were answered"),
     ],
 )
 def test_a_broken_promise_is_a_failure(broken: Callable[[Outcome], Any], failure: str) -> None:
@@ -106,6 +112,13 @@ def test_a_broken_promise_is_a_failure(broken: Callable[[Outcome], Any], failure
     broken(outcome)
     [told] = outcome.failures()
     assert failure in told
+
+
+def test_a_ledger_that_forgets_nothing_is_seen_in_a_full_run() -> None:
+    ledger_row = 303  # bytes, by docs/performance.md
+    memory = [2**26 + session * ledger_row for session in range(10_000)]
+    outcome = Outcome(Load(sessions=10_000, turns=10, at_a_time=256, seed=1), memory=memory)
+    assert "the memory grew by 0.7 MiB over the second half" in outcome.failures()
 
 
 @pytest.mark.parametrize("keys", [[], ["s-2"], ["s-1", "s-1"]])
