@@ -30,6 +30,8 @@ FORMS = st.fixed_dictionaries(
 @example("\udc80", "\udc81", {"prefix": ""})
 @example("\ud800\udc00", "\U00010000", {"prefix": ""})
 @example("s\u0301", "ś", {"prefix": ""})
+@example("x" * 1_000_000 + "1", "x" * 1_000_000 + "2", {"key": "digest"})
+@example("x" * 1_000_000 + "1", "x" * 1_000_000 + "2", {"key": "digest", "secret": "hush"})
 def test_a_key_is_visible_ascii_of_128_bytes_at_most_and_that_of_one_id_alone(
     one: str, other: str, form: Any
 ) -> None:

@@ -138,7 +138,9 @@ async def test_what_fails_outside_a_request_shows_neither_id_nor_secret(
                 shown.append("".join(traceback.format_exception(caught.value)))
             shown.append(repr(current_scope()))
         with pytest.raises(MissingSessionError) as missing:
-            await session.post(gateway.chat)
+            await session.post(
+                gateway.chat.with_user("u").with_password(SECRET) % {"token": SECRET}
+            )
         shown.append(missing.value)
         block = routing_session(ID)
         with block, pytest.raises(RuntimeError) as twice:
