@@ -54,8 +54,9 @@ def config(mapping: Mapping[str, Any]) -> None:
         law(bool(error.faults and str(error)), mapping)
         law(HIDDEN not in str(error), mapping)
         return
-    is_path = any(HIDDEN in URL(url).raw_path for url in several(made.gateway))  # no credential
-    law(is_path or HIDDEN not in repr(made), mapping)
+    urls = [URL(url) for url in several(made.gateway)]
+    is_plain = any(HIDDEN in f"{url.raw_host}{url.raw_path}" for url in urls)  # no credential
+    law(is_plain or HIDDEN not in repr(made), mapping)
     values = {field.name: getattr(made, field.name) for field in fields(made) if field.init}
     for again in (RoutingConfig.from_mapping(mapping), RoutingConfig(**values)):
         law(again == made and hash(again) == hash(made), mapping)

@@ -90,6 +90,7 @@ MAPPINGS = st.fixed_dictionaries(
 @example({"gateway": "http://gw", "paths": "/\t//x"}, True)
 @example({"gateway": "http://gw", "paths": "/\udc80"}, True)
 @example({"gateway": f"http://gw/{laws.HIDDEN}@gw"}, False)
+@example({"gateway": f"http://u@{laws.HIDDEN}/@gw"}, False)
 @example({"gateway": f"http://u:{laws.HIDDEN}@gw"}, False)
 def test_any_mapping_gives_a_config_or_a_config_error(mapping: Any, with_gateway: bool) -> None:
     if with_gateway:
