@@ -77,12 +77,18 @@ def _keep_to_the_end(headers: CIMultiDict[str], header: str) -> None:
 
     RFC 9110, section 7.6.1. Envoy does so; nginx and SMG 1.13.0 do not.
     """
-    options = [text.strip() for text in ",".join(headers.getall(hdrs.CONNECTION)).split(",")]
-    kept = [option for option in options if option.lower() != header.lower()]
-    if not kept:
+    lines = headers.getall(hdrs.CONNECTION)
+    left = [_without(line, header.lower()) for line in lines]
+    if left != lines:
         del headers[hdrs.CONNECTION]
-    elif len(kept) < len(options):
-        headers[hdrs.CONNECTION] = ", ".join(kept)
+        pairs = zip(lines, left, strict=True)
+        headers.extend((hdrs.CONNECTION, line) for before, line in pairs if line or not before)
+
+
+def _without(line: str, name: str) -> str:
+    options = [option.strip() for option in line.split(",")]
+    kept = [option for option in options if option.lower() != name]
+    return line if kept == options else ", ".join(kept)
 
 
 def _missing(config: RoutingConfig, method: str, url: URL) -> None:

@@ -115,6 +115,23 @@ async def test_the_callers_headers_stay_as_they_were(
     assert list(headers.items()) == SMUGGLED
 
 
+@pytest.mark.parametrize(
+    ("named", "left"),
+    [
+        ("x-smg-ROUTING-key", []),
+        ("keep-alive ,X-SMG-Routing-Key, x-a", [b"keep-alive, x-a"]),
+        ("keep-alive ,x-a", [b"keep-alive ,x-a"]),
+    ],
+)
+async def test_connection_does_not_name_the_key_for_a_proxy_to_drop(
+    gateway: Recorder, hooked: ClientSession, named: str, left: list[bytes]
+) -> None:
+    with routing_session("s-1"):
+        async with hooked.post(gateway.chat, headers={"Connection": named}):
+            pass
+    assert (gateway.last.keys, gateway.last.values("Connection")) == ([b"s-1"], left)
+
+
 async def test_an_own_header_carries_the_key_and_the_gateways_does_not_survive(
     gateway: Recorder, outbound: Outbound
 ) -> None:
