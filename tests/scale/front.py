@@ -3,13 +3,17 @@
 import asyncio
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from yarl import URL
+
+from aiohttp_smg_routing.testing import Recorder, SmgGateway
+
+from .cluster import gateways, workers
 
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
 
@@ -43,6 +47,19 @@ class Balancer(Protocol):
     def __call__(
         self, folder: Path, *gateways: URL, hashing: bool = True
     ) -> AbstractAsyncContextManager[Front]: ...
+
+
+@asynccontextmanager
+async def before_gateways(
+    balancer: Balancer, folder: Path, policy: str, *, hashing: bool = True
+) -> AsyncIterator[tuple[list[Recorder], list[SmgGateway], Front]]:
+    """Run the workers, both gateways before them, and the balancer before those."""
+    async with (
+        workers() as behind,
+        gateways(behind, policy) as both,
+        balancer(folder, *(gateway.url for gateway in both), hashing=hashing) as front,
+    ):
+        yield behind, both, front
 
 
 def on_the_page(language: str) -> str:

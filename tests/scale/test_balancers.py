@@ -28,16 +28,14 @@ from .cluster import (
     SESSIONS,
     branches,
     forget,
-    gateways,
     kill,
     on_one_worker,
     play,
     served,
     session_servers,
-    workers,
 )
 from .envoy import envoy
-from .front import Balancer, Front
+from .front import Balancer, Front, before_gateways
 from .nginx import nginx
 
 TURNS = 3
@@ -59,9 +57,7 @@ async def test_a_gateway_that_stops_moves_its_own_sessions_once_and_no_other(
     tmp_path: Path, balancer: Balancer
 ) -> None:
     async with (
-        workers() as behind,
-        gateways(behind, "manual") as (stops, stays),
-        balancer(tmp_path, stops.url, stays.url) as front,
+        before_gateways(balancer, tmp_path, "manual") as (behind, (stops, stays), front),
         session_servers(front.url) as servers,
     ):
         await play(servers, 2)
@@ -81,9 +77,7 @@ async def test_a_gateway_that_comes_back_gets_its_own_sessions_and_pins_them_ane
     tmp_path: Path, balancer: Balancer
 ) -> None:
     async with (
-        workers() as behind,
-        gateways(behind, "manual") as (stops, stays),
-        balancer(tmp_path, stops.url, stays.url) as front,
+        before_gateways(balancer, tmp_path, "manual") as (behind, (stops, stays), front),
         session_servers(front.url) as servers,
     ):
         await play(servers, 1)
@@ -154,9 +148,7 @@ async def test_a_turn_that_a_gateway_dies_over_fails_and_is_sent_once(
         yield b""
 
     async with (
-        workers() as behind,
-        gateways(behind, "consistent_hashing") as both,
-        balancer(tmp_path, *(gateway.url for gateway in both)) as front,
+        before_gateways(balancer, tmp_path, "consistent_hashing") as (behind, both, front),
         ClientSession(headers={KEY: "s-1"}, timeout=SILENCE) as client,
     ):
 
@@ -183,9 +175,7 @@ async def test_no_header_of_a_client_has_the_key_dropped_on_the_way(
 ) -> None:
     """Envoy drops what ``Connection`` names, as the standard says; nginx does not."""
     async with (
-        workers() as behind,
-        gateways(behind, "manual") as both,
-        balancer(tmp_path, *(gateway.url for gateway in both)) as front,
+        before_gateways(balancer, tmp_path, "manual") as (behind, both, front),
         ClientSession() as agent,
     ):
         server = await aiohttp_server(naive_server(front.url))
@@ -203,9 +193,7 @@ async def test_calls_without_a_key_come_to_every_gateway(
 ) -> None:
     """With nginx they take turns, with Envoy it is at random: 40 of 40 on one is 2 in 2⁴⁰."""
     async with (
-        workers() as behind,
-        gateways(behind, "manual") as both,
-        balancer(tmp_path, *(gateway.url for gateway in both)) as front,
+        before_gateways(balancer, tmp_path, "manual") as (_, both, front),
         ClientSession(raise_for_status=True) as client,
     ):
         for _ in range(40):
@@ -235,9 +223,7 @@ async def test_a_turn_of_megabytes_reaches_the_gateway_and_a_stream_comes_piece_
             yield piece
 
     async with (
-        workers() as behind,
-        gateways(behind, "consistent_hashing") as both,
-        balancer(tmp_path, *(gateway.url for gateway in both)) as front,
+        before_gateways(balancer, tmp_path, "consistent_hashing") as (behind, _, front),
         ClientSession(headers={**HEADERS, KEY: "s-1"}, timeout=SILENCE) as client,
     ):
         for worker in behind:
@@ -260,9 +246,7 @@ async def test_a_turn_of_megabytes_for_a_gateway_that_is_gone_comes_to_the_other
 ) -> None:
     """The front must have kept it, to send it again."""
     async with (
-        workers() as behind,
-        gateways(behind, "consistent_hashing") as (stops, stays),
-        balancer(tmp_path, stops.url, stays.url) as front,
+        before_gateways(balancer, tmp_path, "consistent_hashing") as (behind, (stops, _), front),
         ClientSession(headers=HEADERS, timeout=SILENCE) as client,
     ):
         await kill(stops)

@@ -22,7 +22,7 @@ from .cluster import (
     session_servers,
     workers,
 )
-from .front import Balancer
+from .front import Balancer, before_gateways
 
 TURNS = 6
 
@@ -44,9 +44,7 @@ async def test_manual_behind_a_hash_of_the_key_keeps_a_session_on_one_gateway_an
     tmp_path: Path, balancer: Balancer
 ) -> None:
     async with (
-        workers() as behind,
-        gateways(behind, "manual") as both,
-        balancer(tmp_path, *(gateway.url for gateway in both)) as front,
+        before_gateways(balancer, tmp_path, "manual") as (behind, both, front),
         session_servers(front.url) as servers,
     ):
         await play(servers, TURNS)
@@ -80,9 +78,7 @@ async def test_manual_on_two_gateways_splits_sessions_behind_round_robin(
     tmp_path: Path, balancer: Balancer
 ) -> None:
     async with (
-        workers() as behind,
-        gateways(behind, "manual") as both,
-        balancer(tmp_path, *(gateway.url for gateway in both), hashing=False) as front,
+        before_gateways(balancer, tmp_path, "manual", hashing=False) as (behind, _, front),
         session_servers(front.url) as servers,
     ):
         await play(servers, TURNS)

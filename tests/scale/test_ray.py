@@ -17,8 +17,8 @@ from yarl import URL
 
 from ..processes import HAS_PROC, processes_in
 from ..programs import ROOT, absent
-from .cluster import SERVERS, gateways, on_one_worker, pid_of, play, workers
-from .front import instead, on_the_page
+from .cluster import SERVERS, on_one_worker, pid_of, play
+from .front import before_gateways, instead, on_the_page
 from .nginx import nginx
 from .ray_cluster import LOOPBACK
 
@@ -71,9 +71,7 @@ async def test_ray_actors_keep_their_sessions_and_so_does_one_that_ray_made_agai
     # Ray has sockets in its folder, and their paths must be short.
     with TemporaryDirectory(prefix="ray-") as folder:
         async with (
-            workers() as behind,
-            gateways(behind, "manual") as both,
-            nginx(tmp_path, *(gateway.url for gateway in both)) as front,
+            before_gateways(nginx, tmp_path, "manual") as (behind, _, front),
             ray_cluster(Path(folder), front.url) as cluster,
         ):
             servers = await addresses(cluster)
