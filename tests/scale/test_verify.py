@@ -10,7 +10,7 @@ from yarl import URL
 from aiohttp_smg_routing.testing import smg_gateway
 
 from ..conftest import session_server
-from ..test_verify_gateway import verify
+from ..gateway.test_verify_gateway import verify
 from ..verify_servers import in_background, proxy, server, stub_engines
 from .cluster import GATEWAYS, WORKERS
 from .front import Balancer

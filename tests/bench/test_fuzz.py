@@ -1,0 +1,62 @@
+"""The fuzzer, for a few seconds: that it runs, and that it does find what is broken."""
+
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="atheris has no wheel for it"
+)
+
+ROOT = Path(__file__).parents[2]
+
+
+def fuzz(tree: Path, seconds: int) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(  # noqa: S603
+        [sys.executable, "-m", "fuzz", str(seconds)],
+        cwd=tree,
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """Copy what is fuzzed, so that the files of a finding go with the test."""
+    for name in ("aiohttp_smg_routing", "fuzz"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def test_no_law_is_broken_in_a_few_seconds_and_no_file_is_left(tree: Path) -> None:
+    run = fuzz(tree, 5)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert run.stdout.endswith("no law was broken\n")
+    tried = re.findall(r"number_of_executed_units: *(\d+)", run.stderr)
+    assert len(tried) == 3
+    assert min(map(int, tried)) > 100
+    assert {path.name for path in tree.iterdir()} == {"aiohttp_smg_routing", "fuzz"}
+
+
+def test_a_broken_law_is_found_and_its_input_kept(tree: Path) -> None:
+    key = tree / "aiohttp_smg_routing" / "key.py"
+    whole = key.read_text()
+    key.write_text(whole.replace("VALID_KEY.fullmatch(whole)", "True"))
+    run = fuzz(tree, 3)
+    assert run.returncode == 1, run.stdout + run.stderr
+    assert "a law was broken: " in run.stdout
+    [found] = tree.glob("fuzz-key-crash-*")
+
+    def again() -> int:
+        command = [sys.executable, "-m", "fuzz.run", "key", found.name]
+        return subprocess.run(command, cwd=tree, capture_output=True).returncode  # noqa: S603
+
+    assert again() != 0
+    key.write_text(whole)
+    assert again() == 0

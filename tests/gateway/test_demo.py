@@ -1,0 +1,128 @@
+"""The demo, run for real: what it prints, its exit status, and what it leaves behind."""
+
+import os
+import signal
+from asyncio.subprocess import Process
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from importlib import import_module
+from io import StringIO
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from rich.console import Console
+from rich.progress import Progress
+
+from ..processes import HAS_PROC, processes_in, running
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+SESSIONS, TURNS, WORKERS = 5, 3, 3
+OPTIONS = [f"--sessions={SESSIONS}", f"--turns={TURNS}", f"--workers={WORKERS}"]
+
+
+@pytest.fixture
+def demo(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return import_module("demo")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """Yield a folder to run the demo in; nothing may be left in it or at work in it afterwards."""
+    yield tmp_path.resolve()
+    assert processes_in(tmp_path.resolve()) == {}
+    assert list(tmp_path.iterdir()) == []
+
+
+@asynccontextmanager
+async def halfway(folder: Path) -> AsyncIterator[Process]:
+    """Run the demo and enter the block once the agents are at work, with every server running."""
+    async with running(folder, str(EXAMPLES / "demo.py"), *OPTIONS) as process:
+        assert process.stdout is not None
+        while b"agents begin" not in (line := await process.stdout.readline()):
+            assert line, (await process.communicate())[1].decode()
+        yield process
+
+
+async def test_the_demo_compares_both_arms(folder: Path) -> None:
+    async with running(folder, str(EXAMPLES / "demo.py"), *OPTIONS) as process:
+        out, err = (text.decode() for text in await process.communicate())
+    assert (process.returncode, err) == (0, ""), out
+    rows = {}
+    for line in out.splitlines():
+        # In a file: no control codes, no bars, and no line that a terminal would break.
+        assert len(line) <= 80
+        assert line.isprintable()
+        if line.startswith("│"):
+            name, on, off = (cell.strip() for cell in line.strip("│").split("│"))
+            rows[name] = on, off
+    turns, follow_ups = SESSIONS * TURNS, SESSIONS * (TURNS - 1)
+    assert rows["sessions"] == (f"{SESSIONS}", f"{SESSIONS}")
+    assert rows["turns"] == (f"{turns}", f"{turns}")
+    assert rows["sessions that stayed on one worker"][0] == f"{SESSIONS}"
+    assert rows["gateway: vacant (a session was pinned)"] == (f"{SESSIONS}", "0")
+    assert rows["gateway: occupied_hit (a turn followed)"] == (f"{follow_ups}", "0")
+    assert rows["gateway: no_routing_id (no key)"] == ("0", f"{turns}")
+    on, off = rows["second turn on: prompt tokens from KV cache"]
+    assert float(on.rstrip("%")) > float(off.rstrip("%"))
+    assert f"{SESSIONS} of {SESSIONS} sessions stayed on one worker" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+async def test_a_signal_stops_the_demo_and_all_that_it_started(
+    number: signal.Signals, status: int, folder: Path
+) -> None:
+    async with halfway(folder) as process:
+        if HAS_PROC:
+            # The demo, the engines, the gateway and the session server: else nothing is proven.
+            assert len(processes_in(folder)) >= WORKERS + 3
+        process.send_signal(number)
+        _, err = await process.communicate()
+    assert process.returncode == status
+    assert err.decode() == f"Stopped by {number.name}; all processes are gone.\n"
+
+
+@pytest.mark.skipif(not HAS_PROC, reason="there is no /proc")
+async def test_a_server_that_dies_fails_the_demo_and_ends_the_others(folder: Path) -> None:
+    async with halfway(folder) as process:
+        for pid, command in processes_in(folder).items():
+            if "session_server.py" in command:
+                os.kill(pid, signal.SIGKILL)
+        out, err = await process.communicate()
+    assert process.returncode == 1
+    assert err.startswith(b"The demo failed: ")
+    assert b"Traceback" not in out + err
+
+
+async def test_a_missing_engine_names_the_extra_to_install(folder: Path) -> None:
+    script = (
+        "import runpy, sys; sys.modules['xllamacpp'] = None; sys.argv[:] = ['demo.py'];"
+        f"sys.path.insert(0, {str(EXAMPLES)!r});"
+        f"runpy.run_path({str(EXAMPLES / 'demo.py')!r}, run_name='__main__')"
+    )
+    async with running(folder, "-c", script) as process:
+        _, err = await process.communicate()
+    assert process.returncode == 1
+    assert err.decode() == (
+        "The demo failed: the engines need xllamacpp: pip install 'aiohttp_smg_routing[engine]'\n"
+    )
+
+
+async def test_sessions_that_move_fail_the_demo(demo: ModuleType) -> None:
+    """The arm without the plugin, measured for real, does not pass for one with it."""
+    console = Console(file=StringIO(), width=80)
+    arm = await demo.play_arm(
+        demo.Load(SESSIONS, TURNS, WORKERS),
+        plugin=False,
+        progress=Progress(console=console, disable=True),
+    )
+    moved = demo.moved_sessions(arm.turns)
+    assert moved > 0
+    with console.capture() as capture:
+        assert demo.report(console, on=arm, off=arm) == 1
+    said = " ".join(capture.get().split())
+    assert f"{moved} of {SESSIONS} sessions moved to another worker" in said
+    assert f"the gateway counted 0 turns that followed a pin and {SESSIONS * TURNS} without" in said

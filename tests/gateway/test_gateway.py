@@ -1,0 +1,155 @@
+"""The pin, on the real SMG gateway: what its workers received, and what it counts itself."""
+
+import asyncio
+
+import pytest
+from aiohttp import ClientSession, TCPConnector
+from pytest_aiohttp.plugin import AiohttpClient
+
+from aiohttp_smg_routing import RoutingConfig, routing_session, routing_trace_config
+from aiohttp_smg_routing.testing import Call, SmgGateway, StartSmgGateway
+
+from ..conftest import session_server
+from ..workers import SMG, chat
+
+SESSIONS = [f"s-{number}" for number in range(200)]
+TURNS = 6
+AT_A_TIME = 50
+
+
+async def play(smg: SmgGateway, aiohttp_client: AiohttpClient, enabled: bool = True) -> None:
+    """Play every session through a session server that has the plugin."""
+    client = await aiohttp_client(
+        session_server(smg.url, enabled=enabled), connector=TCPConnector(limit=AT_A_TIME)
+    )
+
+    async def session(session_id: str) -> None:
+        for turn in range(1, TURNS + 1):
+            path = f"/sessions/{session_id}/v1/chat/completions"
+            async with client.post(path, json=chat(session_id, turn)) as response:
+                assert response.status == 200, await response.text()
+
+    await asyncio.gather(*map(session, SESSIONS))
+    arrived = [(call.json()["user"], call.keys) for call in turns(smg)]
+    assert len(arrived) == len(SESSIONS) * TURNS
+    assert all(keys == ([user.encode()] if enabled else []) for user, keys in arrived)
+
+
+def turns(smg: SmgGateway) -> list[Call]:
+    """Return what its workers received."""
+    return [call for worker in smg.workers for call in worker.calls if call.method == "POST"]
+
+
+async def test_manual_keeps_every_session_on_one_worker(
+    aiohttp_client: AiohttpClient, smg_gateway: StartSmgGateway
+) -> None:
+    smg = await smg_gateway(3, policy="manual", args=["--assignment-mode", "min_group"])
+    await play(smg, aiohttp_client)
+    for session_id in SESSIONS:
+        smg.assert_pinned(session_id, turns=TURNS)
+    assert all(any(call.keys for call in worker.calls) for worker in smg.workers)
+    # `no_routing_id` and every other branch: not once.
+    branches = await smg.branches()
+    assert +branches == {"vacant": len(SESSIONS), "occupied_hit": len(SESSIONS) * (TURNS - 1)}
+
+
+async def test_consistent_hashing_keeps_every_session_on_one_worker(
+    aiohttp_client: AiohttpClient, smg_gateway: StartSmgGateway
+) -> None:
+    smg = await smg_gateway(3, policy="consistent_hashing")
+    await play(smg, aiohttp_client)
+    for session_id in SESSIONS:
+        smg.assert_pinned(session_id, turns=TURNS)
+    assert +await smg.branches() == {"routing_key_hit": len(SESSIONS) * TURNS}
+
+
+async def test_a_policy_that_does_not_route_on_the_key_is_unharmed(
+    aiohttp_client: AiohttpClient, smg_gateway: StartSmgGateway
+) -> None:
+    smg = await smg_gateway(3, policy="cache_aware")
+    await play(smg, aiohttp_client)  # asserts that every call is answered
+    branches = await smg.branches()
+    if SMG >= (1, 11):  # those before do not count what cache_aware does
+        assert branches["tree_match"] > 0
+        assert sum(branches.values()) == len(SESSIONS) * TURNS
+    assert not {"vacant", "occupied_hit", "no_routing_id"} & branches.keys()
+
+
+async def test_without_the_plugin_the_same_load_is_not_pinned(
+    aiohttp_client: AiohttpClient, smg_gateway: StartSmgGateway
+) -> None:
+    smg = await smg_gateway(3, policy="manual")
+    await play(smg, aiohttp_client, enabled=False)
+    users = [{call.json()["user"] for call in worker.calls if call.body} for worker in smg.workers]
+    assert sum(map(len, users)) > len(SESSIONS)  # some came to several workers
+    assert +await smg.branches() == {"no_routing_id": len(SESSIONS) * TURNS}
+
+
+ODD_IDS = [
+    "x" * 128,
+    "x" * 129,
+    "x" * 100_000,
+    "é",
+    "会話",
+    "a b",
+    "a\r\nX-Evil: 1",
+    "\0",
+    "\x7f",
+    "\udcff",
+]
+
+
+@pytest.mark.parametrize(
+    ("policy", "branches"),
+    [
+        ("manual", {"vacant": len(ODD_IDS), "occupied_hit": 4 * len(ODD_IDS)}),
+        ("consistent_hashing", {"routing_key_hit": 5 * len(ODD_IDS)}),
+    ],
+)
+async def test_any_session_id_has_a_key_that_the_gateway_takes(
+    smg_gateway: StartSmgGateway, policy: str, branches: dict[str, int]
+) -> None:
+    smg = await smg_gateway(2, policy=policy)
+    config = RoutingConfig(smg.url, prefix="job-7/")
+    async with ClientSession(trace_configs=[routing_trace_config(config)]) as session:
+        for session_id in ODD_IDS:
+            async with routing_session(session_id):
+                for _ in range(5):
+                    await post(session, smg, "/v1/chat/completions", chat(repr(session_id)))
+            smg.assert_pinned(session_id, turns=5, config=config)
+    assert +await smg.branches() == branches
+
+
+async def post(session: ClientSession, smg: SmgGateway, path: str, body: object) -> None:
+    async with session.post(smg.url.with_path(path), json=body) as response:
+        assert response.status == 200, await response.text()
+        await response.read()
+
+
+MESSAGES = [{"role": "user", "content": "hello"}]
+BODIES: dict[str, dict[str, object]] = {
+    "/v1/chat/completions": {"messages": MESSAGES},
+    "/v1/completions": {"prompt": "hello"},
+    "/v1/responses": {"input": "hello"},
+    "/v1/messages": {"messages": MESSAGES, "max_tokens": 16},
+    "/generate": {"text": "hello"},
+}
+
+
+@pytest.mark.parametrize("policy", ["manual", "consistent_hashing"])
+async def test_every_path_that_the_config_names_is_pinned_and_no_other(
+    smg_gateway: StartSmgGateway, policy: str
+) -> None:
+    smg = await smg_gateway(3, policy=policy)
+    for path, body in BODIES.items():
+        config = RoutingConfig(smg.url, paths=path)
+        async with ClientSession(trace_configs=[routing_trace_config(config)]) as session:
+            for number in range(5):
+                async with routing_session(f"{path}#{number}"):
+                    for _ in range(4):
+                        await post(session, smg, path, {"model": "stub", **body})
+                    for other in BODIES.keys() - {path}:
+                        await post(session, smg, other, {"model": "stub", **BODIES[other]})
+                smg.assert_pinned(f"{path}#{number}", turns=4)
+    assert {call.path for call in turns(smg) if call.keys} == BODIES.keys()
+    assert all(call.path == call.keys[0].decode().split("#")[0] for call in turns(smg) if call.keys)

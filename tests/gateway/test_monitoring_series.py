@@ -1,0 +1,46 @@
+"""The series and branches that the alert rules, the dashboard and the pages name exist."""
+
+import asyncio
+import re
+
+from aiohttp import ClientSession
+from prometheus_client.parser import text_string_to_metric_families
+
+from aiohttp_smg_routing.testing import smg_gateway
+
+from ..unit.test_monitoring import OURS, PAGES, label_values, queries, series
+from ..workers import chat
+
+
+async def served(policy: str, *args: str) -> str:
+    """Return the metrics of the real gateway after calls with a key and without one."""
+    async with (
+        smg_gateway(2, policy=policy, args=args) as gateway,
+        ClientSession(raise_for_status=True) as session,
+    ):
+        for key in ("s-1", "s-1", None):
+            headers = {"X-SMG-Routing-Key": key} if key else {}
+            url = gateway.url / "v1/chat/completions"
+            async with session.post(url, json=chat(str(key)), headers=headers) as response:
+                await response.read()
+        async with session.get(gateway.metrics_url) as response:
+            return await response.text()
+
+
+async def test_the_real_gateway_serves_every_series_and_branch_that_is_named() -> None:
+    pages = await asyncio.gather(
+        served("manual"),
+        served("consistent_hashing"),
+        served("cache_aware", "--routing-key-override"),
+    )
+    families = [family for page in pages for family in text_string_to_metric_families(page)]
+    names = {sample.name for family in families for sample in family.samples}
+    assert series(queries() + PAGES) - OURS <= names
+    # The gateway's help texts list the branches, those that take an accident to see included.
+    branches = {
+        branch
+        for family in families
+        if family.name.endswith("_policy_branch")
+        for branch in re.findall(r"\w+", family.documentation)
+    }
+    assert label_values("branch") <= branches

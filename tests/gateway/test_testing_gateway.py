@@ -1,0 +1,45 @@
+import sys
+from importlib.machinery import BuiltinImporter
+
+import pytest
+from aiohttp import ClientSession
+
+from aiohttp_smg_routing import routing_session, routing_trace_config
+from aiohttp_smg_routing.testing import StartSmgGateway, free_port, smg_gateway
+
+from ..workers import chat
+
+
+async def test_missing_gateway_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "meta_path", [BuiltinImporter])  # which finds no package
+    monkeypatch.delitem(sys.modules, "smg", raising=False)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'aiohttp_smg_routing\[gateway\]'"):
+        async with smg_gateway([f"http://127.0.0.1:{free_port()}"], policy="manual"):
+            raise AssertionError("it is not installed")
+
+
+async def test_pinned_is_all_calls_on_one_of_the_workers(smg_gateway: StartSmgGateway) -> None:
+    smg = await smg_gateway(3, policy="manual")
+    assert len(smg.workers) == 3
+    hook = routing_trace_config({"gateway": str(smg.url)})
+    async with ClientSession(trace_configs=[hook]) as session:
+        for session_id in ("s-1", "s-2", "s-1"):
+            with routing_session(session_id):
+                body = chat("s-1")
+                async with session.post(smg.url / "v1/chat/completions", json=body) as response:
+                    assert (await response.json())["choices"][0]["message"]["content"] == "ok"
+    smg.assert_pinned("s-1", turns=2)
+    smg.assert_pinned("s-2")
+
+
+async def test_not_pinned_is_calls_on_several_workers(smg_gateway: StartSmgGateway) -> None:
+    smg = await smg_gateway(2, policy="round_robin")  # which does not read the key
+    hook = routing_trace_config({"gateway": str(smg.url)})
+    async with ClientSession(trace_configs=[hook]) as session:
+        for _ in range(4):
+            with routing_session("s-1"):
+                body = chat("s-1")
+                async with session.post(smg.url / "v1/chat/completions", json=body):
+                    pass
+    with pytest.raises(AssertionError, match="its key 's-1' came to 2 workers"):
+        smg.assert_pinned("s-1", turns=4)

@@ -1,0 +1,344 @@
+"""``verify`` on the real gateway: the command runs as a user runs it, in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from yarl import URL
+
+from aiohttp_smg_routing.testing import SmgGateway, smg_gateway
+
+from ..verify_servers import in_background, proxy, server, session_server, stub_engines
+
+SCRIPT = Path(sys.executable).with_name("aiohttp-smg-routing")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the command left: its exit status, what it printed, and its JSON."""
+
+    status: int
+    out: str
+    err: str
+    json: dict[str, Any]
+
+    @property
+    def causes(self) -> list[str]:
+        return [cause["name"] for cause in self.json["causes"]]
+
+
+def verify(tmp_path: Path, gateway: URL, *options: str | URL) -> Run:
+    file = tmp_path / "seen.json"
+    done = subprocess.run(  # noqa: S603
+        [SCRIPT, "verify", *map(str, (gateway, *options)), "--json", str(file)],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert file.exists(), done.stderr
+    run = Run(done.returncode, done.stdout, done.stderr, json.loads(file.read_text("utf-8")))
+    assert run.json["exit_status"] == run.status
+    return run
+
+
+@asynccontextmanager
+async def gateway(
+    policy: str, *args: str, engines: int = 3, report: bool = True
+) -> AsyncIterator[SmgGateway]:
+    async with (
+        stub_engines(engines, report=report) as urls,
+        smg_gateway(urls, policy=policy, args=args) as smg,
+    ):
+        yield smg
+
+
+@pytest.mark.parametrize(
+    "launch",
+    [
+        ("manual",),
+        ("consistent_hashing",),
+        ("cache_aware", "--routing-key-override"),
+        ("prefix_hash",),
+    ],
+)
+def test_policy_that_routes_on_the_key_is_pinned(tmp_path: Path, launch: Sequence[str]) -> None:
+    with in_background(gateway(*launch)) as smg:
+        run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url)
+    assert run.status == 0, run.out
+    assert run.out.splitlines()[-2].startswith("Pinned: 120 of 120 later turns with the key")
+    assert run.json["arms"]["keyed"]["kept"] == 120
+    assert run.json["counters"]["selections"] == {launch[0]: 288}
+    assert run.causes == []
+    assert run.err == ""
+
+
+@pytest.mark.parametrize("policy", ["round_robin", "random"])
+def test_policy_that_ignores_the_key_is_not_pinned(tmp_path: Path, policy: str) -> None:
+    # 4 workers: round_robin would meet the same one every time if the calls had a fixed order.
+    with in_background(gateway(policy, engines=4)) as smg:
+        run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url)
+        unknown = verify(tmp_path, smg.url, "--metrics", smg.url / "metrics")
+    assert (run.status, run.causes) == (1, ["policy"]), run.out
+    assert f"The gateway's policy is {policy}" in run.out
+    for flag in ("--policy manual", "--policy consistent_hashing", "--routing-key-override"):
+        assert flag in " ".join(run.out.split())
+    assert (unknown.status, unknown.causes) == (1, ["policy", "no_counters"]), unknown.out
+
+
+def test_cache_aware_is_not_the_key_at_work(tmp_path: Path) -> None:
+    with in_background(gateway("cache_aware")) as smg:
+        run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url)
+        unknown = verify(tmp_path, smg.url, "--metrics", smg.url / "metrics")
+    assert (run.status, run.causes) == (1, ["policy"]), run.out
+    assert "but not because of the key" in " ".join(run.out.split())
+    assert unknown.status == 2, unknown.out
+    assert unknown.causes == ["same_without_key", "no_counters"]
+
+
+def test_one_worker_cannot_tell(tmp_path: Path) -> None:
+    with in_background(gateway("manual", engines=1)) as smg:
+        run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url)
+    assert (run.status, run.causes) == (2, ["one_worker"]), run.out
+
+
+@pytest.fixture(scope="session")
+def old_gateway(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with SMG 1.9.0, which can't be installed beside the newer one."""
+    folder = str(tmp_path_factory.mktemp("smg"))
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder]
+    subprocess.run([*pip, "smg==1.9.0"], check=True, timeout=300)  # noqa: S603
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("launch", "status", "causes"),
+    [
+        (("manual",), 0, ["no_worker_name"]),
+        (("consistent_hashing",), 0, ["no_worker_name"]),
+        (("cache_aware", "--routing-key-override"), 0, ["no_worker_name"]),
+        (("round_robin",), 1, ["policy", "no_worker_name"]),
+    ],
+)
+def test_gateway_too_old_to_name_its_worker_is_judged_by_its_counters(
+    tmp_path: Path,
+    old_gateway: str,
+    monkeypatch: pytest.MonkeyPatch,
+    launch: Sequence[str],
+    status: int,
+    causes: list[str],
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", old_gateway)
+    with in_background(gateway(*launch)) as smg:
+        run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url)
+        blind = verify(tmp_path, smg.url, "--metrics", smg.url / "metrics")
+    assert run.json["arms"]["keyed"]["unknown"] == 144
+    assert (run.status, run.causes) == (status, causes), run.out
+    assert "by the gateway's counters" in " ".join(run.out.split())
+    assert (blind.status, blind.causes) == (2, ["no_worker_name", "no_counters"]), blind.out
+
+
+def test_old_gateway_that_hashes_the_api_key_cannot_tell(
+    tmp_path: Path, old_gateway: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", old_gateway)
+    monkeypatch.setenv("SMG_API_KEY", "sesame")
+    with (
+        in_background(gateway("consistent_hashing")) as smg,
+        in_background(server(proxy(smg.url, drop=frozenset({"x-smg-routing-key"})))) as url,
+    ):
+        run = verify(tmp_path, url, "--metrics", smg.metrics_url)
+    assert run.json["counters"]["branches"] == {"routing_key_hit": 288}
+    assert (run.status, run.causes) == (2, ["any_key", "no_worker_name"]), run.out
+
+
+def test_proxy_that_drops_the_key_is_named(tmp_path: Path) -> None:
+    with (
+        in_background(gateway("manual")) as smg,
+        in_background(server(proxy(smg.url, drop=frozenset({"x-smg-routing-key"})))) as url,
+    ):
+        run = verify(tmp_path, url, "--metrics", smg.metrics_url)
+    assert (run.status, run.causes) == (1, ["key_lost"]), run.out
+
+
+def test_replicas_that_do_not_share_their_pins_are_seen(tmp_path: Path) -> None:
+    @asynccontextmanager
+    async def replicas() -> AsyncIterator[tuple[URL, SmgGateway]]:
+        async with AsyncExitStack() as stack:
+            urls = await stack.enter_async_context(stub_engines(3))
+            first, second = [
+                await stack.enter_async_context(smg_gateway(urls, policy="manual"))
+                for _ in range(2)
+            ]
+            app = proxy(first.url, second.url)
+            yield await stack.enter_async_context(server(app)), first
+
+    with in_background(replicas()) as (url, smg):
+        run = verify(tmp_path, url, "--metrics", smg.metrics_url)
+        unknown = verify(tmp_path, url, "--metrics", smg.url / "metrics")
+    assert (run.status, run.causes) == (1, ["replicas"]), run.out
+    assert unknown.status == 1, unknown.out
+    assert "replicas" in unknown.out
+
+
+def test_proxy_that_drops_the_key_is_named_where_its_own_header_routes_all_calls(
+    tmp_path: Path,
+) -> None:
+    """consistent_hashing of SMG 1.13 hashes X-Forwarded-For where there is no key."""
+    drop, add = frozenset({"x-smg-routing-key"}), [("X-Forwarded-For", "10.0.0.7")]
+    with (
+        in_background(gateway("consistent_hashing")) as smg,
+        in_background(server(proxy(smg.url, drop=drop, add=add))) as url,
+    ):
+        run = verify(tmp_path, url, "--metrics", smg.metrics_url)
+    assert run.json["counters"]["branches"] == {"implicit_key_hit": 288}
+    assert run.status == 1, run.out
+    assert "key_lost" in run.causes, run.out
+
+
+def test_session_server_with_the_plugin_is_pinned(tmp_path: Path) -> None:
+    with (
+        in_background(gateway("manual")) as smg,
+        in_background(session_server(smg.url)) as through,
+    ):
+        run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url, "--through", through)
+    assert (run.status, run.causes) == (0, []), run.out
+    assert run.json["counters"]["branches"] == {
+        "vacant": 24,
+        "occupied_hit": 120,
+        "no_routing_id": 144,
+    }
+
+
+def test_session_server_without_the_plugin_is_not_pinned(tmp_path: Path) -> None:
+    with (
+        in_background(gateway("manual")) as smg,
+        in_background(session_server(smg.url, plugin=False)) as through,
+    ):
+        url = f"{through}/sessions/{{session_id}}"
+        run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url, "--through", url)
+    assert (run.status, run.causes) == (1, ["key_lost"]), run.out
+    assert "is the plugin set up" in " ".join(run.out.split())
+
+
+def test_session_server_that_hides_the_worker_is_judged_by_the_counters(tmp_path: Path) -> None:
+    hidden = frozenset({"x-smg-routed-worker-id"})
+    with (
+        in_background(gateway("manual")) as smg,
+        in_background(session_server(smg.url)) as hides,
+        in_background(server(proxy(hides, drop=hidden))) as through,
+    ):
+        run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url, "--through", through)
+    assert (run.status, run.causes) == (0, ["worker_hidden"]), run.out
+
+
+def test_engines_that_do_not_report_cached_tokens_are_named(tmp_path: Path) -> None:
+    with in_background(gateway("manual", report=False)) as smg:
+        run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url)
+    assert (run.status, run.causes) == (0, ["no_cached_tokens"]), run.out
+    assert "--enable-cache-report" in run.out
+
+
+def test_keys_that_the_gateway_drops_or_shortens_are_named(tmp_path: Path) -> None:
+    with in_background(gateway("manual")) as smg:
+        long = verify(
+            tmp_path, smg.url, "--metrics", smg.metrics_url, "--session-id", "{n}" + 128 * "x"
+        )
+        tail = verify(
+            tmp_path, smg.url, "--metrics", smg.metrics_url, "--session-id", "{run}-{n}_t1"
+        )
+    assert (long.status, long.causes) == (1, ["key_lost", "bad_key"]), long.out
+    assert (tail.status, tail.causes) == (0, ["key_tail"]), tail.out
+
+
+def test_ids_that_differ_in_their_tail_only_share_a_worker(tmp_path: Path) -> None:
+    with in_background(gateway("random", "--routing-key-override")) as smg:
+        run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url, "--session-id", "{run}_t{n}")
+    # One key, and more calls with it at once than the gateway sends to one worker; the first ones,
+    # on a busy machine, may come one after the other.
+    assert (run.status, run.causes[:2]) == (1, ["shared_key", "key_tail"]), run.out
+    assert run.causes[2:] in ([], ["one_sided"]), run.out
+
+
+def test_unknown_model_lists_those_that_exist(tmp_path: Path) -> None:
+    with in_background(gateway("manual")) as smg:
+        run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url, "--model", "nope")
+    assert (run.status, run.causes) == (2, ["unknown_model", "gave_up"]), run.out
+    assert "--model: stub" in run.out
+
+
+def test_gateway_without_workers_cannot_tell(tmp_path: Path) -> None:
+    with in_background(gateway("manual", engines=0)) as smg:
+        run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url, "--model", "stub")
+    assert (run.status, run.causes) == (2, ["unknown_model", "gave_up"]), run.out
+    assert "see GET /workers" in run.out
+
+
+def test_gateway_that_asks_for_an_api_key_gets_it(tmp_path: Path) -> None:
+    secret = "sesame-7f3a"
+    file = tmp_path / "key"
+    file.write_text(f"{secret}\n")
+    wrong = tmp_path / "wrong"
+    wrong.write_text("sesame-0000")
+    with (
+        in_background(gateway("manual")) as smg,
+        in_background(server(proxy(smg.url, api_key=secret))) as url,
+    ):
+        options = ("--metrics", smg.metrics_url, "--api-key-file")
+        refused = verify(tmp_path, url, *options, str(wrong))
+        run = verify(tmp_path, url, *options, str(file))
+    assert (refused.status, refused.causes) == (2, ["http_401"]), refused.out
+    assert "wrong API key: Bearer ***" in refused.out
+    assert run.status == 0, run.out
+    assert secret not in run.out + run.err + json.dumps(run.json)
+    assert "sesame" not in refused.out + refused.err + json.dumps(refused.json)
+
+
+def test_real_engines_tell_their_cached_tokens(tmp_path: Path) -> None:
+    sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+    try:
+        from engines import engines
+    finally:
+        del sys.path[0]
+
+    @asynccontextmanager
+    async def real() -> AsyncIterator[SmgGateway]:
+        async with (
+            engines(2, slots=12, context=2048) as urls,
+            smg_gateway(urls, policy="manual", args=("--assignment-mode", "min_group")) as smg,
+        ):
+            yield smg
+
+    load = ("--sessions", "5", "--turns", "4", "--concurrency", "2", "--max-tokens", "4")
+    with in_background(real()) as smg:
+        run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url, *load)
+    assert run.status == 0, run.out
+    arms = run.json["arms"]
+    assert arms["keyed"]["kept"] == 15
+    # Every later prompt is the one before, the reply, and a little more.
+    assert arms["keyed"]["cached_share"] > 0.6
+    assert arms["keyed"]["cached_share"] > arms["unkeyed"]["cached_share"]
+
+
+def test_piped_output_has_no_control_codes_and_80_columns(tmp_path: Path) -> None:
+    with in_background(gateway("manual", engines=4)) as smg:
+        done = subprocess.run(  # noqa: S603
+            [sys.executable, "-m", "aiohttp_smg_routing", "verify", str(smg.url)],
+            env={**os.environ, "FORCE_COLOR": "1", "TERM": "xterm-256color", "COLUMNS": "200"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+    assert done.returncode == 0, done.stdout
+    assert done.stderr == ""
+    assert all(char == "\n" or char.isprintable() for char in done.stdout)
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert all(line == line.rstrip() for line in done.stdout.splitlines())

@@ -1,0 +1,124 @@
+"""The alert rules and the dashboard: promtool takes them, and what they read is documented."""
+
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..programs import program
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+ALERTS = (DOCS / "alerts.yml").read_text()
+ALERT_TESTS = (DOCS / "alerts_test.yml").read_text()
+DASHBOARD = json.loads((DOCS / "grafana-dashboard.json").read_text())
+PAGES = "".join(page.read_text() for page in [ROOT / "README.md", *sorted(DOCS.glob("*.md"))])
+
+OURS = {
+    "smg_routing_calls_total",
+    "smg_routing_sessions",
+    "smg_routing_moves_total",
+    "smg_routing_missing_session_total",
+}
+OUTCOMES = {"first", "kept", "moved", "unknown", "untagged", "failed"}
+# The gateway has one series, under --routing-key-override, that begins as ours do.
+GATEWAY_LOOKALIKE = "smg_routing_key_source_total"
+
+
+def promtool(*args: str | Path) -> str:
+    """Run promtool and return what it printed; it must succeed."""
+    argv = [program("promtool", "prometheus"), *map(str, args)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)  # noqa: S603
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def expressions() -> Iterator[tuple[str, str]]:
+    """Yield what each query of the dashboard is called, and its PromQL as Grafana sends it."""
+    for panel in DASHBOARD["panels"]:
+        for target in panel.get("targets", []):
+            expr = re.sub(r"\$__(rate_interval|range)\b", "5m", target["expr"])
+            for variable in DASHBOARD["templating"]["list"]:
+                expr = re.sub(rf"\${variable['name']}\b", variable["allValue"], expr)
+            yield f"panel_{panel['id']}_{target['refId']}", expr
+
+
+def queries() -> str:
+    """Return all that the alerts, their tests and the dashboard name to Prometheus."""
+    variables = [variable["query"]["query"] for variable in DASHBOARD["templating"]["list"]]
+    return "\n".join([ALERTS, ALERT_TESTS, *variables, *(expr for _, expr in expressions())])
+
+
+def series(text: str) -> set[str]:
+    """Return every name that begins as a series does, but for the config section and the helper."""
+    return set(re.findall(r"\bsmg_\w+", text)) - {"smg_routing", "smg_gateway"}
+
+
+def label_values(label: str) -> set[str]:
+    """Return every value that a query compares ``label`` with."""
+    matchers: list[str] = re.findall(rf'\b{label}=~?"([^"]+)"', queries())
+    return {value for matcher in matchers for value in matcher.split("|")}
+
+
+def test_promtool_takes_every_alert_rule() -> None:
+    promtool("check", "rules", DOCS / "alerts.yml")
+
+
+def test_every_alert_fires_when_it_should_and_not_otherwise() -> None:
+    promtool("test", "rules", DOCS / "alerts_test.yml")
+
+
+def test_every_alert_has_a_test_each_way_and_says_what_to_do() -> None:
+    alerts = re.findall(r"- alert: (\w+)", ALERTS)
+    assert len(alerts) == len(set(alerts)) == 7
+    fires = set(re.findall(r'ALERTS\{alertname="(\w+)", alertstate="firing", ', ALERT_TESTS))
+    silent = set(
+        re.findall(r"- alertname: (\w+)\n +eval_time: \w+\n +exp_alerts: \[\]", ALERT_TESTS)
+    )
+    assert fires == silent == set(alerts)
+    assert ALERTS.count("summary: ") == ALERTS.count("description: ") == len(alerts)
+    page = (DOCS / "monitoring.md").read_text()
+    assert [alert for alert in alerts if f"`{alert}`" not in page] == []
+
+
+def test_promtool_takes_every_expression_of_the_dashboard(tmp_path: Path) -> None:
+    rules = [{"record": name, "expr": expr} for name, expr in expressions()]
+    assert [rule for rule in rules if "$" in rule["expr"]] == []
+    file = tmp_path / "dashboard.yml"
+    file.write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))
+    assert f"SUCCESS: {len(rules)} rules found" in promtool("check", "rules", file)
+
+
+def test_the_dashboard_imports_anywhere() -> None:
+    assert [entry["name"] for entry in DASHBOARD["__inputs"]] == ["DS_PROMETHEUS"]
+    assert DASHBOARD["id"] is None
+    panels = DASHBOARD["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    used = {panel["type"] for panel in panels} - {"row"}
+    assert used == {need["id"] for need in DASHBOARD["__requires"] if need["type"] == "panel"}
+    charts = [panel for panel in panels if panel["type"] != "row"]
+    asking = [target for chart in charts for target in chart["targets"]]
+    asking += DASHBOARD["templating"]["list"]
+    for part in [*charts, *asking]:
+        assert part["datasource"] == {"type": "prometheus", "uid": "${DS_PROMETHEUS}"}
+    assert [chart["title"] for chart in charts if not chart["description"]] == []
+
+
+def test_no_panel_lies_over_another() -> None:
+    cells = [
+        (place["x"] + column, place["y"] + line)
+        for place in (panel["gridPos"] for panel in DASHBOARD["panels"])
+        for column in range(place["w"])
+        for line in range(place["h"])
+    ]
+    assert len(cells) == len(set(cells))
+    assert max(column for column, _ in cells) == 23
+
+
+def test_alerts_dashboard_and_docs_name_the_series_of_the_plugin_and_no_other() -> None:
+    named = re.findall(r"\bsmg_routing_\w+", queries() + PAGES)
+    assert set(named) - {GATEWAY_LOOKALIKE} == OURS
+    on_dashboard = "\n".join(expr for _, expr in expressions())
+    assert series(on_dashboard) >= OURS
+    assert label_values("outcome") <= OUTCOMES

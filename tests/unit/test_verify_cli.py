@@ -1,0 +1,482 @@
+"""The command line: options, exit statuses, secrets, signals, and what is printed."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import nullcontext
+from importlib.machinery import BuiltinImporter
+from pathlib import Path
+from typing import Any, TextIO
+
+import pytest
+from aiohttp import web
+from yarl import URL
+
+from aiohttp_smg_routing import __main__
+from aiohttp_smg_routing.__main__ import main
+from aiohttp_smg_routing.testing import free_port
+from aiohttp_smg_routing.verify import cli, report
+
+from ..verify_servers import Handler, fake_gateway, in_background, proxy, server, stream
+
+SECRET = "sesame-7f3a"
+USAGE: dict[str, object] = {"prompt_tokens": 10, "prompt_tokens_details": {"cached_tokens": 9}}
+
+
+def pinning(stop_after: int | None = None) -> Handler:
+    """Return a handler that pins by the key, and takes turns without; it may fall silent."""
+    calls: list[str] = []
+
+    async def chat(request: web.Request) -> web.StreamResponse:
+        key = request.headers.get("X-SMG-Routing-Key")
+        calls.append(key or "")
+        if len(calls) == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        worker = sum(map(ord, key)) if key else calls.count("")
+        body = web.Response(headers={"x-smg-routed-worker-id": f"http://w{worker % 2}"})
+        body.text = 'data: {"usage": %s}\n\ndata: [DONE]\n\n' % json.dumps(USAGE)  # noqa: UP031
+        return body
+
+    return chat
+
+
+@pytest.fixture
+def url() -> Iterator[URL]:
+    with in_background(server(fake_gateway(pinning()))) as url:
+        yield url
+
+
+@pytest.fixture(autouse=True)
+def no_key_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SMG_API_KEY", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def interruptible() -> Iterator[None]:
+    """Undo what ``nohup`` and ``&`` do; a child inherits that SIGINT is not ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def verify(url: URL, *options: str) -> int:
+    return main(["verify", str(url), "--metrics", f"{url.origin()}/metrics", *options])
+
+
+def test_pinned_is_0(url: URL, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, picture = tmp_path / "seen.json", tmp_path / "pins.svg"
+    status = verify(url / "", "--json", str(file), "--plot", str(picture))
+    out = capsys.readouterr().out
+    assert status == 0, out
+    seen = json.loads(file.read_text())
+    assert (seen["verdict"], seen["exit_status"]) == ("pinned", 0)
+    assert len(seen["turns"]) == seen["sent"] == 288
+    for arm in ("keyed", "unkeyed"):
+        mine = [turn for turn in seen["turns"] if turn["arm"] == arm]
+        for outcome in ("first", "kept", "moved", "unknown", "failed"):
+            count = sum(turn["outcome"] == outcome for turn in mine)
+            assert seen["arms"][arm][outcome] == count
+        assert seen["arms"][arm]["cached_share"] == 0.9
+    assert seen["sentence"] in " ".join(out.split())
+    assert "120 (100.0%)" in out
+    assert picture.stat().st_size > 0
+
+
+def test_metrics_are_looked_for_on_port_29000(
+    url: URL, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "seen.json"
+    assert main(["verify", str(url), "--json", str(file)]) == 0
+    assert json.loads(file.read_text())["plan"]["metrics"] == "http://127.0.0.1:29000/metrics"
+
+
+def test_not_pinned_is_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    drop = frozenset({"x-smg-routing-key"})
+    with (
+        in_background(server(fake_gateway(pinning()))) as upstream,
+        in_background(server(proxy(upstream, drop=drop))) as url,
+    ):
+        assert verify(url) == 1
+    assert "Not pinned: " in capsys.readouterr().out
+
+
+def test_could_not_tell_is_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", f"http://127.0.0.1:{free_port()}"]) == 2
+    out = capsys.readouterr().out
+    assert "Could not tell: no call with the key was answered." in out
+    assert "No connection to http://127.0.0.1:" in out
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [(401, "SMG_API_KEY"), (404, "Check the URL"), (503, "GET /workers"), (308, "no redirect")],
+)
+def test_gateway_that_answers_an_error_cannot_be_judged(
+    status: int, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def chat(request: web.Request) -> web.Response:
+        return web.Response(status=status, headers={"Location": "/"})
+
+    with in_background(server(fake_gateway(chat))) as url:
+        assert verify(url) == 2
+    out = capsys.readouterr().out
+    assert f"answers {status}" in out
+    assert words in " ".join(out.split())
+
+
+def test_gateway_that_does_not_answer_in_time_cannot_be_judged(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    async def chat(request: web.Request) -> web.Response:
+        await asyncio.Event().wait()
+        raise AssertionError("it never answers")
+
+    with in_background(server(fake_gateway(chat))) as url:
+        assert verify(url, "--concurrency", "2", "--timeout", "0.2") == 2
+    out = " ".join(capsys.readouterr().out.split())
+    assert "did not answer in time" in out
+    assert "--timeout SECONDS" in out
+
+
+def test_unknown_model_lists_those_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    async def chat(request: web.Request) -> web.Response:
+        raise web.HTTPNotFound(text='{"error": {"message": "The model [nope] is not there"}}')
+
+    with in_background(server(fake_gateway(chat))) as url:
+        assert verify(url, "--model", "[nope]") == 2
+    out = " ".join(capsys.readouterr().out.split())
+    assert "has no model '[nope]' (The model [nope] is not there)." in out
+    assert "Name one that it has with --model: stub." in out
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["nothing"],
+        ["verify"],
+        ["verify", "10.0.0.1:30000"],
+        ["verify", "ftp://10.0.0.1"],
+        ["verify", "http://10.0.0.1:99999"],
+        ["verify", "http://10.0.0.1/?a=b"],
+        ["verify", f"http://user:{SECRET}@10.0.0.1"],
+        ["verify", f"http://user:{SECRET}@10.0.0.1:99999"],
+        ["verify", f"http://user:{SECRET}@"],
+        ["verify", f"http://user:{SECRET}@[bad"],
+        ["verify", f"http://10.0.0.1?api_key={SECRET}"],
+        ["verify", "http://10.0.0.1", f"http://user:{SECRET}@10.0.0.2"],
+        [f"http://user:{SECRET}@10.0.0.1"],
+        ["verify", "http://10.0.0.1", f"--sessions=http://user:{SECRET}@10.0.0.1"],
+        ["verify", "http://10.0.0.1", "--through", f"http://user:{SECRET}@10.0.0.1:99999"],
+        ["verify", "http://10.0.0.1", "--through", f"http://user:{SECRET}@[bad"],
+        ["verify", "http://10.0.0.1", "--metrics", f"user:{SECRET}@10.0.0.1:29000"],
+        ["verify", "http://10.0.0.1", "--timeout", "nan"],
+        ["verify", "http://10.0.0.1", "--timeout", "inf"],
+        ["verify", "http://10.0.0.1", "--time-limit", "nan"],
+        ["verify", "http://10.0.0.1", "--time-limit", "inf"],
+        ["verify", "http://10.0.0.1", "--min-kept", "nan"],
+        ["verify", "http://10.0.0.1", "--json", ""],
+        ["verify", "http://10.0.0.1", "--plot", ""],
+        ["verify", "http://10.0.0.1", "--nothing"],
+        ["verify", "http://10.0.0.1", "--api-key", SECRET],
+        ["verify", "http://10.0.0.1", "--turns", "1"],
+        ["verify", "http://10.0.0.1", "--sessions", "0"],
+        ["verify", "http://10.0.0.1", "--concurrency", "0"],
+        ["verify", "http://10.0.0.1", "--max-tokens", "0"],
+        ["verify", "http://10.0.0.1", "--timeout", "0"],
+        ["verify", "http://10.0.0.1", "--time-limit", "-1"],
+        ["verify", "http://10.0.0.1", "--min-kept", "0"],
+        ["verify", "http://10.0.0.1", "--min-kept", "99"],
+        ["verify", "http://10.0.0.1", "--metrics", "10.0.0.1:29000"],
+        ["verify", "http://10.0.0.1", "--through", "10.0.0.1"],
+        ["verify", "http://10.0.0.1", "--session-id", "all-the-same"],
+        ["verify", "http://10.0.0.1", "--session-id", "{n}\r\nX-Evil: 1"],
+        ["verify", "http://10.0.0.1", "--plot", "pins.jpg"],
+        ["verify", "http://10.0.0.1", "--plot", "no/such/folder/pins.svg"],
+        ["verify", "http://10.0.0.1", "--json", "no/such/folder/seen.json"],
+        ["verify", "http://10.0.0.1", "--api-key-file", "no/such/file"],
+    ],
+)
+def test_wrong_usage_is_64(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 64
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "Usage: aiohttp-smg-routing" in captured.err
+    assert SECRET not in captured.err
+
+
+def test_help_is_0(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "SMG_API_KEY" in out
+    assert "[default: 24; x>=1]" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("through", "path"),
+    [
+        ("", "/sessions/verify"),
+        ("/", "/sessions/verify"),
+        ("/v2/sessions", "/v2/sessions/verify"),
+        ("/a/{session_id}/b", "/a/verify"),
+    ],
+)
+def test_url_of_the_session_server_is_completed(url: URL, through: str, path: str) -> None:
+    paths = []
+
+    async def chat(request: web.Request) -> web.StreamResponse:
+        paths.append(request.path)
+        return await stream(request, "ok", USAGE)
+
+    app = web.Application()
+    app.router.add_post("/{path:.*}", chat)
+    with in_background(server(app)) as base:
+        verify(url, "--through", f"{str(base).rstrip('/')}{through}")
+    assert len(paths) == 144
+    assert all(seen.startswith(path) for seen in paths)
+    assert all(seen.endswith("/v1/chat/completions") for seen in paths)
+
+
+@pytest.mark.parametrize("source", ["environment", "file"])
+def test_api_key_is_sent_and_never_shown(
+    source: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file, seen = tmp_path / "key", tmp_path / "seen.json"
+    options = ["--json", str(seen)]
+    if source == "file":
+        file.write_text(f"\n{SECRET}\n")
+        monkeypatch.setenv("SMG_API_KEY", "another")
+        options += ["--api-key-file", str(file)]
+    else:
+        monkeypatch.setenv("SMG_API_KEY", SECRET)
+    with (
+        in_background(server(fake_gateway(pinning()))) as upstream,
+        in_background(server(proxy(upstream, api_key=SECRET))) as url,
+        in_background(server(proxy(upstream, api_key="other"))) as closed,
+    ):
+        assert verify(url, *options) == 0
+        said = seen.read_text()
+        assert verify(closed, *options) == 2
+    captured = capsys.readouterr()
+    assert "wrong API key: Bearer ***" in captured.out
+    assert SECRET not in captured.out + captured.err + said + seen.read_text()
+
+
+@pytest.mark.parametrize("content", [b"", b"  \n", b"two\nlines", b"k\xc3\xa9y", b"\xff\xfe"])
+def test_api_key_that_can_not_be_one_is_not_shown(
+    content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "key"
+    file.write_bytes(content)
+    assert main(["verify", "http://10.0.0.1", "--api-key-file", str(file)]) == 64
+    err = capsys.readouterr().err
+    assert "lines" not in err
+    assert "k\u00e9y" not in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_prints_what_was_seen_and_leaves_nothing_running(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    count = 0
+    running: list[subprocess.Popen[str]] = []
+
+    async def chat(request: web.Request) -> web.StreamResponse:
+        nonlocal count
+        count += 1
+        if count > 20:
+            running[0].send_signal(number)
+            await asyncio.Event().wait()
+        return await stream(request, "ok", USAGE)
+
+    file = tmp_path / "seen.json"
+    with in_background(server(fake_gateway(chat))) as url:
+        argv = ["-m", "aiohttp_smg_routing", "verify", str(url), "--json", str(file)]
+        with subprocess.Popen(  # noqa: S603
+            [sys.executable, *argv], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as process:
+            running.append(process)
+            out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    seen = json.loads(file.read_text())
+    turns = len(seen["turns"])
+    assert 0 < turns <= 20
+    assert f"Stopped by {number.name} after {turns} turns: no verdict." in out
+    assert "turns answered" in out
+    assert err == ""
+    assert (seen["verdict"], seen["exit_status"]) == ("could not tell", 128 + number)
+
+
+def test_signal_in_this_process(capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup does
+    try:
+        with in_background(server(fake_gateway(pinning(stop_after=10)))) as url:
+            assert verify(url) == 128 + signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGINT, ignored)
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert "Stopped by SIGTERM after" in capsys.readouterr().out
+
+
+def test_signal_that_is_not_the_first_or_comes_during_the_report_changes_nothing(
+    url: URL, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = report.show_seen
+
+    def impatient(*args: Any) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        shown(*args)
+
+    monkeypatch.setattr(cli, "show_seen", impatient)
+    assert verify(url) == 0
+    assert "Pinned: " in capsys.readouterr().out
+
+
+def test_signal_before_the_first_call_stops_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(coroutine: Coroutine[None, None, None]) -> None:
+        signal.raise_signal(signal.SIGINT)
+        run(coroutine)
+
+    run = asyncio.run
+    monkeypatch.setattr("asyncio.run", interrupted)
+    assert main(["verify", "http://10.0.0.1"]) == 130
+    assert capsys.readouterr().out == "\nStopped by SIGINT after 0 turns: no verdict.\n"
+
+
+def test_ctrl_c_before_the_run_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "terminal", interrupted)
+    assert main(["verify", "http://10.0.0.1"]) == 130
+
+
+def test_fault_of_the_program_is_not_taken_for_not_pinned(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fault(*args: object) -> None:
+        raise KeyError("a fault")
+
+    monkeypatch.setattr(cli, "terminal", fault)
+    assert main(["verify", "http://10.0.0.1"]) == 2
+    assert "KeyError: 'a fault'" in capsys.readouterr().err
+
+
+def test_file_that_can_not_be_written_does_not_change_the_verdict(
+    url: URL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError("No space left on device")
+
+    file, picture = tmp_path / "seen.json", tmp_path / "pins.svg"
+    monkeypatch.setattr(cli, "write_json", full)
+    assert verify(url, "--json", str(file), "--plot", str(picture)) == 0
+    assert f"Not written: {file}: No space left on device" in capsys.readouterr().err
+    assert picture.stat().st_size > 0
+
+
+def broken_pipe() -> TextIO:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return open(writer, "w", encoding="utf-8")
+
+
+def full_disk() -> TextIO:
+    return open("/dev/full", "w", encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+@pytest.mark.parametrize("make", [broken_pipe, full_disk, lambda: None])
+def test_output_that_nobody_can_read_changes_nothing(
+    url: URL,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    make: Callable[[], TextIO | None],
+) -> None:
+    if make is full_disk and not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    file = tmp_path / "seen.json"
+    with nullcontext(make()) as stream:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, name, stream)
+            assert main(["verify", "--nothing"]) == 64
+            assert verify(url, "--json", str(file)) == 0
+        if stream:
+            stream.close()  # as Python does at its end: no error is left over
+    assert json.loads(file.read_text())["exit_status"] == 0
+
+
+def test_long_output_into_a_broken_pipe_is_no_error() -> None:
+    stream = broken_pipe()
+    out = report.lasting(stream)
+    assert out.write(100_000 * "x") == 100_000
+    out.flush()
+    stream.close()
+
+
+def test_reader_that_goes_away_does_not_change_the_exit_status(url: URL, tmp_path: Path) -> None:
+    file = tmp_path / "seen.json"
+    argv = [sys.executable, "-m", "aiohttp_smg_routing", "verify", str(url), "--json", str(file)]
+    with subprocess.Popen(  # noqa: S603
+        argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+    assert file.exists()
+
+
+def test_ctrl_c_during_the_imports_is_130(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(__main__, "find_spec", interrupted)
+    assert main(["verify", "http://10.0.0.1"]) == 130
+
+
+def test_without_the_extra_the_command_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("click", "matplotlib", "prometheus_client", "rich")
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "meta_path", [BuiltinImporter])  # which finds no package
+    monkeypatch.setattr(sys, "argv", ["aiohttp-smg-routing", "verify", "http://10.0.0.1"])
+    assert main() == 64
+    assert capsys.readouterr().err == (
+        f"This command needs {', '.join(names)}: pip install 'aiohttp_smg_routing[verify]'\n"
+    )
+
+
+def test_python_dash_m_is_the_command() -> None:
+    argv = [sys.executable, "-m", "aiohttp_smg_routing", "verify", "--help"]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True)  # noqa: S603
+    assert "GATEWAY_URL" in done.stdout
+
+
+def test_core_does_not_import_the_command() -> None:
+    code = (
+        "import sys, aiohttp_smg_routing, aiohttp_smg_routing.testing;"
+        "import aiohttp_smg_routing.__main__;"
+        "print([name for name in sys.modules if 'verify' in name"
+        " or name.split('.')[0] in ('click', 'matplotlib', 'rich')])"
+    )
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[]\n"

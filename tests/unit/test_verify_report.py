@@ -1,0 +1,152 @@
+"""What is printed: on a terminal, and into a file."""
+
+import io
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from yarl import URL
+
+from aiohttp_smg_routing.verify.causes import Cause
+from aiohttp_smg_routing.verify.judge import Verdict, judge
+from aiohttp_smg_routing.verify.report import (
+    Bars,
+    lasting,
+    show_plan,
+    show_seen,
+    show_verdict,
+    terminal,
+)
+from aiohttp_smg_routing.verify.seen import Counters, Failure, Outcome, Plan, Seen, Turn
+
+from ..verify_servers import engine, in_background, server
+
+PLAN = Plan(URL("http://10.0.0.1:30000"), URL("http://10.0.0.1:29000/metrics"), model="m")
+
+
+class Terminal(io.StringIO):
+    """A terminal, as far as rich can see."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+@pytest.mark.usefixtures("wide")
+def test_bars_count_live_on_a_terminal() -> None:
+    stream = Terminal()
+    bars = Bars(Plan(PLAN.gateway, PLAN.metrics, sessions=2, turns=2), terminal(stream))
+    bars.start()
+    outcomes: tuple[Outcome, ...] = ("first", "kept", "failed", "unknown")
+    for outcome in outcomes:
+        bars.played(Turn("keyed", 1, 1, outcome))
+    bars.played(Turn("unkeyed", 1, 1, "moved"))
+    bars.stop()
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
+    assert "4/4 1 kept, 0 moved, 1 unknown, 1 failed" in shown
+    assert "1/4 0 kept, 1 moved" in shown
+    assert max(map(len, re.split(r"[\r\n]", shown))) <= 80
+
+
+def test_narrow_terminal_keeps_its_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "60")
+    stream = Terminal()
+    show_verdict(Verdict("pinned", "Pinned: " + 20 * "word ", ()), terminal(stream))
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", stream.getvalue())
+    assert max(map(len, shown.splitlines())) <= 60
+
+
+@pytest.mark.usefixtures("wide")
+def test_file_gets_neither_bars_nor_colours_nor_long_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    stream = io.StringIO()
+    console = terminal(stream)
+    bars = Bars(PLAN, console)
+    bars.start()
+    bars.played(Turn("keyed", 1, 1, "kept"))
+    bars.stop()
+    assert stream.getvalue() == ""
+    long = "http://" + 90 * "x" + "/[bold]red[/bold] " + 20 * "word "
+    show_plan(Seen(Plan(URL("http://h"), PLAN.metrics, through=long, model=90 * "m")), console)
+    verdict = Verdict("pinned", f"Pinned: {long}.", (Cause("c", long, long),))
+    show_verdict(verdict, console)
+    lines = stream.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "[bold]red[/bold]" in "".join(lines)
+    assert "\x1b" not in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("workers", "words"),
+    [(None, "workers not listed"), (1, "1 worker listed"), (3, "3 workers listed")],
+)
+def test_plan_says_how_many_workers_there_are(workers: int | None, words: str) -> None:
+    stream = io.StringIO()
+    show_plan(Seen(PLAN, workers=workers), terminal(stream))
+    assert words in " ".join(stream.getvalue().split())
+
+
+def test_table_says_what_is_not_known() -> None:
+    turns = (Turn("keyed", 1, 1, "unknown"), Turn("unkeyed", 1, 1, "first", worker="http://w"))
+    stream = io.StringIO()
+    show_seen(Seen(PLAN, turns, counters=Counters({}, {})), terminal(stream))
+    out = stream.getvalue()
+    assert re.search(r"workers +\S +not named \S +1 ", out)
+    assert re.search(r"from the KV cache \S +not reported", out)
+    assert "counters grew by: nothing." in out
+
+
+def test_no_table_where_nothing_was_answered() -> None:
+    turn = Turn("keyed", 1, 1, "failed", failure=Failure("timeout", PLAN.gateway))
+    stream = io.StringIO()
+    show_seen(Seen(PLAN, (turn,)), terminal(stream))
+    assert stream.getvalue() == ""
+
+
+def test_text_that_the_terminal_can_not_show_is_escaped() -> None:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="ascii")
+    seen = Seen(PLAN, (Turn("keyed", 1, 1, "unknown"),))
+    console = terminal(lasting(stream))
+    show_seen(seen, console)
+    show_verdict(Verdict("pinned", "Pinned: caf\u00e9.", judge(seen, 1).causes), console)
+    stream.flush()
+    assert b"caf\\xe9" in raw.getvalue()
+
+
+def test_real_terminal_shows_bars_and_stays_within_80_columns() -> None:
+    pty = pytest.importorskip("pty")
+    with in_background(server(engine())) as url:
+        leader, follower = pty.openpty()
+        argv = [sys.executable, "-m", "aiohttp_smg_routing", "verify", str(url)]
+        with subprocess.Popen(  # noqa: S603
+            argv,
+            stdin=follower,
+            stdout=follower,
+            stderr=follower,
+            env={**os.environ, "TERM": "xterm", "COLUMNS": "80"},
+        ) as process:
+            os.close(follower)
+            shown = b""
+            while chunk := _read(leader):
+                shown += chunk
+        os.close(leader)
+    assert process.returncode == 2
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
+    assert "144/144" in text
+    assert max(map(len, re.split(r"[\r\n]+", text))) <= 80
+
+
+def _read(descriptor: int) -> bytes:
+    try:
+        return os.read(descriptor, 65536)
+    except OSError:  # Linux: the other end is closed
+        return b""

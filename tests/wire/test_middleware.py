@@ -1,0 +1,488 @@
+"""No crosstalk: a key is that of the session whose inbound request caused the call."""
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from aiohttp import ClientSession, TCPConnector, web
+from pytest_aiohttp.plugin import AiohttpClient
+
+from aiohttp_smg_routing import (
+    RoutingConfig,
+    attach,
+    current_session_id,
+    routing_middleware,
+    routing_session,
+    routing_trace_config,
+    setup,
+)
+from aiohttp_smg_routing.testing import Recorder
+
+from ..conftest import CLIENT, session_server
+
+if TYPE_CHECKING:
+    from pytest_aiohttp.plugin import AiohttpServer  # since 1.1, which needs aiohttp 3.11
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+async def call(request: web.Request, wire: Recorder) -> None:
+    """Make a call whose body names the session that it belongs to."""
+    async with request.config_dict[CLIENT].post(
+        wire.chat, data=request.match_info["session_id"].encode()
+    ) as response:
+        await response.read()
+
+
+def assert_no_crosstalk(wire: Recorder, calls: int) -> None:
+    assert len(wire.calls) == calls
+    assert [call.keys for call in wire.calls] == [[call.body] for call in wire.calls]
+
+
+async def in_handler(request: web.Request, wire: Recorder) -> web.StreamResponse:
+    await call(request, wire)
+    return web.Response()
+
+
+async def in_gather(request: web.Request, wire: Recorder) -> web.StreamResponse:
+    await asyncio.gather(*(call(request, wire) for _ in range(3)))
+    return web.Response()
+
+
+async def in_task_group(request: web.Request, wire: Recorder) -> web.StreamResponse:
+    async with asyncio.TaskGroup() as group:  # type: ignore[attr-defined,unused-ignore]
+        group.create_task(call(request, wire))
+    return web.Response()
+
+
+async def in_thread(request: web.Request, wire: Recorder) -> web.StreamResponse:
+    async def own_loop() -> None:
+        config = {"gateway": str(wire.url)}
+        async with (
+            ClientSession(trace_configs=[routing_trace_config(config)]) as session,
+            session.post(wire.chat, data=request.match_info["session_id"].encode()),
+        ):
+            pass
+
+    await asyncio.to_thread(asyncio.run, own_loop())
+    return web.Response()
+
+
+async def in_streamed_body(request: web.Request, wire: Recorder) -> web.StreamResponse:
+    async def body() -> AsyncIterator[bytes]:
+        for _ in range(3):
+            await call(request, wire)
+            yield b"chunk"
+
+    return web.Response(body=body())
+
+
+async def in_streamed_response(request: web.Request, wire: Recorder) -> web.StreamResponse:
+    response = web.StreamResponse()
+    await response.prepare(request)
+    await call(request, wire)
+    await response.write(b"chunk")
+    return response
+
+
+async def in_shield(request: web.Request, wire: Recorder) -> web.StreamResponse:
+    await asyncio.shield(asyncio.create_task(call(request, wire)))
+    return web.Response()
+
+
+HANDLERS: dict[str, tuple[Any, int]] = {
+    "handler": (in_handler, 1),
+    "gather": (in_gather, 3),
+    "to_thread": (in_thread, 1),
+    "streamed body": (in_streamed_body, 3),
+    "streamed response": (in_streamed_response, 1),
+    "shield": (in_shield, 1),
+}
+if sys.version_info >= (3, 11):
+    HANDLERS["TaskGroup"] = (in_task_group, 1)
+
+
+@pytest.mark.parametrize(("handler", "calls"), HANDLERS.values(), ids=HANDLERS)
+async def test_call_carries_the_session_of_its_request(
+    gateway: Recorder, aiohttp_client: AiohttpClient, handler: Any, calls: int
+) -> None:
+    app = session_server(gateway.url)
+    app.router.add_post("/{session_id}", partial(handler, wire=gateway))
+    client = await aiohttp_client(app)
+
+    async def turns(session: int) -> None:
+        for _ in range(3):
+            async with client.post(f"/s-{session}") as response:
+                assert response.status == 200
+                await response.read()
+
+    await asyncio.gather(*map(turns, range(20)))
+    assert_no_crosstalk(gateway, calls * 60)
+
+
+async def test_thousands_of_sessions_at_once_stay_apart(
+    gateway: Recorder, aiohttp_client: AiohttpClient
+) -> None:
+    sessions = 3000
+    waiting = 0
+    everybody_is_here = asyncio.Event()
+
+    async def handler(request: web.Request) -> web.Response:
+        nonlocal waiting
+        waiting += 1
+        if waiting == sessions:
+            everybody_is_here.set()
+        await everybody_is_here.wait()
+        await call(request, gateway)
+        return web.Response(text=current_session_id())
+
+    app = session_server(gateway.url)
+    app.router.add_post("/{session_id}", handler)
+    client = await aiohttp_client(app, connector=TCPConnector(limit=0))
+
+    async def turn(session: int) -> None:
+        async with client.post(f"/s-{session}") as response:
+            assert await response.text() == f"s-{session}"
+
+    await asyncio.gather(*map(turn, range(sessions)))
+    assert_no_crosstalk(gateway, sessions)
+    assert len({call.body for call in gateway.calls}) == sessions
+
+
+async def test_pipelined_requests_of_one_connection_stay_apart(
+    gateway: Recorder, aiohttp_server: "AiohttpServer"
+) -> None:
+    app = session_server(gateway.url)
+    app.router.add_post("/{session_id}", partial(in_handler, wire=gateway))
+
+    async def without_session(request: web.Request) -> web.Response:
+        async with request.config_dict[CLIENT].post(gateway.chat, data=b"none"):
+            return web.Response()
+
+    app.router.add_post("/", without_session)
+    server = await aiohttp_server(app)
+    reader, writer = await asyncio.open_connection(server.host, server.port)
+    paths = [f"/s-{number % 7}" if number % 3 else "/" for number in range(60)]
+    for path in paths:
+        writer.write(f"POST {path} HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\n\r\n".encode())
+    for _ in paths:
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200 ")
+    writer.close()
+    await writer.wait_closed()
+    for path, sent in zip(paths, gateway.calls, strict=True):
+        assert sent.keys == ([path[1:].encode()] if path != "/" else [])
+
+
+async def test_a_hostile_client_can_neither_choose_nor_break_its_pin(
+    gateway: Recorder, aiohttp_server: "AiohttpServer"
+) -> None:
+    server = await aiohttp_server(session_server(gateway.url))
+    reader, writer = await asyncio.open_connection(server.host, server.port)
+    writer.write(
+        b"POST /sessions/s-1/v1/chat/completions HTTP/1.1\r\n"
+        b"Host: h\r\n"
+        b"X-SMG-Routing-Key:\r\n"
+        b"x-smg-routing-key: s-2\r\n"
+        b"X-SMG-ROUTING-KEY: s-3\r\n"
+        b"x-smg-routing-key: s-4\r\n"
+        b"x-smg-target-worker: 99\r\n"
+        b"X-SMG-Target-Worker: 0\r\n"
+        b"Content-Length: 2\r\n\r\n{}"
+    )
+    await reader.readuntil(b"\r\n\r\n")
+    writer.close()
+    await writer.wait_closed()
+    assert gateway.last.keys == [b"s-1"]
+    assert gateway.last.values("X-SMG-Target-Worker") == []
+    assert gateway.last.body == b"{}"
+
+
+@pytest.mark.parametrize(
+    ("path", "session_id"),
+    [("a%0d%0aX-Evil:%201", "a\r\nX-Evil: 1"), ("%00", "\0"), ("%C3%A9", "é"), ("a%2Fb", "a/b")],
+)
+async def test_a_hostile_session_id_gives_one_clean_key(
+    gateway: Recorder, aiohttp_server: "AiohttpServer", path: str, session_id: str
+) -> None:
+    server = await aiohttp_server(session_server(gateway.url))
+    reader, writer = await asyncio.open_connection(server.host, server.port)
+    writer.write(
+        f"POST /sessions/{path}/v1/chat/completions HTTP/1.1\r\n"
+        "Host: h\r\nContent-Length: 0\r\n\r\n".encode()
+    )
+    await reader.readuntil(b"\r\n\r\n")
+    writer.close()
+    await writer.wait_closed()
+    key = RoutingConfig(gateway.url).routing_key(session_id)
+    assert gateway.last.keys == [key.encode()]
+    assert gateway.last.values("X-Evil") == []
+
+
+async def test_a_request_without_a_session_goes_on_without_a_key(
+    gateway: Recorder, aiohttp_client: AiohttpClient
+) -> None:
+    client = await aiohttp_client(session_server(gateway.url))
+    async with client.post("/v1/chat/completions", data=b"{}") as response:
+        assert response.status == 200
+    assert gateway.last.keys == []
+
+
+async def test_a_source_that_raises_never_fails_the_request(
+    gateway: Recorder, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    def source(request: web.Request) -> str:
+        raise ZeroDivisionError("in the source")
+
+    client = await aiohttp_client(session_server(gateway.url, session_id=source))
+    for _ in range(3):
+        async with client.post("/sessions/s-1/v1/chat/completions") as response:
+            assert response.status == 200
+    assert [sent.keys for sent in gateway.calls] == [[], [], []]
+    assert caplog.text.count("ZeroDivisionError: in the source") == 1
+
+
+async def test_a_server_started_within_a_session_does_not_give_it_to_its_requests(
+    gateway: Recorder, aiohttp_client: AiohttpClient
+) -> None:
+    with routing_session("of-whoever-started-the-server"):
+        client = await aiohttp_client(session_server(gateway.url))
+        async with client.post("/v1/chat/completions") as response:
+            assert response.status == 200
+    assert gateway.last.keys == []
+
+
+async def test_a_block_within_a_request_outranks_its_session(
+    gateway: Recorder, aiohttp_client: AiohttpClient
+) -> None:
+    async def handler(request: web.Request) -> web.Response:
+        for session_id in ("judge", None):
+            with routing_session(session_id):
+                async with request.app[CLIENT].post(gateway.chat):
+                    pass
+        await call(request, gateway)
+        return web.Response()
+
+    app = session_server(gateway.url)
+    app.router.add_post("/{session_id}", handler)
+    client = await aiohttp_client(app)
+    async with client.post("/s-1") as response:
+        assert response.status == 200
+    assert [sent.keys for sent in gateway.calls] == [[b"judge"], [], [b"s-1"]]
+
+
+async def test_a_block_within_a_request_goes_to_a_gateway_that_is_not_the_apps_too(
+    gateway: Recorder, elsewhere: Recorder, aiohttp_client: AiohttpClient
+) -> None:
+    hook = routing_trace_config(RoutingConfig(elsewhere.url, prefix="judge/"))
+
+    async def handler(request: web.Request) -> web.Response:
+        with routing_session("s-9"):
+            async with ClientSession(trace_configs=[hook]) as session, session.post(elsewhere.chat):
+                return web.Response()
+
+    app = session_server(gateway.url)
+    app.router.add_post("/{session_id}", handler)
+    client = await aiohttp_client(app)
+    async with client.post("/s-1") as response:
+        assert response.status == 200
+    assert elsewhere.last.keys == [b"judge/s-9"]
+
+
+def calling(*wires: Recorder) -> Handler:
+    async def handler(request: web.Request) -> web.Response:
+        for wire in wires:
+            async with request.config_dict[CLIENT].post(wire.chat):
+                pass
+        return web.Response(text=str(current_session_id()))
+
+    return handler
+
+
+@pytest.fixture
+async def outgoing() -> AsyncIterator[ClientSession]:
+    async with ClientSession() as session:
+        yield session
+
+
+NESTED = {
+    "root only": (True, False, [b"of-root"], [b"of-root"]),
+    "sub-app only": (False, True, [], [b"of-sub"]),
+    "both": (True, True, [b"of-root"], [b"of-sub"]),
+}
+
+
+@pytest.mark.parametrize(("root", "sub", "keys", "sub_keys"), NESTED.values(), ids=NESTED)
+async def test_nested_apps(
+    gateway: Recorder,
+    outgoing: ClientSession,
+    aiohttp_client: AiohttpClient,
+    root: bool,
+    sub: bool,
+    keys: list[bytes],
+    sub_keys: list[bytes],
+) -> None:
+    app, sub_app = web.Application(), web.Application()
+    app[CLIENT] = outgoing
+    app.router.add_post("/{session_id}", calling(gateway))
+    sub_app.router.add_post("/{session_id}", calling(gateway))
+    for wanted, nested, source in ((root, app, "query:root"), (sub, sub_app, "query:sub")):
+        if wanted:
+            config = RoutingConfig(gateway.url, session_id=source)
+            setup(nested, config)
+            attach(outgoing, config)
+    app.add_subapp("/sub", sub_app)
+    client = await aiohttp_client(app)
+    for path in ("/x", "/sub/x"):
+        async with client.post(path, params={"root": "of-root", "sub": "of-sub"}) as response:
+            assert response.status == 200
+    assert [sent.keys for sent in gateway.calls] == [keys, sub_keys]
+
+
+async def test_nested_apps_with_a_gateway_each_stay_apart(
+    gateway: Recorder, elsewhere: Recorder, outgoing: ClientSession, aiohttp_client: AiohttpClient
+) -> None:
+    app, sub_app = web.Application(), web.Application()
+    app[CLIENT] = outgoing
+    sub_app.router.add_post("/", calling(gateway, elsewhere))
+    for nested, wire, source in ((app, gateway, "query:root"), (sub_app, elsewhere, "query:sub")):
+        config = RoutingConfig(wire.url, session_id=source)
+        setup(nested, config)
+        attach(outgoing, config)
+    app.add_subapp("/sub", sub_app)
+    client = await aiohttp_client(app)
+    async with client.post("/sub/", params={"root": "r", "sub": "s"}) as response:
+        assert await response.text() == "s"
+    assert (gateway.last.keys, elsewhere.last.keys) == ([b"r"], [b"s"])
+    async with client.post("/sub/", params={"root": "r"}) as response:
+        assert await response.text() == "r"
+    assert (gateway.last.keys, elsewhere.last.keys) == ([b"r"], [])
+
+
+async def test_apps_that_share_a_client_session_stay_apart(
+    gateway: Recorder, elsewhere: Recorder, outgoing: ClientSession, aiohttp_client: AiohttpClient
+) -> None:
+    """An id goes to the gateways of its own app only, in that app's key form and header."""
+    configs = [
+        RoutingConfig(gateway.url, session_id="query:one", key="digest", secret="k"),
+        RoutingConfig([gateway.url, elsewhere.url], session_id="query:two", header="X-Pin"),
+    ]
+    clients = []
+    for config in configs:
+        app = web.Application()
+        app[CLIENT] = outgoing
+        app.router.add_post("/", calling(gateway, elsewhere))
+        setup(app, config)
+        attach(outgoing, config)
+        clients.append(await aiohttp_client(app))
+    for client in clients:
+        async with client.post("/", params={"one": "bearer-token", "two": "s-2"}) as response:
+            assert response.status == 200
+    one, two = gateway.calls
+    assert one.keys == [configs[0].routing_key("bearer-token").encode()]
+    assert one.values("X-Pin") == []
+    assert (two.keys, two.values("X-Pin")) == ([], [b"s-2"])
+    one, two = elsewhere.calls
+    assert (one.keys, one.values("X-Pin")) == ([], [])
+    assert (two.keys, two.values("X-Pin")) == ([], [b"s-2"])
+
+
+async def test_middleware_alone_with_a_session_of_its_own_hook(
+    gateway: Recorder, aiohttp_client: AiohttpClient
+) -> None:
+    config = RoutingConfig(gateway.url)
+    app = web.Application(middlewares=[routing_middleware(config)])
+    app.router.add_post("/{session_id}", calling(gateway))
+    async with ClientSession(trace_configs=[routing_trace_config(config)]) as app[CLIENT]:
+        client = await aiohttp_client(app)
+        async with client.post("/s-1") as response:
+            assert await response.text() == "s-1"
+    assert gateway.last.keys == [b"s-1"]
+
+
+async def test_middleware_that_is_not_enabled_does_nothing(
+    gateway: Recorder, aiohttp_client: AiohttpClient
+) -> None:
+    app = web.Application(
+        middlewares=[routing_middleware({"gateway": str(gateway.url), "enabled": False})]
+    )
+
+    async def handler(request: web.Request) -> web.Response:
+        return web.Response(text=str(current_session_id()))
+
+    app.router.add_post("/{session_id}", handler)
+    client = await aiohttp_client(app)
+    async with client.post("/s-1") as response:
+        assert await response.text() == "None"
+
+
+async def test_one_request_that_is_handled_as_several_at_once_keeps_their_sessions_apart(
+    gateway: Recorder, aiohttp_client: AiohttpClient
+) -> None:
+    """An outer middleware may begin several handlers before one of them runs."""
+
+    @web.middleware
+    async def fan_out(request: web.Request, handler: Handler) -> web.StreamResponse:
+        clones = [request.clone(headers={"X-Session-Id": f"s-{number}"}) for number in range(3)]
+        answers = await asyncio.gather(*map(handler, clones))
+        return answers[0]
+
+    async def handler(request: web.Request) -> web.Response:
+        session_id = request.headers["X-Session-Id"]
+        async with request.app[CLIENT].post(gateway.chat, data=session_id.encode()):
+            return web.Response()
+
+    app = session_server(gateway.url, session_id="header:X-Session-Id")
+    app.middlewares.insert(0, fan_out)
+    app.router.add_post("/fan", handler)
+    client = await aiohttp_client(app)
+    async with client.post("/fan") as response:
+        assert response.status == 200
+    assert_no_crosstalk(gateway, 3)
+
+
+@pytest.mark.parametrize(("inner", "outer"), [("warn", "pass"), ("pass", "warn")])
+async def test_a_request_without_a_session_goes_by_its_apps_on_missing(
+    gateway: Recorder,
+    aiohttp_client: AiohttpClient,
+    caplog: pytest.LogCaptureFixture,
+    inner: Any,
+    outer: Any,
+) -> None:
+    app = web.Application()
+    hook = routing_trace_config(RoutingConfig(gateway.url, on_missing=outer))
+
+    async def handler(request: web.Request) -> web.Response:
+        async with ClientSession(trace_configs=[hook]) as session, session.post(gateway.chat):
+            return web.Response()
+
+    app.router.add_post("/", handler)
+    setup(app, RoutingConfig(gateway.url, on_missing=inner))
+    client = await aiohttp_client(app)
+    async with client.post("/") as response:
+        assert response.status == 200
+    assert ("has no session" in caplog.text) is (inner == "warn")
+
+
+async def test_an_inner_app_that_finds_no_session_leaves_the_outer_apps(
+    gateway: Recorder, aiohttp_client: AiohttpClient
+) -> None:
+    config = RoutingConfig(gateway.url, session_id="header:X-Inner")
+    hook = routing_trace_config(config)
+
+    async def handler(request: web.Request) -> web.Response:
+        async with ClientSession(trace_configs=[hook]) as session, session.post(gateway.chat):
+            return web.Response()
+
+    app, sub = web.Application(), web.Application()
+    sub.router.add_post("/{session_id}", handler)
+    setup(sub, config)
+    setup(app, RoutingConfig(gateway.url))
+    app.add_subapp("/sub", sub)
+    client = await aiohttp_client(app)
+    async with client.post("/sub/s-1"):
+        pass
+    assert gateway.last.keys == [b"s-1"]

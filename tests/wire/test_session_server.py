@@ -1,0 +1,1060 @@
+"""The example session server, between a real agent's client and a gateway that does as it is told.
+
+No test waits a fixed time for something to happen: a turn is held in the gateway by an event.
+"""
+
+import asyncio
+import gzip
+import io
+import json
+import os
+import re
+import signal
+import socket
+import sys
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import aiohttp
+import pytest
+from aiohttp import ClientSession, web
+from multidict import CIMultiDict
+from yarl import URL
+
+from ..processes import until_refused
+
+if TYPE_CHECKING:
+    from pytest_aiohttp.plugin import AiohttpServer  # since 1.1, which needs aiohttp 3.11
+
+T = TypeVar("T")
+Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Json = dict[str, Any]
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+PROGRAM = EXAMPLES / "session_server.py"
+DONE = b"data: [DONE]\n\n"
+KEY = "X-SMG-Routing-Key"
+
+
+def user(text: str) -> Json:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> Json:
+    return {"role": "assistant", "content": text}
+
+
+def event(**delta: object) -> bytes:
+    chunk = {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+    return b"data: " + json.dumps(chunk).encode() + b"\n\n"
+
+
+async def soon(awaitable: Awaitable[T]) -> T:
+    """Wait for what must happen; a test that waits in vain fails instead of hanging."""
+    return await asyncio.wait_for(awaitable, 30)
+
+
+def canned(status: int = 200, text: str = "reply", **headers: str) -> Answer:
+    """Answer with a completion that says ``text``, or with an error that does."""
+
+    async def answer(request: web.Request) -> web.Response:
+        message = {"index": 0, "message": assistant(text), "finish_reason": "stop"}
+        body: Json = {"choices": [message]} if status == 200 else {"error": {"message": text}}
+        names = {name.replace("_", "-"): value for name, value in headers.items()}
+        return web.json_response(body, status=status, headers=names)
+
+    return answer
+
+
+async def drops_the_connection(request: web.Request) -> web.Response:
+    assert request.transport is not None
+    request.transport.abort()
+    return web.Response()
+
+
+async def event_stream(request: web.Request, *chunks: bytes) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+    await response.prepare(request)
+    for chunk in chunks:
+        await response.write(chunk)
+    return response
+
+
+def streamed(*chunks: bytes) -> Answer:
+    """Answer with a stream of ``chunks`` that ends as a response should."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        return await event_stream(request, *chunks)
+
+    return answer
+
+
+def broken_off(*chunks: bytes) -> Answer:
+    """Answer with a stream of ``chunks`` and a connection that is closed in its middle."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = await event_stream(request, *chunks)
+        assert request.transport is not None
+        request.transport.close()
+        return response
+
+    return answer
+
+
+class Held:
+    """Answer, but not before ``release`` is set; ``gone`` tells that the caller hung up."""
+
+    def __init__(self, *chunks: bytes, then: Answer | None = None) -> None:
+        self.chunks, self.then = chunks, then or canned()
+        self.arrived, self.release, self.gone = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def __call__(self, request: web.Request) -> web.StreamResponse:
+        response = await event_stream(request, *self.chunks) if self.chunks else None
+        self.arrived.set()
+        try:
+            await self.release.wait()
+        except asyncio.CancelledError:
+            self.gone.set()
+            raise
+        return response or await self.then(request)
+
+
+@dataclass
+class Call:
+    """What the gateway received."""
+
+    url: URL
+    headers: CIMultiDict[str]
+    body: bytes
+
+
+@dataclass
+class Gateway:
+    """A gateway that gives the ``answers`` one by one, and then a good one to every call."""
+
+    url: URL = field(default_factory=URL)
+    calls: list[Call] = field(default_factory=list)
+    answers: list[Answer] = field(default_factory=list)
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        body = await request.read()
+        self.calls.append(Call(request.rel_url, CIMultiDict(request.headers), body))
+        answer = self.answers.pop(0) if self.answers else canned()
+        return await answer(request)
+
+    @property
+    def keys(self) -> list[list[str]]:
+        """The values of the routing-key headers of each call."""
+        return [call.headers.getall(KEY, []) for call in self.calls]
+
+
+@dataclass
+class Agent:
+    """One session's agent: a client that sends the whole conversation every turn."""
+
+    http: ClientSession
+    session: URL
+
+    @property
+    def chat(self) -> URL:
+        return self.session / "v1/chat/completions"
+
+    async def turn(self, *texts: str, **more: object) -> tuple[int, Json]:
+        """Play a turn whose conversation is ``texts``; return the answer's status and JSON."""
+        async with self.post(*texts, **more) as response:
+            return response.status, await response.json()
+
+    def post(self, *texts: str, **more: object) -> Any:
+        messages = [user(text) for text in texts]
+        return self.http.post(self.chat, json={"model": "m", "messages": messages, **more})
+
+    def begin(self, *texts: str, **more: object) -> "asyncio.Task[tuple[int, Json]]":
+        return asyncio.create_task(self.turn(*texts, **more))
+
+    async def transcript(self) -> tuple[int, list[Json]]:
+        """Return the number of turns and the messages that the server keeps."""
+        async with self.http.get(self.session) as response:
+            session = await response.json()
+            assert session["session_id"] == self.session.name
+            return session["turns"], session["messages"]
+
+    async def until_transcript_is(self, turns: int, *messages: Json) -> None:
+        async def poll() -> None:
+            while await self.transcript() != (turns, list(messages)):
+                pass
+
+        await soon(poll())
+
+
+@asynccontextmanager
+async def hanging_up(agent: Agent, *texts: str) -> AsyncIterator[None]:
+    """Begin a turn for an agent that hangs up at the end of the block."""
+    async with ClientSession() as http:
+        turn = Agent(http, agent.session).begin(*texts)
+        yield
+    with pytest.raises(aiohttp.ClientError):
+        await soon(turn)
+
+
+Start = Callable[..., Coroutine[Any, Any, Agent]]
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return import_module("session_server")
+
+
+@pytest.fixture
+async def upstream(aiohttp_server: "AiohttpServer") -> Gateway:
+    gateway = Gateway()
+    app = web.Application(client_max_size=2**26)
+    app.router.add_post("/{path:.*}", gateway.handle)
+    server = await aiohttp_server(app)
+    gateway.url = server.make_url("/")
+    return gateway
+
+
+@pytest.fixture
+def start(
+    module: ModuleType, aiohttp_server: "AiohttpServer", client: ClientSession, upstream: Gateway
+) -> Start:
+    """Start a session server in front of ``upstream``, with a session, and return its agent."""
+
+    async def start(
+        session_id: str = "s", *, smg_routing: Json | None = None, **gateway: object
+    ) -> Agent:
+        settings: Json = {"gateway": {"url": str(upstream.url), **gateway}}
+        if smg_routing is not None:
+            settings["smg_routing"] = smg_routing
+        server = await aiohttp_server(module.make_app(settings))
+        agent = Agent(client, server.make_url("/sessions") / session_id)
+        await make_session(client, server.make_url("/sessions"), session_id)
+        return agent
+
+    return start
+
+
+async def make_session(client: ClientSession, sessions: URL, session_id: str) -> None:
+    async with client.post(sessions, json={"session_id": session_id}) as response:
+        assert response.status == 201
+        assert await response.json() == {"session_id": session_id}
+
+
+# Sessions
+
+
+async def test_a_session_gets_an_id_of_its_own(start: Start) -> None:
+    agent = await start()
+    ids = set()
+    for body in (None, b"", b"{}"):
+        async with agent.http.post(agent.session.parent, data=body) as response:
+            assert response.status == 201
+            ids.add((await response.json())["session_id"])
+    assert len(ids) == 3
+    for session_id in ids:
+        assert await Agent(agent.http, agent.session.parent / session_id).transcript() == (0, [])
+
+
+async def test_an_id_that_is_taken_is_refused(start: Start) -> None:
+    agent = await start("mine")
+    await agent.turn("hi")
+    async with agent.http.post(agent.session.parent, json={"session_id": "mine"}) as response:
+        assert response.status == 409
+        assert (await response.json())["error"]["code"] == "session_exists"
+    assert (await agent.transcript())[0] == 1
+
+
+async def test_a_deleted_session_is_gone(start: Start) -> None:
+    agent = await start()
+    async with agent.http.delete(agent.session) as response:
+        assert response.status == 204
+    for method, url in (("GET", agent.session), ("DELETE", agent.session), ("POST", agent.chat)):
+        async with agent.http.request(method, url, json={"messages": [user("hi")]}) as response:
+            assert response.status == 404
+            error = (await response.json())["error"]
+            assert error == {
+                "message": "There is no session 's'.",
+                "type": "invalid_request_error",
+                "code": "session_not_found",
+            }
+
+
+@pytest.mark.parametrize("body", [b"{", b"[]", b"\xff", b"null", b"[" * 200_000])
+async def test_a_body_that_is_no_json_object_is_refused(
+    start: Start, upstream: Gateway, body: bytes
+) -> None:
+    agent = await start()
+    for url in (agent.session.parent, agent.chat):
+        async with agent.http.post(url, data=body) as response:
+            assert response.status == 400
+            assert (await response.json())["error"]["code"] == "invalid_json"
+    assert not upstream.calls
+
+
+@pytest.mark.parametrize("session_id", [7, None, "", " ", ["a"]])
+async def test_a_session_id_that_is_no_text_is_refused(start: Start, session_id: object) -> None:
+    agent = await start()
+    async with agent.http.post(agent.session.parent, json={"session_id": session_id}) as response:
+        assert response.status == 400
+        assert (await response.json())["error"]["code"] == "invalid_session_id"
+
+
+@pytest.mark.parametrize("body", [{}, {"messages": []}, {"messages": "hi"}, {"messages": ["hi"]}])
+async def test_a_turn_without_messages_is_refused(
+    start: Start, upstream: Gateway, body: Json
+) -> None:
+    agent = await start()
+    async with agent.http.post(agent.chat, json=body) as response:
+        assert response.status == 400
+        assert (await response.json())["error"]["code"] == "invalid_messages"
+    assert not upstream.calls
+
+
+async def test_health_answers(start: Start) -> None:
+    agent = await start()
+    async with agent.http.get(agent.session.join(URL("/health"))) as response:
+        assert (response.status, await response.json()) == (200, {"status": "ok"})
+
+
+# Turns
+
+
+async def test_a_turn_is_kept_with_its_reply(start: Start, upstream: Gateway) -> None:
+    agent = await start()
+    upstream.answers = [canned(text="one"), canned(text="two")]
+    status, answer = await agent.turn("hi")
+    assert (status, answer["choices"][0]["message"]) == (200, assistant("one"))
+    assert await agent.transcript() == (1, [user("hi"), assistant("one")])
+    await agent.turn("hi", "and", "more")
+    sent = [user("hi"), user("and"), user("more")]
+    assert await agent.transcript() == (2, [*sent, assistant("two")])
+
+
+async def test_the_gateway_gets_the_body_byte_for_byte(start: Start, upstream: Gateway) -> None:
+    agent = await start()
+    body = b'{ "messages":[{"role":"user","content":"\\u00e9"}] , "seed": 1.50 }'
+    async with agent.http.post(agent.chat, data=body):
+        pass
+    assert [call.body for call in upstream.calls] == [body]
+
+
+async def test_a_conversation_of_megabytes_passes(start: Start, upstream: Gateway) -> None:
+    agent = await start()
+    body = json.dumps({"messages": [user("x" * 3 * 2**20)]}).encode()
+    async with agent.http.post(agent.chat, data=io.BytesIO(body)) as response:
+        assert response.status == 200
+    assert [call.body for call in upstream.calls] == [body]
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 422, 501])
+async def test_an_error_not_worth_retrying_is_passed_on_and_rolled_back(
+    start: Start, upstream: Gateway, status: int
+) -> None:
+    agent = await start()
+    await agent.turn("hi")
+    upstream.answers = [canned(status, "your fault")]
+    assert await agent.turn("hi", "no") == (status, {"error": {"message": "your fault"}})
+    assert len(upstream.calls) == 2
+    assert await agent.transcript() == (1, [user("hi"), assistant("reply")])
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
+async def test_an_error_worth_retrying_is_retried(
+    start: Start, upstream: Gateway, status: int
+) -> None:
+    agent = await start()
+    upstream.answers = [canned(status, Retry_After="0")]
+    assert (await agent.turn("hi"))[0] == 200
+    first, second = upstream.calls
+    assert first.body == second.body
+    assert await agent.transcript() == (1, [user("hi"), assistant("reply")])
+
+
+async def test_the_last_try_speaks_for_itself(start: Start, upstream: Gateway) -> None:
+    agent = await start(retries=2)
+    await agent.turn("hi")
+    upstream.answers = [
+        canned(503, "first", Retry_After="0"),
+        drops_the_connection,
+        canned(429, "third", Retry_After="0"),
+    ]
+    assert await agent.turn("hi", "again") == (429, {"error": {"message": "third"}})
+    assert len(upstream.calls) == 4
+    assert await agent.transcript() == (1, [user("hi"), assistant("reply")])
+
+
+async def test_without_retries_there_is_one_try(start: Start, upstream: Gateway) -> None:
+    agent = await start(retries=0)
+    upstream.answers = [canned(503, "busy")]
+    assert await agent.turn("hi") == (503, {"error": {"message": "busy"}})
+    assert len(upstream.calls) == 1
+
+
+async def test_a_dropped_connection_is_retried(start: Start, upstream: Gateway) -> None:
+    agent = await start(retries=1)
+    upstream.answers = [drops_the_connection]
+    assert (await agent.turn("hi"))[0] == 200
+    assert len(upstream.calls) == 2
+    assert (await agent.transcript())[0] == 1
+
+
+async def test_no_connection_is_a_502(start: Start) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        agent = await start(url=f"http://127.0.0.1:{nobody.getsockname()[1]}", retries=1)
+        status, answer = await agent.turn("hi")
+    assert status == 502
+    error = {"message": "The gateway gave no answer.", "type": "gateway_error"}
+    assert answer == {"error": {**error, "code": "no_answer"}}
+    assert await agent.transcript() == (0, [])
+
+
+async def test_a_silent_gateway_is_a_504(start: Start, upstream: Gateway) -> None:
+    agent = await start(retries=1, timeout_seconds=0.1)
+    upstream.answers = [Held(), Held()]
+    status, answer = await agent.turn("hi")
+    assert status == 504
+    error = {"message": "The gateway was silent for 0.1 seconds.", "type": "gateway_error"}
+    assert answer == {"error": {**error, "code": "timeout"}}
+    assert await agent.transcript() == (0, [])
+
+
+async def test_an_answer_without_a_reply_is_no_turn(start: Start, upstream: Gateway) -> None:
+    agent = await start()
+
+    choices = [{"message": assistant("no")}]
+    for status, text in (
+        (200, "ok"),
+        (200, "[]"),
+        (200, '{"choices": []}'),
+        (200, '{"choices": [{"message": "no"}]}'),
+        (400, json.dumps({"choices": choices})),
+    ):
+
+        async def answer(request: web.Request) -> web.Response:
+            return web.Response(text=text, status=status)  # noqa: B023
+
+        upstream.answers = [answer]
+        async with agent.post("hi") as response:
+            assert (response.status, await response.text()) == (status, text)
+        assert await agent.transcript() == (0, [])
+
+
+async def test_a_turn_is_rolled_back_between_its_tries(start: Start, upstream: Gateway) -> None:
+    agent = await start()
+    held = Held(then=canned(503, Retry_After="10"))
+    upstream.answers = [held]
+    async with hanging_up(agent, "hi"):
+        await soon(held.arrived.wait())
+        assert await agent.transcript() == (0, [user("hi")])
+        held.release.set()
+        await agent.until_transcript_is(0)
+        assert len(upstream.calls) == 1
+    # The agent has gone, and so has its turn: the next one need not wait for the pause to end.
+    assert (await soon(agent.turn("hello")))[0] == 200
+    assert await agent.transcript() == (1, [user("hello"), assistant("reply")])
+
+
+async def test_pauses_double(
+    start: Start, upstream: Gateway, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses = []
+
+    def no_pause(response: web.Response, pause: float) -> float:
+        pauses.append(pause)
+        return 0
+
+    monkeypatch.setattr(module, "seconds_to_wait", no_pause)
+    agent = await start(retries=9)
+    upstream.answers = [canned(500)] * 9
+    assert (await agent.turn("hi"))[0] == 200
+    assert pauses == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10, 10]
+
+
+@pytest.mark.parametrize(
+    ("retry_after", "seconds"),
+    [("0", 0), ("3", 3), ("0.5", 0.5), ("3600", 10), ("inf", 10), ("nan", 0), ("-1", 0)],
+)
+def test_a_numeric_retry_after_is_honoured_up_to_a_cap(
+    module: ModuleType, retry_after: str, seconds: float
+) -> None:
+    response = web.Response(headers={"Retry-After": retry_after})
+    assert module.seconds_to_wait(response, 0.1) == seconds
+
+
+@pytest.mark.parametrize("headers", [{}, {"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}])
+def test_other_pauses_are_spread(module: ModuleType, headers: dict[str, str]) -> None:
+    pauses = {module.seconds_to_wait(web.Response(headers=headers), 4) for _ in range(100)}
+    assert len(pauses) > 1
+    assert all(2 <= pause <= 4 for pause in pauses)
+
+
+# Several turns at once
+
+
+class WatchedLock(asyncio.Lock):
+    """A lock that tells when somebody has to wait for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.contended = asyncio.Event()
+
+    async def acquire(self) -> Any:
+        if self.locked():
+            self.contended.set()
+        return await super().acquire()
+
+
+@pytest.fixture
+def watched_lock(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> WatchedLock:
+    """Return the lock of the one session that is made in the test."""
+    lock = WatchedLock()
+    make = module.Session
+    monkeypatch.setattr(module, "Session", lambda session_id: make(session_id, lock=lock))
+    return lock
+
+
+async def test_turns_of_a_session_are_kept_apart(
+    start: Start, upstream: Gateway, watched_lock: WatchedLock
+) -> None:
+    agent = await start()
+    held = Held(then=canned(503, Retry_After="0"))
+    upstream.answers = [held, canned(text="one"), canned(text="two")]
+    first = agent.begin("first")
+    await soon(held.arrived.wait())
+    second = agent.begin("second")
+    await soon(watched_lock.contended.wait())
+    assert await agent.transcript() == (0, [user("first")])
+    held.release.set()
+    assert (await soon(first))[1]["choices"][0]["message"] == assistant("one")
+    assert (await soon(second))[1]["choices"][0]["message"] == assistant("two")
+    sent = [json.loads(call.body)["messages"] for call in upstream.calls]
+    assert sent == [[user("first")], [user("first")], [user("second")]]
+    assert await agent.transcript() == (2, [user("second"), assistant("two")])
+
+
+async def test_a_turn_that_waited_finds_its_session_deleted(
+    start: Start, upstream: Gateway, watched_lock: WatchedLock
+) -> None:
+    agent = await start()
+    held = Held()
+    upstream.answers = [held]
+    first = agent.begin("first")
+    await soon(held.arrived.wait())
+    second = agent.begin("second")
+    await soon(watched_lock.contended.wait())
+    async with agent.http.delete(agent.session) as response:
+        assert response.status == 204
+    held.release.set()
+    assert (await soon(first))[0] == 200
+    assert (await soon(second))[0] == 404
+    assert len(upstream.calls) == 1
+
+
+async def test_no_session_waits_for_another(start: Start, upstream: Gateway) -> None:
+    agent = await start()
+    everyone = [Held() for _ in range(120)]  # more than a ClientSession has connections by default
+    upstream.answers = [*everyone]
+    async with ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
+        turns = []
+        for number in range(len(everyone)):
+            await make_session(http, agent.session.parent, f"s{number}")
+            turns.append(Agent(http, agent.session.parent / f"s{number}").begin("hi"))
+        await soon(asyncio.gather(*(held.arrived.wait() for held in everyone)))
+        for held in everyone:
+            held.release.set()
+        assert [status for status, _ in await soon(asyncio.gather(*turns))] == [200] * 120
+
+
+# Streams
+
+
+async def test_a_stream_passes_as_it_arrives(start: Start, upstream: Gateway) -> None:
+    agent = await start()
+    first, second = event(role="assistant", content="Hel"), event(content="lo")
+    seen, done = asyncio.Event(), asyncio.Event()
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = await event_stream(request, first)
+        await soon(seen.wait())
+        await response.write(second + DONE)
+        await soon(done.wait())
+        await response.write(DONE)
+        return response
+
+    upstream.answers = [answer]
+    async with agent.post("hi", stream=True) as response:
+        assert response.content_type == "text/event-stream"
+        assert await soon(response.content.readexactly(len(first))) == first
+        assert await agent.transcript() == (0, [user("hi")])
+        seen.set()
+        assert await soon(response.content.readexactly(len(second + DONE))) == second + DONE
+        done.set()
+        assert await soon(response.read()) == DONE
+    assert await agent.transcript() == (1, [user("hi"), assistant("Hello")])
+
+
+async def test_a_stream_passes_byte_for_byte(start: Start, upstream: Gateway) -> None:
+    agent = await start()
+    chunks = (b": hello\r\n\r\n", b"event: x\r\nid: 1\r\ndata:  {}\r", b"\n\r\n", DONE, b"tail")
+    upstream.answers = [streamed(*chunks)]
+    async with agent.post("hi", stream=True) as response:
+        assert await response.read() == b"".join(chunks)
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        (event(content="Hel"),),
+        (event(content="Hel"), b'data: {"error": {"message": "no memory"}}\n\n', DONE),
+        (event(content="Hel"), b"data: {oops\n\n", DONE),
+        (event(content="Hel"), event(content=["lo"], tool_calls=[{"index": 1}]), DONE),
+    ],
+    ids=["no end", "error event", "no JSON", "no delta"],
+)
+@pytest.mark.parametrize("answer", [broken_off, streamed])
+async def test_a_stream_without_its_reply_is_cut_and_rolled_back(
+    start: Start, upstream: Gateway, chunks: tuple[bytes, ...], answer: Callable[..., Answer]
+) -> None:
+    agent = await start(retries=2)
+    await agent.turn("hi")
+    upstream.answers = [answer(*chunks)]
+    async with agent.post("hi", "more", stream=True) as response:
+        assert await soon(response.content.readexactly(len(chunks[0]))) == chunks[0]
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await soon(response.read())
+    assert len(upstream.calls) == 2
+    assert await agent.transcript() == (1, [user("hi"), assistant("reply")])
+
+
+async def test_a_stream_that_falls_silent_is_cut(start: Start, upstream: Gateway) -> None:
+    agent = await start(timeout_seconds=2)
+    held = Held(event(content="Hel"))
+    upstream.answers = [held]
+    async with agent.post("hi", stream=True) as response:
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await soon(response.read())
+    await soon(held.gone.wait())
+    assert await agent.transcript() == (0, [])
+
+
+async def test_a_stream_that_breaks_before_its_first_byte_is_retried(
+    start: Start, upstream: Gateway
+) -> None:
+    agent = await start()
+    whole = event(content="Hello") + DONE
+    upstream.answers = [broken_off(), streamed(), streamed(whole)]
+    async with agent.post("hi", stream=True) as response:
+        assert (response.status, await response.read()) == (200, whole)
+    assert len(upstream.calls) == 3
+    assert await agent.transcript() == (1, [user("hi"), assistant("Hello")])
+
+
+async def test_an_error_in_place_of_a_stream_is_retried(start: Start, upstream: Gateway) -> None:
+    agent = await start()
+    upstream.answers = [canned(503, Retry_After="0"), streamed(event(content="Hello") + DONE)]
+    async with agent.post("hi", stream=True) as response:
+        assert response.status == 200
+        await response.read()
+    assert await agent.transcript() == (1, [user("hi"), assistant("Hello")])
+
+
+async def test_tool_calls_are_assembled(start: Start, upstream: Gateway) -> None:
+    def call(index: int, **function: str) -> bytes:
+        return event(tool_calls=[{"index": index, "function": function}])
+
+    def opening(index: int, name: str) -> bytes:
+        function = {"name": name, "arguments": ""}
+        head = {"index": index, "id": f"call_{index}", "type": "function", "function": function}
+        return event(role="assistant", content=None, tool_calls=[head])
+
+    agent = await start()
+    upstream.answers = [
+        streamed(
+            event(role="assistant", content=None, tool_calls=None),
+            event(reasoning_content="Hm"),
+            event(reasoning_content="m."),
+            *(opening(0, "look"), call(0, arguments='{"x":'), call(0, name="", arguments=" 1}")),
+            *(opening(1, "go"), call(1, arguments="{}")),
+            b'data: {"choices": [{"index": 1, "delta": {"content": "another choice"}}]}\n\n',
+            b'data: {"choices": [], "usage": {"prompt_tokens": 1}}\n\n',
+            DONE,
+        )
+    ]
+    async with agent.post("hi", stream=True) as response:
+        await response.read()
+
+    def whole(index: int, name: str, arguments: str) -> Json:
+        function = {"name": name, "arguments": arguments}
+        return {"id": f"call_{index}", "type": "function", "function": function}
+
+    reply = {
+        "role": "assistant",
+        "content": None,
+        "reasoning_content": "Hmm.",
+        "tool_calls": [whole(0, "look", '{"x": 1}'), whole(1, "go", "{}")],
+    }
+    assert await agent.transcript() == (1, [user("hi"), reply])
+
+
+@pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
+def test_a_chunk_may_end_anywhere(module: ModuleType, newline: bytes) -> None:
+    delta = '{"choices": [{"delta": {"content": "naïve ✓"}}]}'.encode()
+    stream = (b"data: %b\n\n" % delta).replace(b"\n", newline)
+    reply = module.StreamedReply()
+    for byte in stream + stream + b"data:[DONE]" + newline:
+        assert not reply.done
+        reply.feed(bytes([byte]))
+    assert reply.done
+    assert reply.message == assistant("naïve ✓naïve ✓")
+
+
+# Agents that hang up
+
+
+async def test_an_agent_that_leaves_takes_its_turn_back(start: Start, upstream: Gateway) -> None:
+    agent = await start()
+    await agent.turn("hi")
+    held = Held()
+    upstream.answers = [held]
+    async with hanging_up(agent, "hi", "bye"):
+        await soon(held.arrived.wait())
+    await agent.until_transcript_is(1, user("hi"), assistant("reply"))
+    assert (await soon(agent.turn("hello")))[0] == 200
+    assert len(upstream.calls) == 3
+
+
+async def test_an_agent_that_leaves_a_stream_takes_its_turn_back(
+    start: Start, upstream: Gateway
+) -> None:
+    agent = await start()
+    held = Held(event(content="Hel"))
+    upstream.answers = [held]
+    async with agent.post("hi", stream=True) as response:
+        await soon(response.content.readany())
+        response.close()
+    await soon(held.gone.wait())
+    await agent.until_transcript_is(0)
+    assert (await soon(agent.turn("hello")))[0] == 200
+
+
+async def test_an_agent_that_leaves_with_its_reply_keeps_its_turn(
+    start: Start, upstream: Gateway
+) -> None:
+    agent = await start()
+    whole = event(content="Hello") + DONE
+    held = Held(whole)
+    upstream.answers = [held]
+    async with agent.post("hi", stream=True) as response:
+        assert await soon(response.content.readexactly(len(whole))) == whole
+        assert await agent.transcript() == (1, [user("hi"), assistant("Hello")])
+        response.close()
+    await soon(held.gone.wait())
+    assert (await soon(agent.turn("hi", "more")))[0] == 200
+    assert (await agent.transcript())[0] == 2
+
+
+# A proxy
+
+
+async def test_end_to_end_headers_of_the_agent_are_copied(start: Start, upstream: Gateway) -> None:
+    agent = await start(url=f"{upstream.url}base")
+    copied = [
+        ("Authorization", "Bearer key"),
+        ("Cookie", "a=b"),
+        ("User-Agent", "agent/1"),
+        ("X-Twice", "1"),
+        ("X-Twice", "2"),
+    ]
+    dropped = {"Connection": "X-Hop, close", "X-Hop": "1", "TE": "trailers", "Keep-Alive": "9"}
+    headers = CIMultiDict([*copied, *dropped.items(), ("Accept-Encoding", "x-own")])
+    body = json.dumps({"messages": [user("hi")]}).encode()
+    headers.update({"Content-Encoding": "gzip", "Content-Type": "application/json; v=1"})
+    url = agent.chat.with_query({"q": "a b&c"})
+    async with agent.http.post(url, data=gzip.compress(body), headers=headers) as response:
+        assert response.status == 200
+    (call,) = upstream.calls
+    assert call.url == URL("/base/v1/chat/completions").with_query({"q": "a b&c"})
+    assert call.body == body
+    assert call.headers.getall("X-Twice") == ["1", "2"]
+    assert call.headers.getall("Content-Type") == ["application/json; v=1"]
+    assert call.headers.getall("Content-Length") == [str(len(body))]
+    assert call.headers.getall("Host") == [upstream.url.authority]
+    assert copied == [pair for pair in call.headers.items() if pair in copied]
+    assert not {"Content-Encoding", "Keep-Alive", "TE", "X-Hop"} & set(call.headers)
+    assert "x-own" not in call.headers["Accept-Encoding"]
+
+
+async def test_an_upload_in_chunks_is_sent_on_in_one_piece(start: Start, upstream: Gateway) -> None:
+    agent = await start()
+    body = json.dumps({"messages": [user("hi")]}).encode()
+
+    async def chunks() -> AsyncIterator[bytes]:
+        for byte in body:
+            yield bytes([byte])
+
+    async with agent.http.post(agent.chat, data=chunks(), expect100=True) as response:
+        assert response.status == 200
+    (call,) = upstream.calls
+    assert call.body == body
+    assert call.headers.getall("Content-Length") == [str(len(body))]
+    assert not {"Expect", "Transfer-Encoding"} & set(call.headers)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_end_to_end_headers_of_the_gateway_are_copied(
+    start: Start, upstream: Gateway, stream: bool
+) -> None:
+    whole = event(content="Hello") + DONE
+
+    async def answer(request: web.Request) -> web.Response:
+        response = web.Response(status=200 if stream else 418, reason="Fine", body=whole)
+        response.headers["Content-Type"] = "text/event-stream" if stream else "text/plain"
+        response.headers["X-Request-Id"] = "r1"
+        response.headers.extend([("Set-Cookie", "a=1"), ("Set-Cookie", "b=2")])
+        response.headers.update({"Connection": "X-Hop", "X-Hop": "1"})
+        response.enable_compression(web.ContentCoding.gzip)
+        return response
+
+    agent = await start()
+    upstream.answers = [answer]
+    async with agent.post("hi", stream=stream) as response:
+        assert await response.read() == whole
+    assert response.reason == "Fine"
+    assert response.headers["X-Request-Id"] == "r1"
+    assert response.headers.getall("Set-Cookie") == ["a=1", "b=2"]
+    assert response.headers.getall("Content-Type") == [
+        "text/event-stream" if stream else "text/plain"
+    ]
+    assert not {"Content-Encoding", "X-Hop"} & set(response.headers)
+
+
+async def test_cookies_of_one_session_stay_out_of_others(start: Start, upstream: Gateway) -> None:
+    agent = await start(url=str(upstream.url.with_host("localhost")))
+    upstream.answers = [canned(Set_Cookie="a=1")]
+    await agent.turn("hi")
+    await agent.turn("hi")
+    assert [call.headers.get("Cookie") for call in upstream.calls] == [None, None]
+
+
+async def test_a_redirect_is_the_agents_to_follow(start: Start, upstream: Gateway) -> None:
+    agent = await start()
+    upstream.answers = [canned(307, Location="/elsewhere")]
+    async with agent.http.post(
+        agent.chat, json={"messages": [user("hi")]}, allow_redirects=False
+    ) as response:
+        assert (response.status, response.headers["Location"]) == (307, "/elsewhere")
+    assert len(upstream.calls) == 1
+
+
+# The plugin
+
+
+def routing(upstream: Gateway, **config: object) -> Json:
+    return {"gateway": str(upstream.url), "client_session": "client_session", **config}
+
+
+async def test_every_try_of_every_turn_carries_the_session_id(
+    start: Start, upstream: Gateway
+) -> None:
+    agent = await start("episode-7", smg_routing=routing(upstream, enabled=True))
+    upstream.answers = [canned(503, Retry_After="0"), drops_the_connection]
+    assert (await agent.turn("hi"))[0] == 200
+    upstream.answers = [canned(500, Retry_After="0"), streamed(event(content="Hello") + DONE)]
+    async with agent.post("hi", "more", stream=True) as response:
+        await response.read()
+    assert (await agent.transcript())[0] == 2
+    assert upstream.keys == [["episode-7"]] * 5
+
+
+async def test_the_plugin_can_be_switched_off(start: Start, upstream: Gateway) -> None:
+    agent = await start(smg_routing=routing(upstream, enabled=False))
+    upstream.answers = [canned(503, Retry_After="0")]
+    assert (await agent.turn("hi"))[0] == 200
+    assert upstream.keys == [[], []]
+
+
+async def test_without_its_table_there_is_no_plugin(start: Start, upstream: Gateway) -> None:
+    agent = await start()
+    await agent.turn("hi")
+    async with agent.http.post(
+        agent.chat, json={"messages": [user("hi")]}, headers={KEY: "copied as any other"}
+    ):
+        pass
+    assert upstream.keys == [[], ["copied as any other"]]
+
+
+# The command line
+
+
+def write_settings(folder: Path, text: str) -> Path:
+    file = folder / "settings.toml"
+    file.write_text(text)
+    return file
+
+
+def run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, file: Path) -> int:
+    monkeypatch.setattr(sys, "argv", ["session_server.py", str(file)])
+    status: int = module.main()
+    return status
+
+
+GATEWAY = '[gateway]\nurl = "http://127.0.0.1:9"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("[gateway", "Expected ']'"),
+        ("", "[gateway] url: '' is not an absolute http(s) URL"),
+        ('[gateway]\nurl = "localhost:30000"', "url: 'localhost:30000' is not an absolute"),
+        ('[gateway]\nurl = "http:///v1"', "url: 'http:///v1' is not an absolute"),
+        ("[gateway]\nurl = 7", "[gateway] url: 7 is not of type str"),
+        (GATEWAY + "retrys = 2", "retrys: unknown, the keys are url, timeout_seconds, retries"),
+        (GATEWAY + "retries = -1", "[gateway] retries: -1 is less than 0"),
+        (GATEWAY + "retries = true", "[gateway] retries: True is not of type int"),
+        (GATEWAY + "timeout_seconds = 0", "[gateway] timeout_seconds: 0 is not above 0"),
+        (GATEWAY + "timeout_seconds = nan", "[gateway] timeout_seconds: nan is not above 0"),
+        ("gateway = 7", "gateway: 7 is not a table"),
+        (GATEWAY + '[server]\nport = "80"', "[server] port: '80' is not of type int"),
+        (GATEWAY + "[server]\nport = 65536", "[server] cannot listen on 127.0.0.1:65536: "),
+        (GATEWAY + '[server]\nhost = "no host"', "[server] cannot listen on no host:8080: "),
+        (GATEWAY + "[smg_routing]\ngatewai = 1\nkey = 2", "gatewai"),
+        (
+            GATEWAY + '[smg_routing]\ngateway = "http://127.0.0.1:9"\nclient_session = "other"',
+            "'other'",
+        ),
+    ],
+)
+def test_a_fault_in_the_settings_is_one_line_and_status_2(
+    module: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    text: str,
+    fault: str,
+) -> None:
+    file = write_settings(tmp_path, text)
+    assert run(module, monkeypatch, file) == 2
+    output = capsys.readouterr()
+    assert output.out == ""
+    (line,) = output.err.splitlines()
+    assert line.startswith(f"{file}: ")
+    assert fault in line
+
+
+def test_a_port_that_is_taken_is_one_line_and_status_2(
+    module: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        file = write_settings(tmp_path, f"{GATEWAY}[server]\nport = {port}")
+        assert run(module, monkeypatch, file) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"[server] cannot listen on 127.0.0.1:{port}: " in line
+
+
+def test_a_missing_toml_reader_names_the_extra(
+    module: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    name = "tomllib" if sys.version_info >= (3, 11) else "tomli"
+    monkeypatch.setitem(sys.modules, name, None)
+    assert run(module, monkeypatch, write_settings(tmp_path, GATEWAY)) == 2
+    assert "pip install 'aiohttp_smg_routing[demo]'" in capsys.readouterr().err
+
+
+async def test_a_missing_file_ends_the_program_with_status_2(tmp_path: Path) -> None:
+    program = await asyncio.create_subprocess_exec(
+        *(sys.executable, str(PROGRAM), str(tmp_path / "none.toml")), stdout=PIPE, stderr=PIPE
+    )
+    out, err = await soon(program.communicate())
+    assert (program.returncode, out) == (2, b"")
+    assert len(err.splitlines()) == 1
+    assert b"none.toml" in err
+
+
+def test_the_example_settings_are_good(module: ModuleType) -> None:
+    settings = module.read_settings(EXAMPLES / "session_server.toml")
+    assert set(settings) == {"server", "gateway", "smg_routing"}
+    app = module.make_app(settings)
+    assert app[module.GATEWAY].url == settings["smg_routing"]["gateway"]
+    assert len(app.middlewares) == 1
+
+
+@asynccontextmanager
+async def running(folder: Path, gateway: URL) -> AsyncIterator[tuple[Process, URL]]:
+    """Run the program with the plugin; yield it, and where its sessions are."""
+    text = f"""
+        server = {{port = 0}}
+        gateway = {{url = "{gateway}"}}
+        smg_routing = {{gateway = "{gateway}", client_session = "client_session"}}
+    """
+    program = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-W", "error", str(PROGRAM), str(write_settings(folder, text))),
+        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
+        stdout=PIPE,
+        stderr=PIPE,
+    )
+    try:
+        assert program.stdout is not None
+        line = (await soon(program.stdout.readline())).decode()
+        assert re.fullmatch(r"listening on http://127\.0\.0\.1:[1-9][0-9]*\n", line)
+        yield program, URL(line.split()[-1]) / "sessions"
+    finally:
+        if program.returncode is None:
+            program.kill()
+            await program.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_the_program_ends_well_after_its_running_turns(
+    client: ClientSession, upstream: Gateway, tmp_path: Path, number: signal.Signals
+) -> None:
+    async with running(tmp_path, upstream.url) as (program, sessions):
+        await make_session(client, sessions, "s")
+        held = Held()
+        upstream.answers = [held]
+        turn = Agent(client, sessions / "s").begin("hi")
+        await soon(held.arrived.wait())
+        program.send_signal(number)
+        await soon(until_refused(sessions))
+        held.release.set()
+        assert (await soon(turn))[0] == 200
+        out, _ = await soon(program.communicate())
+        assert (program.returncode, out) == (0, b"")
+    assert upstream.keys == [["s"]]
+
+
+async def test_the_program_takes_broken_connections_calmly(
+    client: ClientSession, upstream: Gateway, tmp_path: Path
+) -> None:
+    async with running(tmp_path, upstream.url) as (program, sessions):
+        await make_session(client, sessions, "s")
+        agent = Agent(client, sessions / "s")
+        held = Held()
+        upstream.answers = [held, broken_off(event(content="Hel"))]
+        async with hanging_up(agent, "hi"):
+            await soon(held.arrived.wait())
+        await agent.until_transcript_is(0)
+        async with agent.post("hi", stream=True) as response:
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await soon(response.read())
+        assert await agent.transcript() == (0, [])
+        program.terminate()
+        _, err = await soon(program.communicate())
+        assert program.returncode == 0
+        assert b"Traceback" not in err
+        assert b"session s: ClientPayloadError" in err
