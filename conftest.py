@@ -81,7 +81,8 @@ class Page:
                         assert response.status == 200, await response.text()
                         await response.read()
         for session_id in sessions:
-            config = app.get(aiohttp_smg_routing.ROUTING_CONFIG)  # a sub-app may have it
+            routing = app.get(aiohttp_smg_routing.ROUTING)  # a sub-app may have it
+            config = routing.config if routing else None
             self.gateway.assert_pinned(session_id, turns=turns, config=config)
 
     def run(self, coroutine: Awaitable[Any]) -> None:
@@ -89,10 +90,21 @@ class Page:
         self.loop.run_until_complete(coroutine)
 
     def close(self) -> None:
-        """End with the page."""
+        """End with the page, and with the tasks that its snippets have left running."""
         self.run(self._session.close())
         self.run(self._gateway.__aexit__(None, None, None))
+        self.run(_cancel_tasks())
+        self.run(self.loop.shutdown_asyncgens())
+        self.run(self.loop.shutdown_default_executor())
         self.loop.close()
+
+
+async def _cancel_tasks() -> None:
+    """Cancel every other task: on a closed loop it would fail a later test when it is collected."""
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    await asyncio.gather(*left, return_exceptions=True)
 
 
 def serve(app: web.Application, **kwargs: Any) -> "TestClient[web.Request, web.Application]":
@@ -160,9 +172,10 @@ def teardown(namespace: dict[str, Any]) -> None:
 
 
 SHELL = CodeBlockParser("sh", shell)
+PAGES_WITH_SNIPPETS = ("monitoring", "recipes", "reliability", "testing", "troubleshooting")
 PAGES = Sybil(
     parsers=[CodeBlockParser("python", python), CodeBlockParser("toml", toml), SHELL],
-    patterns=["README.md", "docs/recipes.md", "docs/testing.md", "docs/reliability.md"],
+    patterns=["README.md", *(f"docs/{page}.md" for page in PAGES_WITH_SNIPPETS)],
     setup=setup,
     teardown=teardown,
 )

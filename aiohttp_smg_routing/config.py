@@ -1,199 +1,228 @@
 """What the user says: which gateway, where the session id is found, which key it gives."""
 
 import difflib
+import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from aiohttp import web
-from aiohttp.hdrs import METH_POST
 from yarl import URL
 
 from . import values
 from .gateway import CHAT_COMPLETIONS, ROUTING_KEY_HEADER
-from .key import KeyForm, SessionId, as_prefix, routing_key
-from .source import Source, source_reader
+from .keys import KeyForm, SessionId, as_prefix, routing_key, session_key, shared_key
+from .log import say
+from .sources import SESSION_ID, PinBy, Source
+from .values import option
+
+logger = logging.getLogger(__name__)
 
 OnMissing = Literal["pass", "warn", "raise"]
 
-#: As ``client_session``: every ``ClientSession`` that is made while the app runs.
-ALL_SESSIONS = "all"
-
 
 class ConfigError(ValueError):
-    """A wrong config; ``faults`` has ``(key, what is wrong with it)`` for every fault."""
+    """A wrong config; ``faults`` has ``(option, what is wrong with it)`` for every fault."""
 
     def __init__(self, faults: Iterable[tuple[str, str]]) -> None:
         self.faults = tuple(faults)
-        super().__init__("\n".join(f"{key}: {problem}" for key, problem in self.faults))
+        super().__init__("\n".join(f"{name}: {problem}" for name, problem in self.faults))
 
     def __reduce__(self) -> tuple[type["ConfigError"], tuple[Any, ...]]:
         return type(self), (self.faults,)  # it comes whole out of another process
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, init=False)
 class RoutingConfig:
-    """Which calls are tagged, with the key of which session, and what is kept of it.
+    """Which calls carry a key, the key of which session, and what is kept of it.
 
-    A field that takes several values takes one alone, or a text with commas, too. Values are
-    checked and brought to one form, so that equal configs compare equal. Raises ``ConfigError``
-    with every fault.
+    Each option can be given as text, as an environment has it: a truth value is ``true``, ``yes``,
+    ``on`` or ``1``, or ``false``, ``no``, ``off`` or ``0``; several values stand between commas. An
+    option with several values takes one alone, too. Raises ``ConfigError`` with every fault.
 
     >>> RoutingConfig("http://10.0.0.1:30000", session_id=["header:X-Session-Id", "cookie:sid"])
     """
 
-    gateway: str | URL | Sequence[str | URL]
-    """The gateway's absolute http(s) URL, or several. Its path is the base path of the calls;
-    credentials in it are dropped. A key goes nowhere else."""
+    gateway: tuple[URL, ...] = option(values.gateway_url, (), several=True, hidden="@?#")
+    """The gateway's absolute http(s) URL, or several. Required. Its path is the base path of the
+    calls, without what ``paths`` begin with; credentials in it are dropped. A key goes nowhere
+    else."""
 
-    enabled: bool = True
-    """When false nothing is installed and no call is tagged. The config is checked all the same."""
+    enabled: bool = option(values.boolean, True)
+    """When false nothing is installed and no call carries a key. The config is checked all the
+    same. Default: true."""
 
-    session_id: Source | Sequence[Source] = "match_info:session_id"
-    """Where the session id is found in the inbound request; the first source that has one counts.
+    session_id: tuple[Source, ...] = option(values.source, "match_info:session_id", several=True)
+    """Where the session id is in the inbound request; the first source that has one counts.
+    ``match_info:NAME`` (the default is ``match_info:session_id``), ``header:NAME``
+    (``header:Authorization`` gives the bearer token), ``query:NAME``, ``cookie:NAME``,
+    ``json:PATH`` (a text or an integer in the JSON body, such as ``json:metadata.session_id``; the
+    handler can still read the body), ``request:NAME`` (what an earlier middleware stored on the
+    request), or a function of the request, sync or async."""
 
-    ``match_info:NAME``, ``header:NAME``, ``query:NAME``, ``cookie:NAME``, ``json:PATH`` (a text in
-    the JSON body, such as ``json:metadata.session_id``; the handler can still read the body),
-    ``request:NAME`` (what an earlier middleware stored on the request), ``aiohttp_session:NAME``
-    (a value of aiohttp-session's session), ``call:package.module:function``, or a function of the
-    request, sync or async. ``header:Authorization`` gives the bearer token.
-    """
-
-    ignore_ids: str | Sequence[str] = ()
+    ignore_ids: tuple[str, ...] = option(values.session_id, (), several=True)
     """Session ids that count as none: placeholders, such as ``default``, that would bring every
-    anonymous caller to one worker. The next source is asked."""
+    anonymous caller to one worker. The next source is asked. Default: none."""
 
-    paths: str | Sequence[str] = (CHAT_COMPLETIONS,)
-    """The gateway calls that are tagged: paths below the gateway's base path. POST only."""
+    pin_by: PinBy = option(values.pin_by, "{session_id}")
+    """What shares a worker, where that is not the session: a text with sources in braces, such as
+    ``{session_id}/{json:model}`` or ``{header:X-Group-Id}``. They are read from the inbound
+    request. Where one finds nothing, the session alone is pinned. Default: ``{session_id}``."""
 
-    header: str = ROUTING_KEY_HEADER
-    """The header that carries the key."""
+    paths: tuple[str, ...] = option(values.call_path, (CHAT_COMPLETIONS,), several=True)
+    """The gateway calls that carry a key: paths below the gateway's base path, POST only. Default:
+    ``/v1/chat/completions``."""
 
-    key: KeyForm = "session_id"
-    """``session_id``: the id itself, where the gateway takes it. ``digest``: always a digest."""
+    header: str = option(values.header_name, str(ROUTING_KEY_HEADER))
+    """The header that carries the key. Default: ``X-SMG-Routing-Key``."""
 
-    secret: str | None = field(default=None, repr=False)
-    """Keys the digest, for ids that are credentials. Only with ``key = "digest"``."""
+    key: KeyForm = option(values.one_of(get_args(KeyForm)), "session_id", hidden="any")
+    """``session_id`` (the default): the id itself, where the gateway takes it. ``digest``: always a
+    digest."""
 
-    prefix: str = ""
+    secret: str | None = option(values.secret, None, hidden="any")
+    """Keys the digest, for ids that are credentials. Only with ``key = "digest"`` or ``pin_by``."""
+
+    prefix: str = option(as_prefix, "")
     """Begins every key, so that jobs which share a gateway stay apart where their ids are the same:
-    up to 52 visible ASCII characters, such as ``job-7/``."""
+    up to 52 visible ASCII characters, such as ``job-7/``. Default: empty."""
 
-    on_missing: OnMissing = "pass"
-    """What becomes of a call that matches but has no session: ``pass`` lets it go unchanged,
-    ``warn`` also logs it at WARNING, ``raise`` raises ``MissingSessionError`` in the caller."""
+    on_missing: OnMissing = option(values.one_of(get_args(OnMissing)), "pass")
+    """What becomes of a call to the gateway that has no session: ``pass`` (the default) lets it go
+    unchanged, ``warn`` also logs it, ``raise`` raises ``MissingSessionError`` in the caller."""
 
-    client_session: str | web.AppKey[Any] | Sequence[str | web.AppKey[Any]] = ()
-    """The app key, or keys, under which the server keeps the ``ClientSession`` to attach to.
+    on_late: OnMissing = option(values.one_of(get_args(OnMissing)), "warn")
+    """What becomes of a call in a request's session once the request has ended: ``warn`` (the
+    default) and ``pass`` keep the key, ``raise`` raises ``MissingSessionError`` in the caller."""
 
-    A text names a string key, or an ``AppKey`` by its name with or without the module. ``all``
-    stands for every ``ClientSession`` that the process makes while the app runs, whoever makes it,
-    and for those that the app keeps already.
-    """
+    client_session: tuple[str | web.AppKey[Any], ...] = option(values.app_key, (), several=True)
+    """The app keys of the ``ClientSession`` objects to attach to at start-up. A text names a string
+    key, or a ``web.AppKey`` by its name with or without the module. Default: none."""
 
-    track_sessions: int = 100_000
-    """How many sessions the ledger keeps: those that called last. 0 switches the ledger off."""
+    instrument: bool = option(values.boolean, False)
+    """Attach to every ``ClientSession`` that the process makes while the app runs, whoever makes
+    it, and to those that the app keeps already. Default: false."""
 
-    on_move: Callable[[Any], object] | str | None = None
-    """Called with a ``Move`` when a session is seen on another worker than before: a function or
-    ``call:package.module:function``. It runs in the call's task; what it raises is logged."""
+    json_max_size: int = option(values.count, 16 * 2**20)
+    """The bytes of a JSON body that are read for a ``json:`` source or ``peek_json()``; a longer
+    body has no session. The app's ``client_max_size`` does not matter. Default: 16 MiB."""
 
-    metrics: Literal["prometheus"] | None = None
-    """``prometheus`` keeps the ledger's counts as metrics; needs the extra ``metrics``."""
+    track_sessions: int = option(values.count, 100_000)
+    """How many pins the ledger keeps: those that called last. 0 switches the ledger off. Default:
+    100,000."""
 
-    metrics_registry: Any = None
-    """The registry that takes the metrics: a ``prometheus_client.CollectorRegistry``, or where it
-    is imported from as ``package.module:NAME``. None stands for prometheus-client's default."""
+    on_move: Callable[[Any], object] | None = option(values.function, None)
+    """A function that is called with each ``Move``, in the call's task; what it raises is logged.
+    Default: none."""
 
-    hide_worker_ids: bool = False
-    """Take the header that names the worker off what the server answers to agents."""
+    metrics: Literal["prometheus"] | None = option(values.metrics_kind, None)
+    """``prometheus`` keeps the ledger's counts as metrics; needs the extra ``metrics``. Default:
+    none."""
 
-    # The calls that are tagged: as nearly all are spelled, and as other spellings may mean them.
-    _paths: frozenset[str] = field(init=False, repr=False, compare=False)
-    _spelled: frozenset[tuple[str, str, str]] = field(init=False, repr=False, compare=False)
-    _meant: frozenset[tuple[str, str | None, int | None, str]] = field(
-        init=False, repr=False, compare=False
-    )
+    metrics_registry: Any = option(values.registry, None)
+    """The ``prometheus_client.CollectorRegistry`` that takes the metrics. Default: that of
+    prometheus-client."""
 
-    def __post_init__(self) -> None:
-        faults: list[tuple[str, str]] = []
-        for name, check in _CHECKS.items():
-            value = getattr(self, name)
-            given = values.several(value) if name in _SEVERAL else (value,)
-            good = []
-            for place, item in enumerate(given):
-                try:
-                    good.append(check(item))
-                except ValueError as error:
-                    faults.append((name, f"{_shown(name, given, place)}{error}"))
-            if not given and name in _REQUIRED:
-                faults.append((name, _REQUIRED[name]))
-            elif len(good) == len(given):
-                object.__setattr__(self, name, tuple(good) if name in _SEVERAL else good[0])
-        if self.secret is not None and self.key == "session_id":
-            faults.append(("secret", "is used with key = 'digest' only, and key is 'session_id'"))
-        if self.metrics and self.track_sessions == 0:
-            faults.append(
-                ("metrics", "come from the ledger, and track_sessions = 0 switches it off")
-            )
+    hide_worker_ids: bool = option(values.boolean, False)
+    """Take the header that names the worker off the answers to agents. A body can name a worker all
+    the same. Default: false."""
+
+    def __init__(self, /, gateway: str | URL | Sequence[str | URL] = (), **options: object) -> None:
+        faults = _unknown(options)
+        given = {"gateway": gateway, **options}
+        for name, its in OPTIONS.items():
+            value = its.read(name, given.get(name, its.default), faults)
+            object.__setattr__(self, name, value)
+        wrong = {name for name, _ in faults}
+        faults += [fault for fault in self._conflicts(wrong) if fault[0] not in wrong]
         if faults:
             raise ConfigError(faults)
-        calls = [
-            (url, url.raw_path.rstrip("/") + path)
-            for url in values.several(self.gateway if self.enabled else ())
-            for path in values.several(self.paths)
-        ]
-        spelled = frozenset((url.scheme, url.raw_authority, path) for url, path in calls)
-        meant = frozenset((url.scheme, url.raw_host, url.port, path) for url, path in calls)
-        object.__setattr__(self, "_paths", frozenset(path for _, path in calls))
-        object.__setattr__(self, "_spelled", spelled)
-        object.__setattr__(self, "_meant", meant)
+
+    def _conflicts(self, wrong: Container[str]) -> Iterable[tuple[str, str]]:
+        """Return what is wrong with values that are right each by itself."""
+        if not self.gateway:
+            yield "gateway", "is required: the URL of the gateway, such as 'http://10.0.0.1:30000'"
+        if not self.session_id:
+            yield "session_id", "is empty: name at least one source"
+        if not self.paths:
+            yield "paths", "is empty: name at least one path"
+        for text, head, path in values.overlaps(self.gateway, self.paths):
+            right = f"write {text.removesuffix(head)!r}"
+            yield "gateway", f"{text!r} ends in {head!r}, and so begins the path {path!r}: {right}"
+        is_plain = self.key == "session_id" and ("pin_by" in wrong or self.pin_by.is_session)
+        if self.secret is not None and is_plain:
+            yield "secret", "is used with key = 'digest' or pin_by only, and there is neither"
+        if self.metrics and not self.track_sessions:
+            yield "metrics", "come from the ledger, and track_sessions = 0 switches it off"
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> "RoutingConfig":
-        """Build a config from the section that an app's YAML, TOML or JSON config has for it.
+        """Build a config from the table that an app's YAML, TOML or JSON config has for it.
 
-        Plain strings do for every value: a truth value is ``true``, ``yes``, ``on`` or ``1``, or
-        ``false``, ``no``, ``off`` or ``0``; several values are separated by commas. Raises
-        ``ConfigError`` with every fault, unknown keys with the nearest known one.
+        Raises ``ConfigError`` with every fault; an unknown option with the one that is near.
 
         >>> RoutingConfig.from_mapping({"gateway": "http://10.0.0.1:30000", "enabled": "yes"})
         """
-        return _from_named(mapping, {name: name for name in _CHECKS})
+        if table := values.table_in(mapping):
+            raise ConfigError([("config", f"is the whole file: pass its table, config{table}")])
+        return cls(**{str(name): value for name, value in mapping.items()})
 
     @classmethod
     def from_env(
-        cls, prefix: str = "SMG_ROUTING_", environ: Mapping[str, str] = os.environ
+        cls, prefix: str = "SMG_ROUTING_", environ: Mapping[str, str] | None = None
     ) -> "RoutingConfig":
         """Build a config from environment variables such as ``SMG_ROUTING_GATEWAY``.
 
-        Values are as in ``from_mapping()``; an empty variable counts as not set. Raises
-        ``ConfigError`` with every fault, variables of that prefix which it doesn't know included.
+        ``environ`` is ``os.environ`` unless given. An empty variable counts as not set, but for an
+        empty secret. Raises ``ConfigError`` with every fault. A variable that is no option is a
+        fault where its name is near that of one; else it is logged, since it may not be ours:
+        Kubernetes sets ``SMG_ROUTING_PORT`` for a service called ``smg-routing``.
 
         >>> RoutingConfig.from_env(environ={"SMG_ROUTING_GATEWAY": "http://10.0.0.1:30000"})
         """
-        given = {name: text for name, text in environ.items() if name.startswith(prefix) and text}
-        return _from_named(given, {prefix + name.upper(): name for name in _CHECKS})
-
-    def tags(self, method: str, url: URL) -> bool:
-        """Tell whether a call is one that carries a key: POST, to a path of the gateway."""
-        # aiohttp before 3.14 shows the method, and any version an encoded URL, as it was passed.
-        if method != METH_POST and method.upper() != METH_POST:
-            return False
-        # yarl works out a host and a port anew for each URL, which takes as long as all the rest.
-        if (url.scheme, url.raw_authority, url.raw_path) in self._spelled:
-            return True
-        if url.raw_path not in self._paths:
-            return False
+        environ = os.environ if environ is None else environ
+        variables = {
+            rest.lower() if rest.isupper() else rest: prefix + rest
+            for rest in (name.removeprefix(prefix) for name in environ if name.startswith(prefix))
+            if environ[prefix + rest] or rest == "SECRET"
+        }
+        foreign = [name for name in variables if name not in OPTIONS and not _near(name)]
+        if foreign:
+            names = ", ".join(variables[name] for name in foreign)
+            say(logger, logging.WARNING, "%s: ignored, there are no such options", names)
         try:
-            return (url.scheme, (url.raw_host or "").lower(), url.port, url.raw_path) in self._meant
-        except ValueError:  # an encoded URL is read only now: aiohttp is about to refuse it
-            return False
+            return cls.from_mapping(
+                {name: environ[it] for name, it in variables.items() if name not in foreign}
+            )
+        except ConfigError as error:
+            faults = [(variables.get(it, prefix + it.upper()), why) for it, why in error.faults]
+            raise ConfigError(faults) from None
 
     def routing_key(self, session_id: SessionId) -> str:
-        """Return the key that ``session_id`` has under this config; see ``routing_key()``."""
+        """Return the key that ``session_id`` has under this config, where it alone is pinned."""
         return routing_key(session_id, key=self.key, secret=self.secret, prefix=self.prefix)
+
+    def name_and_key(self, session_id: str, parts: Mapping[str, str | None]) -> tuple[str, str]:
+        """Return how ledger and logs name a session, and its key.
+
+        The id has been through ``as_session_id()``; ``parts`` are what those of ``pin_by`` found.
+        """
+        name = session_key(session_id, self.key, self.secret, self.prefix)
+        if self.pin_by.is_session:
+            return name, name
+        found = [
+            session_id if part == SESSION_ID else parts.get(part) for part in self.pin_by.sources
+        ]
+        shared = [part for part in found if part is not None]
+        if len(shared) < len(found):
+            return name, name
+        return name, shared_key(self.pin_by.template, shared, self.secret, self.prefix)
+
+
+OPTIONS: Mapping[str, values.Option] = {
+    it.name: it.metadata["option"] for it in fields(RoutingConfig)
+}
 
 
 def as_config(config: RoutingConfig | Mapping[str, Any]) -> RoutingConfig:
@@ -207,74 +236,13 @@ def as_config(config: RoutingConfig | Mapping[str, Any]) -> RoutingConfig:
     return RoutingConfig.from_mapping(config)
 
 
-def _from_named(mapping: Mapping[str, Any], fields: Mapping[str, str]) -> RoutingConfig:
-    """Build a config from ``mapping``, in which the fields have the names in ``fields``."""
-    faults: list[tuple[str, str]] = []
-    given: dict[str, Any] = {"gateway": ()}
-    for name, value in mapping.items():
-        if name in fields:
-            given[fields[name]] = value
-        else:
-            near = difflib.get_close_matches(str(name), fields, n=1, cutoff=0)
-            faults.append((str(name), f"unknown key; the nearest one is {near[0]!r}"))
-    try:
-        config = RoutingConfig(**given)
-    except ConfigError as error:
-        names = {field_name: name for name, field_name in fields.items()}
-        faults += [(names[field_name], problem) for field_name, problem in error.faults]
-    if faults:
-        raise ConfigError(faults)
-    return config
+def _near(name: str) -> list[str]:
+    return difflib.get_close_matches(name.lower(), OPTIONS, n=1, cutoff=0.75)
 
 
-def _shown(name: str, given: Sequence[Any], place: int) -> str:
-    """Return how a fault names the value in that place: itself, unless it may hold a secret."""
-    value = given[place]
-    texts = "".join(text for text in given if isinstance(text, str))
-    # A password with a comma is in two places, and stands before the "@" in the second one.
-    if name in ("key", "secret") or (name == "gateway" and not set("@?#").isdisjoint(texts)):
-        return f"number {place + 1} of {len(given)} " if len(given) > 1 else ""
-    if value is None or isinstance(value, (str, float)):
-        return f"{value!r} "
-    if isinstance(value, int) and value.bit_length() < 64:  # Python writes out no very long ones
-        return f"{value!r} "
-    return f"a {type(value).__name__} "
-
-
-def _as_given(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return ``check`` for a value that is kept as it was given.
-
-    A text, unlike the function that it names, can go to another process.
-    """
-
-    def keep(value: Any) -> Any:
-        check(value)
-        return value
-
-    return keep
-
-
-_CHECKS: dict[str, Callable[[Any], Any]] = {
-    "gateway": values.gateway_url,
-    "enabled": values.boolean,
-    "session_id": _as_given(source_reader),
-    "ignore_ids": values.session_id,
-    "paths": values.call_path,
-    "header": values.header_name,
-    "key": values.one_of(get_args(KeyForm)),
-    "secret": values.secret,
-    "prefix": as_prefix,
-    "on_missing": values.one_of(get_args(OnMissing)),
-    "client_session": values.app_key,
-    "track_sessions": values.count,
-    "on_move": values.optional(_as_given(values.sync_function)),
-    "metrics": values.optional(values.metrics_kind),
-    "metrics_registry": values.optional(_as_given(values.registry)),
-    "hide_worker_ids": values.boolean,
-}
-_SEVERAL = frozenset(("gateway", "session_id", "ignore_ids", "paths", "client_session"))
-_REQUIRED = {
-    "gateway": "is required: the URL of the gateway, such as 'http://10.0.0.1:30000'",
-    "session_id": "is empty: name at least one source",
-    "paths": "is empty: name at least one path",
-}
+def _unknown(options: Iterable[str]) -> list[tuple[str, str]]:
+    return [
+        (name, "; ".join(["unknown option", *(f"the nearest one is {it!r}" for it in _near(name))]))
+        for name in options
+        if name not in OPTIONS
+    ]

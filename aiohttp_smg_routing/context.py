@@ -1,90 +1,87 @@
-"""The session rides in the context: from the request, through every task that it starts."""
+"""Whose code is running: the session rides in the context, through every task that is started."""
 
+import logging
 import weakref
-from collections.abc import Coroutine
-from contextlib import suppress
-from contextvars import ContextVar, Token
-from dataclasses import dataclass, field
-from types import TracebackType
+from collections.abc import Coroutine, Generator, Mapping
+from contextvars import ContextVar
+from copy import copy
+from types import MappingProxyType
 from typing import Any, TypeVar
 
-from yarl import URL
+from aiohttp import web
 
-from .config import RoutingConfig
-from .key import SessionId, as_session_id, key_of
-from .ledger import PinLedger
+from . import compat
+from .config import RoutingConfig, as_config
+from .keys import SessionId, as_session_id, routing_key
+from .log import Once, Task, running_code, running_task, say
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_NO_PARTS: Mapping[str, str | None] = MappingProxyType({})
 
-@dataclass(slots=True, eq=False, repr=False)  # the id may be a credential
+
+class Owner:
+    """What a request's session belongs to: the config of an app."""
+
+    config: RoutingConfig
+
+
 class Scope:
-    """What the running code belongs to: a session, and the app whose request it is.
+    """The session of the running code, and the owner of the request that it runs in.
 
-    A session id that an app's middleware found is bound to the ``config`` of that app: it goes to
-    that config's gateways only, in that config's key form and header. Without a ``config``, which
-    is how ``routing_session()`` sets it, it goes where the hook that carries the call says.
-    ``outer`` is the scope of an app around this one, for the same request.
+    A session that an app's middleware found is the owner's: it goes to the gateways of that config
+    only. That of a ``routing_session()`` block goes where the hook that carries the call says.
+
+    ``name`` is how the owner's ledger and the logs call the session. ``key`` is what the owner's
+    calls carry, and empty without a session. ``parts`` are what the sources in ``pin_by`` found.
+    ``outer`` is the scope of an app around the owner, for the same ``request``, which ``task``
+    handles. ``before`` is what was current when this one was entered, or left in disorder.
     """
 
-    session_id: str | None
-    config: RoutingConfig | None = None
-    pins: PinLedger | None = None
+    name = key = route = ""
     outer: "Scope | None" = None
-    # Worked out here, once a request, and not in each of its calls.
-    ledger: PinLedger | None = field(init=False, default=None)
-    """``pins``, where they track sessions."""
-    header: str = field(init=False, default="")
-    key: str = field(init=False, default="")
-    """What each call carries; empty without a session or a config."""
-    name: str = field(init=False, default="")
-    """How the ledger names the session."""
+    is_block = is_left = False
+    parts = _NO_PARTS
+    task: "weakref.ref[Task] | None" = None
+    request: "weakref.ref[web.Request] | None" = None
+    before: "Scope | None" = None
 
-    def __post_init__(self) -> None:
-        if self.pins and self.pins.config.track_sessions:
-            self.ledger = self.pins
-        if self.config is None or self.session_id is None:
-            return
-        if self.session_id not in self.config.ignore_ids:
-            self.header = self.config.header
-            self.key = self.name = _key(self.session_id, self.config)
-            if self.pins and self.pins.config is not self.config:
-                self.name = _key(self.session_id, self.pins.config)
+    def __init__(self, session_id: str | None, owner: Owner | None) -> None:
+        self.session_id = session_id
+        self.owner = owner
 
+    def is_late(self) -> bool:
+        """Tell whether the request is over: its handler has ended, and its answer is sent."""
+        if self.task is None or self.request is None:
+            return False
+        task, request = self.task(), self.request()
+        # A middleware above a time limit may be at work yet: then nothing has been sent.
+        is_handled = request is not None and compat.is_handled(request)
+        return (task is None or task.done()) and not is_handled
 
-def _key(session_id: str, config: RoutingConfig) -> str:
-    return key_of(session_id, config.key, config.secret, config.prefix)
+    def for_good(self) -> "Scope":
+        """Return this scope as one that does not end with the request."""
+        scope = copy(self)
+        scope.task = scope.before = None
+        scope.outer = self.outer and self.outer.for_good()
+        return scope
 
 
 #: The scope of the code that runs now. Tasks and ``asyncio.to_thread`` inherit it.
 _scope: ContextVar[Scope | None] = ContextVar("aiohttp_smg_routing", default=None)
 
+#: Return the scope of the running code, or None.
+current_scope = _scope.get
 
-def enter_scope(scope: Scope) -> None:
-    """Make ``scope`` that of the current context, for good.
-
-    It is never taken back: aiohttp runs each request in a task, and so in a context, of its own,
-    and sends a streamed body in there after the handler has returned.
-    """
-    _scope.set(scope)
-
-
-def in_current_scope(coroutine: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
-    """Return what runs ``coroutine`` in the scope of this code, whoever makes a task of it."""
-    scope = _scope.get()
-
-    async def run() -> T:
-        _scope.set(scope)
-        return await coroutine
-
-    running: Any = run()
-    running.__qualname__ = getattr(coroutine, "__qualname__", running.__qualname__)
-    # Where it is cancelled before it starts, it is all well that nobody awaits the coroutine.
-    weakref.finalize(running, coroutine.close)
-    return running  # type: ignore[no-any-return]
+#: Make a scope that of the current context. A request's is never taken back: aiohttp runs each
+#: request in a task, and so in a context, of its own, and sends a streamed body in there after the
+#: handler has returned.
+enter_scope = _scope.set
 
 
-def current_scope() -> Scope | None:
+def session_scope() -> Scope | None:
     """Return the innermost scope of the running code that has a session, or None."""
     scope = _scope.get()
     while scope and scope.session_id is None:
@@ -97,80 +94,146 @@ def current_session_id() -> str | None:
 
     >>> logger.info("turn done in session %s", current_session_id())
     """
-    scope = current_scope()
+    scope = session_scope()
     return scope.session_id if scope else None
 
 
-def scope_of_call(config: RoutingConfig, pins: PinLedger | None, method: str, url: URL) -> Scope:
-    """Return the scope that a call which ``config`` tags belongs to; it has a config.
+class _InSession(Coroutine[Any, Any, T]):
+    """A coroutine that enters a scope when it starts, and is its inner one in all else."""
 
-    It is the innermost scope with a session that may go there. Without any such session it is the
-    innermost scope of an app that tags this call. What is not bound to an app is bound to the app
-    around it, whose ledger it has, where that tags the call; else to the hook's ``config``, and is
-    entered in its ``pins``.
+    def __init__(self, coroutine: Coroutine[Any, Any, T], scope: Scope | None) -> None:
+        self._coroutine, self._scope = coroutine, scope
+        self._running: Generator[Any, Any, T] | None = None
+        self.__name__ = getattr(coroutine, "__name__", type(coroutine).__name__)
+        self.__qualname__ = getattr(coroutine, "__qualname__", self.__name__)
+
+    def __await__(self) -> Generator[Any, Any, T]:
+        before = _scope.get()
+        _scope.set(self._scope)
+        try:
+            return (yield from self._coroutine.__await__())
+        finally:
+            _scope.set(before)
+
+    def send(self, value: Any) -> Any:
+        self._running = self._running or self.__await__()
+        return self._running.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        return (self._running or self._coroutine).throw(*error)
+
+    def close(self) -> None:
+        (self._running or self._coroutine).close()
+
+
+def in_session(coroutine: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
+    """Return a coroutine that runs ``coroutine`` in the session of this code.
+
+    For queues and job schedulers, which make a task of it in some other context. The session stays
+    when the request has ended; a coroutine that is made after that counts as late all the same.
+
+    >>> await scheduler.spawn(in_session(play_turn(body)))
     """
     scope = _scope.get()
-    if scope and scope.config is config and scope.key:
-        return scope  # nearly every call
-    sessionless = None
-    while scope:
-        if scope.config is None or scope.config.tags(method, url):
-            if scope.session_id is not None:
-                break
-            sessionless = sessionless or scope
-        scope = scope.outer
-    scope = scope or sessionless or Scope(None)
-    if scope.config:
-        return scope
-    around = scope.pins.config if scope.pins else config
-    if not around.tags(method, url):
-        around = config
-    return Scope(scope.session_id, around, scope.pins or pins)
+    session = session_scope()
+    if scope and session and not session.is_late():
+        scope = scope.for_good()
+    return _InSession(coroutine, scope)
 
 
 class routing_session:  # noqa: N801 - used like a function, as contextlib.suppress is
-    """Set the session for a block of code outside a request: a job, a queue consumer, a rollout.
+    """Set the session for a block of code: a job, a queue consumer, a rollout.
 
-    Works as ``with`` and as ``async with``. Within a request it outranks the request's session;
-    an empty or blank id, or None, means no session. Tasks that the block starts keep the session.
-    Make a new one for each block: ``RuntimeError`` otherwise. ``TypeError`` for what is no id.
+    Works as ``with`` and as ``async with``. It outranks the session of a request around it. An
+    empty or blank id, or None, means no session. Tasks that the block starts keep the session.
+    ``parts`` are what the sources in ``pin_by`` find, such as ``{"json:model": "judge"}``.
+
+    Put it around the code that consumes a generator, and not around a ``yield``: what runs between
+    two values of the generator would be in its session. Make a new one for each block, else it
+    raises ``RuntimeError``. Raises ``TypeError`` for what is no id.
 
     >>> with routing_session("rollout-7"):
     ...     await client.post("http://gateway:30000/v1/chat/completions", json=turn)
     """
 
-    __slots__ = ("_session_id", "_token")
+    __slots__ = ("_entered", "_parts", "_scope", "_session_id")
 
-    def __init__(self, session_id: SessionId | None) -> None:
+    def __init__(
+        self, session_id: SessionId | None, parts: Mapping[str, str | None] = _NO_PARTS
+    ) -> None:
         self._session_id = as_session_id(session_id)
-        self._token: Token[Scope | None] | None = None
+        self._parts = {part: as_session_id(value) for part, value in parts.items()}
+        self._scope: Scope | None = None
+        #: The scope around the block, and the task that entered it.
+        self._entered: tuple[Scope | None, Task | None] = None, None
 
     def __enter__(self) -> None:
-        if self._token is not None:
+        if self._scope is not None:
             raise RuntimeError("this routing_session() is in use: make a new one for each block")
         around = _scope.get()
-        # Calls in the block still count in the ledger of the app whose request it is in.
-        self._token = _scope.set(Scope(self._session_id, pins=around.pins if around else None))
+        self._entered = around, running_task()
+        owner = around.owner if around else None
+        self._scope = Scope(self._session_id, owner)
+        self._scope.is_block, self._scope.parts = True, self._parts
+        if owner and self._session_id is not None:
+            config = owner.config
+            self._scope.name, key = config.name_and_key(self._session_id, self._parts)
+            self._scope.key = "" if self._session_id in config.ignore_ids else key
+        _scope.set(self._scope)
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        assert self._token is not None  # noqa: S101 - __enter__ has run
-        # An async generator can be closed, and a fixture torn down, in another context than the
-        # one that entered: there is nothing to take back in that one.
-        with suppress(ValueError):
-            _scope.reset(self._token)
+    def __exit__(self, *error: object) -> None:
+        assert self._scope is not None  # noqa: S101 - __enter__ has run
+        (before, task), self._entered = self._entered, (None, None)
+        is_current = _scope.get() is self._scope
+        while is_current and before and before.is_left:
+            before = before.before
+        if is_current:
+            _scope.set(before)
+        if is_current and task is running_task():
+            return
+        self._scope.is_left, self._scope.before = True, before
+        code = running_code(task)
+        if _left_elsewhere.is_new(code):
+            message = (
+                "routing_session() was left in %s while another session was current: it stands "
+                "around a yield. Put it around the code that consumes the generator."
+            )
+            say(logger, logging.WARNING, message, code)
 
     async def __aenter__(self) -> None:
         self.__enter__()
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.__exit__(exc_type, exc, traceback)
+    async def __aexit__(self, *error: object) -> None:
+        self.__exit__(*error)
+
+
+_left_elsewhere = Once()
+
+
+class SessionIdFilter(logging.Filter):
+    """Puts the session of the running code on each log record as ``record.session_id``.
+
+    It is the id itself, unless that goes out as a digest: then it is the digest, and shows no
+    credential. Pass the ``config`` where ``routing_session()`` sets ids that are credentials.
+    Without a session it is ``-``. A record that has a ``session_id`` already keeps it.
+
+    >>> handler.addFilter(SessionIdFilter())
+    >>> handler.setFormatter(logging.Formatter("%(session_id)s %(message)s"))
+    """
+
+    def __init__(self, config: RoutingConfig | Mapping[str, Any] | None = None) -> None:
+        super().__init__()
+        self._config = None if config is None else as_config(config)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Put the session on ``record`` and let it pass."""
+        if not hasattr(record, "session_id"):
+            scope = session_scope()
+            if scope is None or scope.session_id is None:
+                record.session_id = "-"
+            elif scope.name:
+                record.session_id = scope.name
+            else:
+                key_of = self._config.routing_key if self._config else routing_key
+                record.session_id = key_of(scope.session_id)
+        return True

@@ -1,45 +1,124 @@
-"""What an SMG gateway reads, and which keys it takes: the one file that knows it.
+"""What the core knows of a gateway: headers, keys, and which URL is a call to it.
 
-Measured on SMG 1.9.0, 1.10.1 and 1.13.0; ``docs/gateway.md`` has the whole table.
+Measured on SMG 1.9.0, 1.10.1 and 1.13.0. ``docs/gateway.md`` has the whole table.
 """
 
 import re
+from collections.abc import Iterable
 from typing import Final
 
-from multidict import istr
+from aiohttp import hdrs
+from multidict import CIMultiDict, istr
+from yarl import URL
 
-#: The request header that the policies ``manual`` and ``consistent_hashing`` route on, and
-#: ``prefix_hash`` of 1.10 and newer in place of the prompt. The other policies ignore it. Where it
-#: comes twice, the first one wins.
+#: The request header that the policies ``manual`` and ``consistent_hashing`` route on. The other
+#: policies ignore it. If it is sent twice, the gateway takes the first one.
 ROUTING_KEY_HEADER: Final = istr("X-SMG-Routing-Key")
 
-#: Names a worker by its index and outranks the key under ``consistent_hashing``.
-#: An index that does not exist is answered 503.
+#: Names a worker by its index and outranks the key under ``consistent_hashing``. An index that does
+#: not exist is answered 503.
 TARGET_WORKER_HEADER: Final = istr("X-SMG-Target-Worker")
 
-#: What an answer calls the worker that gave it: its address, internal to the cluster. HTTP workers
-#: of 1.10 and newer; ``@rank`` stands behind it where a worker has data-parallel ranks.
+#: The answer header that names the worker: its address, which is internal to the cluster. Set for
+#: HTTP workers since SMG 1.10.
 ROUTED_WORKER_HEADER: Final = istr("X-SMG-Routed-Worker-Id")
 
-#: A key that every version takes: 1 to 128 bytes of visible ASCII. The gateway drops any other
-#: silently, and routes the call as if it had none.
+#: The keys that every version takes: 1 to 128 bytes of visible ASCII. The gateway drops other keys
+#: without a word and routes the call as if it had none.
 VALID_KEY: Final = re.compile(r"[!-~]{1,128}")
 
-#: The OpenAI chat completions call, below the gateway's base path.
+#: The path of OpenAI's chat completions, below the gateway's base path.
 CHAT_COMPLETIONS: Final = "/v1/chat/completions"
 
-#: Where the gateway serves its Prometheus metrics unless ``--prometheus-port`` says otherwise.
-METRICS_PORT: Final = 29000
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
 
-#: What the two policies that know the key did with each call, in the label ``branch``. Under
-#: ``--routing-key-override`` calls with a key count here too, as those of ``manual``.
-POLICY_BRANCHES: Final = frozenset(
-    ("smg_manual_policy_branch_total", "smg_consistent_hashing_policy_branch_total")
-)
 
-#: The branches in which the key chose the worker, and those of a call without a key that counts.
-KEY_BRANCHES: Final = ("vacant", "occupied_hit", "occupied_miss", "cap_respill", "routing_key_hit")
-NO_KEY_BRANCHES: Final = ("no_routing_id", "random_fallback", "implicit_key_hit")
+def is_header_name(value: object) -> bool:
+    """Tell whether a value can be the name of a header: RFC 9110, section 5.1."""
+    return isinstance(value, str) and _TOKEN.fullmatch(value) is not None
 
-#: Each choice of a worker; the label ``policy`` names the policy, ``worker_type`` the pool.
-WORKER_SELECTIONS: Final = "smg_worker_selection_total"
+
+def keep_past_proxies(headers: CIMultiDict[str], header: str) -> None:
+    """Take ``header`` off what ``Connection`` names: that ends at the next proxy.
+
+    RFC 9110, section 7.6.1. Envoy does so; nginx and SMG 1.13.0 do not.
+    """
+    lines = headers.getall(hdrs.CONNECTION)
+    left = [_without(line, header.lower()) for line in lines]
+    if left != lines:
+        del headers[hdrs.CONNECTION]
+        pairs = zip(lines, left, strict=True)
+        headers.extend((hdrs.CONNECTION, line) for before, line in pairs if line or not before)
+
+
+def _without(line: str, name: str) -> str:
+    options = [option.strip() for option in line.split(",")]
+    kept = [option for option in options if option.lower() != name]
+    return line if kept == options else ", ".join(kept)
+
+
+def origin(url: URL) -> str:
+    """Return the scheme, host and port of a URL, or nothing where it has none that can be read."""
+    try:
+        return str(url.origin())
+    except ValueError:
+        return ""
+
+
+def difference(url: URL, gateways: Iterable[URL], paths: Iterable[str]) -> str:
+    """Say what is different in a URL from the nearest call to a gateway, and what to write."""
+    calls = [(gateway, path) for gateway in gateways for path in paths]
+    nearest, path = min(calls, key=lambda call: len(_differing(url, *call)))
+    differing = _differing(url, nearest, path)
+    said = "; ".join(f"its {name} is {its}, and {right}" for name, its, right in differing)
+    names, base = {name for name, _, _ in differing}, nearest.raw_path.rstrip("/")
+    if names == {"path"} and url.raw_path.startswith(f"{base}/"):
+        return f"{said}; if it is to be pinned, add {url.raw_path.removeprefix(base)} to paths"
+    # A judge model that runs elsewhere must not be called a gateway: it would get session ids.
+    is_loopback = _is_loopback(url) and _is_loopback(nearest)
+    if "path" not in names and (is_loopback or "host" not in names):
+        return f"{said}; add {origin(url)}{base} to gateway"
+    return said
+
+
+def _differing(url: URL, gateway: URL, path: str) -> list[tuple[str, str, str]]:
+    path = gateway.raw_path.rstrip("/") + path
+    parts = (
+        ("scheme", url.scheme, gateway.scheme, f"the gateway's is {gateway.scheme}"),
+        ("host", url.raw_host, gateway.raw_host, f"the gateway is {gateway.raw_host}"),
+        ("port", url.port, gateway.port, f"the gateway's is {gateway.port}"),
+        ("path", url.raw_path, path, f"the gateway's is {path}"),
+    )
+    return [(name, str(its), said) for name, its, right, said in parts if its != right]
+
+
+def _is_loopback(url: URL) -> bool:
+    host = url.raw_host or ""
+    return host in ("localhost", "::1", "0.0.0.0") or host.startswith("127.")  # noqa: S104
+
+
+_MOST_WORKERS = 1000
+
+
+class Gateways:
+    """Which of several gateways count as one: those that have named a worker in common.
+
+    Two ``manual`` gateways before the same workers split a session, which is to be seen; two that
+    have workers of their own each pin it.
+    """
+
+    def __init__(self, gateways: Iterable[URL]) -> None:
+        self.group = {str(gateway): str(gateway) for gateway in gateways}
+        self._of_worker: dict[str, str] = {}
+
+    def named(self, gateway: str, worker: str) -> bool:
+        """Note that a gateway has named a worker; tell whether two groups are one since."""
+        group = self.group[gateway]
+        other = self._of_worker.setdefault(worker, group)
+        if len(self._of_worker) > _MOST_WORKERS:  # they come and go
+            del self._of_worker[next(iter(self._of_worker))]
+        if other == group:
+            return False
+        for groups in (self.group, self._of_worker):
+            groups.update({name: other for name, its in groups.items() if its == group})
+        return True

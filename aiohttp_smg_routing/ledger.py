@@ -1,285 +1,250 @@
 """The ledger sees where each call went: the worker of every session, and every move."""
 
-import itertools
 import logging
 import sys
 import threading
-import time
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Literal, NamedTuple, Protocol, get_args
+from collections import Counter, OrderedDict, deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import astuple, fields
+from functools import partial
+from weakref import WeakValueDictionary
 
 from .config import RoutingConfig
-from .key import SessionId, as_session_id
-from .values import sync_function
+from .gateway import Gateways
+from .keys import SessionId, as_session_id
+from .log import Capped, News
+from .metrics import Beside, Counted, Metrics, Move, Outcome, PinSummary, Row, SessionPin
 
 logger = logging.getLogger(__name__)
 
-Outcome = Literal["first", "kept", "moved", "unknown", "untagged", "failed"]
-
-MOVES_LOGGED_PER_MINUTE = 60
-_BEFORE = 3  # as many moves as can overlap with one turn, and more
+_MOST_PINS = 64  # of one session
 
 
-@dataclass(frozen=True, slots=True)
-class PinSummary:
-    """How many calls to the gateway had which outcome, and how many sessions are tracked.
+class Call:
+    """A call that is under way: the header with its key, and where its session was at its start."""
 
-    An evicted or forgotten session's calls stay in the counts.
-    """
+    __slots__ = ("gateway", "header", "ledger", "row", "worker")
 
-    first: int = 0
-    """The session was seen on a worker for the first time."""
-    kept: int = 0
-    """It was on the worker that served it before."""
-    moved: int = 0
-    """It was on another one."""
-    unknown: int = 0
-    """The answer did not name its worker: SMG before 1.10, or gRPC workers."""
-    untagged: int = 0
-    """The call had no session."""
-    failed: int = 0
-    """The call raised, or was answered with a status of 400 or more: it says nothing of a pin."""
-    sessions: int = 0
-    """The sessions that are tracked now."""
-
-
-class SessionPin(NamedTuple):
-    """Where a session is pinned."""
-
-    worker: str | None
-    """The worker that served it last, as the gateway names it; None where it never did."""
-    turns: int
-    """Its answered calls."""
-    moves: int
-    """How often it changed its worker."""
-    since: int
-    """The number of the call that came to ``worker`` first: calls are numbered as they start."""
-    newest: int
-    """The number of the newest call that was answered."""
-    before: tuple[str, ...] = ()
-    """Its workers before, the last one first: no more than three."""
-
-
-@dataclass(frozen=True, slots=True)
-class Move:
-    """A session's calls went to one worker and now go to another."""
-
-    session: str
-    """Its routing key: the session id itself, unless that goes out as a digest."""
-    from_worker: str
-    to_worker: str
-    turns: int
-    """The session's answered calls before this one."""
-
-
-class Metrics(Protocol):
-    """What the ledger tells the metrics."""
-
-    def called(self, outcome: Outcome) -> None:
-        """Count a call."""
-
-    def missing(self) -> None:
-        """Count a call that matched but had no session."""
-
-    def pinned(self, worker: str, change: int) -> None:
-        """Add ``change`` to the sessions of a worker."""
+    def __init__(self, ledger: "PinLedger", header: str, name: str, gateway: str, key: str) -> None:
+        self.ledger, self.header, self.gateway = ledger, header, gateway
+        self.row: Row | None = None
+        self.worker: str | None = None
+        if header and ledger.is_on:
+            if ledger.waiting:  # a session that has ended meanwhile
+                ledger.catch_up()
+            gateway = ledger.gateways.group[gateway]
+            for row in ledger.rows.get(name, ()):
+                if row.key == key and row.gateway == gateway:
+                    self.row, self.worker = row, row.worker
+                    return
+            self.row = ledger.opened(name, gateway, key)
 
 
 class PinLedger:
-    """What an app's calls to its gateways show of the pins; ``app[PINS]`` after ``setup()``.
+    """What an app's calls to its gateways show of the pins: ``app[ROUTING].pins``.
 
-    Sessions are named by their routing key: the session id itself, unless that goes out as a
-    digest. The ``config.track_sessions`` that called last are kept. It may be used from any thread.
+    It keeps the ``config.track_sessions`` sessions that called last. It may be used from any
+    thread, and at any point: also by a finalizer or a signal handler that interrupts it.
 
-    >>> app[PINS].summary().moved
-    0
+    >>> app[ROUTING].pins.summary().kept
     """
 
-    def __init__(
-        self,
-        config: RoutingConfig,
-        *,
-        metrics: Metrics | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.config = config
-        self._metrics = metrics
-        self._metrics_failed = False
-        self._on_move = sync_function(config.on_move) if config.on_move else None
-        self._clock = clock
-        self._lock = threading.Lock()
-        #: Returns the number of a call that starts now.
-        self.start: Callable[[], int] = itertools.count(1).__next__
-        self._sessions: OrderedDict[str, SessionPin] = OrderedDict()
+    def __init__(self, config: RoutingConfig, metrics: Metrics | None = None) -> None:
+        self.is_on = config.enabled and config.track_sessions > 0
+        self.rows: OrderedDict[str, tuple[Row, ...]] = OrderedDict()
+        self.gateways = Gateways(config.gateway)
+        self._config, self._metrics = config, metrics
+        self._opening: WeakValueDictionary[tuple[str, str, str], Row] = WeakValueDictionary()
         self._workers: Counter[str] = Counter()
-        self._calls: dict[str, int] = dict.fromkeys(get_args(Outcome), 0)
-        self._minute = clock()
-        self._logged = self._held_back = 0
+        self._counts = dict.fromkeys((it.name for it in fields(PinSummary)), 0)
+        self._lock = threading.RLock()
+        self._is_working, self._is_shown = False, True
+        self.waiting: deque[partial[None]] = deque()  # done under the lock, one after the other
+        self.news = News(logger)
+        hint = "the policy may ignore the key (see verify), or a worker is overloaded or gone"
+        self._moves_log = Capped(logger, "sessions moved", hint)
 
-    def sessions(self) -> Mapping[str, SessionPin]:
-        """Return a live, read-only view of the tracked sessions; the last one called last.
+    def sessions(self) -> list[SessionPin]:
+        """Return the pins of the tracked sessions; the last one called last."""
+        with self._turn():
+            return [row.pin() for rows in self.rows.values() for row in rows]
 
-        Copy it before you await while you go through it: ``dict(ledger.sessions())``.
-        """
-        return MappingProxyType(self._sessions)
+    def of(self, session_id: SessionId) -> list[SessionPin]:
+        """Return the pins of one session: one, unless it has several keys or gateways."""
+        with self._turn():
+            return [row.pin() for row in self.rows.get(self._name(session_id), ())]
 
     def workers(self) -> dict[str, int]:
-        """Return how many of the tracked sessions each worker has."""
-        with self._lock:
+        """Return how many of the tracked pins each worker has."""
+        with self._turn():
             return dict(self._workers)
 
     def summary(self) -> PinSummary:
-        """Return the counts of all calls so far."""
-        with self._lock:
-            return PinSummary(**self._calls, sessions=len(self._sessions))
+        """Return the counts of all calls so far, those of sessions that have ended among them."""
+        with self._turn():
+            return PinSummary(**{**self._counts, "sessions": len(self.rows)})
 
-    def forget(self, session_id: SessionId) -> None:
-        """Stop tracking a session, one that has ended say; nothing happens if it is not tracked."""
-        if (text := as_session_id(session_id)) is not None:
-            with self._lock:
-                self._drop(self._sessions.pop(self.config.routing_key(text), None))
+    def end(self, session_id: SessionId) -> None:
+        """Forget a session that is over; answers to calls that began before leave no row."""
+        self.waiting.append(partial(self._end, self._name(session_id)))
+        if self._lock.acquire(blocking=False):  # else whoever has it does it, or the next call
+            self._lock.release()
+            self.catch_up()
 
-    def missing(self) -> None:
-        """Note a call that matched but had no session."""
-        self._tell(lambda metrics: metrics.missing())
+    def count(self, what: Outcome | Beside) -> None:
+        """Count a call that shows nothing of a pin, or what was seen beside an outcome."""
+        if self.is_on:
+            self._do(partial(self._count, what))
 
-    def count(self, outcome: Outcome) -> None:
-        """Count a call that shows nothing of a pin: ``untagged`` or ``failed``."""
-        with self._lock:
-            self._count(outcome)
-
-    def answered(self, key: str, worker: str | None, number: int) -> None:
-        """Enter the answer to the call ``number`` of the session with the routing key ``key``."""
-        with self._lock:
-            sessions = self._sessions
-            pin = sessions.get(key)
-            if pin and pin.newest < number and pin.worker == worker and worker:
-                # So nearly every turn ends: tuple.__new__() takes half the time of SessionPin().
-                after = (pin.worker, pin.turns + 1, pin.moves, pin.since, number, pin.before)
-                sessions[key] = tuple.__new__(SessionPin, after)
-                sessions.move_to_end(key)
-                self._calls["kept"] += 1
-                if self._metrics:
-                    self._tell_called("kept")
-                return
-            worker = worker and sys.intern(worker)  # each answer has a text of its own
-            entered, outcome, move = _enter(key, pin, worker, number)
-            sessions[key] = entered
-            sessions.move_to_end(key)
-            self._count(outcome)
-            if pin is None or pin.worker != entered.worker:
-                self._drop(pin)
-                self._pinned(entered.worker, +1)
-            if len(sessions) > self.config.track_sessions:
-                self._drop(sessions.popitem(last=False)[1])
-        if move:
-            self._moved(move)
-
-    def close(self) -> None:
-        """End with the app: log what the cap held back, and take its sessions off the metrics.
-
-        What the ledger holds can still be read.
-        """
-        self._log_held_back()
-        with self._lock:
-            for worker, sessions in self._workers.items():
-                self._metrics_pinned(worker, -sessions)
-            self._metrics = None
-
-    def _log_held_back(self) -> None:
-        """Log how many moves the cap on log records held back, if it did."""
-        with self._lock:
-            held_back, self._held_back = self._held_back, 0
-        if held_back:
-            logger.warning(
-                "%d more moves: no more than %d a minute are logged one by one",
-                held_back,
-                MOVES_LOGGED_PER_MINUTE,
-            )
-
-    def _count(self, outcome: Outcome) -> None:
-        self._calls[outcome] += 1
-        self._tell_called(outcome)
-
-    def _tell_called(self, outcome: Outcome) -> None:
-        self._tell(lambda metrics: metrics.called(outcome))
-
-    def _tell(self, what: Callable[[Metrics], None]) -> None:
-        """Tell the metrics; what goes wrong there is logged once, and no call fails of it."""
-        if self._metrics:
+    def answered(self, call: Call, worker: str | None) -> None:
+        """Enter the answer to a call that carried a key, by the ``worker`` that it names."""
+        if (row := call.row) is None:
+            return
+        with self._lock:  # nearly every turn ends here, without a further call
+            is_outer, self._is_working = not self._is_working, True
             try:
-                what(self._metrics)
-            except Exception:
-                if not self._metrics_failed:
-                    self._metrics_failed = True
-                    logger.exception("the metrics failed: further failures are not logged")
+                is_kept = row.turns and worker is not None and worker == call.worker == row.worker
+                is_plain = is_outer and not (row.is_gone or self.waiting or self._metrics)
+                if is_kept and is_plain:
+                    row.turns += 1
+                    self.rows.move_to_end(row.name)
+                    self._counts["kept"] += 1
+                    return
+            finally:
+                self._is_working = not is_outer
+        if worker is not None and not worker.isascii():  # bytes that may not be UTF-8
+            worker = worker.encode("utf-8", "backslashreplace").decode()
+        self._do(partial(self._answered, call, row, worker))
 
-    def _drop(self, pin: SessionPin | None) -> None:
-        if pin:
-            self._pinned(pin.worker, -1)
+    def opened(self, name: str, gateway: str, key: str) -> Row:
+        """Return the row of a pin that has no answer yet: one for all calls that are under way."""
+        with self._turn():
+            return self._opening.setdefault((name, gateway, key), Row(name, gateway, key))
+
+    def show(self, is_shown: bool) -> None:
+        """Put the pins on the metrics when the app starts, and take them off when it ends."""
+        with self._turn():
+            for worker, pins in self._workers.items() if is_shown != self._is_shown else ():
+                self._to_metrics("pinned", worker, pins if is_shown else -pins)
+            self._is_shown = is_shown
+        self._moves_log.flush()
+        self.news.tell()
+
+    def _name(self, session_id: SessionId) -> str:
+        text = as_session_id(session_id)
+        return "" if text is None else self._config.routing_key(text)
+
+    def catch_up(self) -> None:
+        """Do the work that waits."""
+        with self._turn():
+            pass
+
+    def _do(self, work: "partial[None]") -> None:
+        self.waiting.append(work)
+        self.catch_up()
+        self.news.tell()
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Hold the lock, once the waiting work is done. What interrupts it leaves work to it."""
+        with self._lock:
+            is_outer, self._is_working = not self._is_working, True
+            try:
+                while is_outer and self.waiting:
+                    self.waiting.popleft()()
+                yield
+            finally:
+                self._is_working = not is_outer
+
+    def _to_metrics(self, what: Counted, worker: str | None, change: int) -> None:
+        if self._metrics:
+            self.news.add("metrics", partial(self._metrics, what, worker, change))
+
+    def _count(self, what: Outcome | Beside, worker: str | None = None) -> None:
+        self._counts[what] += 1
+        self._to_metrics(what, worker, 1)
+
+    def _end(self, name: str) -> None:
+        self._drop(self.rows.pop(name, ()))
+        for row in [it() for it in self._opening.valuerefs()]:  # copied in one step
+            if row is not None and row.name == name:
+                row.is_gone = True
+                self._opening.pop((name, row.gateway, row.key), None)
+
+    def _drop(self, rows: Iterable[Row]) -> None:
+        for row in rows:
+            row.is_gone = True
+            self._pinned(row.worker, -1)
 
     def _pinned(self, worker: str | None, change: int) -> None:
-        if worker is None:
-            return
-        self._workers[worker] += change
-        if not self._workers[worker]:
-            del self._workers[worker]
-        self._metrics_pinned(worker, change)
+        if worker is not None:
+            self._workers[worker] += change
+            if not self._workers[worker]:
+                del self._workers[worker]
+            if self._is_shown:
+                self._to_metrics("pinned", worker, change)
 
-    def _metrics_pinned(self, worker: str, change: int) -> None:
-        self._tell(lambda metrics: metrics.pinned(worker, change))
+    def _answered(self, call: Call, row: Row, worker: str | None) -> None:
+        if worker is not None and self.gateways.named(call.gateway, worker):
+            self._merge()
+        while isinstance(row.is_gone, Row):
+            row = row.is_gone
+        if not (row.is_gone or row.turns):
+            row = self._entered(row)
+        was = call.worker or row.first
+        if not row.is_gone:
+            if worker is not None and worker not in (was, row.worker):
+                self._move(row, sys.intern(worker))
+            row.turns += 1
+            self.rows.move_to_end(row.name)
+        known: Outcome = "first" if was is None else "kept" if worker == was else "moved"
+        self._count("unknown" if worker is None else known, worker)
 
-    def _moved(self, move: Move) -> None:
-        with self._lock:
-            new_minute = self._clock() - self._minute >= 60
-            if new_minute:
-                self._minute, self._logged = self._clock(), 0
-            is_logged = self._logged < MOVES_LOGGED_PER_MINUTE
-            self._logged += is_logged
-            self._held_back += not is_logged
-        if new_minute:
-            self._log_held_back()
-        if is_logged:
-            logger.warning(
-                "session %s moved from %s to %s after %d turns",
-                move.session,
-                move.from_worker,
-                move.to_worker,
-                move.turns,
-            )
-        if self._on_move:
-            try:
-                self._on_move(move)
-            except Exception:
-                logger.exception("on_move failed: the call goes on")
+    def _entered(self, row: Row) -> Row:
+        """Enter a row at its first answer; return the one that is there for that pin."""
+        # Calls find it in the rows from now on.
+        self._opening.pop((row.name, row.gateway, row.key), None)
+        row.gateway = self.gateways.group[row.gateway]
+        there = self.rows.get(row.name, ())
+        for other in there:
+            if (other.key, other.gateway) == (row.key, row.gateway):
+                row.is_gone = other
+                return other
+        kept = there[1 - _MOST_PINS :]
+        self._drop(there[: len(there) - len(kept)])
+        self.rows[row.name] = (*kept, row)
+        if len(self.rows) > self._config.track_sessions:
+            self._drop(self.rows.popitem(last=False)[1])
+        return row
 
+    def _move(self, row: Row, worker: str) -> None:
+        if row.worker is None:
+            row.first = worker
+        else:
+            row.moves += 1
+            move = Move(row.name, row.worker, worker, row.turns)
+            message = "session %s moved from %s to %s after %d turns"
+            self.news.add("the log", partial(self._moves_log.warn, message, *astuple(move)))
+            if self._config.on_move:
+                self.news.add("on_move", partial(self._config.on_move, move))
+        self._pinned(row.worker, -1)
+        self._pinned(worker, +1)
+        row.worker = worker
 
-def _enter(
-    key: str, pin: SessionPin | None, worker: str | None, number: int
-) -> tuple[SessionPin, Outcome, Move | None]:
-    """Return the session's pin after an answer, its outcome, and the move if there was one.
-
-    Turns of a session can overlap: an answer is judged by when its call started. One that comes
-    late, from where the session was before it moved, is no move back.
-    """
-    if pin is None:
-        outcome: Outcome = "unknown" if worker is None else "first"
-        return SessionPin(worker, 1, 0, number, number), outcome, None
-    late = number < pin.newest
-    seen = pin._replace(turns=pin.turns + 1, newest=max(number, pin.newest))
-    if worker is None:
-        return seen, "unknown", None
-    if pin.worker is None:
-        return seen._replace(worker=worker, since=number), "first", None
-    if worker == pin.worker or (number < pin.since and worker in pin.before):
-        return seen, "kept", None
-    seen = seen._replace(moves=pin.moves + 1)
-    if late:
-        # It stays where its newer calls went, and was on ``worker`` before, or in between.
-        seen = seen._replace(before=(*pin.before, worker)[:_BEFORE])
-        return seen, "moved", Move(key, worker, pin.worker, pin.turns)
-    seen = seen._replace(worker=worker, since=number, before=(pin.worker, *pin.before)[:_BEFORE])
-    return seen, "moved", Move(key, pin.worker, worker, pin.turns)
+    def _merge(self) -> None:
+        """Make one row of those whose gateways count as one since."""
+        for name, rows in self.rows.items():
+            kept: dict[tuple[str, str], Row] = {}
+            for row in rows:
+                row.gateway = self.gateways.group[row.gateway]
+                into = kept.setdefault((row.gateway, row.key), row)
+                if into is row:
+                    continue
+                row.is_gone = into
+                into.turns, into.moves = into.turns + row.turns, into.moves + row.moves
+                if into.worker is None:
+                    into.first, into.worker = row.first, row.worker
+                else:
+                    self._pinned(row.worker, -1)
+            self.rows[name] = tuple(kept.values())

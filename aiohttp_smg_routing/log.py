@@ -1,37 +1,150 @@
-"""The session stands on log records."""
+"""Log records that neither fill a log nor fail a turn: said once, or so many a minute."""
 
+import asyncio
+import inspect
 import logging
-from collections.abc import Mapping
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Hashable
+from contextlib import suppress
 from typing import Any
 
-from .config import RoutingConfig, as_config
-from .context import current_scope
-from .key import routing_key
+LOGGED_A_MINUTE = 60
+A_RUN = 20
+_MINUTE = 60.0  # seconds
+_MOST_REMEMBERED = 1000
 
 
-class SessionIdFilter(logging.Filter):
-    """Puts the session of the running code on each log record as ``record.session_id``.
+Task = asyncio.Task[Any]
 
-    It is the session's routing key: the id itself, unless that goes out as a digest. So a line of
-    this log is found again in the gateway's, holds no line break that an agent sent, and shows no
-    credential where ``key = "digest"``. Pass the ``config`` where ``routing_session()`` sets ids
-    that are credentials. Without a session it is ``-``.
 
-    >>> handler.addFilter(SessionIdFilter())
-    >>> handler.setFormatter(logging.Formatter("%(session_id)s %(message)s"))
+def say(
+    logger: logging.Logger,
+    level: int,
+    message: str,
+    *args: object,
+    error: BaseException | None = None,
+) -> None:
+    """Log a record, with the traceback of an ``error``.
+
+    What a logging handler or filter of the user's raises is printed, and fails no call.
+    """
+    try:
+        logger.log(level, message, *args, exc_info=error)
+    except Exception:
+        with suppress(Exception):
+            traceback.print_exc(file=sys.stderr)
+
+
+def running_task() -> Task | None:
+    """Return the running task, or None where no event loop runs in this thread."""
+    try:
+        return asyncio.current_task()
+    except RuntimeError:
+        return None
+
+
+def running_code(task: Task | None = None) -> str:
+    """Return how a log line names code: by the coroutine of its task, or of the running one."""
+    task = task or running_task()
+    return getattr(task and task.get_coro(), "__qualname__", None) or "code outside a task"
+
+
+class Once:
+    """Tells what is new from what was said before.
+
+    It remembers 1,000 things, and takes everything for old from then on.
     """
 
-    def __init__(self, config: RoutingConfig | Mapping[str, Any] | None = None) -> None:
-        super().__init__()
-        self._config = None if config is None else as_config(config)
+    def __init__(self) -> None:
+        self._said: dict[Hashable, object] = {}
 
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Put the session on ``record`` and let it pass."""
-        scope = current_scope()
-        if scope is None or scope.session_id is None:
-            record.session_id = "-"
-        else:
-            config = scope.config or (scope.pins.config if scope.pins else self._config)
-            key_of = config.routing_key if config else routing_key
-            record.session_id = key_of(scope.session_id)
-        return True
+    def is_new(self, what: Hashable) -> bool:
+        """Tell whether this is the first time, in whichever thread."""
+        if what in self._said or len(self._said) >= _MOST_REMEMBERED:
+            return False
+        mine = object()
+        return self._said.setdefault(what, mine) is mine
+
+
+class News:
+    """What is told to code of the user's, without a lock: what fails there is logged once.
+
+    It may be added to from any thread, and at any point.
+    """
+
+    def __init__(self, logger: logging.Logger) -> None:
+        self._logger = logger
+        self._news: deque[tuple[str, Callable[[], object]]] = deque()
+        self._failures = Once()
+
+    def add(self, what: str, tell: Callable[[], object]) -> None:
+        """Add something to be told; ``what`` names it in the log, should it fail."""
+        self._news.append((what, tell))
+
+    def tell(self) -> None:
+        """Tell all of it."""
+        with suppress(IndexError):  # where another thread has told the last
+            while self._news:
+                what, tell = self._news.popleft()
+                try:
+                    returned = tell()
+                    if inspect.iscoroutine(returned):
+                        returned.close()
+                        raise TypeError(f"{what} is async: nobody awaits it")
+                except (Exception, asyncio.CancelledError) as error:
+                    if self._failures.is_new(what):
+                        message = "%s failed: the call goes on, and this is said once"
+                        say(self._logger, logging.ERROR, message, what, error=error)
+
+
+class Capped:
+    """Logs at most 60 warnings a minute, and when the minute is over how many it held back.
+
+    The ``hint`` follows the twentieth warning of a minute: what a run of them may mean.
+    """
+
+    def __init__(self, logger: logging.Logger, what: str, hint: str) -> None:
+        self._logger = logger
+        self._what = what
+        self._hint = hint
+        self._lock = threading.RLock()
+        self._began = -_MINUTE
+        self._logged = self._held_back = 0
+
+    def warn(self, message: str, *args: object) -> None:
+        """Log a warning, or count it as held back."""
+        with self._lock:
+            now = time.monotonic()
+            left = self._began + _MINUTE - now
+            if left <= 0:
+                self.flush()
+                self._began, self._logged, left = now, 0, _MINUTE
+            if self._logged == LOGGED_A_MINUTE:
+                self._held_back += 1
+                if self._held_back == 1:
+                    with suppress(RuntimeError):  # no loop runs here: the next minute says it
+                        asyncio.get_running_loop().call_later(left, self.flush)
+                return
+            self._logged += 1
+            is_a_run = self._logged == A_RUN
+        say(self._logger, logging.WARNING, message, *args)
+        if is_a_run:
+            say(self._logger, logging.WARNING, "%d %s: %s", A_RUN, self._what, self._hint)
+
+    def flush(self) -> None:
+        """Log how many warnings were held back, if any were."""
+        with self._lock:
+            held_back, self._held_back = self._held_back, 0
+        if held_back:
+            say(
+                self._logger,
+                logging.WARNING,
+                "%d more %s: at most %d a minute are logged one by one",
+                held_back,
+                self._what,
+                LOGGED_A_MINUTE,
+            )

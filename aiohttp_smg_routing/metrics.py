@@ -1,21 +1,113 @@
-"""The ledger's counts as Prometheus metrics; needs the extra ``metrics``."""
+"""What is counted, and its export to Prometheus, which needs the extra ``metrics``."""
 
-from typing import Any, get_args
-from weakref import WeakKeyDictionary
+import os
+import threading
+from collections import Counter as Count
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from weakref import WeakKeyDictionary, WeakSet
 
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry, Metric
 
-from . import values
-from .ledger import Outcome
+Outcome = Literal["first", "kept", "moved", "unknown", "untagged", "failed"]
+Beside = Literal["missing", "late", "unmatched"]
+#: An outcome, what was seen beside it, or a change in the pins of a worker.
+Counted = Outcome | Beside | Literal["pinned"]
+#: Takes what was counted, the worker that it is about, and how much it is.
+Metrics = Callable[[Counted, str | None, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class PinSummary:
+    """How many calls to the gateway had which outcome, and what was seen beside that."""
+
+    first: int = 0  #: The session was seen on a worker for the first time.
+    kept: int = 0  #: The call came to the worker where its session was when it started.
+    moved: int = 0  #: It came to another one.
+    unknown: int = 0  #: The answer named no worker: SMG before 1.10, or gRPC workers.
+    untagged: int = 0  #: The call had no session.
+    failed: int = 0  #: It raised, or was answered with a status of 400 or more.
+    missing: int = 0  #: Calls that had no session when they were made, whatever became of them.
+    late: int = 0  #: Calls in a request's session that were made after the request had ended.
+    unmatched: int = 0  #: Calls in a session that look like ones to the gateway, without a key.
+    sessions: int = 0  #: The sessions that are tracked now.
+
+
+class SessionPin(NamedTuple):
+    """Where a session is pinned, or one of its keys."""
+
+    session: str  #: The session's name: its id, unless that goes out as a digest.
+    gateway: str  #: The gateway's URL; the first one of those that share workers.
+    key: str  #: The routing key; the same as ``session`` unless ``pin_by`` is set.
+    worker: str | None  #: Where it is, as the gateway names it; None where it never did.
+    turns: int  #: Its answered calls.
+    moves: int  #: How often it changed its worker.
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A session's calls went to one worker and now go to another."""
+
+    session: str  #: The session's name: its id, unless that goes out as a digest.
+    from_worker: str
+    to_worker: str
+    turns: int  #: The session's answered calls before this one.
+
+
+class Row:
+    """A ``SessionPin`` as the ledger keeps it."""
+
+    __slots__ = (
+        *("__weakref__", "first", "gateway", "is_gone"),
+        *("key", "moves", "name", "turns", "worker"),
+    )
+
+    def __init__(self, name: str, gateway: str, key: str) -> None:
+        self.name, self.gateway, self.key = name, gateway, key
+        self.first: str | None = None  # the worker of its first answer
+        self.worker: str | None = None
+        self.turns = self.moves = 0
+        self.is_gone: bool | Row = False  # or the row that it was merged into
+
+    def pin(self) -> SessionPin:
+        """Return what is shown of it."""
+        return SessionPin(self.name, self.gateway, self.key, self.worker, self.turns, self.moves)
+
 
 # Apps that share a registry share the metrics on it: it takes each name once.
-_on_registry: WeakKeyDictionary[CollectorRegistry, "PrometheusMetrics"] = WeakKeyDictionary()
+_on_registry: "WeakKeyDictionary[CollectorRegistry, PrometheusMetrics]" = WeakKeyDictionary()
+_BESIDE = {
+    "missing": (
+        "smg_routing_missing_session",
+        "Calls to the gateway that had no session when they were made.",
+    ),
+    "late": (
+        "smg_routing_late",
+        "Calls in a request's session that were made after the request had ended.",
+    ),
+    "unmatched": (
+        "smg_routing_unmatched",
+        "Calls in a session that look like ones to the gateway, and carried no key.",
+    ),
+}
 
 
 class PrometheusMetrics:
-    """The metrics of one registry. No session id stands in a label."""
+    """The metrics of one registry, which collects them from here. No label holds a session id.
+
+    In prometheus-client's multi-process mode a series stays when its worker has gone: it can remove
+    none there.
+    """
 
     def __init__(self) -> None:
+        from prometheus_client import Counter, Gauge
+
+        self.sources: WeakSet[Any] = WeakSet()
+        self._lock = threading.RLock()
+        self._pins: Count[str] = Count()
         self._calls = Counter(
             "smg_routing_calls",
             "Calls to the gateway: kept, first or moved by the worker that answered; unknown "
@@ -25,58 +117,77 @@ class PrometheusMetrics:
         )
         for outcome in get_args(Outcome):
             self._calls.labels(outcome)  # from 0: rate() misses the value that a series begins with
+        self._worker_calls = Counter(
+            "smg_routing_worker_calls",
+            "Calls that a worker answered in a session, while sessions are pinned to it.",
+            ["worker"],
+            registry=None,
+        )
         self._sessions = Gauge(
             "smg_routing_sessions",
-            "Tracked sessions by the worker that answered last.",
+            "Tracked sessions by the worker where they are.",
             ["worker"],
             registry=None,
             multiprocess_mode="livesum",
         )
-        self._moves = Counter(
-            "smg_routing_moves", "Sessions that went to another worker.", registry=None
-        )
-        self._missing = Counter(
-            "smg_routing_missing_session",
-            "Calls to the gateway that had no session when they were made.",
-            registry=None,
-        )
+        self._beside: dict[str, Counter] = {
+            what: Counter(name, text, registry=None) for what, (name, text) in _BESIDE.items()
+        }
+        self._all = (self._calls, self._worker_calls, self._sessions, *self._beside.values())
 
-    def register(self, registry: CollectorRegistry) -> None:
-        """Put all of the metrics on ``registry``, or none and raise ``ValueError``."""
-        done: list[Counter | Gauge] = []
-        for metric in (self._calls, self._sessions, self._moves, self._missing):
-            try:
-                registry.register(metric)
-            except ValueError:
-                for earlier in done:
-                    registry.unregister(earlier)
-                raise
-            done.append(metric)
+    def describe(self) -> Iterable["Metric"]:
+        """Return the names, for a registry that takes this."""
+        for metric in self._all:
+            yield from metric.describe()
 
-    def called(self, outcome: Outcome) -> None:
-        """Count a call."""
-        self._calls.labels(outcome).inc()
-        if outcome == "moved":
-            self._moves.inc()
+    def collect(self) -> Iterator["Metric"]:
+        """Return the values, for a registry that is scraped."""
+        for news in list(self.sources):
+            news.tell()
+        for metric in self._all:
+            yield from metric.collect()
 
-    def missing(self) -> None:
-        """Count a call that matched but had no session."""
-        self._missing.inc()
+    def add(self, what: Counted, worker: str | None, change: int) -> None:
+        """Count what the ledger saw. The series of a worker end with its last pin."""
+        if what == "pinned":
+            self._pinned(str(worker), change)
+        elif what in self._beside:
+            self._beside[what].inc(change)
+        else:
+            self._calls.labels(what).inc(change)
+            if worker is not None:
+                with self._lock:
+                    if self._pins[worker]:
+                        self._worker_calls.labels(worker).inc(change)
 
-    def pinned(self, worker: str, change: int) -> None:
-        """Add ``change`` to the sessions of a worker."""
-        self._sessions.labels(worker).inc(change)
+    def _pinned(self, worker: str, change: int) -> None:
+        with self._lock:
+            self._pins[worker] += change
+            if self._pins[worker]:
+                self._sessions.labels(worker).set(self._pins[worker])
+            elif "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+                self._sessions.labels(worker).set(0)
+            else:
+                del self._pins[worker]
+                for metric in (self._sessions, self._worker_calls):
+                    metric.remove(worker)
 
 
 def prometheus_metrics(registry: Any) -> PrometheusMetrics:
-    """Return the metrics on a registry, on the one that a text names, or on the default one.
+    """Return the metrics on a registry, or on the default one.
 
-    Raises ``ValueError`` where the registry has other metrics of these names.
+    They are put there again where somebody has emptied it. Raises ``ValueError`` where it has other
+    metrics of these names.
     """
-    registry = REGISTRY if registry is None else values.registry(registry)
+    from prometheus_client import REGISTRY
+
+    registry = REGISTRY if registry is None else registry
     metrics = _on_registry.get(registry)
     if metrics is None:
         metrics = PrometheusMetrics()
-        metrics.register(registry)
-        _on_registry[registry] = metrics
+    else:
+        with suppress(KeyError):
+            registry.unregister(metrics)
+    registry.register(metrics)
+    _on_registry[registry] = metrics
     return metrics

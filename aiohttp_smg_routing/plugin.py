@@ -1,60 +1,142 @@
-"""The plugin: one line joins both halves to an app."""
+"""The plugin: ``Routing`` joins both halves, and ``setup()`` joins them to an app."""
 
+import logging
 from collections.abc import AsyncIterator, Mapping
+from contextlib import ExitStack
 from typing import Any
 
-from aiohttp import ClientSession, web
+from aiohttp import TraceConfig, web
+from aiohttp.client import ClientSession
 
-from .config import ALL_SESSIONS, ConfigError, RoutingConfig, as_config
+from . import client, compat
+from .calls import Calls
+from .config import ConfigError, RoutingConfig, as_config
 from .gateway import ROUTED_WORKER_HEADER
-from .hook import attach
-from .instrument import instrument, instrument_session
-from .jobs import keep_sessions_in_jobs
+from .keys import SessionId
 from .ledger import PinLedger
-from .middleware import routing_middleware
-from .values import is_named, several
+from .log import say
+from .middleware import answered_here, inbound
+from .sources import is_named, named_sources
 
-ROUTING_CONFIG = web.AppKey("ROUTING_CONFIG", RoutingConfig)
-"""Where ``setup()`` keeps the config: ``request.config_dict[ROUTING_CONFIG]`` in a handler."""
-
-PINS = web.AppKey("PINS", PinLedger)
-"""Where ``setup()`` keeps the ledger: ``request.config_dict[PINS]`` in a handler."""
+logger = logging.getLogger(__name__)
 
 
-def setup(app: web.Application, config: RoutingConfig | Mapping[str, Any]) -> None:
+class Routing(Calls):
+    """A config and its ledger, with both halves that use them; ``setup()`` joins it to an app.
+
+    >>> routing = Routing({"gateway": "http://10.0.0.1:30000"})
+    >>> session = ClientSession(trace_configs=[routing.trace_config()])
+    """
+
+    config: RoutingConfig
+    """The config."""
+
+    pins: PinLedger
+    """The ledger: what the calls show of the pins."""
+
+    def __init__(self, config: RoutingConfig | Mapping[str, Any]) -> None:
+        config = as_config(config)
+        super().__init__(config, _ledger(config))
+        self.middleware = inbound(self)
+        """The inbound half alone, for an app that does not use ``setup()``: it finds the session id
+        in the request, and enters it in the context."""
+        self._hook = client.Hook(self)
+        self._hooked = 0
+        self._attached: list[ClientSession] = []
+
+    def trace_config(self) -> TraceConfig:
+        """Return the hook, for a ``ClientSession`` that you make.
+
+        It puts the key on each call to the gateway, and judges each hop of a redirect anew. The
+        session is that of the request whose handler makes the call, or of ``routing_session()``. It
+        must be the last hook that touches headers. It does nothing where the config is not enabled.
+
+        >>> ClientSession(trace_configs=[routing.trace_config()])
+        """
+        if not self.config.enabled:
+            return TraceConfig()
+        self._hooked += 1
+        return client.Hook(self)
+
+    def attach(self, session: ClientSession) -> None:
+        """Put the hook on a session that exists already, unless it is there.
+
+        A mock in a test is left as it is, with a line in the log. Raises ``TypeError`` for what is
+        no ``ClientSession``.
+
+        >>> routing.attach(app[CLIENT])
+        """
+        if not _takes_hook(session, "attach()"):
+            raise TypeError(
+                f"attach() takes an aiohttp.ClientSession, not a {type(session).__name__}: make "
+                "the session in it with trace_configs=[routing.trace_config()]"
+            )
+        if self.config.enabled and compat.is_client_session(session):
+            self._hooked += 1
+            client.attach(session, self._hook)
+
+    def instrument(self) -> ExitStack:
+        """Put the hook on every ``ClientSession`` that is made from now on, whoever makes it.
+
+        It wraps the constructor of ``aiohttp.ClientSession``, for subclasses and for whoever has
+        imported the class already, until the block ends, or ``close()`` of what is returned. Which
+        calls carry a key stays the same. A session that was made before has no hook. Several in
+        force at once work side by side. ``instrument = true`` does it as long as an app runs.
+
+        >>> with routing.instrument():
+        ...     await rollout()
+        """
+        stack = ExitStack()
+        if self.config.enabled:
+            stack.callback(client.instrument(self))
+        return stack
+
+    def end(self, session_id: SessionId) -> None:
+        """Forget a session that is over; answers to calls that began before leave no row.
+
+        >>> routing.end("s-17")
+        """
+        self.pins.end(session_id)
+
+
+ROUTING = web.AppKey("ROUTING", Routing)
+"""Where ``setup()`` keeps the ``Routing``: ``request.config_dict[ROUTING]`` in a handler."""
+
+
+def setup(app: web.Application, config: RoutingConfig | Mapping[str, Any]) -> Routing:
     """Pin each session of ``app`` to one worker behind the gateway.
 
-    Installs the middleware, innermost of those that ``app`` has at this moment, and keeps the
-    config under ``ROUTING_CONFIG`` and the ledger under ``PINS``. At start-up it attaches the hook
-    to each ``ClientSession`` that ``config.client_session`` names, or to all that are made while
-    ``app`` runs; other sessions take it as ``routing_trace_config(config)``. While ``app`` runs,
-    jobs of aiojobs keep the session that spawned them. A config that is not enabled is kept, with
-    an empty ledger, and nothing is installed.
+    Installs the middleware, innermost of those that ``app`` has at this moment, and keeps what it
+    returns under ``ROUTING``. At start-up it attaches the hook to each ``ClientSession`` that
+    ``config.client_session`` names, or with ``config.instrument`` to all that are made while the
+    app runs, and logs in a line what it will do. All of it is taken off when the app is cleaned up.
+    With a config that is not enabled nothing is installed.
 
     Raises ``ConfigError`` with every fault of the config, at start-up for a ``client_session`` that
     is not there; ``RuntimeError`` when ``app`` is set up already, or frozen.
 
     >>> setup(app, {"gateway": "http://10.0.0.1:30000", "client_session": "client"})
     """
-    config = as_config(config)
-    if ROUTING_CONFIG in app:
-        raise RuntimeError("this app is set up already: one setup() takes several gateways")
-    if app.middlewares.frozen:
-        raise RuntimeError(
-            "this app is frozen: call setup() before it is started or added to another app"
+    if not isinstance(app, web.Application):
+        raise TypeError(
+            f"setup(app, config) takes the app first, and this is: {type(app).__name__}"
         )
-    pins = _ledger(config)
-    app[ROUTING_CONFIG] = config
-    app[PINS] = pins
-    if config.enabled:
-        app.middlewares.append(routing_middleware(config, pins))
-        if ALL_SESSIONS in several(config.client_session):
-            app.cleanup_ctx.insert(0, _instrument)  # before the app makes its own
-        app.on_startup.append(_attach_client_sessions)
-        app.cleanup_ctx.append(_keep_sessions_in_jobs)
-        app.on_cleanup.append(_close_ledger)
-        if config.hide_worker_ids:
+    if ROUTING in app:
+        raise RuntimeError("this app is set up already: one setup() takes several gateways")
+    if app.middlewares.frozen or app.on_startup.frozen:
+        raise RuntimeError(
+            "this app is frozen: call setup() where the app is made, before it is started (and not "
+            "in on_startup) or added to another app"
+        )
+    app[ROUTING] = routing = Routing(config)
+    app.on_startup.append(_started)
+    if routing.config.enabled:
+        app.middlewares.append(routing.middleware)
+        app.on_response_prepare.append(answered_here)
+        app.cleanup_ctx.insert(0, _running)  # before the app makes its own sessions
+        if routing.config.hide_worker_ids:
             app.on_response_prepare.append(_hide_worker_id)
+    return routing
 
 
 def _ledger(config: RoutingConfig) -> PinLedger:
@@ -63,52 +145,87 @@ def _ledger(config: RoutingConfig) -> PinLedger:
     from .metrics import prometheus_metrics
 
     try:
-        return PinLedger(config, metrics=prometheus_metrics(config.metrics_registry))
+        metrics = prometheus_metrics(config.metrics_registry)
     except ValueError as error:  # it has metrics of these names that are not ours
         raise ConfigError([("metrics_registry", str(error))]) from error
+    ledger = PinLedger(config, metrics.add)
+    metrics.sources.add(ledger.news)
+    return ledger
 
 
-async def _instrument(app: web.Application) -> AsyncIterator[None]:
-    undo = instrument(app[ROUTING_CONFIG], app[PINS])
-    for value in app.values():
-        if isinstance(value, ClientSession):  # made before the app starts
-            instrument_session(value)
-    yield
-    undo()
+def _takes_hook(value: object, place: str) -> bool:
+    """Tell whether a value is a ClientSession, or a mock of one in somebody's tests."""
+    if compat.is_client_session(value):
+        return True
+    is_mock = isinstance(value, ClientSession) or type(value).__module__ == "unittest.mock"
+    if is_mock:
+        say(logger, logging.WARNING, "%s: a %s takes no hook", place, type(value).__name__)
+    return is_mock
 
 
-async def _attach_client_sessions(app: web.Application) -> None:
-    config = app[ROUTING_CONFIG]
-    faults = []
-    for name in several(config.client_session):
-        if name == ALL_SESSIONS:
-            continue
+async def _running(app: web.Application) -> AsyncIterator[None]:
+    """Show the pins, and reach every ClientSession where that is asked for, while the app runs."""
+    routing = app[ROUTING]
+    if routing.config.metrics:
+        _ledger(routing.config)  # the registry may have been emptied since
+    routing.pins.show(True)
+    with routing.instrument() if routing.config.instrument else ExitStack():
+        if routing.config.instrument:
+            for value in app.values():
+                if compat.is_client_session(value):  # made before the app starts
+                    client.attach_every(value)
+        yield
+    routing.pins.show(False)
+    routing.missing_log.flush()
+    while routing._attached:  # here: aiohttp sends no on_cleanup where start-up or clean-up failed
+        compat.remove_hook(routing._attached.pop(), routing._hook)
+
+
+async def _started(app: web.Application) -> None:
+    """Attach the hook to the sessions that the config names, and say what will happen."""
+    routing = app[ROUTING]
+    if not routing.config.enabled:
+        say(logger, logging.INFO, "enabled is false: no call carries a key")
+        return
+    faults, hooked = [], []
+    for name in routing.config.client_session:
         found = [value for key, value in app.items() if is_named(key, name)]
-        if len(found) == 1 and isinstance(found[0], ClientSession):
-            attach(found[0], config, app[PINS])
-        else:
-            there = [key for key, value in app.items() if isinstance(value, ClientSession)]
-            faults.append(
-                (
-                    "client_session",
-                    f"{name!r} does not name one ClientSession of this app when it starts; "
-                    f"there is {there or 'none'}. Where the app makes its session in on_startup, "
-                    "call setup() after that is registered; to a session that is kept elsewhere, "
-                    "attach(session, config)",
-                )
-            )
+        if len(found) == 1 and _takes_hook(found[0], f"client_session {name!r}"):
+            if compat.is_client_session(found[0]):
+                client.attach(found[0], routing._hook)
+                routing._attached.append(found[0])
+                hooked.append(f"that of app[{compat.storage_name(name)!r}]")
+            continue
+        there = [key for key, value in app.items() if compat.is_client_session(value)]
+        problem = (
+            f"{name!r} does not name one ClientSession of this app when it starts; there is "
+            f"{there or 'none'}. Where the app makes its session in on_startup, call setup() after "
+            "that is registered; for a session that is kept elsewhere, use routing.attach(session)"
+        )
+        faults.append(("client_session", problem))
     if faults:
         raise ConfigError(faults)
+    say(logger, logging.INFO, "%s", _what_will_happen(routing, hooked))
 
 
-async def _keep_sessions_in_jobs(app: web.Application) -> AsyncIterator[None]:
-    undo = keep_sessions_in_jobs()
-    yield
-    undo()
-
-
-async def _close_ledger(app: web.Application) -> None:
-    app[PINS].close()
+def _what_will_happen(routing: Routing, hooked: list[str]) -> str:
+    config = routing.config
+    if config.instrument:
+        hooked.append("every one that is made from now on")
+    if routing._hooked:
+        hooked.append("those with routing.trace_config() or attach()")
+    where = (
+        f"the hook is on these ClientSessions: {', '.join(hooked)}"
+        if hooked
+        else (
+            "no ClientSession has the hook yet: name one in client_session, set instrument = true, "
+            "or pass trace_configs=[routing.trace_config()]"
+        )
+    )
+    return (
+        f"POST {', '.join(config.paths)} to {', '.join(map(str, config.gateway))} carries "
+        f"{config.header}; the session id is read from {named_sources(config.session_id)}; {where}"
+    )
 
 
 async def _hide_worker_id(request: web.Request, response: web.StreamResponse) -> None:

@@ -1,21 +1,23 @@
-"""Plain values are checked and brought to one form.
+"""The values of the config are checked and brought to one form.
 
-``ValueError`` says what is wrong with one, and does not show it: the config knows which it may.
+Each function returns its value, or raises ``ValueError`` with what is wrong and would be right. It
+does not quote the value: the option knows which values an error may show.
 """
 
+import itertools
 import re
-from collections.abc import Callable
-from importlib import import_module
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from inspect import iscoroutinefunction
 from typing import Any
 
 from aiohttp import web
-from multidict import istr
 from yarl import URL
 
-from .gateway import CHAT_COMPLETIONS, ROUTING_KEY_HEADER
-from .key import as_session_id
+from .gateway import CHAT_COMPLETIONS, ROUTING_KEY_HEADER, is_header_name
+from .keys import as_session_id
+from .sources import SESSION_ID, PinBy, Source, reader
 
 _BOOLS = {
     **dict.fromkeys(("true", "yes", "on", "1"), True),
@@ -23,10 +25,6 @@ _BOOLS = {
 }
 _FRAMING = frozenset(("connection", "content-length", "host", "transfer-encoding", "upgrade"))
 _PATH = re.compile(r"/[^/?#][^?#]*")
-_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
-
-#: Makes a key of a request's storage from a name and a type: a text where aiohttp is before 3.14.
-request_key: Callable[[str, Any], Any] = getattr(web, "RequestKey", lambda name, _: name)
 
 
 def several(value: Any) -> tuple[Any, ...]:
@@ -36,58 +34,57 @@ def several(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
 
 
-def imported(path: str) -> Any:
-    """Return what ``package.module:name`` names."""
-    module, separator, name = path.partition(":")
-    if not (module and separator and name):
-        raise ValueError("does not have the form 'package.module:name'")
-    try:
-        return getattr(import_module(module), name)
-    except (Exception, SystemExit) as error:  # whatever the module raises while it is imported
-        raise ValueError(f"cannot be imported: {error!r}") from error
+@dataclass(frozen=True, slots=True)
+class Option:
+    """How a value is read, what stands where none is given, and what an error shows of it."""
+
+    parse: Callable[[Any], Any]
+    default: Any
+    several: bool
+    hidden: str  # the characters that make a value one that is not shown; "any" hides each
+
+    def read(self, name: str, value: Any, faults: list[tuple[str, str]]) -> Any:
+        """Return the value in the form that the config keeps; add to ``faults`` what is wrong."""
+        given = several(value) if self.several else (value,)
+        good = []
+        for place, item in enumerate(given):
+            try:
+                good.append(self.parse(item))
+            except ValueError as error:
+                faults.append((name, f"{self._shown(given, place)}{error}"))
+        return tuple(good) if self.several else (good or [None])[0]
+
+    def _shown(self, given: Sequence[Any], place: int) -> str:
+        value = given[place]
+        texts = "".join(text for text in given if isinstance(text, str))
+        # A password with a comma is in two places, and stands before the "@" in the second one.
+        if self.hidden == "any" or not set(self.hidden).isdisjoint(texts):
+            return f"number {place + 1} of {len(given)} " if len(given) > 1 else ""
+        if value is None or isinstance(value, (str, float)):
+            return f"{value!r} "
+        if (
+            isinstance(value, int) and value.bit_length() < 64
+        ):  # Python writes out no very long ones
+            return f"{value!r} "
+        return f"a {type(value).__name__} "
 
 
-def imported_function(path: str) -> Callable[..., Any]:
-    """Return the function that ``package.module:function`` names."""
-    function = imported(path)
-    if not callable(function):
-        raise ValueError(f"names a {type(function).__name__}, which cannot be called")
-    return function  # type: ignore[no-any-return]
-
-
-def sync_function(value: Any) -> Callable[..., Any]:
-    """Return a function that is not async, or the one ``call:package.module:function`` names."""
-    function = value
-    if isinstance(value, str) and value.startswith("call:"):
-        function = imported_function(value.removeprefix("call:"))
-    if not callable(function):
-        raise ValueError("is not a function or 'call:package.module:function'")
-    if iscoroutinefunction(function):
-        raise ValueError("is async: nobody would await it")
-    return function  # type: ignore[no-any-return]
-
-
-def is_named(key: object, name: object) -> bool:
-    """Tell whether a key of an app's or a request's storage is ``name``, or has that name.
-
-    An ``AppKey`` or ``RequestKey`` is found by its name with or without the module.
-    """
-    if key == name or isinstance(key, str) or not isinstance(name, str):
-        return key == name
-    full_name: str = getattr(key, "_name", "")
-    return full_name == name or full_name.endswith(f".{name}")
-
-
-def registry(value: Any) -> Any:
-    """Return a registry of metrics, or the one that ``package.module:NAME`` names."""
-    found = imported(value) if isinstance(value, str) else value
-    if isinstance(found, type) or not hasattr(found, "register"):
-        raise ValueError("is not a prometheus_client.CollectorRegistry")
-    return found
+def option(
+    parse: Callable[[Any], Any], default: Any, *, several: bool = False, hidden: str = ""
+) -> Any:
+    """Return the field of an option; an error shows no value with a character in ``hidden``."""
+    return field(
+        metadata={"option": Option(parse, default, several, hidden)},
+        repr=parse is not secret,
+    )
 
 
 def gateway_url(value: Any) -> URL:
     """Return the URL of a gateway without credentials, default port and trailing slash."""
+    # A password may have any character in it.
+    named = str(value).rpartition("@")[2] if isinstance(value, (str, URL)) else ""
+    if not set("*{}").isdisjoint(named):
+        raise ValueError("has a wildcard: name each gateway")
     try:
         url = URL(value)
         if url.scheme in ("http", "https") and url.raw_host and not url.query_string + url.fragment:
@@ -103,6 +100,8 @@ def gateway_url(value: Any) -> URL:
 
 def call_path(value: Any) -> str:
     """Return a path, percent-encoded as it goes out."""
+    if isinstance(value, str) and not set("*{}").isdisjoint(value):
+        raise ValueError("has a wildcard: name each path")
     if isinstance(value, str) and _PATH.fullmatch(value):
         path = URL(f"http://gateway{value}").raw_path
         if _PATH.fullmatch(path):  # of "/a/.." nothing is left
@@ -110,15 +109,21 @@ def call_path(value: Any) -> str:
     raise ValueError(f"is not a path such as {CHAT_COMPLETIONS!r}")
 
 
-def is_header_name(value: object) -> bool:
-    """Tell whether a value can be the name of a header: RFC 9110, section 5.1."""
-    return isinstance(value, str) and _TOKEN.fullmatch(value) is not None
+def overlaps(gateways: Iterable[URL], paths: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+    """Return each gateway whose path ends in what a call's path begins with, that, and the path."""
+    for gateway, path in itertools.product(gateways, paths):
+        segments = path.split("/")
+        for count in range(len(segments), 1, -1):
+            head = "/".join(segments[:count])
+            if gateway.raw_path.rstrip("/").endswith(head):
+                yield str(gateway), head, path
+                break
 
 
-def header_name(value: Any) -> istr:
+def header_name(value: Any) -> str:
     """Return the name of a header that a call has no use of its own for."""
     if is_header_name(value) and value.lower() not in _FRAMING:
-        return istr(value)
+        return str(value)
     raise ValueError(f"is not a header name such as {str(ROUTING_KEY_HEADER)!r}")
 
 
@@ -156,8 +161,34 @@ def session_id(value: Any) -> str:
     raise ValueError("is not a session id: a text that is not blank, or a number")
 
 
+def source(value: Any) -> Source:
+    """Return a source that can be read, as it was given; ``ValueError`` says what is wrong."""
+    reader(value)
+    return value  # type: ignore[no-any-return]
+
+
+def pin_by(value: Any) -> PinBy:
+    """Return a template with its sources; ``ValueError`` says what is wrong with it."""
+    if isinstance(value, PinBy):
+        return value
+    if not isinstance(value, str):
+        raise ValueError("is not a text such as '{session_id}/{json:model}'")
+    names = tuple(re.findall(r"{([^{}]*)}", value))
+    if not names or set(re.sub(r"{[^{}]*}", "", value)) & set("{}"):
+        raise ValueError("has no source in braces: one is '{session_id}/{json:model}'")
+    for name in names:
+        if name != SESSION_ID:
+            try:
+                reader(name)
+            except ValueError as error:
+                raise ValueError(f"has {{{name}}} in it, which {error}") from None
+    return PinBy(value, names)
+
+
 def app_key(value: Any) -> str | web.AppKey[Any]:
     """Return an app key or the name of one."""
+    if isinstance(value, str) and value.lower() == "all":
+        raise ValueError("is not an app key: for every ClientSession write instrument = true")
     if isinstance(value, (str, web.AppKey)):
         return value
     raise ValueError("is not an app key: a text or a web.AppKey")
@@ -174,19 +205,39 @@ def one_of(choices: tuple[str, ...]) -> Callable[[Any], str]:
     return check
 
 
-def optional(check: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return ``check`` for a value that may be None."""
-    return lambda value: None if value is None else check(value)
+def function(value: Any) -> Callable[..., Any] | None:
+    """Return a function that is not async."""
+    if value is None:
+        return None
+    if not callable(value):
+        raise ValueError("is not a function: a config imports no code, so pass it in code")
+    if iscoroutinefunction(value) or iscoroutinefunction(type(value).__call__):
+        raise ValueError("is async: nobody would await it")
+    return value  # type: ignore[no-any-return]
 
 
-def need(package: str, *, extra: str) -> None:
-    """Say which extra to install where an optional ``package`` is not there."""
-    if find_spec(package) is None:
-        raise ValueError(f"needs {package}: pip install 'aiohttp_smg_routing[{extra}]'")
+def registry(value: Any) -> Any:
+    """Return a registry of metrics."""
+    if value is None or (hasattr(value, "register") and not isinstance(value, type)):
+        return value
+    raise ValueError("is not a prometheus_client.CollectorRegistry: pass it in code")
 
 
-def metrics_kind(value: Any) -> str:
+def metrics_kind(value: Any) -> str | None:
     """Return the kind of metrics to keep, where what it needs is there."""
+    if value is None:
+        return None
     kind = one_of(("prometheus",))(value)
-    need("prometheus_client", extra="metrics")
+    if find_spec("prometheus_client") is None:
+        raise ValueError("needs prometheus_client: pip install 'aiohttp_smg_routing[metrics]'")
     return kind
+
+
+def table_in(mapping: Mapping[str, Any], depth: int = 3) -> str | None:
+    """Return where in a config file a table with a gateway is, as ``['tool']['routing']``."""
+    for name, value in mapping.items():
+        if isinstance(value, Mapping) and depth and "gateway" not in mapping:
+            inner = "" if "gateway" in value else table_in(value, depth - 1)
+            if inner is not None:
+                return f"[{name!r}]{inner}"
+    return None

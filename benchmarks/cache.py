@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
 
-from agents import PINNED, Arm, Load, Routing, Turn, play
+from agents import PINNED, Arm, Load, Policy, Turn, play
 from engines import write_model
 
 from benchmarks.figures import Figure, Part, Progress, Table, Unit, ratios, shuffled
@@ -49,13 +49,13 @@ MOST_OF_RANDOM = 1 / 3
 
 PIN, RANDOM, HASHED = "manual, min_group", "random", "consistent_hashing"
 UNEVEN, KEYLESS, ROUND_ROBIN = "manual, random assignment", "cache_aware, no key", "round_robin"
-ROUTINGS = {
+POLICIES = {
     PIN: PINNED,
-    HASHED: Routing("consistent_hashing"),
-    UNEVEN: Routing("manual", ("--assignment-mode", "random")),
-    KEYLESS: Routing("cache_aware", plugin=False),
-    ROUND_ROBIN: Routing("round_robin"),
-    RANDOM: Routing("random"),
+    HASHED: Policy("consistent_hashing"),
+    UNEVEN: Policy("manual", ("--assignment-mode", "random")),
+    KEYLESS: Policy("cache_aware", plugin=False),
+    ROUND_ROBIN: Policy("round_robin"),
+    RANDOM: Policy("random"),
 }
 FIRST_TOKEN: dict[str, Callable[[Arm], float]] = {
     "p50": lambda arm: arm.first_token(50),
@@ -163,7 +163,7 @@ async def play_rounds(
                 progress(done / (turns * count), state)
 
             results[scene.name, policy] = await play(
-                scene.load, ROUTINGS[policy], slots=scene.slots, model=model, played=step
+                scene.load, POLICIES[policy], slots=scene.slots, model=model, played=step
             )
         rounds.append(results)
     return rounds

@@ -19,7 +19,7 @@ from aiohttp.typedefs import Handler
 from session_server import CLIENT, make_app
 from yarl import URL
 
-from aiohttp_smg_routing import routing_client_middleware, setup
+from aiohttp_smg_routing import setup
 from aiohttp_smg_routing.testing import free_ports
 
 from .servers import CHAT, child
@@ -31,7 +31,6 @@ Arm = Literal[
     "by hand",  # the barest proxy passes the key in headers=; to the whole one the agent sends it
     "floor",  # by hand, with a middleware and a TraceConfig that do nothing
     "plugin",
-    "plugin, client middleware",  # in the place of the trace hook; the barest proxy only
 ]
 
 KEY = "X-SMG-Routing-Key"
@@ -115,8 +114,6 @@ def barest_app(gateway: URL, arm: Arm) -> web.Application:
     if arm == "floor":
         app.middlewares.append(_pass_through)
         options = {"trace_configs": [aiohttp.TraceConfig()]}
-    elif arm == "plugin, client middleware":
-        options = {"middlewares": [routing_client_middleware({"gateway": str(gateway)})]}
 
     async def client_session(app: web.Application) -> AsyncIterator[None]:
         connector, jar = aiohttp.TCPConnector(limit=0), aiohttp.DummyCookieJar()
@@ -139,11 +136,8 @@ def barest_app(gateway: URL, arm: Arm) -> web.Application:
 
     app.cleanup_ctx.append(client_session)
     app.router.add_post(f"/sessions/{{session_id}}/{CHAT}", turn)
-    if arm.startswith("plugin"):
-        config: dict[str, object] = {"gateway": str(gateway)}
-        if arm != "plugin, client middleware":
-            config["client_session"] = "client_session"
-        setup(app, config)
+    if arm == "plugin":
+        setup(app, {"gateway": str(gateway), "client_session": "client_session"})
     return app
 
 

@@ -48,8 +48,8 @@ _NOTES = (
     f"{SERVERS} servers one after the other; server, engine and agent share a CPU. A ratio is that "
     "of such a piece, to which is added its share of what it costs to begin the answer and to end "
     "it.",
-    "Calls are counted by the interpreter, for the second turn of a session. A chunk makes none: "
-    "it only wakes the handler, and with it the middleware that awaits the handler.",
+    "Calls are counted by the interpreter, in the second turn of a session. A chunk makes none: it "
+    "only resumes the handler, and the middleware that awaits it.",
 )
 
 
@@ -190,7 +190,7 @@ async def measure(
 
 
 async def calls_of_a_stream(chunks: int) -> int:
-    """Return how often Python calls the plugin's code for a turn whose answer has so many chunks.
+    """Return how often a turn, whose answer has so many chunks, calls the plugin's functions.
 
     The turn is the session's second: the ledger knows it. The session server runs in this
     process for this.
@@ -233,7 +233,7 @@ async def run(progress: Progress, *, quick: bool = False) -> Part:
     )
     few, many = [await calls_of_a_stream(number) for number in (FEW_CHUNKS, chunks)]
     calls = Table(
-        "Calls of the plugin's functions for a turn",
+        "Calls of the plugin's functions in a turn",
         ("", "calls"),
         (
             (f"an answer of {FEW_CHUNKS} chunks", Figure((few,), "calls")),

@@ -1,8 +1,9 @@
 """The pieces of a turn, one by one, so that a slowdown shows in review: ``make micro``.
 
-They use public names alone, so that they run on an earlier version of the package too.
+They use as few names of the package as they can, so that they run on an earlier version too.
 """
 
+import asyncio
 import itertools
 from collections.abc import Coroutine
 from types import SimpleNamespace
@@ -20,28 +21,28 @@ from multidict import CIMultiDict
 from pytest_benchmark.fixture import BenchmarkFixture
 from yarl import URL
 
-from aiohttp_smg_routing import (
-    PinLedger,
-    RoutingConfig,
-    routing_key,
-    routing_middleware,
-    routing_trace_config,
-)
+from aiohttp_smg_routing import ROUTING_KEY_HEADER, Routing, RoutingConfig, routing_key
+from aiohttp_smg_routing.ledger import Call
 
 GATEWAY = URL("http://10.0.0.1:30000")
 CHAT = GATEWAY / "v1/chat/completions"
-CONFIG = RoutingConfig(GATEWAY)
 HEADERS = {"Host": "10.0.0.1:30000", "Accept": "*/*", "Content-Type": "application/json"}
 WORKER = "http://10.0.0.2:8000"
 
 
 def done(coroutine: Coroutine[Any, Any, Any]) -> None:
-    """Run what never waits to its end."""
+    """Run to its end what never waits, without an event loop."""
     try:
         coroutine.send(None)
     except StopIteration:
         return
     raise RuntimeError("it waits for something")
+
+
+def turn(routing: Routing, session_id: str) -> None:
+    """Enter a call and its answer in the ledger."""
+    call = Call(routing.pins, ROUTING_KEY_HEADER, session_id, str(GATEWAY), session_id)
+    routing.pins.answered(call, WORKER)
 
 
 def test_a_key(benchmark: BenchmarkFixture) -> None:
@@ -54,29 +55,31 @@ def test_a_digest(benchmark: BenchmarkFixture) -> None:
 
 def test_a_call_that_matches(benchmark: BenchmarkFixture) -> None:
     # A URL of its own for each call, which is what aiohttp shows to a hook.
-    benchmark(lambda: CONFIG.tags("POST", CHAT.update_query(None)))
+    routing = Routing({"gateway": str(GATEWAY)})
+    benchmark(lambda: routing.gateway_of("POST", CHAT.update_query(None)))
 
 
 def test_a_call_to_elsewhere(benchmark: BenchmarkFixture) -> None:
+    routing = Routing({"gateway": str(GATEWAY)})
     elsewhere = URL("https://example.com/v1/models")
-    benchmark(lambda: CONFIG.tags("POST", elsewhere.update_query(None)))
+    benchmark(lambda: routing.gateway_of("POST", elsewhere.update_query(None)))
 
 
 def test_a_turn_that_stays_in_the_ledger(benchmark: BenchmarkFixture) -> None:
-    pins = PinLedger(CONFIG)
-    keys = itertools.cycle([f"session-{number}" for number in range(1000)])
-    benchmark(lambda: pins.answered(next(keys), WORKER, pins.start()))
+    routing = Routing({"gateway": str(GATEWAY)})
+    sessions = itertools.cycle([f"session-{number}" for number in range(1000)])
+    benchmark(lambda: turn(routing, next(sessions)))
 
 
 def test_a_new_session_in_a_full_ledger(benchmark: BenchmarkFixture) -> None:
-    pins = PinLedger(RoutingConfig(GATEWAY, track_sessions=1000))
+    routing = Routing(RoutingConfig(GATEWAY, track_sessions=1000))
     numbers = itertools.count()
-    benchmark(lambda: pins.answered(f"session-{next(numbers)}", WORKER, pins.start()))
+    benchmark(lambda: turn(routing, f"session-{next(numbers)}"))
 
 
 def test_the_hook_from_start_to_end_of_a_call(benchmark: BenchmarkFixture) -> None:
-    pins = PinLedger(CONFIG)
-    hook = routing_trace_config(CONFIG)
+    routing = Routing({"gateway": str(GATEWAY)})
+    hook = routing.trace_config()
     hook.freeze()
     session = cast("ClientSession", SimpleNamespace(trace_configs=[hook], _trace_configs=[hook]))
     head = CIMultiDict({"X-SMG-Routed-Worker-Id": WORKER})
@@ -95,11 +98,11 @@ def test_the_hook_from_start_to_end_of_a_call(benchmark: BenchmarkFixture) -> No
         return web.Response()
 
     request = make_mocked_request("POST", "/", match_info={"session_id": "rollout-000017"})
-    done(cast("Any", routing_middleware(CONFIG, pins))(request, handler))
+    asyncio.run(cast("Any", routing.middleware)(request, handler))
 
 
 def test_the_middleware_for_a_request(benchmark: BenchmarkFixture) -> None:
-    middleware = cast("Any", routing_middleware(CONFIG))
+    middleware = cast("Any", Routing({"gateway": str(GATEWAY)}).middleware)
 
     async def handler(request: web.Request) -> web.Response:
         request.clear()  # a request is one request: what the last round kept is not for this one
@@ -107,4 +110,8 @@ def test_the_middleware_for_a_request(benchmark: BenchmarkFixture) -> None:
 
     answer = web.Response()
     request = make_mocked_request("POST", "/", match_info={"session_id": "rollout-000017"})
-    benchmark(lambda: done(middleware(request, handler)))
+
+    async def requests() -> None:  # in a task, as aiohttp has them
+        benchmark(lambda: done(middleware(request, handler)))
+
+    asyncio.run(requests())

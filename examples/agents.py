@@ -63,15 +63,15 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
-class Routing:
+class Policy:
     """The gateway's ``--policy``, its further arguments, and whether the plugin sends a key."""
 
-    policy: str
+    name: str
     args: tuple[str, ...] = ()
     plugin: bool = True
 
 
-PINNED = Routing("manual", ("--assignment-mode", "min_group"))
+PINNED = Policy("manual", ("--assignment-mode", "min_group"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +138,7 @@ def moved_sessions(turns: Iterable[Turn]) -> int:
 
 async def play(
     load: Load,
-    routing: Routing,
+    policy: Policy,
     *,
     slots: int | None = None,
     model: Path | None = None,
@@ -160,8 +160,8 @@ async def play(
 
     async with (
         engines(load.workers, slots=slots, context=load.context, model=model) as workers,
-        smg_gateway(workers, policy=routing.policy, args=routing.args) as gateway,
-        session_server(gateway.url, plugin=routing.plugin) as server,
+        smg_gateway(workers, policy=policy.name, args=policy.args) as gateway,
+        session_server(gateway.url, plugin=policy.plugin) as server,
         aiohttp.ClientSession(
             raise_for_status=check_status, timeout=aiohttp.ClientTimeout(total=TURN_SECONDS)
         ) as client,

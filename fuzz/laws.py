@@ -1,21 +1,41 @@
 """The laws that hold for any input. The property tests ask them too."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+import asyncio
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
+from aiohttp import ClientSession, TraceRequestStartParams
 from multidict import CIMultiDict
 from yarl import URL
 
-from aiohttp_smg_routing import ConfigError, RoutingConfig, routing_key, routing_session
-from aiohttp_smg_routing.call import begin
-from aiohttp_smg_routing.values import several
+from aiohttp_smg_routing import ConfigError, Routing, RoutingConfig, routing_key, routing_session
 
 ROUTING_HEADERS = ("X-SMG-Routing-Key", "X-SMG-Target-Worker")
-CONFIG = RoutingConfig("http://gw.example/base")
+ROUTING = Routing({"gateway": "http://gw.example/base"})
+CHAT = URL("http://gw.example/base/v1/chat/completions")
+#: The name of the session id in a ``pin_by``.
+SESSION_ID = "session_id"
 #: Where it stands in a config a credential may stand.
 HIDDEN = "hush-7f3a"
+
+
+def _closed_session() -> ClientSession:
+    async def make() -> ClientSession:
+        async with ClientSession() as session:
+            return session
+
+    loop = asyncio.new_event_loop()
+    try:
+        return loop.run_until_complete(make())
+    finally:
+        loop.close()
+
+
+#: The session whose calls the hook sees. It is closed: no call of it goes out.
+SESSION = _closed_session()
 
 
 class LawError(AssertionError):
@@ -33,14 +53,66 @@ def key(one: str, other: str, form: Mapping[str, Any]) -> None:
     keys = [routing_key(session_id, **form) for session_id in (one, other)]
     prefix = form.get("prefix", "")
     for given in keys:
-        law(given.startswith(prefix), one, other, form, keys)
-        law(1 <= len(given) <= 128, one, other, form, keys)
-        law(all("!" <= character <= "~" for character in given), one, other, form, keys)
+        _good_key(given, prefix, one, other, form)
     law(routing_key(one, **form) == keys[0], one, form)
     law((keys[0] == keys[1]) == (one == other), one, other, form, keys)
     # Of all ids the key itself, as a client may have read it, is the nearest to a second one.
     copied = keys[0][len(prefix) :]
     law(copied == one or routing_key(copied, **form) != keys[0], one, form, keys)
+
+
+def _good_key(given: str, *shown: Any) -> None:
+    prefix = shown[0]
+    law(given.startswith(prefix), given, *shown)
+    law(1 <= len(given) <= 128, given, *shown)
+    law(all("!" <= character <= "~" for character in given), given, *shown)
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What shares a worker: a ``pin_by``, the session, and what the sources in it found."""
+
+    pin_by: str
+    session_id: str
+    found: Mapping[str, str | None]
+
+    def key(self, form: Mapping[str, Any]) -> str:
+        """Return the key that a call carries."""
+        form = {"key": "digest", **form} if self.pin_by == "{session_id}" else form
+        routing = Routing(RoutingConfig("http://gw.example/base", pin_by=self.pin_by, **form))
+        with routing_session(self.session_id, self.found):
+            return sent(routing, "POST", CHAT).getone(ROUTING_HEADERS[0])
+
+    def meaning(self, names: Sequence[str]) -> tuple[object, ...]:
+        """Return what is the same where the key is; ``names`` are the sources in ``pin_by``."""
+        found = [self.session_id if it == SESSION_ID else self.found.get(it) for it in names]
+        if self.pin_by == "{session_id}" or not all(it and it.strip() for it in found):
+            return (SESSION_ID, self.session_id)
+        return ("shared", self.pin_by, *found)
+
+
+def shared(one: Shared, other: Shared, names: Sequence[Sequence[str]], form: Any) -> None:
+    """Ask that no two combinations share a key, and none that of a session id.
+
+    ``names`` are the sources in the ``pin_by`` of both, and ``form`` is what their configs say of
+    the key.
+    """
+    keys = [one.key(form), other.key(form)]
+    for given in keys:
+        _good_key(given, form.get("prefix", ""), one, other, form)
+    law(one.key(form) == keys[0], one, form)
+    meant = [it.meaning(its) for it, its in zip((one, other), names, strict=True)]
+    law((keys[0] == keys[1]) == (meant[0] == meant[1]), one, other, form, keys)
+    # The ids that are the nearest: what the parts spell, and the key as a client may have read it.
+    ids = {*one.found.values(), one.pin_by, keys[0], keys[0][len(form.get("prefix", "")) :]}
+    spelled = one.pin_by
+    for name in names[0]:
+        spelled = spelled.replace(f"{{{name}}}", str(one.found.get(name, one.session_id)))
+    texts = [one.pin_by, *(one.found.get(name, one.session_id) or "" for name in names[0])]
+    lengths = "".join(f"{len(it.encode('utf-8', 'surrogatepass'))}:{it}" for it in texts)
+    for near in {*ids, spelled, lengths}:
+        if near and near.strip() and meant[0] != (SESSION_ID, near):
+            law(routing_key(near, **form) != keys[0], near, one, form, keys)
 
 
 def config(mapping: Mapping[str, Any]) -> None:
@@ -54,21 +126,40 @@ def config(mapping: Mapping[str, Any]) -> None:
         law(bool(error.faults and str(error)), mapping)
         law(HIDDEN not in str(error), mapping)
         return
-    urls = [URL(url) for url in several(made.gateway)]
-    is_plain = any(HIDDEN in f"{url.raw_host}{url.raw_path}" for url in urls)  # no credential
+    # A host or a path is no credential.
+    is_plain = any(HIDDEN in f"{url.raw_host}{url.raw_path}" for url in made.gateway)
     law(is_plain or HIDDEN not in repr(made), mapping)
-    values = {field.name: getattr(made, field.name) for field in fields(made) if field.init}
-    for again in (RoutingConfig.from_mapping(mapping), RoutingConfig(**values)):
+    values = {field.name: getattr(made, field.name) for field in fields(made)}
+    for again in (RoutingConfig.from_mapping(mapping), RoutingConfig(**values), replace(made)):
         law(again == made and hash(again) == hash(made), mapping)
+    routing = Routing(replace(made, metrics=None, metrics_registry=None))
     for url in (URL("http://gw"), URL("http://gw/")):
-        law(not made.tags("POST", url), mapping)
+        law(routing.gateway_of("POST", url) is None, mapping)
+    for gateway in made.gateway:
+        for path in made.paths:
+            url = URL(f"{gateway}{path}", encoded=True)
+            tagged = routing.gateway_of("POST", url) is not None
+            law(tagged == made.enabled, mapping)
+            law("?" not in str(url) and "//" not in url.raw_path[:2], mapping)
 
 
 def matcher(method: str, url: URL, session_id: str, headers: Sequence[tuple[str, str]]) -> None:
     """Ask that a call to the gateway has one key, and that no other call is tagged."""
-    tagged = CONFIG.tags(method, url)
-    text = str(url)
+    tagged = ROUTING.gateway_of(method, url) is not None
+    explained = ROUTING.explain(method, url)
+    law((" carries X-SMG-Routing-Key" in explained) == tagged, method, url, explained)
+    law((" goes out without a key: " in explained) != tagged, method, url, explained)
+    with routing_session(session_id):
+        arrived = sent(ROUTING, method, url, headers)
+    if tagged:
+        law(arrived.getall(ROUTING_HEADERS[0]) == [routing_key(session_id)], session_id, headers)
+        law(ROUTING_HEADERS[1] not in arrived, headers)
+        others = [pair for pair in CIMultiDict(headers).items() if not _routes(pair[0])]
+        law([pair for pair in arrived.items() if not _routes(pair[0])] == others, headers)
+    else:
+        law([*arrived.items()] == [*CIMultiDict(headers).items()], method, url, headers)
     try:
+        text = str(url)
         read = urlsplit(text)
         there = (read.scheme, read.hostname, read.port or 80, read.path)
     except ValueError:
@@ -82,18 +173,26 @@ def matcher(method: str, url: URL, session_id: str, headers: Sequence[tuple[str,
     if text.isprintable() and " " not in text and read.port != 0:
         law(tagged == meant, method, url)
     law(meant or not tagged, method, url)
-    if tagged:
-        _one_key(method, url, session_id, headers)
 
 
-def _one_key(method: str, url: URL, session_id: str, headers: Sequence[tuple[str, str]]) -> None:
-    sent = CIMultiDict(headers)
-    with routing_session(session_id):
-        begin(CONFIG, None, method, url, sent)
-    law(sent.getall(ROUTING_HEADERS[0]) == [routing_key(session_id)], session_id, headers)
-    law(ROUTING_HEADERS[1] not in sent, headers)
-    others = [pair for pair in CIMultiDict(headers).items() if not _routes(pair[0])]
-    law([pair for pair in sent.items() if not _routes(pair[0])] == others, headers)
+def sent(
+    routing: Routing, method: str, url: URL, headers: Sequence[tuple[str, str]] = ()
+) -> "CIMultiDict[str]":
+    """Return the headers of a call as the hook lets it go."""
+    hook, going = routing.trace_config(), CIMultiDict(headers)
+    hook.freeze()
+    start = TraceRequestStartParams(method, url, going)
+    _finish(hook.on_request_start.send(SESSION, SimpleNamespace(), start))
+    return going
+
+
+def _finish(coroutine: Coroutine[Any, Any, object]) -> None:
+    """Run a coroutine that awaits nothing: a loop would take longer than all the rest."""
+    try:
+        coroutine.send(None)
+    except StopIteration:
+        return
+    raise LawError("the hook waits for something")
 
 
 def _routes(name: str) -> bool:

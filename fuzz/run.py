@@ -1,19 +1,19 @@
 """Fuzz one target: ``python -m fuzz.run TARGET``, with libFuzzer's arguments after it."""
 
+import re
 import sys
+from dataclasses import fields
 from typing import Any
 
 import atheris
 from yarl import URL
 
 with atheris.instrument_imports(include=["aiohttp_smg_routing"]):
+    from aiohttp_smg_routing import RoutingConfig
+
     from . import laws
 
-_FIELDS = (
-    *("gateway", "enabled", "session_id", "ignore_ids", "paths", "header", "key", "secret"),
-    *("prefix", "on_missing", "client_session", "track_sessions", "on_move", "metrics"),
-    "hide_worker_ids",
-)
+_FIELDS = tuple(field.name for field in fields(RoutingConfig))
 _BEGINNINGS = [
     "http://",
     "http://gw.example",
@@ -22,7 +22,8 @@ _BEGINNINGS = [
     "",
 ]
 _ENDINGS = ["/base/v1/chat/completions", "v1/chat/completions", "/chat/completions", ""]
-_NEARLY = {"gateway": "http://", "session_id": "json:", "paths": "/"}
+_NEARLY = {"gateway": "http://", "session_id": "json:", "pin_by": "{session_id}", "paths": "/"}
+_NAMES = ["session_id", "json:a", "header:b", "json:a.b"]
 _PIECES = [
     *(
         "/",
@@ -49,17 +50,32 @@ _PIECES = [
 
 
 def key(data: Any) -> None:
-    """Make up two ids, and a form of their keys."""
+    """Make up two ids, or two combinations of what shares a worker, and a form of their keys."""
     form = {
         "key": data.PickValueInList(["session_id", "digest"]),
         "secret": _text(data, 8) or None,
         "prefix": "job-7/" if data.ConsumeBool() else "",
     }
-    one, other = _text(data, 150), _text(data, 150)
     if data.ConsumeBool():
-        other = one + other  # ids that are near to each other
-    if one.strip() and other.strip():
-        laws.key(one, other, form)
+        (one, its), (other, others) = _combination(data), _combination(data)
+        laws.shared(one, other, [its, others], {**form, "key": "digest"})
+        return
+    first, second = _text(data, 150), _text(data, 150)
+    if data.ConsumeBool():
+        second = first + second  # ids that are near to each other
+    if first.strip() and second.strip():
+        laws.key(first, second, form)
+
+
+def _combination(data: Any) -> tuple[laws.Shared, list[str]]:
+    """Return what shares a worker, and the sources in its ``pin_by``."""
+    count = data.ConsumeIntInRange(1, 3)
+    names = [data.PickValueInList(_NAMES) for _ in range(count)]
+    between = [re.sub("[{}]", "", _text(data, 3)) for _ in names]
+    pin_by = "".join(f"{{{name}}}{text}" for name, text in zip(names, between, strict=True))
+    found = {name: _text(data, 6) or None for name in names if name != laws.SESSION_ID}
+    session_id = _text(data, 6)
+    return laws.Shared(pin_by, session_id if session_id.strip() else "s", found), names
 
 
 def matcher(data: Any) -> None:
@@ -74,10 +90,7 @@ def matcher(data: Any) -> None:
     encoded = data.ConsumeBool()
     try:
         url = URL(text, encoded=encoded)
-        is_absolute = bool(url.raw_host and url.port)  # yarl may raise only now
     except (ValueError, IndexError):
-        return
-    if not is_absolute:  # aiohttp refuses it before it shows it to any hook
         return
     laws.matcher(method, url, session_id if session_id.strip() else "s", headers)
 
@@ -107,7 +120,7 @@ def _value(data: Any, name: str) -> Any:
         text += data.PickValueInList(credential) + _pieces(data)
     elif name in ("key", "secret") or name not in _FIELDS:
         text = data.PickValueInList(["digest", text + laws.HIDDEN])
-    return text.replace("call:", "call:no.")  # what a config names is imported
+    return text
 
 
 def _text(data: Any, longest: int) -> str:

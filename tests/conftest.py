@@ -1,17 +1,11 @@
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-import aiohttp
 import pytest
 from aiohttp import ClientSession, web
 from yarl import URL
 
-from aiohttp_smg_routing import (
-    RoutingConfig,
-    routing_client_middleware,
-    routing_trace_config,
-    setup,
-)
+from aiohttp_smg_routing import setup
 from aiohttp_smg_routing.gateway import CHAT_COMPLETIONS
 from aiohttp_smg_routing.testing import Recorder, recording_gateway
 
@@ -19,15 +13,6 @@ CLIENT = web.AppKey("client", ClientSession)
 
 Headers = list[tuple[str, str]]
 Forward = Callable[[web.Request], Any]
-
-Outbound = Callable[[RoutingConfig], dict[str, Any]]
-OUTBOUND: dict[str, Outbound] = {
-    "hook": lambda config: {"trace_configs": [routing_trace_config(config)]},
-}
-if hasattr(aiohttp, "ClientMiddlewareType"):  # aiohttp 3.12+
-    OUTBOUND["client middleware"] = lambda config: {
-        "middlewares": [routing_client_middleware(config)]
-    }
 
 # The body is sent anew; all else is copied.
 _FRAMING = {"host", "content-length", "transfer-encoding"}
@@ -49,13 +34,6 @@ async def client() -> AsyncIterator[ClientSession]:
     """A client of the server under test, and of nothing else: it has no hook."""
     async with ClientSession() as session:
         yield session
-
-
-@pytest.fixture(params=OUTBOUND.values(), ids=list(OUTBOUND))
-def outbound(request: pytest.FixtureRequest) -> Outbound:
-    """Return what gives a ClientSession the outbound half, in each of its forms."""
-    form: Outbound = request.param
-    return form
 
 
 def copied(request: web.Request) -> Headers:

@@ -12,11 +12,9 @@ import trustme
 from aiohttp import ClientError, ClientRequest, ClientResponse, ClientSession, TCPConnector
 from aiohttp.connector import Connection
 
-from aiohttp_smg_routing import RoutingConfig, routing_session
+from aiohttp_smg_routing import Routing, RoutingConfig, routing_session
 from aiohttp_smg_routing.gateway import ROUTING_KEY_HEADER, TARGET_WORKER_HEADER
 from aiohttp_smg_routing.testing import Answer, Call, Recorder, answer, recording_gateway
-
-from .conftest import Outbound
 
 #: How a call is refused before it leaves; aiohttp 3.9 asserts that a URL has a scheme of its own.
 _REFUSED = (ClientError, ValueError, IndexError, OSError, AssertionError)
@@ -108,7 +106,6 @@ class Origins:
     async def assert_key_or_nothing(
         self,
         gateway: Gateway,
-        outbound: Outbound,
         send: Send,
         *,
         answers: tuple[Answer, ...] = (),
@@ -120,9 +117,9 @@ class Origins:
         with it is returned.
         """
         plain_error, plain = await self.send(gateway, send, answers, **session)
-        plugin = outbound(RoutingConfig(gateway.said))
+        hook = Routing(RoutingConfig(gateway.said)).trace_config()
         with routing_session("s-1"):
-            error, tagged = await self.send(gateway, send, answers, **plugin, **session)
+            error, tagged = await self.send(gateway, send, answers, trace_configs=[hook], **session)
         assert error is plain_error
         assert len(tagged) == len(plain)
         for before, after in zip(plain, tagged, strict=True):

@@ -13,7 +13,7 @@ import aiohttp
 from yarl import URL
 
 from ..config import RoutingConfig
-from ..key import SessionId
+from ..keys import SessionId
 from .processes import child_process, free_ports
 from .recorder import Recorder, assert_pinned, recording_gateway
 

@@ -13,7 +13,7 @@ from yarl import URL
 
 from ..config import RoutingConfig, as_config
 from ..gateway import CHAT_COMPLETIONS, ROUTING_KEY_HEADER
-from ..key import SessionId, routing_key
+from ..keys import SessionId, routing_key
 from .answers import Answer, canned
 from .call import Call, read_call
 

@@ -8,8 +8,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 from yarl import URL
 
-from ..gateway import POLICY_BRANCHES, WORKER_SELECTIONS
 from .call import BRIEF, CallError, Client
+from .facts import POLICY_BRANCHES, WORKER_SELECTIONS
 from .seen import Counters
 
 

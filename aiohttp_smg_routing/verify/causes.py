@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..gateway import KEY_BRANCHES, NO_KEY_BRANCHES, VALID_KEY
+from ..gateway import VALID_KEY
 from .evidence import (
     counts_any_call,
     counts_no_key,
@@ -13,6 +13,7 @@ from .evidence import (
     more_than_chance,
     worker_count,
 )
+from .facts import KEY_BRANCHES, NO_KEY_BRANCHES
 from .seen import Answer, Counters, Failure, Seen, Summary, by_session
 
 _REPLICAS_ADVICE = (

@@ -18,7 +18,7 @@ from typing import Any
 import click
 from yarl import URL
 
-from ..gateway import METRICS_PORT
+from .facts import METRICS_PORT
 from .judge import EXIT_STATUS, Verdict, judge
 from .play import Play
 from .report import Bars, lasting, show_plan, show_seen, show_verdict, terminal, write_json

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from math import exp, lgamma
 
-from ..gateway import KEY_BRANCHES
+from .facts import KEY_BRANCHES
 from .seen import Counters, Seen, Summary, by_session
 
 _CHANCE = 0.001  # less likely than this to be chance counts as seen

@@ -19,7 +19,7 @@ from aiohttp import ClientSession, TCPConnector, web
 from session_server import CLIENT, make_app
 from yarl import URL
 
-from aiohttp_smg_routing import PINS, PinLedger
+from aiohttp_smg_routing import ROUTING, PinLedger, PinSummary
 from aiohttp_smg_routing.testing import Call, Recorder, canned
 from soak.servers import Worker
 
@@ -169,7 +169,12 @@ class Server:
 
     @property
     def pins(self) -> PinLedger:
-        return self.app[PINS]
+        return self.app[ROUTING].pins
+
+    @property
+    def pinned(self) -> dict[str, str | None]:
+        """The worker of each session, as the ledger has it."""
+        return {pin.session: pin.worker for pin in self.pins.sessions()}
 
     @property
     def calls_under_way(self) -> int:
@@ -208,9 +213,9 @@ async def session_server(
             yield server
             await until(lambda: not server.calls_under_way)
             assert connections_to(port) or not HAS_PROC, "they are seen"
-            assert set(server.pins.sessions()) == (set(agents.by_id) if plugin else set())
+            assert set(server.pinned) == (set(agents.by_id) if plugin else set())
             if not plugin:
-                assert server.pins.summary() == PinLedger(server.pins.config).summary()
+                assert server.pins.summary() == PinSummary()
     finally:
         await runner.cleanup()
     await until(lambda: running_tasks() <= tasks)

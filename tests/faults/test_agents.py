@@ -9,7 +9,7 @@ from aiohttp import ClientSession, ClientTimeout, web
 from aiohttp.test_utils import TestClient, TestServer
 from yarl import URL
 
-from aiohttp_smg_routing import PINS, setup
+from aiohttp_smg_routing import ROUTING, setup
 from aiohttp_smg_routing.testing import Answer, Call, SmgGateway, smg_gateway
 
 from ..conftest import CLIENT
@@ -45,11 +45,14 @@ async def hang_up(
     async with session_server(smg.url, plugin=plugin) as server:
         agents = server.agents
         turns = [await agents.all(1)]
+        begun = {each: asyncio.Event() for each in SESSIONS}
         second = {
-            each: asyncio.create_task(agent.turn(2, stream=stream))
+            each: asyncio.create_task(agent.turn(2, stream=stream, begun=begun[each]))
             for each, agent in agents.by_id.items()
         }
         await until(lambda: len(turns_of(*smg.workers)) == 2 * len(SESSIONS))
+        if stream:  # each agent has a piece of its answer
+            await soon(asyncio.gather(*(event.wait() for event in begun.values())))
         for each in LEAVING:
             second[each].cancel()
         # Their calls have left the gateway, and only theirs.
@@ -166,10 +169,12 @@ async def give_up(smg: SmgGateway, release: asyncio.Event, *, enabled: bool) -> 
         connector = app[CLIENT].connector
         assert connector is not None
         await until(lambda: not connector._acquired)
-        counted = app[PINS].summary()
+        pins = app[ROUTING].pins
+        counted = pins.summary()
         if enabled:
             assert (counted.failed, counted.first) == (len(sessions), len(sessions))
-        assert set(app[PINS].sessions()) == ({each for _, each in sessions} if enabled else set())
+        pinned = {pin.session for pin in pins.sessions()}
+        assert pinned == ({each for _, each in sessions} if enabled else set())
     release.set()
     await until(lambda: running_tasks() <= before)
     return statuses

@@ -35,8 +35,7 @@ async def kill_and_restart(
                 pinned = len(SESSIONS)
                 assert +await smg.branches() == {"vacant": pinned, "occupied_hit": pinned}
         if plugin:
-            pins = {each: pin.worker for each, pin in server.pins.sessions().items()}
-            assert pins == {each: agent.worker for each, agent in agents.by_id.items()}
+            assert server.pinned == {each: agent.worker for each, agent in agents.by_id.items()}
         assert await agents.turns_kept() == dict.fromkeys(SESSIONS, 3)
     return [list(turn.values()) for turn in turns]
 

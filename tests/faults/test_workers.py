@@ -46,9 +46,8 @@ def count_received(worker: Worker) -> int:
 
 def assert_the_ledger_is_right(server: Server, *, plugin: bool) -> None:
     """Assert that it has each session, where its agent saw it; without the plugin it has none."""
-    pins = {session_id: pin.worker for session_id, pin in server.pins.sessions().items()}
     seen = {each: agent.worker for each, agent in server.agents.by_id.items()}
-    assert pins == (seen if plugin else {})
+    assert server.pinned == (seen if plugin else {})
 
 
 async def until_all_are_answered(server: Server, number: int) -> None:

@@ -6,7 +6,7 @@ import pytest
 from aiohttp import ClientSession, TCPConnector
 from pytest_aiohttp.plugin import AiohttpClient
 
-from aiohttp_smg_routing import RoutingConfig, routing_session, routing_trace_config
+from aiohttp_smg_routing import Routing, RoutingConfig, routing_session
 from aiohttp_smg_routing.testing import Call, SmgGateway, StartSmgGateway
 
 from ..conftest import session_server
@@ -111,7 +111,7 @@ async def test_any_session_id_has_a_key_that_the_gateway_takes(
 ) -> None:
     smg = await smg_gateway(2, policy=policy)
     config = RoutingConfig(smg.url, prefix="job-7/")
-    async with ClientSession(trace_configs=[routing_trace_config(config)]) as session:
+    async with ClientSession(trace_configs=[Routing(config).trace_config()]) as session:
         for session_id in ODD_IDS:
             async with routing_session(session_id):
                 for _ in range(5):
@@ -143,7 +143,7 @@ async def test_every_path_that_the_config_names_is_pinned_and_no_other(
     smg = await smg_gateway(3, policy=policy)
     for path, body in BODIES.items():
         config = RoutingConfig(smg.url, paths=path)
-        async with ClientSession(trace_configs=[routing_trace_config(config)]) as session:
+        async with ClientSession(trace_configs=[Routing(config).trace_config()]) as session:
             for number in range(5):
                 async with routing_session(f"{path}#{number}"):
                     for _ in range(4):

@@ -1,19 +1,26 @@
 """The ledger against the real gateway: what it counts is what the gateway did."""
 
 import asyncio
+import itertools
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 import pytest
-from aiohttp import TCPConnector, web
+from aiohttp import ClientSession, TCPConnector, web
 from aiohttp.test_utils import TestClient
 from pytest_aiohttp.plugin import AiohttpClient
 from yarl import URL
 
-from aiohttp_smg_routing import PINS, PinSummary
-from aiohttp_smg_routing.testing import free_port, recording_gateway, smg_gateway
+from aiohttp_smg_routing import ROUTING, PinSummary, Routing, RoutingConfig, routing_session
+from aiohttp_smg_routing.testing import (
+    SmgGateway,
+    StartSmgGateway,
+    free_port,
+    recording_gateway,
+)
+from aiohttp_smg_routing.testing import smg_gateway as run_smg_gateway
 
 from ..conftest import session_server
 from ..workers import chat, names_workers, worker_processes
@@ -41,21 +48,21 @@ async def test_when_a_worker_is_killed_exactly_its_sessions_move_once(
     args = ["--assignment-mode", "min_group"]
     async with (
         worker_processes(3) as processes,
-        smg_gateway(list(processes), policy="manual", args=args) as smg,
+        run_smg_gateway(list(processes), policy="manual", args=args) as smg,
     ):
         app = session_server(smg.url)
         client = await aiohttp_client(app)
         for _ in range(3):
             await turn(client, sessions)
-        pins = app[PINS]
+        pins = app[ROUTING].pins
         dead = next(iter(processes))
-        lost = {key for key, pin in pins.sessions().items() if pin.worker == str(dead).rstrip("/")}
+        lost = {pin.session for pin in pins.sessions() if pin.worker == str(dead).rstrip("/")}
         assert 0 < len(lost) < len(sessions)
         processes[dead].kill()
         await processes[dead].wait()
         for _ in range(3):
             await turn(client, sessions)
-        moved = {key for key, pin in pins.sessions().items() if pin.moves}
+        moved = {pin.session for pin in pins.sessions() if pin.moves}
         assert moved == lost
         moves = len(lost)
         assert pins.summary() == PinSummary(first=30, kept=150 - moves, moved=moves, sessions=30)
@@ -77,7 +84,7 @@ async def test_the_moves_after_a_gateway_has_lost_its_sticky_map_are_seen(
         workers = [await stack.enter_async_context(recording_gateway()) for _ in range(3)]
         for _ in range(2):  # a gateway, and the one that takes its place
             urls = [worker.url for worker in workers]
-            async with smg_gateway(urls, policy="manual", port=port) as smg:
+            async with run_smg_gateway(urls, policy="manual", port=port) as smg:
                 for _ in range(2):
                     await turn(client, sessions)
                 assert (await smg.branches())["vacant"] == len(sessions)
@@ -86,7 +93,7 @@ async def test_the_moves_after_a_gateway_has_lost_its_sticky_map_are_seen(
                     served[user].append(worker.url)
                 worker.calls.clear()
         moves = sum(first != second for first, second in served.values())
-    summary = app[PINS].summary()
+    summary = app[ROUTING].pins.summary()
     assert summary == PinSummary(first=40, kept=120 - moves, moved=moves, sessions=40)
     assert moves > 0  # of 40 sessions each stays with a chance of one third
 
@@ -96,7 +103,7 @@ async def test_fifty_thousand_turns_are_counted_to_the_last(aiohttp_client: Aioh
     sessions, turns = 5000, 10
     async with (
         worker_processes(3) as processes,
-        smg_gateway(list(processes), policy="manual") as smg,
+        run_smg_gateway(list(processes), policy="manual") as smg,
     ):
         app = session_server(smg.url)
         client = await aiohttp_client(app, connector=TCPConnector(limit=64))
@@ -110,7 +117,59 @@ async def test_fifty_thousand_turns_are_counted_to_the_last(aiohttp_client: Aioh
             "vacant": sessions,
             "occupied_hit": sessions * (turns - 1),
         }
-    assert app[PINS].summary() == PinSummary(
+    assert app[ROUTING].pins.summary() == PinSummary(
         first=sessions, kept=sessions * (turns - 1), sessions=sessions
     )
-    assert sum(app[PINS].workers().values()) == sessions
+    assert sum(app[ROUTING].pins.workers().values()) == sessions
+
+
+async def play_rounds(
+    routing: Routing, gateways: Sequence[SmgGateway], sessions: Sequence[str], rounds: int
+) -> dict[str, list[str]]:
+    """Play a turn of each session at each gateway in turn; return the workers that served it."""
+    served: dict[str, list[str]] = {session_id: [] for session_id in sessions}
+    hooks = [routing.trace_config()]
+    async with ClientSession(raise_for_status=True, trace_configs=hooks) as session:
+        for _, session_id, smg in itertools.product(range(rounds), sessions, gateways):
+            with routing_session(session_id):
+                url = smg.url / "v1/chat/completions"
+                async with session.post(url, json=chat(session_id)) as response:
+                    served[session_id].append(response.headers["X-SMG-Routed-Worker-Id"])
+    return served
+
+
+@names_workers
+async def test_gateways_with_workers_of_their_own_pin_each_for_itself(
+    smg_gateway: StartSmgGateway,
+) -> None:
+    sessions = [f"s-{number}" for number in range(6)]
+    gateways = [await smg_gateway(2, policy="manual") for _ in range(2)]
+    routing = Routing(RoutingConfig([smg.url for smg in gateways]))
+    served = await play_rounds(routing, gateways, sessions, rounds=4)
+    assert routing.pins.summary() == PinSummary(first=12, kept=36, sessions=6)
+    for session_id in sessions:
+        [at_first, at_second] = routing.pins.of(session_id)
+        assert [at_first.worker, at_second.worker] * 4 == served[session_id]
+        assert [at_first.gateway, at_second.gateway] == [str(smg.url) for smg in gateways]
+
+
+@names_workers
+async def test_manual_gateways_before_the_same_workers_show_the_sessions_that_they_split(
+    smg_gateway: StartSmgGateway,
+) -> None:
+    sessions = [f"s-{number}" for number in range(20)]
+    first = await smg_gateway(2, policy="manual")
+    workers = [worker.url for worker in first.workers]
+    gateways = [first, await smg_gateway(workers, policy="manual")]
+    routing = Routing(RoutingConfig([smg.url for smg in gateways]))
+    # By the end of the first round it is known that they have the workers in common.
+    await play_rounds(routing, gateways, sessions, rounds=2)
+    before = routing.pins.summary()
+    served = await play_rounds(routing, gateways, sessions, rounds=3)
+    after = routing.pins.summary()
+    split = [session_id for session_id in sessions if len(set(served[session_id])) == 2]
+    assert 0 < len(split) < len(sessions)  # each with a chance of one half
+    assert after.moved - before.moved == 6 * len(split)
+    assert after.kept - before.kept == 6 * (len(sessions) - len(split))
+    assert [pin.session for pin in routing.pins.sessions()] == sessions
+    assert {pin.session for pin in routing.pins.sessions() if pin.moves} == set(split)

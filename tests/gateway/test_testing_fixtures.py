@@ -19,7 +19,7 @@ async def test_server(aiohttp_client, recording_gateway):
 
     app = web.Application()
     app.router.add_post("/{session_id}", handler)
-    setup(app, {"gateway": str(recording_gateway.url), "client_session": "all"})
+    setup(app, {"gateway": str(recording_gateway.url), "instrument": True})
     client = await aiohttp_client(app)
     for _ in range(3):
         async with client.post("/s-1", json={"messages": []}) as answer:

@@ -4,7 +4,7 @@ from importlib.machinery import BuiltinImporter
 import pytest
 from aiohttp import ClientSession
 
-from aiohttp_smg_routing import routing_session, routing_trace_config
+from aiohttp_smg_routing import Routing, routing_session
 from aiohttp_smg_routing.testing import StartSmgGateway, free_port, smg_gateway
 
 from ..workers import chat
@@ -21,7 +21,7 @@ async def test_missing_gateway_names_the_extra(monkeypatch: pytest.MonkeyPatch) 
 async def test_pinned_is_all_calls_on_one_of_the_workers(smg_gateway: StartSmgGateway) -> None:
     smg = await smg_gateway(3, policy="manual")
     assert len(smg.workers) == 3
-    hook = routing_trace_config({"gateway": str(smg.url)})
+    hook = Routing({"gateway": str(smg.url)}).trace_config()
     async with ClientSession(trace_configs=[hook]) as session:
         for session_id in ("s-1", "s-2", "s-1"):
             with routing_session(session_id):
@@ -34,7 +34,7 @@ async def test_pinned_is_all_calls_on_one_of_the_workers(smg_gateway: StartSmgGa
 
 async def test_not_pinned_is_calls_on_several_workers(smg_gateway: StartSmgGateway) -> None:
     smg = await smg_gateway(2, policy="round_robin")  # which does not read the key
-    hook = routing_trace_config({"gateway": str(smg.url)})
+    hook = Routing({"gateway": str(smg.url)}).trace_config()
     async with ClientSession(trace_configs=[hook]) as session:
         for _ in range(4):
             with routing_session("s-1"):

@@ -18,7 +18,7 @@ async def make_app() -> web.Application:
     app = unedited.make_app()
     setup(
         app,
-        {"gateway": os.environ["GATEWAY"], "client_session": "all", "session_id": "json:user"},
+        {"gateway": os.environ["GATEWAY"], "instrument": True, "session_id": "json:user"},
     )
     return app
 

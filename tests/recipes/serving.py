@@ -36,7 +36,7 @@ def asks(ask: Callable[[web.Request], Awaitable[web.Response]], gateway: URL) ->
     """Return a server that asks an SDK, whose ClientSession is its own, in each turn."""
     app = web.Application()
     app.router.add_post("/sessions/{session_id}/ask", ask)
-    setup(app, {"gateway": str(gateway), "client_session": "all"})
+    setup(app, {"gateway": str(gateway), "instrument": True})
     return app
 
 

@@ -8,20 +8,19 @@ from aiohttp_client_cache.backends.base import CacheBackend
 from aiohttp_client_cache.session import CachedSession
 from pytest_aiohttp.plugin import AiohttpClient
 
-from aiohttp_smg_routing import PINS, PinSummary, routing_trace_config, setup
+from aiohttp_smg_routing import PinSummary, setup
 from aiohttp_smg_routing.testing import Recorder
 
 from .serving import SESSIONS, assert_no_crosstalk, chat, play
 
 
-@pytest.mark.parametrize("client_session", ["all", ""])
+@pytest.mark.parametrize("instrument", [True, False])
 async def test_what_goes_out_carries_the_key_and_what_is_cached_is_no_call(
-    recording_gateway: Recorder, aiohttp_client: AiohttpClient, client_session: str
+    recording_gateway: Recorder, aiohttp_client: AiohttpClient, instrument: bool
 ) -> None:
-    config = {"gateway": str(recording_gateway.url), "client_session": client_session}
-    arguments: dict[str, Any] = (
-        {} if client_session else {"trace_configs": [routing_trace_config(config)]}
-    )
+    app = web.Application()
+    routing = setup(app, {"gateway": str(recording_gateway.url), "instrument": instrument})
+    arguments: dict[str, Any] = {} if instrument else {"trace_configs": [routing.trace_config()]}
     cache = CacheBackend(allowed_methods=("POST",))
 
     async def handler(request: web.Request) -> web.Response:
@@ -31,12 +30,10 @@ async def test_what_goes_out_carries_the_key_and_what_is_cached_is_no_call(
         ):
             return web.Response(body=await answer.read())
 
-    app = web.Application()
     app.router.add_post("/{session_id}", handler)
-    setup(app, config)
     client = await aiohttp_client(app)
     await play(
         client.make_url("/"), lambda session_id: {"url": session_id, "json": chat(session_id)}
     )
     assert_no_crosstalk(recording_gateway, turns=1)
-    assert app[PINS].summary() == PinSummary(unknown=len(SESSIONS), sessions=len(SESSIONS))
+    assert routing.pins.summary() == PinSummary(unknown=len(SESSIONS), sessions=len(SESSIONS))

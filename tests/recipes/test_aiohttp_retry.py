@@ -1,14 +1,13 @@
 """aiohttp-retry: each attempt keeps the key."""
 
 from collections.abc import AsyncIterator
-from typing import Any
 
 import pytest
 from aiohttp import web
 from aiohttp_retry import ExponentialRetry, RetryClient
 from pytest_aiohttp.plugin import AiohttpClient
 
-from aiohttp_smg_routing import PINS, RoutingConfig, routing_trace_config, setup
+from aiohttp_smg_routing import RoutingConfig, setup
 from aiohttp_smg_routing.testing import Recorder, failure
 
 from .serving import SESSIONS, chat
@@ -17,12 +16,13 @@ RETRYING = web.AppKey("retrying", RetryClient)
 OPTIONS = ExponentialRetry(attempts=3, start_timeout=0.001)
 
 
-@pytest.mark.parametrize("client_session", [(), "all"])
+@pytest.mark.parametrize("instrument", [True, False])
 async def test_each_attempt_keeps_the_key(
-    recording_gateway: Recorder, aiohttp_client: AiohttpClient, client_session: Any
+    recording_gateway: Recorder, aiohttp_client: AiohttpClient, instrument: bool
 ) -> None:
-    config = RoutingConfig(recording_gateway.url, client_session=client_session)
-    hooks = [] if client_session else [routing_trace_config(config)]
+    app = web.Application()
+    routing = setup(app, RoutingConfig(recording_gateway.url, instrument=instrument))
+    hooks = [] if instrument else [routing.trace_config()]
 
     async def retry_client(app: web.Application) -> AsyncIterator[None]:
         async with RetryClient(retry_options=OPTIONS, trace_configs=hooks) as app[RETRYING]:
@@ -33,14 +33,12 @@ async def test_each_attempt_keeps_the_key(
         async with retrying.post(recording_gateway.chat, json=await request.json()) as answer:
             return web.Response(body=await answer.read(), status=answer.status)
 
-    app = web.Application()
     app.cleanup_ctx.append(retry_client)
     app.router.add_post("/sessions/{session_id}", handler)
-    setup(app, config)
     client = await aiohttp_client(app)
     for session_id in SESSIONS:
         recording_gateway.answer_with(failure(503), failure(500))
         async with client.post(f"/sessions/{session_id}", json=chat(session_id)) as response:
             assert response.status == 200
         recording_gateway.assert_pinned(session_id, turns=3)
-    assert app[PINS].summary().failed == 2 * len(SESSIONS)
+    assert routing.pins.summary().failed == 2 * len(SESSIONS)

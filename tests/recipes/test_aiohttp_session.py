@@ -31,6 +31,9 @@ async def test_each_browser_keeps_its_key(
         ):
             return web.Response(body=await answer.read())
 
+    async def logged_in(request: web.Request) -> str | None:
+        return (await aiohttp_session.get_session(request)).get("sid")
+
     app = web.Application()
     app.router.add_post("/log-in", log_in)
     app.router.add_post("/turn", turn)
@@ -39,8 +42,8 @@ async def test_each_browser_keeps_its_key(
         app,
         {
             "gateway": str(recording_gateway.url),
-            "client_session": "all",
-            "session_id": "aiohttp_session:sid",
+            "instrument": True,
+            "session_id": logged_in,
         },
     )
     url = (await aiohttp_client(app)).make_url("/")

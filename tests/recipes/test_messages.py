@@ -51,7 +51,7 @@ async def test_each_session_stays_on_one_worker(
         app,
         RoutingConfig(
             smg.url,
-            client_session="all",
+            instrument=True,
             session_id="json:metadata.user_id",
             paths=["/v1/messages"],
         ),

@@ -7,7 +7,7 @@ from aiohttp import web
 from openai import AsyncOpenAI, DefaultAioHttpClient
 from pytest_aiohttp.plugin import AiohttpClient
 
-from aiohttp_smg_routing import PINS
+from aiohttp_smg_routing import ROUTING
 from aiohttp_smg_routing.testing import Recorder, answer
 
 from .serving import asks, assert_no_crosstalk, chat, play_asks
@@ -59,4 +59,4 @@ async def test_the_sdks_own_retries_carry_it_too(
     async with client.post("/sessions/s-1/ask", json=chat("s-1")) as response:
         assert response.status == 200
     recording_gateway.assert_pinned("s-1", turns=3)
-    assert app[PINS].summary().failed == 2
+    assert app[ROUTING].pins.summary().failed == 2

@@ -86,7 +86,7 @@ async def test_app_runner(recording_gateway: Recorder) -> None:
 
 
 def config(gateway: Recorder, **values: Any) -> dict[str, Any]:
-    return {"gateway": str(gateway.url), "client_session": "all", **values}
+    return {"gateway": str(gateway.url), "instrument": True, **values}
 
 
 def view(gateway: Recorder) -> type[web.View]:

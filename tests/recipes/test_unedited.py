@@ -52,7 +52,7 @@ async def test_each_session_stays_on_one_worker(
 ) -> None:
     smg = await smg_gateway(3, policy="manual")
     app = make_app(smg.url)
-    config = RoutingConfig(smg.url, client_session="all", **values)
+    config = RoutingConfig(smg.url, instrument=True, **values)
     setup(app, config)
     client = await aiohttp_client(app)
     await play(client.make_url("/"), call)
@@ -71,7 +71,7 @@ async def test_placeholder_ids_are_no_session(
         app,
         {
             "gateway": str(smg.url),
-            "client_session": "all",
+            "instrument": True,
             "session_id": "json:user",
             "ignore_ids": "default",
         },
@@ -85,10 +85,10 @@ async def test_jobs_with_a_prefix_do_not_share_pins(
     smg_gateway: StartSmgGateway, aiohttp_client: AiohttpClient
 ) -> None:
     smg = await smg_gateway(3, policy="manual")
-    values = {"client_session": "all", "session_id": "json:user"}
+    values = {"instrument": True, "session_id": "json:user"}
     for job in ("job-7/", "job-8/"):
         app = make_app(smg.url)
-        setup(app, RoutingConfig(smg.url, prefix=job, **values))  # type: ignore[arg-type]
+        setup(app, RoutingConfig(smg.url, prefix=job, **values))
         client = await aiohttp_client(app)
         await play(client.make_url("/"), by_streamed_body)
     assert (await smg.branches())["vacant"] == 2 * len(SESSIONS)

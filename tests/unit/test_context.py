@@ -1,11 +1,32 @@
+"""Whose code is running: blocks, what is handed to other tasks, and generators."""
+
 import asyncio
 import contextvars
-from collections.abc import AsyncIterator
+import gc
+import itertools
+import logging
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from typing import Any
 from uuid import UUID
 
 import pytest
+from aiohttp import ClientSession, web
+from pytest_aiohttp.plugin import AiohttpClient
 
-from aiohttp_smg_routing import current_session_id, routing_session
+from aiohttp_smg_routing import (
+    ROUTING,
+    MissingSessionError,
+    PinSummary,
+    Routing,
+    RoutingConfig,
+    current_session_id,
+    in_session,
+    routing_session,
+)
+from aiohttp_smg_routing.testing import Recorder
+
+from ..conftest import CLIENT, session_server
 
 
 def test_outside_there_is_no_session() -> None:
@@ -72,15 +93,366 @@ async def test_concurrent_blocks_stay_apart() -> None:
     assert current_session_id() is None
 
 
-async def test_block_may_be_left_in_another_context_than_it_was_entered_in() -> None:
+async def test_a_block_says_what_the_sources_of_pin_by_find(gateway: Recorder) -> None:
+    routing = Routing(RoutingConfig(gateway.url, pin_by="{session_id}/{json:model}"))
+    async with ClientSession(trace_configs=[routing.trace_config()]) as session:
+
+        async def key(*block: Any) -> bytes:
+            with routing_session(*block):
+                async with session.post(gateway.chat):
+                    [sent] = gateway.last.keys
+                    return sent
+
+        judge = await key("s-1", {"json:model": "judge"})
+        assert await key("s-1", {"json:model": "judge"}) == judge
+        others = [
+            await key("s-1", {"json:model": "policy"}),
+            await key("s-2", {"json:model": "judge"}),
+            await key("s-1/judge"),
+        ]
+        assert len({judge, *others}) == 4
+        for nothing in ({}, {"json:model": None}, {"json:model": ""}, {"query:model": "judge"}):
+            assert await key("s-1", nothing) == b"s-1"
+    assert {pin.session for pin in routing.pins.sessions()} == {"s-1", "s-2", "s-1/judge"}
+
+
+# Around a yield: what is wrong there, and what the log says of it.
+
+
+def left_elsewhere(caplog: pytest.LogCaptureFixture) -> list[str]:
+    lines = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    return [line for line in lines if "yield" in line]
+
+
+def turns(session_id: str, count: int = 2) -> Iterator[int]:
+    with routing_session(session_id):
+        yield from range(count)
+
+
+async def test_generators_that_take_turns_leave_no_session_behind_and_are_named_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def takes_turns() -> None:
+        for _ in range(3):
+            for _ in zip(turns("s-1"), turns("s-2"), strict=True):
+                assert current_session_id() is not None
+            assert current_session_id() is None
+            with routing_session("s-3"):
+                for _ in zip(turns("s-1"), turns("s-2"), turns("s-4"), strict=True):
+                    pass
+                assert current_session_id() == "s-3"
+            assert current_session_id() is None
+
+    await asyncio.create_task(takes_turns())
+    [line] = left_elsewhere(caplog)
+    assert "takes_turns" in line
+    assert "around the code that consumes" in line
+    assert "s-1" not in caplog.text  # an id may be a credential
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations(range(3))])
+async def test_blocks_that_are_left_in_any_order_leave_the_session_around_them(
+    order: tuple[int, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    async def leaves_in_any_order() -> None:
+        blocks = [routing_session(f"s-{number}") for number in range(3)]
+        for block in blocks:
+            block.__enter__()
+        is_open = [True] * 3
+        for number in order:
+            blocks[number].__exit__(None, None, None)
+            is_open[number] = False
+            innermost_is_open = number < 2 and is_open[2]
+            if innermost_is_open:
+                assert current_session_id() == "s-2"  # only its own exit ends it
+        assert current_session_id() == "around"
+
+    with routing_session("around"):
+        await asyncio.create_task(leaves_in_any_order())
+
+
+async def test_right_use_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    async def consumes() -> list[str | None]:
+        seen = []
+        for session_id in ("s-1", "s-2"):
+            with routing_session(session_id):
+                seen += [current_session_id() for _ in range(2)]
+        for _ in turns("s-3"):  # one after the other, to its end
+            pass
+        for _ in turns("s-3"):
+            break
+        return [*seen, current_session_id()]
+
+    assert await asyncio.create_task(consumes()) == ["s-1", "s-1", "s-2", "s-2", None]
+    assert left_elsewhere(caplog) == []
+
+
+async def test_a_generator_that_is_kept_after_a_break_and_left_later_is_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def breaks_and_goes_on() -> None:
+        kept = turns("s-1")
+        for _ in kept:
+            break
+        with routing_session("s-2"):
+            del kept  # here it is left
+            assert current_session_id() == "s-2"
+        assert current_session_id() is None
+
+    await asyncio.create_task(breaks_and_goes_on())
+    assert len(left_elsewhere(caplog)) == 1
+
+
+async def test_an_async_generator_that_the_loop_closes_after_a_break_is_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The loop leaves the block in a task of its own: this one keeps the session."""
+    closed = asyncio.Event()
+
+    async def values() -> AsyncIterator[int]:
+        try:
+            async with routing_session("s-1"):
+                yield 1
+        finally:
+            closed.set()
+
+    async def breaks() -> None:
+        async for _ in values():
+            break
+        gc.collect()
+        await closed.wait()
+
+    await asyncio.create_task(breaks())
+    [line] = left_elsewhere(caplog)
+    assert "breaks" in line
+
+
+async def test_block_may_be_left_in_another_context_than_it_was_entered_in(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async def stream() -> AsyncIterator[str | None]:
         with routing_session("s-1"):
             yield current_session_id()
 
-    chunks = stream()
+    async def steps() -> str | None:
+        return await anext(values, None)
+
+    values = stream()
     other = contextvars.copy_context()
-    assert await asyncio.create_task(anext(chunks)) == "s-1"  # type: ignore[arg-type]
-    with pytest.raises(StopAsyncIteration):
-        await asyncio.create_task(anext(chunks))  # type: ignore[arg-type]
+    assert [await asyncio.create_task(steps()) for _ in range(2)] == ["s-1", None]
     assert other.run(current_session_id) is None
     assert current_session_id() is None
+    assert len(left_elsewhere(caplog)) == 1
+
+
+# Handed to code that runs in another context.
+
+
+async def session_of_this_code() -> str | None:
+    await asyncio.sleep(0)
+    return current_session_id()
+
+
+async def test_what_is_handed_through_a_queue_runs_in_the_session_that_handed_it() -> None:
+    jobs: asyncio.Queue[Coroutine[Any, Any, str | None]] = asyncio.Queue()
+
+    async def worker() -> list[str | None]:
+        seen = [await (await jobs.get()) for _ in range(3)]
+        return [*seen, await asyncio.create_task(await jobs.get()), current_session_id()]
+
+    with routing_session("of the worker"):
+        running = asyncio.create_task(worker())
+    for session_id in ("s-1", "s-2", None, "s-3"):
+        with routing_session(session_id):
+            await jobs.put(in_session(session_of_this_code()))
+    assert await running == ["s-1", "s-2", None, "s-3", "of the worker"]
+
+
+async def test_without_a_session_it_runs_in_none_whoever_runs_it() -> None:
+    job = in_session(session_of_this_code())
+    with routing_session("another"):
+        assert await asyncio.create_task(job) is None
+
+
+async def test_tasks_and_threads_that_it_starts_are_in_its_session() -> None:
+    async def starts() -> tuple[str | None, str | None]:
+        task = asyncio.create_task(session_of_this_code())
+        return await task, await asyncio.to_thread(current_session_id)
+
+    with routing_session("s-1"):
+        job = in_session(starts())
+    assert await job == ("s-1", "s-1")
+
+
+@pytest.mark.parametrize("error", [KeyError, asyncio.CancelledError, None])
+async def test_awaited_directly_it_leaves_the_callers_session_as_it_was(
+    error: type[BaseException] | None,
+) -> None:
+    async def fails() -> str:
+        routing_session("left behind").__enter__()
+        if error:
+            raise error
+        return "returned"
+
+    with routing_session("s-1"):
+        job = in_session(fails())
+    with routing_session("of the caller"):
+        if error:
+            with pytest.raises(error):
+                await job
+        else:
+            assert await job == "returned"
+        assert current_session_id() == "of the caller"
+
+
+async def test_it_is_cancelled_as_the_coroutine_would_be() -> None:
+    started, cleaned_up = asyncio.Event(), []
+
+    async def waits() -> None:
+        try:
+            started.set()
+            await asyncio.Event().wait()
+        finally:
+            cleaned_up.append(current_session_id())
+
+    with routing_session("s-1"):
+        job = in_session(waits())
+    task = asyncio.create_task(job)
+    await started.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert cleaned_up == ["s-1"]
+
+
+async def test_closed_before_it_starts_it_leaves_no_warning(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    with routing_session("s-1"):
+        jobs = [in_session(session_of_this_code()) for _ in range(2)]
+    jobs[0].close()
+    task = asyncio.create_task(jobs[1])
+    task.cancel()  # before it starts, as a scheduler that shuts down does
+    await asyncio.wait([task])
+    del jobs, task
+    gc.collect()
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_never_awaited_it_is_warned_of_once_by_its_own_name(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
+    job = in_session(session_of_this_code())
+    del job
+    gc.collect()
+    [warning] = recwarn
+    assert str(warning.message) == "coroutine 'session_of_this_code' was never awaited"
+
+
+async def test_a_job_that_waits_for_ever_is_collected_with_what_it_waits_for() -> None:
+    """As any task that nobody holds and nothing will wake."""
+
+    class Held:
+        pass
+
+    async def waits(held: Held) -> None:
+        itself = asyncio.current_task()
+        await asyncio.get_running_loop().create_future()
+        del held, itself  # until here it has them
+
+    held = Held()
+    gone = weakref.ref(held)
+    ignored = logging.getLogger("asyncio")
+    ignored.disabled = True  # it complains of the task, and is right
+    try:
+        task = asyncio.create_task(in_session(waits(held)))
+        await asyncio.sleep(0)
+        del task, held
+        gc.collect()
+        assert gone() is None
+    finally:
+        ignored.disabled = False
+
+
+Play = Callable[[], Awaitable[None]]
+
+
+async def with_a_job(
+    gateway: Recorder,
+    aiohttp_client: AiohttpClient,
+    hand_over: Callable[[asyncio.Queue[Any], Play], Awaitable[None]],
+    **config: object,
+) -> web.Application:
+    """Return a server whose handler ran ``hand_over``, and whose worker has done what it got."""
+    app = session_server(gateway.url, **config)
+    jobs: asyncio.Queue[Coroutine[Any, Any, None]] = asyncio.Queue()
+
+    async def play() -> None:
+        async with app[CLIENT].post(gateway.chat):
+            pass
+
+    async def handler(request: web.Request) -> web.Response:
+        await hand_over(jobs, play)
+        return web.Response(status=202)
+
+    app.router.add_post("/{session_id}", handler)
+    client = await aiohttp_client(app)
+    async with client.post("/s-1"):
+        pass
+    job = await jobs.get()  # the request and its task have ended
+    try:
+        await asyncio.create_task(job)
+    except MissingSessionError:
+        assert config["on_late"] == "raise"
+    return app
+
+
+async def test_a_job_of_a_request_has_its_session_and_is_not_late_when_it_has_ended(
+    gateway: Recorder, aiohttp_client: AiohttpClient
+) -> None:
+    async def hand_over(jobs: asyncio.Queue[Any], play: Play) -> None:
+        jobs.put_nowait(in_session(play()))  # type: ignore[arg-type]
+
+    app = await with_a_job(gateway, aiohttp_client, hand_over, on_late="raise", prefix="job-7/")
+    assert gateway.last.keys == [b"job-7/s-1"]
+    assert app[ROUTING].pins.summary() == PinSummary(unknown=1, sessions=1)
+
+
+@pytest.mark.parametrize("on_late", ["warn", "raise"])
+async def test_a_job_that_late_code_makes_stays_late(
+    gateway: Recorder, aiohttp_client: AiohttpClient, on_late: str
+) -> None:
+    async def hand_over(jobs: asyncio.Queue[Any], play: Play) -> None:
+        request = asyncio.current_task()
+
+        async def batcher() -> None:
+            assert request is not None
+            await asyncio.wait([request])
+            jobs.put_nowait(in_session(play()))  # type: ignore[arg-type]
+
+        batchers.append(asyncio.create_task(batcher()))
+
+    batchers: list[asyncio.Task[None]] = []
+    app = await with_a_job(gateway, aiohttp_client, hand_over, on_late=on_late)
+    assert app[ROUTING].pins.summary().late == 1
+    assert [call.keys for call in gateway.calls] == ([[b"s-1"]] if on_late == "warn" else [])
+
+
+async def test_a_session_that_late_code_names_is_not_late(
+    gateway: Recorder, aiohttp_client: AiohttpClient
+) -> None:
+    async def hand_over(jobs: asyncio.Queue[Any], play: Play) -> None:
+        request = asyncio.current_task()
+
+        async def batcher() -> None:
+            assert request is not None
+            await asyncio.wait([request])
+            with routing_session("s-2"):
+                jobs.put_nowait(in_session(play()))  # type: ignore[arg-type]
+
+        batchers.append(asyncio.create_task(batcher()))
+
+    batchers: list[asyncio.Task[None]] = []
+    app = await with_a_job(gateway, aiohttp_client, hand_over, on_late="raise")
+    assert gateway.last.keys == [b"s-2"]
+    assert app[ROUTING].pins.summary() == PinSummary(unknown=1, sessions=1)

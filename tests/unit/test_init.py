@@ -4,27 +4,31 @@ import sys
 import aiohttp_smg_routing
 
 
+def run(code: str) -> str:
+    """Return what a fresh Python prints, in which nothing but the core has been imported."""
+    return subprocess.run(  # noqa: S603
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True
+    ).stdout
+
+
 def test_public_names() -> None:
     assert set(aiohttp_smg_routing.__all__) == {
-        "PINS",
-        "ROUTING_CONFIG",
+        "ROUTING",
         "ROUTING_KEY_HEADER",
         "ConfigError",
         "MissingSessionError",
         "Move",
         "PinLedger",
         "PinSummary",
+        "Routing",
         "RoutingConfig",
         "SessionIdFilter",
         "SessionPin",
-        "attach",
         "current_session_id",
-        "instrument",
-        "routing_client_middleware",
+        "in_session",
+        "peek_json",
         "routing_key",
-        "routing_middleware",
         "routing_session",
-        "routing_trace_config",
         "setup",
     }
     for name in aiohttp_smg_routing.__all__:
@@ -32,11 +36,53 @@ def test_public_names() -> None:
 
 
 def test_core_imports_aiohttp_multidict_yarl_and_the_standard_library_alone() -> None:
-    code = (
+    printed = run(
         "import sys, aiohttp.web; before = set(sys.modules); import aiohttp_smg_routing;"
         "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
     )
-    printed = subprocess.run(  # noqa: S603
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True
-    ).stdout
     assert set(printed.split()) - sys.stdlib_module_names == {"aiohttp_smg_routing"}
+
+
+def test_a_server_without_metrics_needs_no_extra() -> None:
+    """What the extras bring is hidden: an app is set up, started and cleaned up without it."""
+    printed = run(
+        """
+import asyncio, sys
+for name in ("prometheus_client", "aiohttp_session", "click", "rich", "matplotlib", "pytest"):
+    sys.modules[name] = None
+from aiohttp import ClientSession, web
+from aiohttp_smg_routing import RoutingConfig, setup
+
+async def main():
+    app = web.Application()
+    routing = setup(app, RoutingConfig("http://gw", session_id="json:user", instrument=True))
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await runner.cleanup()
+    print(routing.pins.summary().failed)
+
+asyncio.run(main())
+"""
+    )
+    assert printed == "0\n"
+
+
+def test_without_metrics_nothing_is_registered() -> None:
+    printed = run(
+        """
+import asyncio, prometheus_client as it
+from aiohttp import web
+from aiohttp_smg_routing import RoutingConfig, setup
+
+async def main():
+    app = web.Application()
+    setup(app, RoutingConfig("http://gw", metrics_registry=it.REGISTRY))
+    runner = web.AppRunner(app)
+    await runner.setup()
+    print("smg_routing" in it.generate_latest().decode())
+    await runner.cleanup()
+
+asyncio.run(main())
+"""
+    )
+    assert printed == "False\n"

@@ -6,10 +6,19 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+from aiohttp import web
+from prometheus_client.parser import text_string_to_metric_families
+from pytest_aiohttp.plugin import AiohttpClient
+
+from aiohttp_smg_routing import ROUTING
+from aiohttp_smg_routing.testing import Recorder, completion
+
+from ..conftest import session_server
 from ..programs import program
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+PAGE = (DOCS / "monitoring.md").read_text()
 ALERTS = (DOCS / "alerts.yml").read_text()
 ALERT_TESTS = (DOCS / "alerts_test.yml").read_text()
 DASHBOARD = json.loads((DOCS / "grafana-dashboard.json").read_text())
@@ -17,9 +26,11 @@ PAGES = "".join(page.read_text() for page in [ROOT / "README.md", *sorted(DOCS.g
 
 OURS = {
     "smg_routing_calls_total",
+    "smg_routing_worker_calls_total",
     "smg_routing_sessions",
-    "smg_routing_moves_total",
     "smg_routing_missing_session_total",
+    "smg_routing_late_total",
+    "smg_routing_unmatched_total",
 }
 OUTCOMES = {"first", "kept", "moved", "unknown", "untagged", "failed"}
 # The gateway has one series, under --routing-key-override, that begins as ours do.
@@ -71,15 +82,14 @@ def test_every_alert_fires_when_it_should_and_not_otherwise() -> None:
 
 def test_every_alert_has_a_test_each_way_and_says_what_to_do() -> None:
     alerts = re.findall(r"- alert: (\w+)", ALERTS)
-    assert len(alerts) == len(set(alerts)) == 7
+    assert len(alerts) == len(set(alerts)) == 9
     fires = set(re.findall(r'ALERTS\{alertname="(\w+)", alertstate="firing", ', ALERT_TESTS))
     silent = set(
         re.findall(r"- alertname: (\w+)\n +eval_time: \w+\n +exp_alerts: \[\]", ALERT_TESTS)
     )
     assert fires == silent == set(alerts)
     assert ALERTS.count("summary: ") == ALERTS.count("description: ") == len(alerts)
-    page = (DOCS / "monitoring.md").read_text()
-    assert [alert for alert in alerts if f"`{alert}`" not in page] == []
+    assert [alert for alert in alerts if f"| `{alert}` | " not in PAGE] == []
 
 
 def test_promtool_takes_every_expression_of_the_dashboard(tmp_path: Path) -> None:
@@ -122,3 +132,37 @@ def test_alerts_dashboard_and_docs_name_the_series_of_the_plugin_and_no_other() 
     on_dashboard = "\n".join(expr for _, expr in expressions())
     assert series(on_dashboard) >= OURS
     assert label_values("outcome") <= OUTCOMES
+
+
+async def test_the_plugin_serves_the_series_that_the_page_names_in_the_way_that_it_shows(
+    gateway: Recorder, aiohttp_client: AiohttpClient
+) -> None:
+    [snippet] = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    app = session_server(gateway.url, metrics="prometheus")
+    exec(snippet, {"app": app, "web": web})  # noqa: S102 - it is our own page
+    client = await aiohttp_client(app)
+    gateway.answer = lambda call: completion(worker="http://w")
+    async with client.post("/sessions/s-1/v1/chat/completions", json={}) as response:
+        assert response.status == 200
+    async with client.get("/metrics") as response:
+        assert response.status == 200
+        assert response.content_type == "text/plain"
+        served = list(text_string_to_metric_families(await response.text()))
+    samples = {sample.name: sample for family in served for sample in family.samples}
+    ours = {name for name in samples if name.startswith("smg_routing_")}
+    assert {name for name in ours if not name.endswith("_created")} == OURS
+    assert samples["smg_routing_sessions"].labels == {"worker": "http://w"}
+    outcomes = [
+        sample.labels["outcome"]
+        for family in served
+        for sample in family.samples
+        if sample.name == "smg_routing_calls_total"
+    ]
+    assert set(outcomes) == OUTCOMES
+    app[ROUTING].end("s-1")  # the registry is the process's
+
+
+def test_the_page_tells_what_each_series_and_outcome_counts() -> None:
+    rows = re.findall(r"^\| `(\w+)(?:\{\w+\})?` \| ", PAGE, re.MULTILINE)
+    alerts = re.findall(r"- alert: (\w+)", ALERTS)
+    assert set(rows) == OURS | OUTCOMES | set(alerts)

@@ -1,8 +1,10 @@
 """Where ``key = "digest"`` no id and no secret shows in a log, a repr, an error or a metric."""
 
+import asyncio
 import logging
 import traceback
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
@@ -12,14 +14,15 @@ from prometheus_client import CollectorRegistry, generate_latest
 from pytest_aiohttp.plugin import AiohttpClient
 
 from aiohttp_smg_routing import (
-    PINS,
+    ROUTING,
     ConfigError,
     MissingSessionError,
+    Routing,
     RoutingConfig,
     SessionIdFilter,
     routing_key,
     routing_session,
-    routing_trace_config,
+    setup,
 )
 from aiohttp_smg_routing.context import current_scope
 from aiohttp_smg_routing.testing import Recorder, answer, completion, failure
@@ -31,15 +34,33 @@ SECRET = "hmac-hush"
 PATH = "/v1/chat/completions"
 
 
-@pytest.fixture
-def logged(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+@contextmanager
+def each_record(
+    caplog: pytest.LogCaptureFixture, config: RoutingConfig | None = None
+) -> Iterator[pytest.LogCaptureFixture]:
     """Keep each record of each logger, with the session on it."""
-    caplog.set_level(logging.DEBUG)
-    caplog.handler.addFilter(SessionIdFilter())
-    caplog.handler.setFormatter(
+    handler, added, formatter = caplog.handler, SessionIdFilter(config), caplog.handler.formatter
+    handler.addFilter(added)
+    handler.setFormatter(
         logging.Formatter("%(name)s %(session_id)s %(message)s %(args)s", defaults={})
     )
-    return caplog
+    with caplog.at_level(logging.DEBUG):
+        yield caplog
+    handler.removeFilter(added)
+    handler.setFormatter(formatter)
+
+
+@pytest.fixture
+def logged(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    with each_record(caplog):
+        yield caplog
+
+
+@pytest.fixture
+def digested(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
+    """Give the filter the config, as it needs where no app says how ids are shown."""
+    with each_record(caplog, RoutingConfig("http://gateway", key="digest", secret=SECRET)):
+        yield caplog
 
 
 def assert_hidden(*shown: object) -> None:
@@ -107,15 +128,17 @@ async def test_real_calls_show_neither_id_nor_secret_whatever_becomes_of_them(
     assert statuses == [200, 200, 200, 500, 500, 500, 500 if on_missing == "raise" else 200]
     key = routing_key(ID, key="digest", secret=SECRET)
     assert {*map(tuple, (call.keys for call in gateway.calls[:6]))} == {(key.encode(),)}
-    pins = app[PINS]
-    assert [*pins.sessions()] == [key]
+    pins = app[ROUTING].pins
+    assert [pin.session for pin in pins.sessions()] == [key]
+    assert [pin.session for pin in pins.of(ID)] == [key]
     assert len(moves) == 1
     assert "moved from http://w1 to http://w2" in logged.text
     assert "has no session" in logged.text
     assert ("failed: it counts as no session" in logged.text) == callable(source)
     assert (f"{source_that_quotes_the_id.__name__}\n" in logged.text) == callable(source)
     assert_hidden(logged.text, *logged.records, *(record.__dict__ for record in logged.records))
-    assert_hidden(*reprs, moves, pins, pins.summary(), pins.config, dict(pins.sessions()))
+    assert_hidden(*reprs, moves, pins, pins.summary(), pins.sessions(), pins.of(ID))
+    assert_hidden(app[ROUTING], app[ROUTING].config, app[ROUTING].explain("POST", gateway.chat))
     assert_hidden(pins.workers(), generate_latest(registry).decode(), app[CLIENT].trace_configs)
 
 
@@ -125,11 +148,11 @@ async def reset() -> AsyncGenerator[bytes, None]:
 
 
 async def test_what_fails_outside_a_request_shows_neither_id_nor_secret(
-    gateway: Recorder, logged: pytest.LogCaptureFixture
+    gateway: Recorder, digested: pytest.LogCaptureFixture
 ) -> None:
     config = RoutingConfig(gateway.url, key="digest", secret=SECRET, on_missing="raise")
     shown: list[object] = []
-    async with ClientSession(trace_configs=[routing_trace_config(config)]) as session:
+    async with ClientSession(trace_configs=[Routing(config).trace_config()]) as session:
         with routing_session(ID):
             for broken in (reset(), answer(status=307, headers={"Location": "http://["})):
                 gateway.answer_with(broken)
@@ -146,7 +169,56 @@ async def test_what_fails_outside_a_request_shows_neither_id_nor_secret(
         with block, pytest.raises(RuntimeError) as twice:
             block.__enter__()
         shown.extend([twice.value, block])
-    assert_hidden(*shown, logged.text)
+    assert_hidden(*shown, digested.text)
+
+
+async def test_calls_that_are_late_or_go_elsewhere_show_neither_id_nor_secret(
+    gateway: Recorder,
+    elsewhere: Recorder,
+    aiohttp_client: AiohttpClient,
+    logged: pytest.LogCaptureFixture,
+) -> None:
+    app, ended, tasks = web.Application(), asyncio.Event(), []
+    routing = setup(
+        app,
+        {
+            "gateway": str(gateway.url),
+            "session_id": "header:Authorization",
+            "pin_by": "{session_id}/{header:X-Agent}",
+            "key": "digest",
+            "secret": SECRET,
+        },
+    )
+    async with ClientSession(trace_configs=[routing.trace_config()]) as session:
+
+        async def call_later() -> None:
+            await ended.wait()
+            await session.post(gateway.chat)
+
+        async def handler(request: web.Request) -> web.Response:
+            tasks.append(asyncio.create_task(call_later()))
+            near = elsewhere.chat.with_user("agent").with_password(SECRET) % {"token": SECRET}
+            for _ in range(25):
+                await session.post(near)
+            return web.Response()
+
+        app.router.add_post("/", handler)
+        client = await aiohttp_client(app)
+        agent = {"Authorization": f"Bearer {ID}", "X-Agent": ID}
+        async with client.post("/", headers=agent) as response:
+            assert response.status == 200
+        await client.close()  # the request has ended for sure
+        ended.set()
+        await tasks[0]
+    summary = routing.pins.summary()
+    assert (summary.unmatched, summary.late, summary.first + summary.unknown) == (25, 1, 1)
+    assert "goes out without a key" in logged.text
+    assert "call_later" in logged.text
+    [pin] = routing.pins.sessions()
+    assert gateway.last.keys == [pin.key.encode()]
+    assert pin.key.startswith("hmac-sha256-")
+    assert_hidden(logged.text, *(record.__dict__ for record in logged.records))
+    assert_hidden(pin, summary, routing.pins.of(ID))
 
 
 @pytest.mark.parametrize(
@@ -156,11 +228,15 @@ async def test_what_fails_outside_a_request_shows_neither_id_nor_secret(
         {"secret": [SECRET], "key": "digest"},
         {"secret": {SECRET: 1}, "key": "digest"},
         {"secret": SECRET, "key": "digests"},
+        {"secret": SECRET, "pin_by": "{session_id"},
+        {"smg_routing": {"gateway": "http://gateway", "secret": SECRET}},
         {"secret": SECRET, "prefix": "a b", "key": "digest", "header": "", "paths": "x"},
         {"secert": SECRET, "key": "digest"},
         {"key": SECRET},
         {"gateway": f"ftp://user:{SECRET}@gateway"},
         {"gateway": f"http://user:pa{SECRET},ss@gateway"},
+        {"gateway": f"http://user:{SECRET}@gateway/v1"},
+        {"gateway": f"http://user:{SECRET}@*.gateway"},
         {"gateway": f"http://one, http://user:x,{SECRET},/@two"},
         {"gateway": f"http://gateway/?token={SECRET}"},
         {"gateway": f"http://gateway/?a={SECRET},b"},
@@ -170,7 +246,9 @@ async def test_what_fails_outside_a_request_shows_neither_id_nor_secret(
 )
 def test_a_bad_config_does_not_show_its_secret(mapping: Mapping[str, Any]) -> None:
     with pytest.raises(ConfigError) as caught:
-        RoutingConfig.from_mapping({"gateway": "http://gateway", **mapping})
+        RoutingConfig.from_mapping(
+            mapping if "smg_routing" in mapping else {"gateway": "http://gateway", **mapping}
+        )
     assert_hidden(caught.value, caught.value.faults)
     env = {f"SMG_ROUTING_{name.upper()}": str(value) for name, value in mapping.items()}
     with pytest.raises(ConfigError) as from_env:
@@ -178,7 +256,7 @@ def test_a_bad_config_does_not_show_its_secret(mapping: Mapping[str, Any]) -> No
     assert_hidden(from_env.value)
 
 
-@pytest.mark.parametrize("name", [field.name for field in fields(RoutingConfig) if field.init])
+@pytest.mark.parametrize("name", [field.name for field in fields(RoutingConfig)])
 def test_a_table_in_place_of_a_value_is_not_shown(name: str) -> None:
     for table in ({"secret": SECRET}, [{SECRET: "x"}], {SECRET}):
         with pytest.raises(ConfigError) as caught:
@@ -190,5 +268,5 @@ def test_a_table_in_place_of_a_value_is_not_shown(name: str) -> None:
 @pytest.mark.parametrize("config", [[("secret", SECRET)], f"secret = {SECRET}", {SECRET}])
 def test_a_config_of_another_type_does_not_show_its_secret(config: Any) -> None:
     with pytest.raises(ConfigError) as caught:
-        routing_trace_config(config)
+        Routing(config)
     assert_hidden(caught.value)

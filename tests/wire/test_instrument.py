@@ -1,8 +1,12 @@
 """Every ClientSession of the process, whoever makes it, and none after it is undone."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
-from typing import Any
+import sys
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
 
 import aiohttp
 import pytest
@@ -10,23 +14,21 @@ from aiohttp import ClientSession, TraceConfig, web
 from opentelemetry.instrumentation.aiohttp_client import AioHttpClientInstrumentor
 from pytest_aiohttp.plugin import AiohttpClient
 
+import aiohttp_smg_routing
 from aiohttp_smg_routing import (
-    PINS,
-    ROUTING_CONFIG,
+    ROUTING,
     MissingSessionError,
-    PinLedger,
     PinSummary,
+    Routing,
     RoutingConfig,
-    attach,
-    instrument,
-    routing_client_middleware,
     routing_session,
-    routing_trace_config,
     setup,
 )
 from aiohttp_smg_routing.testing import Recorder
 
 PLAIN = ClientSession.__init__
+
+PACKAGE = str(Path(aiohttp_smg_routing.__file__).parent)
 
 
 @pytest.fixture(autouse=True)
@@ -45,18 +47,30 @@ async def post(
 
 
 async def test_every_session_carries_the_hook_until_it_is_undone(gateway: Recorder) -> None:
-    config = RoutingConfig(gateway.url)
+    routing = Routing(RoutingConfig(gateway.url))
     async with ClientSession() as before:
-        undo = instrument(config)
-        async with ClientSession() as during:
-            assert await post(before, gateway) == []
-            assert await post(during, gateway) == [b"s-1"]
-            undo()
-            assert await post(during, gateway) == []
-        undo()  # a second time it changes nothing
+        with routing.instrument() as undo:
+            async with ClientSession() as during:
+                assert await post(before, gateway) == []
+                assert await post(during, gateway) == [b"s-1"]
+                undo.close()
+                assert await post(during, gateway) == []
+        # The block's end changes nothing after that.
         async with ClientSession() as after:
             assert await post(after, gateway) == []
             assert after.trace_configs == []
+
+
+async def test_it_is_in_force_before_a_block_begins_and_after_an_error_it_is_not(
+    gateway: Recorder,
+) -> None:
+    routing = Routing(RoutingConfig(gateway.url))
+    undo = routing.instrument()
+    async with ClientSession() as session:
+        assert await post(session, gateway) == [b"s-1"]
+        with pytest.raises(KeyError), undo:
+            raise KeyError
+        assert await post(session, gateway) == []
 
 
 @pytest.mark.filterwarnings("ignore:Inheritance class:DeprecationWarning")
@@ -67,16 +81,13 @@ async def test_subclasses_and_sessions_that_aiohttp_makes_itself_are_among_them(
         def __init__(self, **kwargs: Any) -> None:
             super().__init__(headers={"X-Own": "1"}, **kwargs)
 
-    undo = instrument({"gateway": str(gateway.url)})
-    try:
+    with Routing({"gateway": str(gateway.url)}).instrument():
         async with Session() as session:
             assert await post(session, gateway) == [b"s-1"]
             assert gateway.last.values("X-Own") == [b"1"]
         with routing_session("s-2"):
             async with aiohttp.request("POST", gateway.chat):
                 assert gateway.last.keys == [b"s-2"]
-    finally:
-        undo()
 
 
 async def test_other_traffic_leaves_byte_for_byte_as_without_it(
@@ -101,108 +112,115 @@ async def test_other_traffic_leaves_byte_for_byte_as_without_it(
 
     async with ClientSession() as plain:
         without = await sent(plain)
-    undo = instrument({"gateway": str(gateway.url)})
-    try:
+    with Routing({"gateway": str(gateway.url)}).instrument():
         async with ClientSession() as session:
             assert await sent(session) == without
-    finally:
-        undo()
 
 
 async def test_a_session_that_has_the_hook_is_tagged_and_counted_once(gateway: Recorder) -> None:
-    config = RoutingConfig(gateway.url)
-    pins = PinLedger(config)
-    undo = instrument(config, pins)
-    try:
-        hook = routing_trace_config(config, pins)
+    routing = Routing(RoutingConfig(gateway.url))
+    with routing.instrument():
+        hook = routing.trace_config()
         async with ClientSession(trace_configs=[hook]) as made, ClientSession() as attached:
-            attach(attached, config, pins)
+            routing.attach(attached)
             for session in (made, attached):
                 assert await post(session, gateway) == [b"s-1"]
-    finally:
-        undo()
-    assert pins.summary() == PinSummary(unknown=2, sessions=1)
+    assert routing.pins.summary() == PinSummary(unknown=2, sessions=1)
 
 
 async def test_a_hook_that_was_attached_meanwhile_stays_when_it_is_undone(
     gateway: Recorder,
 ) -> None:
-    config = RoutingConfig(gateway.url)
-    undo = instrument(config)
-    async with ClientSession() as session:
-        attach(session, config)
-        undo()
-        assert await post(session, gateway) == [b"s-1"]
+    routing = Routing(RoutingConfig(gateway.url))
+    with routing.instrument() as undo:
+        async with ClientSession() as session:
+            routing.attach(session)
+            undo.close()
+            assert await post(session, gateway) == [b"s-1"]
 
 
 async def test_several_gateways_side_by_side_and_one_is_undone(
     gateway: Recorder, elsewhere: Recorder
 ) -> None:
-    one = instrument(RoutingConfig(gateway.url))
+    one = Routing(RoutingConfig(gateway.url)).instrument()
     async with ClientSession() as kept:  # a library may keep one for the whole process
-        other = instrument(RoutingConfig(elsewhere.url, header="X-Pin", prefix="job-7/"))
-        async with ClientSession() as session:
-            for each in (kept, session):
-                assert len(each.trace_configs) == 1
-                assert await post(each, gateway) == [b"s-1"]
-                assert await post(each, elsewhere) == []
-                assert elsewhere.last.values("X-Pin") == [b"job-7/s-1"]
-            one()
-            for each in (kept, session):
-                assert await post(each, gateway) == []
-                await post(each, elsewhere)
-                assert elsewhere.last.values("X-Pin") == [b"job-7/s-1"]
-            other()
+        config = RoutingConfig(elsewhere.url, header="X-Pin", prefix="job-7/")
+        with one, Routing(config).instrument():
+            async with ClientSession() as session:
+                for each in (kept, session):
+                    assert len(each.trace_configs) == 1
+                    assert await post(each, gateway) == [b"s-1"]
+                    assert await post(each, elsewhere) == []
+                    assert elsewhere.last.values("X-Pin") == [b"job-7/s-1"]
+                one.close()
+                for each in (kept, session):
+                    assert await post(each, gateway) == []
+                    await post(each, elsewhere)
+                    assert elsewhere.last.values("X-Pin") == [b"job-7/s-1"]
 
 
-async def test_equal_configs_are_undone_one_by_one(gateway: Recorder) -> None:
-    undo, undo_other = (instrument(RoutingConfig(gateway.url)) for _ in range(2))
+@pytest.mark.parametrize("undone", [0, 1])
+async def test_equal_routings_are_undone_one_by_one(gateway: Recorder, undone: int) -> None:
+    routings = [Routing(RoutingConfig(gateway.url)) for _ in range(2)]
+    blocks = [routing.instrument() for routing in routings]
     async with ClientSession() as session:
-        undo()
+        blocks[undone].close()
         assert await post(session, gateway) == [b"s-1"]
-        undo_other()
+        # The one that is left has the call, and not the one that is gone.
+        assert routings[1 - undone].pins.summary() == PinSummary(unknown=1, sessions=1)
+        assert routings[undone].pins.summary() == PinSummary()
+        blocks[1 - undone].close()
+        assert await post(session, gateway) == []
+
+
+async def test_a_routing_that_is_in_force_twice_is_undone_twice(gateway: Recorder) -> None:
+    routing = Routing(RoutingConfig(gateway.url))
+    with routing.instrument() as outer:
+        async with ClientSession() as session:
+            with routing.instrument():
+                assert await post(session, gateway) == [b"s-1"]
+            assert await post(session, gateway) == [b"s-1"]
+            assert routing.pins.summary() == PinSummary(unknown=2, sessions=1)
+            outer.close()
+            assert await post(session, gateway) == []
 
 
 async def test_not_enabled_does_nothing(gateway: Recorder) -> None:
-    undo = instrument(RoutingConfig(gateway.url, enabled=False))
-    assert ClientSession.__init__ is PLAIN
-    undo()
+    with Routing(RoutingConfig(gateway.url, enabled=False)).instrument():
+        assert ClientSession.__init__ is PLAIN
 
 
 async def test_it_gets_along_with_others_that_wrap_the_constructor(gateway: Recorder) -> None:
-    config = RoutingConfig(gateway.url)
+    routing = Routing(RoutingConfig(gateway.url))
     telemetry = AioHttpClientInstrumentor()
-    undo = instrument(config)
+    undo = routing.instrument()
     telemetry.instrument()
     async with ClientSession() as session:
         assert await post(session, gateway) == [b"s-1"]
         assert len(session.trace_configs) == 2
-    undo()  # the other one's wrapper stands over ours, and stays
+    undo.close()  # the other one's wrapper stands over ours, and stays
     async with ClientSession() as session:
         assert await post(session, gateway) == []
         assert len(session.trace_configs) == 1
-    undo = instrument(config)
-    async with ClientSession() as session:
-        assert await post(session, gateway) == [b"s-1"]
-        assert len(session.trace_configs) == 2
-    telemetry.uninstrument()
-    async with ClientSession() as session:
-        assert await post(session, gateway) == [b"s-1"]
-        assert len(session.trace_configs) == 1
-    undo()
+    with routing.instrument():
+        async with ClientSession() as session:
+            assert await post(session, gateway) == [b"s-1"]
+            assert len(session.trace_configs) == 2
+        telemetry.uninstrument()
+        async with ClientSession() as session:
+            assert await post(session, gateway) == [b"s-1"]
+            assert len(session.trace_configs) == 1
 
 
 async def test_it_is_not_lost_where_another_one_takes_the_constructor_back_to_what_it_was(
     gateway: Recorder,
 ) -> None:
-    config = RoutingConfig(gateway.url)
-    undo = instrument(config)
-    ClientSession.__init__ = PLAIN  # type: ignore[method-assign]
-    undo_other = instrument(config)
-    async with ClientSession() as session:
-        assert await post(session, gateway) == [b"s-1"]
-    undo()
-    undo_other()
+    routing = Routing(RoutingConfig(gateway.url))
+    with routing.instrument():
+        ClientSession.__init__ = PLAIN  # type: ignore[method-assign]
+        with routing.instrument():
+            async with ClientSession() as session:
+                assert await post(session, gateway) == [b"s-1"]
 
 
 async def test_sessions_made_in_threads_are_among_them(gateway: Recorder) -> None:
@@ -210,10 +228,8 @@ async def test_sessions_made_in_threads_are_among_them(gateway: Recorder) -> Non
         async with ClientSession() as session, session.post(gateway.chat):
             pass
 
-    undo = instrument({"gateway": str(gateway.url)})
-    with routing_session("s-1"):
+    with Routing({"gateway": str(gateway.url)}).instrument(), routing_session("s-1"):
         await asyncio.to_thread(asyncio.run, call())
-    undo()
     assert gateway.last.keys == [b"s-1"]
 
 
@@ -226,7 +242,7 @@ def server(wire: Recorder, **config: Any) -> web.Application:
 
     app = web.Application()
     app.router.add_post("/{session_id}", handler)
-    setup(app, {"gateway": str(wire.url), "client_session": "all", **config})
+    setup(app, {"gateway": str(wire.url), "instrument": True, **config})
     return app
 
 
@@ -241,21 +257,9 @@ async def test_a_session_that_is_odd_is_made_as_without_it(gateway: Recorder) ->
 
         __hash__ = None  # type: ignore[assignment]
 
-    undo = instrument(RoutingConfig(gateway.url))
-    async with Odd(trace_configs=[OddTraceConfig()]) as session:
-        assert await post(session, gateway) == [b"s-1"]
-    undo()
-
-
-@pytest.mark.skipif(not hasattr(aiohttp, "ClientMiddlewareType"), reason="aiohttp 3.12 and newer")
-async def test_a_client_middleware_beside_it_leaves_the_call_to_it(gateway: Recorder) -> None:
-    config = RoutingConfig(gateway.url)
-    pins = PinLedger(config)
-    undo = instrument(config, pins)
-    async with ClientSession(middlewares=[routing_client_middleware(config, pins)]) as session:
-        assert await post(session, gateway) == [b"s-1"]
-    undo()
-    assert pins.summary() == PinSummary(unknown=1, sessions=1)
+    with Routing(RoutingConfig(gateway.url)).instrument():
+        async with Odd(trace_configs=[OddTraceConfig()]) as session:
+            assert await post(session, gateway) == [b"s-1"]
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
@@ -272,31 +276,30 @@ async def test_apps_that_share_a_gateway_have_each_its_own_keys_also_in_a_block(
     for number in order:
         app = web.Application()
         app.router.add_post("/", handler)
-        setup(app, {"gateway": str(gateway.url), "client_session": "all", **configs[number]})
+        setup(app, {"gateway": str(gateway.url), "instrument": True, **configs[number]})
         apps.append((app, await aiohttp_client(app)))
     for app, client in apps:
         async with client.post("/"):
             pass
-        key = app[ROUTING_CONFIG].routing_key("sk-credential")
+        key = app[ROUTING].config.routing_key("sk-credential")
         assert gateway.last.keys == [key.encode()]
-        assert list(app[PINS].sessions()) == [key]
+        assert [pin.key for pin in app[ROUTING].pins.sessions()] == [key]
 
 
 @pytest.mark.parametrize("order", [("pass", "raise"), ("raise", "pass")])
 async def test_a_call_outside_any_request_fails_only_where_all_ask_for_it(
     gateway: Recorder, order: tuple[Any, Any]
 ) -> None:
-    undos = [instrument(RoutingConfig(gateway.url, on_missing=missing)) for missing in order]
-    async with ClientSession() as session:
-        assert await post(session, gateway, None) == []
-        undos[order.index("pass")]()
-        with pytest.raises(MissingSessionError):
-            await post(session, gateway, None)
-    for undo in undos:
-        undo()
+    configs = [RoutingConfig(gateway.url, on_missing=missing) for missing in order]
+    with Routing(configs[0]).instrument() as first, Routing(configs[1]).instrument() as second:
+        async with ClientSession() as session:
+            assert await post(session, gateway, None) == []
+            (first, second)[order.index("pass")].close()
+            with pytest.raises(MissingSessionError):
+                await post(session, gateway, None)
 
 
-async def test_all_is_every_session_made_while_the_app_runs(
+async def test_every_session_that_is_made_while_the_app_runs(
     gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
     app = server(gateway)
@@ -305,12 +308,12 @@ async def test_all_is_every_session_made_while_the_app_runs(
         async with client.post(f"/{session_id}") as response:
             assert response.status == 200
     assert [call.keys for call in gateway.calls] == [[b"s-1"], [b"s-2"], [b"s-1"]]
-    assert app[PINS].summary() == PinSummary(unknown=3, sessions=2)
+    assert app[ROUTING].pins.summary() == PinSummary(unknown=3, sessions=2)
     await client.close()
     assert ClientSession.__init__ is PLAIN
 
 
-async def test_all_reaches_what_the_app_makes_when_it_starts(gateway: Recorder) -> None:
+async def test_it_reaches_what_the_app_makes_when_it_starts(gateway: Recorder) -> None:
     made: list[ClientSession] = []
 
     async def client(app: web.Application) -> AsyncIterator[None]:
@@ -321,7 +324,7 @@ async def test_all_reaches_what_the_app_makes_when_it_starts(gateway: Recorder) 
 
     app = web.Application()
     app.cleanup_ctx.append(client)
-    setup(app, {"gateway": str(gateway.url), "client_session": "all"})
+    setup(app, {"gateway": str(gateway.url), "instrument": True})
     runner = web.AppRunner(app)
     await runner.setup()
     assert await post(made[0], gateway) == [b"s-1"]
@@ -329,32 +332,39 @@ async def test_all_reaches_what_the_app_makes_when_it_starts(gateway: Recorder) 
     assert gateway.last.keys == [b"at-the-end"]
 
 
-@pytest.mark.parametrize("client_session", ["all", "all, kept"])
-async def test_all_reaches_what_apps_keep_before_they_start_once(
-    gateway: Recorder, client_session: str
+@pytest.mark.parametrize("client_session", [(), "kept"])
+async def test_it_reaches_what_apps_keep_before_they_start_once(
+    gateway: Recorder, client_session: Any
 ) -> None:
     async with ClientSession() as kept:
         runners = []
         for _ in range(2):
             app = web.Application()
             app[web.AppKey("kept", ClientSession)] = kept
-            setup(app, {"gateway": str(gateway.url), "client_session": client_session})
+            setup(
+                app,
+                RoutingConfig(gateway.url, instrument=True, client_session=client_session),
+            )
             runners.append(web.AppRunner(app))
             await runners[-1].setup()
         assert await post(kept, gateway) == [b"s-1"]
-        assert len(kept.trace_configs) == len(client_session.split())
+        # That of the process, and that of each app which names the session.
+        assert len(kept.trace_configs) == (3 if client_session else 1)
         for runner in runners:
             await runner.cleanup()
+        assert await post(kept, gateway) == []
 
 
-async def test_all_of_an_app_that_is_never_started_changes_nothing(gateway: Recorder) -> None:
+async def test_instrument_of_an_app_that_is_never_started_changes_nothing(
+    gateway: Recorder,
+) -> None:
     server(gateway)
     assert ClientSession.__init__ is PLAIN
     async with ClientSession() as session:
         assert await post(session, gateway) == []
 
 
-async def test_all_of_an_app_that_fails_to_start_is_undone(gateway: Recorder) -> None:
+async def test_instrument_of_an_app_that_fails_to_start_is_undone(gateway: Recorder) -> None:
     async def fail(app: web.Application) -> None:
         raise ZeroDivisionError
 
@@ -367,7 +377,7 @@ async def test_all_of_an_app_that_fails_to_start_is_undone(gateway: Recorder) ->
     assert ClientSession.__init__ is PLAIN
 
 
-async def test_all_of_several_apps_side_by_side_and_undone_with_the_last(
+async def test_instrument_of_several_apps_side_by_side_and_undone_with_the_last(
     gateway: Recorder, elsewhere: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
     clients = [
@@ -386,3 +396,199 @@ async def test_all_of_several_apps_side_by_side_and_undone_with_the_last(
     assert [call.keys for call in elsewhere.calls] == [[key], [key]]
     await clients[1].close()
     assert ClientSession.__init__ is PLAIN
+
+
+class Interruption:
+    """Does something once, when this thread reaches a given step of the core's code.
+
+    A step is a line, or in ``client.py`` a bytecode instruction. Another thread could run at each
+    of these points.
+    """
+
+    def __init__(self, step: int, do: Callable[[], object]) -> None:
+        self._left = step
+        self._do = do
+        self.has_come = False
+
+    def __enter__(self) -> "Interruption":
+        sys.settrace(self._trace)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(None)
+
+    def _trace(self, frame: FrameType, event: str, argument: object) -> Any:
+        if self.has_come or not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        frame.f_trace_opcodes = frame.f_code.co_filename.endswith("client.py")
+        if event in ("line", "opcode"):
+            if self._left == 0:
+                self.has_come = True
+                sys.settrace(None)
+                self._do()
+                return None
+            self._left -= 1
+        return self._trace
+
+
+class Trial(NamedTuple):
+    """A piece of work, what another thread does meanwhile, and a check that follows both."""
+
+    work: Callable[[], Awaitable[None]]
+    do: Callable[[], object]
+    check: Callable[[], Awaitable[None]]
+
+
+async def at_each_step(begin: Callable[[], Trial]) -> int:
+    """Interrupt a piece of work at each of its steps, in turn; return how many steps it has.
+
+    It runs in a thread of its own, because coverage traces this one.
+    """
+
+    async def has_steps_beyond(step: int) -> bool:
+        trial = begin()
+        with Interruption(step, trial.do) as interruption:
+            await trial.work()
+        await trial.check()
+        return interruption.has_come
+
+    steps = 0
+    while await asyncio.to_thread(asyncio.run, has_steps_beyond(steps)):
+        steps += 1
+    return steps
+
+
+@pytest.mark.parametrize("order", ["first", "last"])
+@pytest.mark.parametrize("what", ["lets go", "comes"])
+@pytest.mark.parametrize("gateways", ["two", "one"])
+async def test_a_call_is_tagged_and_counted_once_wherever_another_app_lets_go_or_comes(
+    gateway: Recorder, elsewhere: Recorder, order: str, what: str, gateways: str
+) -> None:
+    their_url = elsewhere.url if gateways == "two" else gateway.url
+
+    def begin() -> Trial:
+        # Routings with on_missing = "raise" come last; the others keep the order of their coming.
+        config = RoutingConfig(their_url, on_missing="pass" if order == "first" else "raise")
+        theirs, ours = Routing(config), Routing(RoutingConfig(gateway.url))
+        blocks = [theirs.instrument()] if what == "lets go" else []
+        blocks.append(ours.instrument())
+
+        def do() -> None:
+            if what == "lets go":
+                blocks[0].close()
+            else:
+                blocks.append(theirs.instrument())
+
+        async def work() -> None:
+            async with ClientSession() as session:
+                with routing_session("s-1"):
+                    async with session.post(gateway.chat):
+                        pass
+
+        async def check() -> None:
+            for block in blocks:
+                block.close()
+            assert gateway.calls.pop().keys == [b"s-1"]
+            counts = [routing.pins.summary().unknown for routing in (theirs, ours)]
+            assert counts == [0, 1] or (gateways == "one" and counts == [1, 0])
+
+        return Trial(work, do, check)
+
+    assert await at_each_step(begin) > 50
+
+
+async def test_a_near_miss_fails_no_call_wherever_the_last_app_lets_go(
+    gateway: Recorder, elsewhere: Recorder
+) -> None:
+    def begin() -> Trial:
+        block = Routing(RoutingConfig(gateway.url)).instrument()
+
+        async def work() -> None:
+            async with ClientSession() as session:
+                with routing_session("s-1"):
+                    async with session.post(elsewhere.chat):
+                        pass
+
+        async def check() -> None:
+            block.close()
+            assert elsewhere.calls.pop().keys == []
+
+        return Trial(work, block.close, check)
+
+    assert await at_each_step(begin) > 50
+
+
+async def test_a_session_that_is_made_while_the_last_app_lets_go_has_the_hook_of_the_next(
+    gateway: Recorder,
+) -> None:
+    def begin() -> Trial:
+        theirs = Routing(RoutingConfig("http://other")).instrument()
+        routing = Routing(RoutingConfig(gateway.url))
+        sessions: list[ClientSession] = []
+        blocks = [theirs]
+
+        def do() -> None:  # for a moment there is nobody left
+            theirs.close()
+            blocks.append(routing.instrument())
+
+        async def work() -> None:
+            sessions.append(ClientSession())
+
+        async def check() -> None:
+            if len(blocks) == 1:
+                do()
+            sessions.append(ClientSession())
+            for session in sessions:
+                async with session:
+                    assert await post(session, gateway) == [b"s-1"]
+                    assert len(session.trace_configs) == 1
+            for block in blocks:
+                block.close()
+
+        return Trial(work, do, check)
+
+    assert await at_each_step(begin) > 5
+
+
+async def test_calls_in_threads_are_tagged_while_other_apps_come_and_let_go(
+    gateway: Recorder, elsewhere: Recorder
+) -> None:
+    """Python switches between the threads as often as it can."""
+    threads, calls = 4, 100
+    others = [Routing(RoutingConfig(elsewhere.url)) for _ in range(3)]
+    is_over = threading.Event()
+    routing = Routing(RoutingConfig(gateway.url))
+
+    async def play(number: int) -> None:
+        async with ClientSession() as kept:
+            for turn in range(calls):
+                async with ClientSession() as anew:
+                    for session in (kept, anew):
+                        with routing_session(f"s-{number}"):
+                            data = f"s-{number}".encode()
+                            async with session.post(gateway.chat, data=data):
+                                pass
+                    assert len(anew.trace_configs) == 1, turn
+
+    def come_and_go() -> None:
+        while not is_over.is_set():
+            for other in others:
+                with other.instrument(), others[0].instrument():
+                    pass
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    disturber = threading.Thread(target=come_and_go)
+    disturber.start()
+    try:
+        with routing.instrument():
+            await asyncio.gather(
+                *(asyncio.to_thread(asyncio.run, play(number)) for number in range(threads))
+            )
+    finally:
+        is_over.set()
+        await asyncio.to_thread(disturber.join)
+        sys.setswitchinterval(interval)
+    assert len(gateway.calls) == 2 * threads * calls
+    assert all(call.keys == [call.body] for call in gateway.calls)
+    assert routing.pins.summary() == PinSummary(unknown=2 * threads * calls, sessions=threads)

@@ -11,12 +11,10 @@ from aiohttp import ClientSession, TCPConnector, web
 from pytest_aiohttp.plugin import AiohttpClient
 
 from aiohttp_smg_routing import (
+    Routing,
     RoutingConfig,
-    attach,
     current_session_id,
-    routing_middleware,
     routing_session,
-    routing_trace_config,
     setup,
 )
 from aiohttp_smg_routing.testing import Recorder
@@ -60,9 +58,9 @@ async def in_task_group(request: web.Request, wire: Recorder) -> web.StreamRespo
 
 async def in_thread(request: web.Request, wire: Recorder) -> web.StreamResponse:
     async def own_loop() -> None:
-        config = {"gateway": str(wire.url)}
+        hook = Routing({"gateway": str(wire.url)}).trace_config()
         async with (
-            ClientSession(trace_configs=[routing_trace_config(config)]) as session,
+            ClientSession(trace_configs=[hook]) as session,
             session.post(wire.chat, data=request.match_info["session_id"].encode()),
         ):
             pass
@@ -277,7 +275,7 @@ async def test_a_block_within_a_request_outranks_its_session(
 async def test_a_block_within_a_request_goes_to_a_gateway_that_is_not_the_apps_too(
     gateway: Recorder, elsewhere: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    hook = routing_trace_config(RoutingConfig(elsewhere.url, prefix="judge/"))
+    hook = Routing(RoutingConfig(elsewhere.url, prefix="judge/")).trace_config()
 
     async def handler(request: web.Request) -> web.Response:
         with routing_session("s-9"):
@@ -332,8 +330,7 @@ async def test_nested_apps(
     for wanted, nested, source in ((root, app, "query:root"), (sub, sub_app, "query:sub")):
         if wanted:
             config = RoutingConfig(gateway.url, session_id=source)
-            setup(nested, config)
-            attach(outgoing, config)
+            setup(nested, config).attach(outgoing)
     app.add_subapp("/sub", sub_app)
     client = await aiohttp_client(app)
     for path in ("/x", "/sub/x"):
@@ -350,8 +347,7 @@ async def test_nested_apps_with_a_gateway_each_stay_apart(
     sub_app.router.add_post("/", calling(gateway, elsewhere))
     for nested, wire, source in ((app, gateway, "query:root"), (sub_app, elsewhere, "query:sub")):
         config = RoutingConfig(wire.url, session_id=source)
-        setup(nested, config)
-        attach(outgoing, config)
+        setup(nested, config).attach(outgoing)
     app.add_subapp("/sub", sub_app)
     client = await aiohttp_client(app)
     async with client.post("/sub/", params={"root": "r", "sub": "s"}) as response:
@@ -375,8 +371,7 @@ async def test_apps_that_share_a_client_session_stay_apart(
         app = web.Application()
         app[CLIENT] = outgoing
         app.router.add_post("/", calling(gateway, elsewhere))
-        setup(app, config)
-        attach(outgoing, config)
+        setup(app, config).attach(outgoing)
         clients.append(await aiohttp_client(app))
     for client in clients:
         async with client.post("/", params={"one": "bearer-token", "two": "s-2"}) as response:
@@ -393,10 +388,10 @@ async def test_apps_that_share_a_client_session_stay_apart(
 async def test_middleware_alone_with_a_session_of_its_own_hook(
     gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    config = RoutingConfig(gateway.url)
-    app = web.Application(middlewares=[routing_middleware(config)])
+    routing = Routing(RoutingConfig(gateway.url))
+    app = web.Application(middlewares=[routing.middleware])
     app.router.add_post("/{session_id}", calling(gateway))
-    async with ClientSession(trace_configs=[routing_trace_config(config)]) as app[CLIENT]:
+    async with ClientSession(trace_configs=[routing.trace_config()]) as app[CLIENT]:
         client = await aiohttp_client(app)
         async with client.post("/s-1") as response:
             assert await response.text() == "s-1"
@@ -406,9 +401,8 @@ async def test_middleware_alone_with_a_session_of_its_own_hook(
 async def test_middleware_that_is_not_enabled_does_nothing(
     gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    app = web.Application(
-        middlewares=[routing_middleware({"gateway": str(gateway.url), "enabled": False})]
-    )
+    routing = Routing({"gateway": str(gateway.url), "enabled": False})
+    app = web.Application(middlewares=[routing.middleware])
 
     async def handler(request: web.Request) -> web.Response:
         return web.Response(text=str(current_session_id()))
@@ -453,7 +447,7 @@ async def test_a_request_without_a_session_goes_by_its_apps_on_missing(
     outer: Any,
 ) -> None:
     app = web.Application()
-    hook = routing_trace_config(RoutingConfig(gateway.url, on_missing=outer))
+    hook = Routing(RoutingConfig(gateway.url, on_missing=outer)).trace_config()
 
     async def handler(request: web.Request) -> web.Response:
         async with ClientSession(trace_configs=[hook]) as session, session.post(gateway.chat):
@@ -471,7 +465,7 @@ async def test_an_inner_app_that_finds_no_session_leaves_the_outer_apps(
     gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
     config = RoutingConfig(gateway.url, session_id="header:X-Inner")
-    hook = routing_trace_config(config)
+    hook = Routing(config).trace_config()
 
     async def handler(request: web.Request) -> web.Response:
         async with ClientSession(trace_configs=[hook]) as session, session.post(gateway.chat):

@@ -1,6 +1,7 @@
 """The laws of what goes out and what comes in, for whatever input, judged by what arrived."""
 
 import asyncio
+import logging
 from collections import Counter, UserDict
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import AsyncExitStack
@@ -18,7 +19,7 @@ from yarl import URL
 from aiohttp_smg_routing import routing_key
 from aiohttp_smg_routing.testing import Recorder, recording_gateway, redirect
 
-from ..conftest import Outbound, session_server
+from ..conftest import session_server
 from ..inputs import LAW, VISIBLE
 from ..origins import Gateway, Origins, all_origins
 
@@ -33,6 +34,19 @@ def run() -> Iterator[Run[Any]]:
     yield loop.run_until_complete
     loop.run_until_complete(loop.shutdown_asyncgens())
     loop.close()
+
+
+@pytest.fixture(autouse=True)
+def _debug() -> Iterator[None]:
+    """Let the plugin say why each call carries a key or none: that fails no call either."""
+    logger, nobody = logging.getLogger("aiohttp_smg_routing"), logging.NullHandler()
+    level, logger.propagate = logger.level, False
+    logger.setLevel(logging.DEBUG)
+    logger.addHandler(nobody)
+    yield
+    logger.removeHandler(nobody)
+    logger.setLevel(level)
+    logger.propagate = True
 
 
 @pytest.fixture
@@ -95,7 +109,7 @@ URLS = st.builds(
 
 
 def test_a_key_reaches_the_gateways_origin_and_path_or_nobody(
-    run: Run[Any], origins: Origins, outbound: Outbound
+    run: Run[Any], origins: Origins
 ) -> None:
     count: Counter[str] = Counter()
 
@@ -120,7 +134,6 @@ def test_a_key_reaches_the_gateways_origin_and_path_or_nobody(
         arrived = run(
             origins.assert_key_or_nothing(
                 gateway,
-                outbound,
                 lambda session: session.request(method, url, data=b"{}", allow_redirects=False),
             )
         )
@@ -172,7 +185,7 @@ HOPS = st.lists(
 
 
 def test_every_hop_of_a_redirect_chain_is_judged_by_where_it_arrives(
-    run: Run[Any], origins: Origins, outbound: Outbound
+    run: Run[Any], origins: Origins
 ) -> None:
     count: Counter[str] = Counter()
 
@@ -193,7 +206,6 @@ def test_every_hop_of_a_redirect_chain_is_judged_by_where_it_arrives(
         arrived = run(
             origins.assert_key_or_nothing(
                 gateway,
-                outbound,
                 lambda session: session.post(url, data=b"{}"),
                 answers=tuple(redirect(*hop) for hop in hops),
                 requote_redirect_url=requote,
@@ -246,7 +258,7 @@ def items(headers: Any) -> list[tuple[str, str]]:
 
 
 def test_headers_of_every_shape_gain_one_key_or_nothing_and_stay_the_callers(
-    run: Run[Any], origins: Origins, outbound: Outbound
+    run: Run[Any], origins: Origins
 ) -> None:
     gateway = Gateway("http://gw.example", "gw.example", 80)
     tagged: Counter[Any] = Counter()
@@ -267,7 +279,7 @@ def test_headers_of_every_shape_gain_one_key_or_nothing_and_stay_the_callers(
             given = iter(pairs) if shape is iter else headers  # an iterator can be read once
             return await session.post(url, headers=given, data=b"{}")
 
-        arrived = run(origins.assert_key_or_nothing(gateway, outbound, send, headers=session_wide))
+        arrived = run(origins.assert_key_or_nothing(gateway, send, headers=session_wide))
         assert items(headers) == items(shape(pairs))
         assert items(session_wide) == items(default_shape(default))
         tagged[shape] += sum(it.is_chat(gateway) for it in arrived)

@@ -2,30 +2,19 @@ import asyncio
 import logging
 import sys
 from collections.abc import Awaitable, Callable
-from importlib.machinery import BuiltinImporter
+from functools import partial
 from typing import Any
 from uuid import UUID
 
 import pytest
-from aiohttp import ClientSession, CookieJar, web
+from aiohttp import web
 from aiohttp.test_utils import make_mocked_request
-from aiohttp_session import SimpleCookieStorage, get_session
-from aiohttp_session import setup as setup_aiohttp_session
-from pytest_aiohttp.plugin import AiohttpClient
+from multidict import CIMultiDict
 
-from aiohttp_smg_routing import (
-    ConfigError,
-    RoutingConfig,
-    current_session_id,
-    routing_middleware,
-    setup,
-)
-from aiohttp_smg_routing.key import SessionId
-from aiohttp_smg_routing.source import Source
-
-
-def sync_source(request: web.Request) -> SessionId | None:
-    return request.query.get("imported")
+from aiohttp_smg_routing import Routing, RoutingConfig, current_session_id
+from aiohttp_smg_routing.keys import SessionId
+from aiohttp_smg_routing.sources import Source
+from fuzz.laws import CHAT, ROUTING_HEADERS, Shared, sent
 
 
 async def async_source(request: web.Request) -> SessionId | None:
@@ -39,8 +28,7 @@ if hasattr(web, "RequestKey"):
 
 def session_id_finder(sources: Any) -> Callable[[web.Request], Awaitable[str | None]]:
     """Return a function that gives the session id that a request's handler sees."""
-    config = RoutingConfig("http://gateway", session_id=sources)
-    middleware: Any = routing_middleware(config)
+    middleware: Any = Routing(RoutingConfig("http://gateway", session_id=sources)).middleware
 
     async def find(request: web.Request) -> str | None:
         seen = []
@@ -79,8 +67,6 @@ async def find(source: Any, target: str = "/", **arguments: Any) -> str | None:
         ("query:sid", "/", {}, None),
         ("cookie:sid", "/", {"headers": {"Cookie": "a=b; sid=s-1"}}, "s-1"),
         ("cookie:sid", "/", {"headers": {"Cookie": "a=b"}}, None),
-        ("call:tests.unit.test_source:sync_source", "/?imported=s-1", {}, "s-1"),
-        ("call:tests.unit.test_source:async_source", "/", {}, "17"),
         (lambda request: UUID(int=1), "/", {}, str(UUID(int=1))),
         (lambda request: 0, "/", {}, "0"),
         (lambda request: None, "/", {}, None),
@@ -102,7 +88,7 @@ async def test_request_source_reads_what_was_stored_on_the_request() -> None:
 
 
 @pytest.mark.skipif(not hasattr(web, "RequestKey"), reason="aiohttp 3.14 brought RequestKey")
-@pytest.mark.parametrize("name", ["sid", "tests.unit.test_source.sid"])
+@pytest.mark.parametrize("name", ["sid", "tests.unit.test_sources.sid"])
 async def test_request_source_finds_a_request_key_by_its_name(name: str) -> None:
     request = make_mocked_request("POST", "/")
     request[OTHER] = "s-2"
@@ -181,7 +167,7 @@ async def test_an_ignored_id_counts_as_none_and_the_next_source_is_asked() -> No
     config = RoutingConfig(
         "http://gateway", session_id=("query:one", async_source), ignore_ids=["default", "17"]
     )
-    middleware: Any = routing_middleware(config)
+    middleware: Any = Routing(config).middleware
     seen = []
 
     async def handler(request: web.Request) -> web.Response:
@@ -193,44 +179,136 @@ async def test_an_ignored_id_counts_as_none_and_the_next_source_is_asked() -> No
     assert seen == ["s-1", None, "Default"]
 
 
-@pytest.mark.filterwarnings("ignore::aiohttp.web.NotAppKeyWarning")  # its own keys
-async def test_aiohttp_session_source_reads_the_session_of_the_cookie(
-    aiohttp_client: AiohttpClient,
+class Unhashable:
+    """A function with an ``__eq__`` of its own, as a dataclass is."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, found: Any) -> None:
+        self.found = found
+
+    def __call__(self, request: web.Request) -> Any:
+        if isinstance(self.found, Exception):
+            raise self.found
+        return self.found
+
+
+class Later:
+    async def __call__(self, request: web.Request) -> str:
+        return "s-1"
+
+
+class Text(str):
+    def __str__(self) -> str:
+        return "another text"
+
+
+def named(name: str, request: web.Request) -> str | None:
+    return request.query.get(name)
+
+
+def in_future(request: web.Request) -> "asyncio.Future[str]":
+    future = asyncio.get_running_loop().create_future()
+    future.set_result("s-1")
+    return future
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        *(Unhashable("s-1"), Later(), partial(named, "sid"), Later().__call__, in_future),
+        lambda request: async_text(request),
+        lambda request: Text("s-1"),
+        lambda request: request.query,
+    ],
+)
+async def test_whatever_can_be_called_can_be_a_source(source: Any) -> None:
+    sources = (source, "query:sid")
+    for _ in range(2):
+        assert await find(sources, "/?sid=s-1") == "s-1"
+
+
+async def async_text(request: web.Request) -> str:
+    return "s-1"
+
+
+@pytest.mark.parametrize("source", [Unhashable(KeyError("boom")), Unhashable(b"bytes")])
+async def test_a_source_that_has_no_hash_may_fail(
+    source: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def log_in(request: web.Request) -> web.Response:
-        (await get_session(request))["sid"] = request.query["as"]
-        return web.Response()
+    finder = session_id_finder((source, "query:sid"))
+    for _ in range(2):
+        assert await finder(make_mocked_request("POST", "/?sid=s-1")) == "s-1"
+    assert len(caplog.records) == 1
+
+
+async def test_each_source_that_fails_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    finder = session_id_finder((_raise, _raise_async, Unhashable(b""), "query:sid"))
+    for _ in range(3):
+        assert await finder(make_mocked_request("POST", "/?sid=s-1")) == "s-1"
+    assert len(caplog.records) == 3
+
+
+async def test_of_two_headers_of_one_name_the_first_counts() -> None:
+    headers = CIMultiDict([("X-Sid", "s-1"), ("x-sid", "s-2")])
+    assert await find("header:X-SID", headers=headers) == "s-1"
+
+
+PIN_BY = "{header:X-Group-Id}/{cookie:variant}"
+
+
+async def keys_of(pin_by: str, *requests: web.Request) -> list[str]:
+    """Return the keys of calls that the handlers of the requests make."""
+    routing = Routing(RoutingConfig(CHAT.origin(), session_id="query:sid", pin_by=pin_by))
+    middleware: Any = routing.middleware
+    keys = []
 
     async def handler(request: web.Request) -> web.Response:
-        return web.Response(text=str(current_session_id()))
+        arrived = sent(routing, "POST", CHAT.with_path("/v1/chat/completions"))
+        keys.append(arrived[ROUTING_HEADERS[0]])
+        return web.Response()
 
-    app = web.Application()
-    setup_aiohttp_session(app, SimpleCookieStorage())
-    app.router.add_post("/log-in", log_in)
-    app.router.add_post("/", handler)
-    setup(app, {"gateway": "http://gateway", "session_id": "aiohttp_session:sid"})
-    client = await aiohttp_client(app)
-    for session_id in ("s-1", "s-2"):
-        jar = CookieJar(unsafe=True)  # it takes the cookies of an IP address too
-        async with ClientSession(client.make_url("/"), cookie_jar=jar) as agent:
-            async with agent.post("/") as response:
-                assert await response.text() == "None"
-            async with agent.post("/log-in", params={"as": session_id}):
-                pass
-            async with agent.post("/") as response:
-                assert await response.text() == session_id
-                assert "Set-Cookie" not in response.headers
+    for request in requests:
+        await middleware(request, handler)
+    return keys
 
 
-def test_a_source_whose_package_is_missing_says_at_setup_which_extra_to_install(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(sys, "meta_path", [BuiltinImporter])  # which finds no package
-    monkeypatch.delitem(sys.modules, "aiohttp_session")
-    app = web.Application()
-    with pytest.raises(ConfigError) as caught:
-        setup(app, {"gateway": "http://gateway", "session_id": "aiohttp_session:sid"})
-    assert str(caught.value) == (
-        "session_id: 'aiohttp_session:sid' needs aiohttp_session: "
-        "pip install 'aiohttp_smg_routing[aiohttp-session]'"
+def request_of(session_id: str, **headers: str) -> web.Request:
+    named = {name.replace("_", "-"): text for name, text in headers.items()}
+    return make_mocked_request("POST", f"/?sid={session_id}", headers=named)
+
+
+async def test_pin_by_reads_its_parts_from_the_request() -> None:
+    keys = await keys_of(
+        PIN_BY,
+        request_of("s-1", X_Group_Id="g", Cookie="variant=a"),
+        request_of("s-2", X_Group_Id="g", Cookie="variant=a"),
+        request_of("s-1", X_Group_Id="g", Cookie="variant=b"),
+        request_of("s-1", X_Group_Id="g"),
+        request_of("s-2", X_Group_Id=" ", Cookie="variant=a"),
     )
+    shared, other = (
+        Shared(PIN_BY, "any", {"header:X-Group-Id": "g", "cookie:variant": variant}).key({})
+        for variant in "ab"
+    )
+    assert keys == [shared, shared, other, "s-1", "s-2"]
+
+
+async def test_a_part_that_is_no_id_finds_nothing_and_is_logged_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    requests = [request_of("s-1") for _ in range(2)]
+    for request in requests:
+        request._state["group"] = b"bytes"  # without the warning that aiohttp has for string keys
+    assert await keys_of("{request:group}", *requests) == ["s-1", "s-1"]
+    [record] = caplog.records
+    assert "'request:group' failed" in record.getMessage()
+
+
+async def test_a_part_that_is_never_found_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    found = [request_of("s-1", X_Group_Id="g") for _ in range(50)]
+    await keys_of("{header:X-Group-Id}", *found)
+    assert caplog.records == []
+    await keys_of("{header:X-Group-Id}/{header:X-Gruop}", *found)
+    [record] = caplog.records
+    assert "{header:X-Gruop}" in record.getMessage()

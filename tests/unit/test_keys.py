@@ -5,9 +5,11 @@ from uuid import UUID
 
 import pytest
 
-from aiohttp_smg_routing import routing_key
+from aiohttp_smg_routing import Routing, RoutingConfig, current_session_id, routing_key
+from aiohttp_smg_routing import routing_session as block
 from aiohttp_smg_routing.gateway import VALID_KEY
-from aiohttp_smg_routing.key import as_session_id
+from aiohttp_smg_routing.keys import as_session_id
+from fuzz.laws import CHAT, ROUTING_HEADERS, Shared, sent
 
 VISIBLE_ASCII = "".join(map(chr, range(0x21, 0x7F)))
 
@@ -120,6 +122,8 @@ def test_integers_and_uuids_count_as_ids(session_id: int | UUID | Index, key: st
 @pytest.mark.parametrize("blank", ["", " ", "\t\n", "\u00a0"])
 def test_empty_and_blank_ids_count_as_none(blank: str) -> None:
     assert as_session_id(blank) is None
+    with block(blank):
+        assert current_session_id() is None
     with pytest.raises(ValueError, match="empty or blank"):
         routing_key(blank)
 
@@ -159,3 +163,111 @@ def test_a_prefix_begins_the_key_and_keeps_it_one_that_the_gateway_takes(
 def test_a_prefix_that_no_key_can_begin_with_is_refused(prefix: Any) -> None:
     with pytest.raises(ValueError, match="is not a text of up to 52 visible ASCII characters"):
         routing_key("s-1", prefix=prefix)
+
+
+MODEL = "{session_id}/{json:model}"
+
+
+def shared_key(pin_by: str, session_id: str, form: Any = (), **found: Any) -> str:
+    """Return the key on a call; ``model`` is what ``json:model`` found, and so on."""
+    parts = {f"json:{name}": value for name, value in found.items()}
+    return Shared(pin_by, session_id, parts).key(dict(form))
+
+
+def test_what_shares_a_worker_is_a_digest_of_the_template_and_of_parts_with_their_lengths() -> None:
+    # printf '\xff25:{session_id}/{json:model}3:s-15:Qwen3' | sha256sum
+    assert shared_key(MODEL, "s-1", model="Qwen3") == (
+        "sha256-7e79048bf4a772c7252ec5bb5f084389a7171f26efda57fe85880e8a9d6138ad"
+    )
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ((MODEL, "a", "x"), (MODEL, "a/x", "")),
+        ((MODEL, "a", "x"), (MODEL, "a", "y")),
+        ((MODEL, "a", "x"), (MODEL, "b", "x")),
+        ((MODEL, "a", "b/c"), (MODEL, "a/b", "c")),
+        ((MODEL, "a", "1:x"), (MODEL, "a1:", "x")),
+        ((MODEL, "a", "x"), ("{json:model}/{session_id}", "x", "a")),
+        ((MODEL, "a", "x"), ("{session_id}:{json:model}", "a", "x")),
+        ((MODEL, "é", "x"), (MODEL, "e\u0301", "x")),
+        ((MODEL, "\udc80", "x"), (MODEL, "\udc81", "x")),
+        (("{json:model}", "a", "x"), ("{json:model} ", "a", "x")),
+        (("{json:model}{session_id}", "bc", "a"), ("{json:model}{session_id}", "c", "ab")),
+        (("{session_id}", "a/x", ""), (MODEL, "a", "x")),
+    ],
+)
+def test_no_two_combinations_share_a_key(one: Any, other: Any) -> None:
+    keys = [
+        shared_key(pin_by, sid or " ", model=found) for pin_by, sid, found in (one, other) if sid
+    ]
+    assert len({*keys}) == len(keys)
+
+
+@pytest.mark.parametrize("form", [{}, {"key": "digest"}, {"prefix": "job-7/"}, {"secret": "k"}])
+def test_no_combination_has_the_key_of_an_id(form: dict[str, Any]) -> None:
+    key = shared_key(MODEL, "a", form, model="x")
+    prefix = form.get("prefix", "")
+    for near in ("a/x", "a", "x", MODEL, "{a}/{x}", key, key.removeprefix(prefix), "a\0x", "ÿ"):
+        assert shared_key("{session_id}", near, {"key": "digest", **form}) != key
+        assert routing_key(near, **form) != key
+
+
+def test_sessions_of_one_group_share_a_key_whatever_their_ids_are() -> None:
+    keys = {shared_key("{json:group}", session_id, group="prompt-7") for session_id in "abc"}
+    assert len(keys) == 1
+
+
+@pytest.mark.parametrize("found", [{}, {"model": None}, {"model": ""}, {"model": " "}, {"m": "x"}])
+@pytest.mark.parametrize("pin_by", [MODEL, "{json:model}", "{json:m2}{json:model}"])
+def test_a_part_that_finds_nothing_leaves_the_session_id_alone_to_pin(
+    found: dict[str, Any], pin_by: str
+) -> None:
+    assert shared_key(pin_by, "s-1", **found) == "s-1"
+    assert shared_key(pin_by, "s 1", {"prefix": "job-7/"}, **found) == routing_key(
+        "s 1", prefix="job-7/"
+    )
+
+
+@pytest.mark.parametrize("value", [17, UUID(int=17), Index()])
+def test_a_part_may_be_whatever_an_id_may_be(value: Any) -> None:
+    assert shared_key(MODEL, "s-1", model=value) == shared_key(
+        MODEL, "s-1", model=routing_key(value)
+    )
+    with pytest.raises(TypeError, match="a str, an int or a UUID, not a list"):
+        block("s-1", {"json:model": ["x"]})  # type: ignore[dict-item]
+
+
+def test_parts_are_those_that_were_given_though_their_mapping_changes() -> None:
+    routing, parts = (
+        Routing(RoutingConfig(CHAT.origin(), pin_by="{json:model}")),
+        {"json:model": "x"},
+    )
+    url = CHAT.with_path("/v1/chat/completions")
+    with block("s-1", parts):
+        keys = {sent(routing, "POST", url)[ROUTING_HEADERS[0]]}
+        parts["json:model"] = "y"
+        keys.add(sent(routing, "POST", url)[ROUTING_HEADERS[0]])
+    assert len(keys) == 1
+
+
+def test_with_a_secret_what_shares_a_worker_is_an_hmac() -> None:
+    keys = [shared_key(MODEL, "s-1", {"secret": secret}, model="x") for secret in ("k", "l")]
+    assert all(key.startswith("hmac-sha256-") for key in keys)
+    assert len({*keys, shared_key(MODEL, "s-1", model="x")}) == 3
+    # The id alone needs no hiding unless key = "digest" asks for that.
+    assert shared_key(MODEL, "s-1", {"secret": "k"}) == "s-1"
+    alone = shared_key(MODEL, "s-1", {"secret": "k", "key": "digest"})
+    assert alone == routing_key("s-1", key="digest", secret="k")
+
+
+@pytest.mark.parametrize("prefix", ["", "job-7/", "~" * 52])
+@pytest.mark.parametrize("secret", [None, "k"])
+@pytest.mark.parametrize("part", ["x", "x" * 1_000_000, "a\r\nX-Evil: 1", "会話", "\udc80"])
+def test_what_shares_a_worker_has_a_key_that_the_gateway_takes(
+    prefix: str, secret: str | None, part: str
+) -> None:
+    key = shared_key(MODEL, part, {"prefix": prefix, "secret": secret}, model=part)
+    assert VALID_KEY.fullmatch(key)
+    assert key.startswith(f"{prefix}{'hmac-' if secret else ''}sha256-")

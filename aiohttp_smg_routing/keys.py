@@ -4,6 +4,7 @@ import hashlib
 import hmac
 import operator
 import re
+from collections.abc import Iterable
 from typing import Literal, SupportsIndex
 from uuid import UUID
 
@@ -15,15 +16,16 @@ KeyForm = Literal["session_id", "digest"]
 #: A prefix leaves room for the longest digest in the 128 bytes of a key.
 LONGEST_PREFIX = 128 - len("hmac-sha256-") - 64
 
-#: The form of our digests. A text that has it is digested too: as its own key it would be that of
-#: the session whose digest it is.
+# The form of our digests. An id that looks like one is digested too: as its own key it would be
+# that of the session whose digest it is.
 _DIGEST = re.compile(r"(?:hmac-)?sha256-[0-9a-f]{64}")
+_SHORTEST_DIGEST = len("sha256-") + 64
 
 
 def as_session_id(value: object) -> str | None:
     """Return ``value`` as the text of a session id, or None where it is None, empty or blank.
 
-    Raises ``TypeError`` for what can't be one: anything but a text, an integer or a ``UUID``.
+    Raises ``TypeError`` unless it is a text, an integer or a ``UUID``.
     """
     if isinstance(value, str):
         return str.__str__(value) if value.strip() else None
@@ -54,13 +56,12 @@ def routing_key(
 ) -> str:
     """Return the key that the gateway will see for ``session_id``.
 
-    With ``key="session_id"`` an id of 1 to 128 bytes of visible ASCII is its own key. Any other
-    id (longer, not ASCII, with spaces or control characters) gives ``sha256-`` and 64 hexadecimal
-    digits, because the gateway drops what it does not accept, silently; so does an id that looks
-    like such a digest itself, so that different ids have different keys. ``key="digest"`` digests
-    every id, as HMAC-SHA256 where there is a ``secret``. The key begins with the ``prefix``, up to
-    52 visible ASCII characters, in either form. An id has the same key on every machine and in
-    every process.
+    With ``key="session_id"`` an id of 1 to 128 bytes of visible ASCII, the prefix included, is its
+    own key. Any other id gives ``sha256-`` and 64 hexadecimal digits, because the gateway drops
+    keys that it does not accept without a word. An id that looks like such a digest is digested
+    too, so that no two ids share a key. ``key="digest"`` digests every id, with HMAC-SHA256 if
+    there is a ``secret``. The key begins with the ``prefix``, up to 52 visible ASCII characters. An
+    id has the same key on every machine and in every process.
 
     Raises ``ValueError`` for an empty or blank id and for a wrong prefix, ``TypeError`` for what is
     no id.
@@ -77,17 +78,37 @@ def routing_key(
         prefix = as_prefix(prefix)
     except ValueError as error:
         raise ValueError(f"prefix {prefix!r} {error}") from None
-    return key_of(text, key, secret, prefix)
+    return session_key(text, key, secret, prefix)
 
 
-def key_of(text: str, key: KeyForm, secret: str | None, prefix: str) -> str:
+def session_key(text: str, key: KeyForm, secret: str | None, prefix: str) -> str:
     """Return the key of a session whose id has been through ``as_session_id()``."""
     whole = prefix + text
-    if key == "session_id" and VALID_KEY.fullmatch(whole) and not _DIGEST.fullmatch(text):
+    is_digest = len(text) >= _SHORTEST_DIGEST and _DIGEST.fullmatch(text)
+    if key == "session_id" and not is_digest and VALID_KEY.fullmatch(whole):
         return whole
+    return _digest(_bytes(text), secret, prefix)
+
+
+def shared_key(template: str, parts: Iterable[str], secret: str | None, prefix: str) -> str:
+    """Return the key of what shares a worker: a digest of the template and its filled-in parts.
+
+    The length stands before each part, so that no two combinations share a key. The first byte is
+    in no UTF-8 text, so that none has the key of a session id.
+    """
+    data = [b"\xff"]
+    for text in (template, *parts):
+        encoded = _bytes(text)
+        data += [b"%d:" % len(encoded), encoded]
+    return _digest(b"".join(data), secret, prefix)
+
+
+def _bytes(text: str) -> bytes:
     # A path or a header can hold lone surrogates (bytes that were not UTF-8): they count as well.
-    data = text.encode("utf-8", "surrogatepass")
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _digest(data: bytes, secret: str | None, prefix: str) -> str:
     if secret is None:
         return f"{prefix}sha256-{hashlib.sha256(data).hexdigest()}"
-    digest = hmac.digest(secret.encode("utf-8", "surrogatepass"), data, "sha256")
-    return f"{prefix}hmac-sha256-{digest.hex()}"
+    return f"{prefix}hmac-sha256-{hmac.digest(_bytes(secret), data, 'sha256').hex()}"

@@ -1,4 +1,4 @@
-"""The contract on the wire, read as raw lines at a socket."""
+"""The outbound half: its contract on the wire, read as raw lines at a socket."""
 
 import io
 import logging
@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from copy import deepcopy
 from typing import Any
 
+import aiohttp
 import pytest
 from aiohttp import (
     ClientError,
@@ -20,14 +21,12 @@ from yarl import URL
 
 from aiohttp_smg_routing import (
     MissingSessionError,
+    PinSummary,
+    Routing,
     RoutingConfig,
-    attach,
     routing_session,
-    routing_trace_config,
 )
-from aiohttp_smg_routing.testing import Call, Recorder, answer, failure, redirect
-
-from ..conftest import Outbound
+from aiohttp_smg_routing.testing import Call, Recorder, answer, completion, failure, redirect
 
 SMUGGLED = [
     ("x-smg-routing-key", ""),
@@ -36,9 +35,14 @@ SMUGGLED = [
 ]
 
 
+def with_hook(config: RoutingConfig, *base_url: URL, **options: Any) -> ClientSession:
+    """Return a session that was made with the hook."""
+    return ClientSession(*base_url, trace_configs=[Routing(config).trace_config()], **options)
+
+
 @pytest.fixture
-async def hooked(gateway: Recorder, outbound: Outbound) -> AsyncIterator[ClientSession]:
-    async with ClientSession(**outbound(RoutingConfig(gateway.url))) as session:
+async def hooked(gateway: Recorder) -> AsyncIterator[ClientSession]:
+    async with with_hook(RoutingConfig(gateway.url)) as session:
         yield session
 
 
@@ -84,9 +88,9 @@ async def test_a_method_in_lower_case_is_the_same_method(
     assert gateway.last.keys == [b"s-1"]
 
 
-async def test_session_wide_headers_do_not_survive(gateway: Recorder, outbound: Outbound) -> None:
+async def test_session_wide_headers_do_not_survive(gateway: Recorder) -> None:
     config = RoutingConfig(gateway.url)
-    async with ClientSession(gateway.url, headers=SMUGGLED, **outbound(config)) as session:
+    async with with_hook(config, gateway.url, headers=SMUGGLED) as session:
         with routing_session("s-1"):
             async with session.post("/v1/chat/completions"):
                 pass
@@ -133,10 +137,10 @@ async def test_connection_does_not_name_the_key_for_a_proxy_to_drop(
 
 
 async def test_an_own_header_carries_the_key_and_the_gateways_does_not_survive(
-    gateway: Recorder, outbound: Outbound
+    gateway: Recorder,
 ) -> None:
     config = RoutingConfig(gateway.url, header="X-Pin")
-    async with ClientSession(**outbound(config)) as session:
+    async with with_hook(config) as session:
         with routing_session("s-1"):
             async with session.post(gateway.chat, headers=[*SMUGGLED, ("x-pin", "evil")]):
                 pass
@@ -144,20 +148,18 @@ async def test_an_own_header_carries_the_key_and_the_gateways_does_not_survive(
     assert gateway.last.keys == []
 
 
-async def test_keys_begin_with_the_prefix(gateway: Recorder, outbound: Outbound) -> None:
+async def test_keys_begin_with_the_prefix(gateway: Recorder) -> None:
     config = RoutingConfig(gateway.url, prefix="job-7/")
-    async with ClientSession(**outbound(config)) as session:
+    async with with_hook(config) as session:
         with routing_session("s-1"):
             async with session.post(gateway.chat):
                 pass
     assert gateway.last.keys == [b"job-7/s-1"]
 
 
-async def test_an_ignored_id_gives_no_key_wherever_it_was_set(
-    gateway: Recorder, outbound: Outbound
-) -> None:
+async def test_an_ignored_id_gives_no_key_wherever_it_was_set(gateway: Recorder) -> None:
     config = RoutingConfig(gateway.url, ignore_ids="default", on_missing="raise")
-    async with ClientSession(**outbound(config)) as session:
+    async with with_hook(config) as session:
         with routing_session("default"), pytest.raises(MissingSessionError):
             await session.post(gateway.chat)
     assert gateway.calls == []
@@ -241,11 +243,11 @@ async def test_calls_without_a_session_leave_byte_for_byte_as_without_the_plugin
 
 @pytest.mark.parametrize("call", [*UNTAGGED.values(), lambda s, w: s.post(w.chat, json={})])
 async def test_it_does_nothing_where_it_is_not_enabled(
-    gateway: Recorder, plain: ClientSession, call: Caller, outbound: Outbound
+    gateway: Recorder, plain: ClientSession, call: Caller
 ) -> None:
     config = RoutingConfig(gateway.url, enabled=False, on_missing="raise")
-    async with ClientSession(**outbound(config)) as session:
-        attach(plain, config)
+    async with with_hook(config) as session:
+        Routing(config).attach(plain)
         assert plain.trace_configs == []
         with routing_session("s-1"):
             await assert_unchanged(gateway, session, plain, call)
@@ -264,14 +266,12 @@ async def test_key_does_not_follow_a_redirect_off_the_gateway(
 
 
 async def test_what_the_hook_took_off_does_not_follow_a_redirect_either(
-    gateway: Recorder, elsewhere: Recorder
+    gateway: Recorder, elsewhere: Recorder, hooked: ClientSession
 ) -> None:
     gateway.answer = lambda call: redirect(elsewhere.chat)
-    trace_config = routing_trace_config({"gateway": str(gateway.url)})
-    async with ClientSession(trace_configs=[trace_config]) as session:
-        with routing_session("s-1"):
-            async with session.post(gateway.chat, json={}, headers=SMUGGLED):
-                pass
+    with routing_session("s-1"):
+        async with hooked.post(gateway.chat, json={}, headers=SMUGGLED):
+            pass
     assert gateway.last.keys == [b"s-1"]
     assert elsewhere.last.keys == []
     assert elsewhere.last.values("X-SMG-Target-Worker") == []
@@ -291,11 +291,11 @@ async def test_key_does_not_follow_a_redirect_to_another_path(
 
 
 async def test_a_key_in_an_own_header_does_not_follow_a_redirect_off_the_gateway(
-    gateway: Recorder, elsewhere: Recorder, outbound: Outbound
+    gateway: Recorder, elsewhere: Recorder
 ) -> None:
     gateway.answer = lambda call: redirect(elsewhere.chat)
     config = RoutingConfig(gateway.url, header="X-Pin")
-    async with ClientSession(**outbound(config)) as session:
+    async with with_hook(config) as session:
         with routing_session("s-1"):
             async with session.post(gateway.chat, json={}):
                 pass
@@ -315,14 +315,12 @@ async def test_key_does_not_follow_a_redirect_by_the_older_uri_header(
     assert [call.keys for call in gateway.calls] == [[b"s-1"], []]
 
 
-async def test_a_redirect_is_judged_by_the_path_that_goes_out(
-    gateway: Recorder, outbound: Outbound
-) -> None:
+async def test_a_redirect_is_judged_by_the_path_that_goes_out(gateway: Recorder) -> None:
     gateway.answer = lambda call: (
         answer() if "%63" in call.path else redirect("/v1/chat/%63ompletions")
     )
     config = RoutingConfig(gateway.url)
-    async with ClientSession(**outbound(config), requote_redirect_url=False) as session:
+    async with with_hook(config, requote_redirect_url=False) as session:
         with routing_session("s-1"):
             async with session.post(gateway.chat, json={}):
                 pass
@@ -415,13 +413,12 @@ async def test_an_error_status_is_raised_as_without_the_plugin(
 @pytest.mark.parametrize(("on_missing", "records"), [("pass", 0), ("warn", 1)])
 async def test_on_missing_says_what_a_call_without_a_session_does(
     gateway: Recorder,
-    outbound: Outbound,
     caplog: pytest.LogCaptureFixture,
     on_missing: Any,
     records: int,
 ) -> None:
     config = RoutingConfig(gateway.url, on_missing=on_missing)
-    async with ClientSession(**outbound(config)) as session:
+    async with with_hook(config) as session:
         url = gateway.chat.with_user("user").with_password("hush").with_query("a=b")
         async with session.post(url):
             pass
@@ -433,11 +430,9 @@ async def test_on_missing_says_what_a_call_without_a_session_does(
     assert "hush" not in caplog.text
 
 
-async def test_on_missing_raise_fails_the_call_before_it_leaves(
-    gateway: Recorder, outbound: Outbound
-) -> None:
+async def test_on_missing_raise_fails_the_call_before_it_leaves(gateway: Recorder) -> None:
     config = RoutingConfig(gateway.url, on_missing="raise")
-    async with ClientSession(**outbound(config)) as session:
+    async with with_hook(config) as session:
         with pytest.raises(MissingSessionError, match="has no session"):
             await session.post(gateway.chat)
         assert gateway.calls == []
@@ -450,26 +445,85 @@ async def test_on_missing_raise_fails_the_call_before_it_leaves(
 
 
 async def test_attach_adds_the_hook_to_a_session_in_use_and_once_only(gateway: Recorder) -> None:
-    config = RoutingConfig(gateway.url)
+    routing = Routing({"gateway": str(gateway.url)})
     async with ClientSession() as session:
         with routing_session("s-1"):
             async with session.post(gateway.chat):
                 pass
-            attach(session, config)
-            attach(session, {"gateway": str(gateway.url)})
+            for _ in range(50):
+                routing.attach(session)
             assert len(session.trace_configs) == 1
             async with session.post(gateway.chat):
                 pass
     assert [call.keys for call in gateway.calls] == [[], [b"s-1"]]
+    assert routing.pins.summary() == PinSummary(unknown=1, sessions=1)
 
 
-async def test_attach_finds_a_hook_that_the_session_was_made_with(gateway: Recorder) -> None:
-    config = RoutingConfig(gateway.url)
-    async with ClientSession(trace_configs=[routing_trace_config(config)]) as session:
-        attach(session, config)
-        assert len(session.trace_configs) == 1
-        attach(session, RoutingConfig(gateway.url, header="X-Other"))
-        assert len(session.trace_configs) == 2
+async def test_a_session_that_has_the_hook_of_a_routing_twice_is_tagged_and_counted_once(
+    gateway: Recorder, elsewhere: Recorder
+) -> None:
+    routing = Routing(RoutingConfig(gateway.url))
+    hooks = [routing.trace_config(), TraceConfig(), routing.trace_config()]
+    async with ClientSession(trace_configs=hooks) as session:
+        routing.attach(session)
+        with routing_session("s-1"):
+            for wire in (gateway, elsewhere):
+                async with session.post(wire.chat):
+                    pass
+    assert gateway.last.keys == [b"s-1"]
+    assert routing.pins.summary() == PinSummary(unknown=1, sessions=1, unmatched=1)
+
+
+async def test_attach_of_a_routing_leaves_that_of_another_one(gateway: Recorder) -> None:
+    async with ClientSession() as session:
+        first = Routing(RoutingConfig(gateway.url, prefix="a/"))
+        first.attach(session)
+        hooks = list(session.trace_configs)
+        for _ in range(3):
+            other = Routing(RoutingConfig(gateway.url, prefix="b/"))
+            other.attach(session)
+            other.attach(session)
+        assert session.trace_configs[:1] == hooks
+        assert len(session.trace_configs) == 4
+        with routing_session("s-1"):
+            async with session.post(gateway.chat):
+                pass
+    assert gateway.last.keys == [b"a/s-1"]
+
+
+async def test_the_hook_of_a_routing_may_be_on_several_sessions(gateway: Recorder) -> None:
+    routing = Routing(RoutingConfig(gateway.url))
+    async with (
+        ClientSession(trace_configs=[routing.trace_config()]) as one,
+        ClientSession(trace_configs=[routing.trace_config()]) as other,
+    ):
+        with routing_session("s-1"):
+            for session in (one, other):
+                async with session.post(gateway.chat):
+                    pass
+    assert [call.keys for call in gateway.calls] == [[b"s-1"], [b"s-1"]]
+    assert routing.pins.summary() == PinSummary(unknown=2, sessions=1)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+async def test_a_call_that_two_routings_have_is_tagged_and_counted_by_the_first(
+    gateway: Recorder, order: tuple[int, int]
+) -> None:
+    routings = [
+        Routing(RoutingConfig(gateway.url)),
+        Routing(RoutingConfig([gateway.url, "http://other"], header="X-Pin", prefix="b/")),
+    ]
+    async with ClientSession() as session:
+        for number in order:
+            routings[number].attach(session)
+        with routing_session("s-1"):
+            async with session.post(gateway.chat):
+                pass
+    first, second = (routings[number] for number in order)
+    counts = (first.pins.summary(), second.pins.summary())
+    assert counts == (PinSummary(unknown=1, sessions=1), PinSummary())
+    carried = (gateway.last.keys, gateway.last.values("X-Pin"))
+    assert carried == (([b"s-1"], []) if first is routings[0] else ([], [b"b/s-1"]))
 
 
 async def test_attach_leaves_a_list_alone_that_the_caller_shares_with_another_session(
@@ -480,7 +534,7 @@ async def test_attach_leaves_a_list_alone_that_the_caller_shares_with_another_se
         ClientSession(trace_configs=shared) as one,
         ClientSession(trace_configs=shared) as other,
     ):
-        attach(one, RoutingConfig(gateway.url))
+        Routing(RoutingConfig(gateway.url)).attach(one)
         assert len(shared) == 1
         with routing_session("s-1"):
             for session in (one, other):
@@ -491,7 +545,7 @@ async def test_attach_leaves_a_list_alone_that_the_caller_shares_with_another_se
 
 async def test_attached_hook_is_frozen(gateway: Recorder) -> None:
     async with ClientSession() as session:
-        attach(session, RoutingConfig(gateway.url))
+        Routing(RoutingConfig(gateway.url)).attach(session)
         assert session.trace_configs[0].on_request_start.frozen
         assert session.trace_configs[0].on_request_redirect.frozen
 
@@ -500,8 +554,8 @@ async def test_hooks_of_two_gateways_on_one_session_stay_apart(
     gateway: Recorder, elsewhere: Recorder
 ) -> None:
     async with ClientSession() as session:
-        attach(session, RoutingConfig(gateway.url))
-        attach(session, RoutingConfig(elsewhere.url, key="digest", header="X-Pin"))
+        Routing(RoutingConfig(gateway.url)).attach(session)
+        Routing(RoutingConfig(elsewhere.url, key="digest", header="X-Pin")).attach(session)
         with routing_session("s-1"):
             for wire in (gateway, elsewhere):
                 async with session.post(wire.chat):
@@ -515,9 +569,98 @@ async def test_hooks_of_two_gateways_on_one_session_stay_apart(
 
 async def test_a_base_path_in_the_gateways_url_is_respected(gateway: Recorder) -> None:
     config = RoutingConfig(gateway.url / "base/")
-    async with ClientSession(trace_configs=[routing_trace_config(config)]) as session:
+    async with with_hook(config) as session:
         with routing_session("s-1"):
             for path in ("base/v1/chat/completions", "v1/chat/completions"):
                 async with session.post(URL(f"{gateway.url}/{path}")):
                     pass
     assert [call.keys for call in gateway.calls] == [[b"s-1"], []]
+
+
+needs_client_middlewares = pytest.mark.skipif(
+    not hasattr(aiohttp, "ClientMiddlewareType"), reason="aiohttp has them from 3.12 on"
+)
+
+
+@needs_client_middlewares
+async def test_each_attempt_of_a_retrying_client_middleware_carries_the_key(
+    gateway: Recorder,
+) -> None:
+    gateway.answer_with(*map(failure, (503, 200)))
+
+    async def retry(request: Any, handler: Any) -> Any:
+        response = await handler(request)
+        return response if response.ok else await handler(request)
+
+    config = RoutingConfig(gateway.url)
+    async with with_hook(config, middlewares=[retry]) as session:
+        with routing_session("s-1"):
+            async with session.post(gateway.chat) as response:
+                assert response.status == 200
+    assert [call.keys for call in gateway.calls] == [[b"s-1"], [b"s-1"]]
+
+
+@needs_client_middlewares
+async def test_client_middlewares_of_one_call_do_not_switch_the_hook_off(
+    gateway: Recorder, hooked: ClientSession
+) -> None:
+    none: Any = {"middlewares": ()}
+    with routing_session("s-1"):
+        async with hooked.post(gateway.chat, **none):
+            pass
+    assert gateway.last.keys == [b"s-1"]
+
+
+def pinning(workers: list[str]) -> Callable[[Call], bytes]:
+    """Return the answers of a gateway that pins each key to the next of its workers."""
+    pins: dict[bytes, str] = {}
+
+    def to(call: Call) -> bytes:
+        [key] = call.keys
+        worker = pins.setdefault(key, workers[len(pins) % len(workers)])
+        return completion(worker=worker)
+
+    return to
+
+
+async def play_on_both(
+    gateway: Recorder, elsewhere: Recorder, on_gateway: list[str], on_elsewhere: list[str]
+) -> PinSummary:
+    """Play sessions that call two gateways in turn, each of which keeps its pins."""
+    gateway.answer, elsewhere.answer = pinning(on_gateway), pinning(on_elsewhere)
+    routing = Routing(RoutingConfig([gateway.url, elsewhere.url]))
+    async with ClientSession(trace_configs=[routing.trace_config()]) as session:
+        for _ in range(4):
+            for number in range(6):
+                with routing_session(f"s-{number}"):
+                    for wire in (gateway, elsewhere):
+                        async with session.post(wire.chat):
+                            pass
+    return routing.pins.summary()
+
+
+async def test_gateways_that_have_no_worker_in_common_pin_a_session_each(
+    gateway: Recorder, elsewhere: Recorder
+) -> None:
+    summary = await play_on_both(gateway, elsewhere, ["http://w:1", "http://w:2"], ["http://w:3"])
+    assert summary == PinSummary(first=12, kept=36, sessions=6)
+
+
+async def test_gateways_before_the_same_workers_that_split_a_session_show_it(
+    gateway: Recorder, elsewhere: Recorder
+) -> None:
+    workers = ["http://w:1", "http://w:2"]
+    summary = await play_on_both(gateway, elsewhere, workers, workers[::-1])
+    # Each pins each session, but not to the same worker. What came before it was known that they
+    # have workers in common counts as first.
+    assert summary.moved > 30
+    assert summary.first + summary.kept + summary.moved == 48
+
+
+async def test_gateways_before_the_same_workers_that_agree_show_no_move(
+    gateway: Recorder, elsewhere: Recorder
+) -> None:
+    workers = ["http://w:1", "http://w:2"]
+    summary = await play_on_both(gateway, elsewhere, workers, workers)
+    assert summary.moved == 0
+    assert summary.kept + summary.first == 48

@@ -1,0 +1,186 @@
+"""The outbound half: the hook puts the key on the call, and tells the ledger where it went."""
+
+import threading
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
+from typing import Any
+
+from aiohttp import (
+    ClientResponse,
+    TraceConfig,
+    TraceRequestEndParams,
+    TraceRequestExceptionParams,
+    TraceRequestRedirectParams,
+    TraceRequestStartParams,
+    hdrs,
+)
+from aiohttp.client import ClientSession
+from multidict import CIMultiDict
+from yarl import URL
+
+from . import compat
+from .calls import Calls
+from .gateway import ROUTED_WORKER_HEADER
+from .ledger import Call
+
+
+class Hook(TraceConfig):
+    """A ``TraceConfig`` that puts a key on the calls of its routings, and leaves all others alone.
+
+    It must be the last that touches headers: what a later hook or a client middleware copies from
+    inbound headers stands beside the key, or in its place.
+    """
+
+    def __init__(self, *targets: Calls) -> None:
+        super().__init__()
+        self.targets = targets
+        self.on_request_start.append(self._start)
+        self.on_request_redirect.append(self._redirect)
+        self.on_request_end.append(self._end)
+        self.on_request_exception.append(self._exception)
+
+    async def _start(
+        self,
+        session: ClientSession,
+        context: SimpleNamespace,
+        params: "TraceRequestStartParams | _Hop",
+    ) -> None:
+        context.call = None
+        method, url = params.method, params.url
+        targets = self.targets  # one look: in another thread a routing may let go meanwhile
+        for calls in targets:
+            gateway = calls.exact.get((method, url.scheme, url.raw_authority, url.raw_path))
+            if gateway is None:
+                gateway = calls.gateway_of(method, url)
+            if gateway is not None:
+                there = compat.hooks(session)
+                if (there and there[0] is self) or not _claimed(there, method, url, before=self):
+                    context.call = calls.begin(gateway, method, url, params.headers)
+                return
+        if targets and method.upper() == hdrs.METH_POST:
+            hooks = compat.hooks(session)
+            ours = [hook for hook in hooks if isinstance(hook, Hook) and hook.targets]
+            if ours and ours[0] is self and not _claimed(ours, method, url):
+                targets[0].note_unmatched(method, url)
+
+    async def _redirect(
+        self, session: ClientSession, context: SimpleNamespace, params: TraceRequestRedirectParams
+    ) -> None:
+        hop = _next_hop(session, params.method, params.url, params.response, params.headers)
+        if hop is None:
+            return
+        call: Call | None = context.call
+        if call:
+            params.headers.popall(call.header, None)
+        await self._start(session, context, hop)
+
+    async def _end(
+        self, session: ClientSession, context: SimpleNamespace, params: TraceRequestEndParams
+    ) -> None:
+        call: Call | None = context.call
+        # Taken: another hook's error, after this one has run, is not a second outcome.
+        context.call = None
+        if not call:
+            return
+        response = params.response
+        if response.status >= 400:
+            call.ledger.count("failed")
+        elif call.header:
+            call.ledger.answered(call, response.headers.get(ROUTED_WORKER_HEADER) or None)
+        else:
+            call.ledger.count("untagged")
+
+    async def _exception(
+        self, session: ClientSession, context: SimpleNamespace, params: TraceRequestExceptionParams
+    ) -> None:
+        if context.call:
+            context.call.ledger.count("failed")
+
+
+class _Hop(SimpleNamespace):
+    """Where a redirect leads to, as a call of its own."""
+
+    method: str
+    url: URL
+    headers: "CIMultiDict[str]"
+
+
+def _claimed(
+    there: Iterable[TraceConfig], method: str, url: URL, *, before: Hook | None = None
+) -> bool:
+    """Tell whether a hook in the list, up to ``before``, has a call: it is tagged only once."""
+    for hook in there:
+        if hook is before:
+            break
+        if isinstance(hook, Hook) and any(it.gateway_of(method, url) for it in hook.targets):
+            return True
+    return False
+
+
+def _next_hop(
+    session: ClientSession,
+    method: str,
+    url: URL,
+    response: ClientResponse,
+    headers: "CIMultiDict[str]",
+) -> _Hop | None:
+    """Return what a redirect leads to; None where it leads nowhere, and the caller gets it."""
+    location = response.headers.get(hdrs.LOCATION) or response.headers.get(hdrs.URI)
+    if location is None:
+        return None
+    if response.status not in (307, 308):  # the others make a GET of a POST
+        return _Hop(method=hdrs.METH_GET, url=url, headers=headers)
+    try:
+        url = url.join(URL(location, encoded=not session.requote_redirect_url))
+    except ValueError:  # aiohttp is about to raise for it
+        method = hdrs.METH_GET
+    return _Hop(method=method, url=url, headers=headers)
+
+
+def attach(session: ClientSession, hook: Hook) -> None:
+    """Add a hook to a session that exists already, unless it is there."""
+    if not any(there is hook for there in compat.hooks(session)):
+        compat.add_hook(session, hook)
+
+
+# One hook on every session that is made, for all routings that ask for it: a session that a library
+# keeps for the whole process serves an app that starts later, too.
+_every = Hook()
+_lock = threading.RLock()
+_layer: Any = None
+
+
+def instrument(calls: Calls) -> Callable[[], None]:
+    """Put a hook on every ``ClientSession`` that is made from now on; return what undoes it."""
+    global _layer
+    with _lock:
+        # A new tuple: calls in other threads go through the old one. Outside of any request, a call
+        # fails for want of a session only where all routings ask for that.
+        targets = (*_every.targets, calls)
+        _every.targets = tuple(sorted(targets, key=lambda it: it.config.on_missing == "raise"))
+        _layer = compat.wrap_constructor(_made, _layer)
+    undone = threading.Event()
+
+    def undo() -> None:
+        global _layer
+        with _lock:
+            if undone.is_set():
+                return
+            undone.set()
+            left = list(_every.targets)
+            del left[next(place for place, it in enumerate(left) if it is calls)]
+            _every.targets = tuple(left)
+            if not left and compat.unwrap_constructor(_layer):
+                _layer = None
+
+    return undo
+
+
+def attach_every(session: ClientSession) -> None:
+    """Put the hook of ``instrument()`` on a session that was made before."""
+    attach(session, _every)
+
+
+def _made(session: ClientSession) -> None:
+    if _every.targets:
+        attach(session, _every)

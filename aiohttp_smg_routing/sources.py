@@ -1,0 +1,250 @@
+"""Where the session id is in the request, the JSON body included."""
+
+import asyncio
+import json
+import logging
+import re
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from contextlib import suppress
+from functools import cache
+from typing import Any, NamedTuple
+
+from aiohttp import hdrs, web
+
+from . import compat
+from .gateway import is_header_name
+from .keys import SessionId
+from .log import Once, say
+
+logger = logging.getLogger(__name__)
+
+#: Where a session id is found: ``"header:X-Session-Id"``, or a function of the request.
+Source = str | Callable[[web.Request], SessionId | Awaitable[SessionId | None] | None]
+
+#: The part of ``pin_by`` that is no source: the session id itself.
+SESSION_ID = "session_id"
+
+SECONDS_WITHOUT_A_BYTE = 5.0
+
+_Reader = Callable[[web.Request], Any]
+# Not any that Python knows: it takes hours to decode 16 MiB of punycode.
+_UNICODE = re.compile("utf[-_]?(8|16|32)([-_]?(le|be|sig))?|(us-)?ascii")
+_OTHER_CHARSETS = frozenset(
+    ("iso-8859-1", "latin-1", "latin1", "windows-1252", "gbk", "gb18030", "shift_jis", "euc-kr")
+)
+_BEARER = re.compile(r"bearer +(\S+)", re.IGNORECASE)
+_GONE = {
+    "call": "pass the function itself, in code: session_id=[function]",
+    "aiohttp_session": "pass a function that awaits aiohttp_session.get_session(request)",
+}
+
+
+def _header(name: str) -> _Reader:
+    if not is_header_name(name):
+        raise ValueError("does not name a header")
+    if name.lower() != hdrs.AUTHORIZATION.lower():
+        return lambda request: request.headers.get(name)
+
+    def bearer_token(request: web.Request) -> str | None:
+        credentials = _BEARER.fullmatch(request.headers.get(name, ""))
+        return credentials and credentials[1]
+
+    return bearer_token
+
+
+def _stored(name: str) -> _Reader:
+    """Read what an earlier middleware stored, under a text or a ``RequestKey`` of that name."""
+    return lambda request: next((request[key] for key in request if is_named(key, name)), None)
+
+
+def _json(path: str) -> _Reader:
+    if not all(path.split(".")):
+        raise ValueError("has an empty name in its path: one is 'json:metadata.session_id'")
+    return lambda request: _body_of(request).value(request, path)
+
+
+_KINDS: Mapping[str, Callable[[str], _Reader]] = {
+    "match_info": lambda name: lambda request: request.match_info.get(name),
+    "header": _header,
+    "query": lambda name: lambda request: request.query.get(name),
+    "cookie": lambda name: lambda request: request.cookies.get(name),
+    "json": _json,
+    "request": _stored,
+}
+_FORMS = ", ".join(f"'{kind}:{'PATH' if kind == 'json' else 'NAME'}'" for kind in _KINDS)
+
+
+def is_named(key: object, name: object) -> bool:
+    """Tell whether a key of an app's or a request's storage is ``name``, or has that name.
+
+    An ``AppKey`` or ``RequestKey`` is found by its name with or without the module.
+    """
+    if key == name or isinstance(key, str) or not isinstance(name, str):
+        return key == name
+    full_name = compat.storage_name(key)
+    return full_name == name or full_name.endswith(f".{name}")
+
+
+def reader(source: object) -> _Reader:
+    """Return the function that reads ``source`` from a request; ``ValueError`` says what is wrong.
+
+    >>> reader("header:X-Session-Id")(request)
+    's-17'
+    """
+    if callable(source):
+        return source
+    kind, _, name = source.partition(":") if isinstance(source, str) else ("", "", "")
+    if kind in _GONE:
+        raise ValueError(f"is gone: {_GONE[kind]}")
+    if kind not in _KINDS or not name:
+        raise ValueError(f"is not a source: one is {_FORMS} or a function")
+    return _KINDS[kind](name)
+
+
+def named_sources(sources: Iterable[Source]) -> str:
+    """Return how a log line names sources."""
+    return ", ".join(str(getattr(source, "__qualname__", source)) for source in sources)
+
+
+class PinBy(NamedTuple):
+    """What shares a worker: a text, and the sources that stand in its braces."""
+
+    template: str
+    sources: tuple[str, ...]
+
+    @property
+    def is_session(self) -> bool:
+        """Whether each session is pinned by itself."""
+        return self.template == "{session_id}"
+
+
+class JsonBody:
+    """Reads the JSON body of a request, and puts it back for the handler to read in its own way.
+
+    A body that is no JSON by its ``Content-Type``, over ``max_size`` bytes, broken or not there
+    within time gives None, and is the handler's to answer as it would be without this.
+    """
+
+    def __init__(self, max_size: int, paths: Iterable[str] = ()) -> None:
+        self._max_size = max_size
+        self._paths = frozenset(paths)  # all that are asked for, so that it is parsed once
+        self._unread = compat.unreader()
+        self._once = Once()
+
+    async def document(self, request: web.Request) -> Any:
+        """Return the document in the body, or None."""
+        if not _may_be_read(request):
+            return None
+        body, size = b"", request.content_length or 0
+        if size <= self._max_size:
+            body = await self._peek(request)
+            size = len(body)
+        if size > self._max_size:
+            self._say(
+                f"has a JSON body of over the {self._max_size} bytes that json_max_size allows"
+            )
+            return None
+        return _parsed(body, (request.charset or "utf-8").lower())
+
+    async def value(self, request: web.Request, path: str) -> str | int | None:
+        """Return the text or integer at a path of the document, or None."""
+        found: dict[str, str | int | None] = request.get(_FOUND, {})
+        if path not in found:
+            document = await self.document(request)
+            # Nothing else of it is kept: the conversation need not be in memory twice.
+            found = {**found, **{it: _at(document, it) for it in {path, *self._paths}}}
+            request[_FOUND] = found
+        return found[path]
+
+    async def _peek(self, request: web.Request) -> bytes:
+        """Return the body, or the beginning of one that is too long; empty where there is none.
+
+        It stays in ``request.content``; ``request.read()`` would take it off, and forbid a clone.
+        """
+        content = request.content
+        chunks: list[bytes] = []
+        left, is_whole = self._max_size, False
+        try:
+            if content.at_eof():
+                return await request.read()  # an earlier middleware has read it
+            while left >= 0 and not content.at_eof():
+                chunk = content.read_nowait()
+                if not chunk:
+                    with suppress(asyncio.TimeoutError):
+                        chunk = await asyncio.wait_for(content.readany(), SECONDS_WITHOUT_A_BYTE)
+                    # It may have come while the loop was busy for so long.
+                    chunk = chunk or content.read_nowait()
+                    if not chunk and not content.at_eof():
+                        raise asyncio.TimeoutError
+                chunks.append(chunk)
+                left -= len(chunk)
+            is_whole = True
+        except asyncio.TimeoutError:
+            self._say(f"did not send its body for {SECONDS_WITHOUT_A_BYTE:g} seconds")
+        except Exception:  # noqa: S110 - the same one is raised again when the handler reads
+            pass
+        finally:
+            body = b"".join(chunks)
+            chunks.clear()
+            self._unread(content, body)
+        return body if is_whole else b""
+
+    def _say(self, what: str) -> None:
+        if self._once.is_new(what):
+            message = "a request %s: it has no session from its body, and it is said only once"
+            say(logger, logging.WARNING, message, what)
+
+
+_BODY = compat.request_key("aiohttp_smg_routing.body", JsonBody)
+_FOUND = compat.request_key("aiohttp_smg_routing.found", dict)
+
+
+def _body_of(request: web.Request) -> JsonBody:
+    return request.get(_BODY) or _any_body()
+
+
+@cache
+def _any_body() -> JsonBody:
+    return JsonBody(16 * 2**20)  # one: it says once what is wrong
+
+
+def _at(document: Any, path: str) -> str | int | None:
+    for name in path.split("."):
+        document = document.get(name) if isinstance(document, dict) else None
+    is_one = isinstance(document, (str, int)) and not isinstance(document, bool)
+    return document if is_one else None
+
+
+def _parsed(body: bytes, charset: str) -> Any:
+    try:
+        if _UNICODE.fullmatch(charset):
+            return json.loads(body)  # it finds out which it is, and takes a byte order mark
+        return json.loads(body.decode(charset)) if charset in _OTHER_CHARSETS else None
+    except (ValueError, RecursionError):
+        return None
+
+
+def read_body_with(request: web.Request, body: JsonBody) -> None:
+    """Let the sources read the body of ``request`` by ``body``, with its limit."""
+    request[_BODY] = body
+
+
+async def peek_json(request: web.Request) -> Any:
+    """Return what is in the JSON body of a request, for a source that is a function.
+
+    The handler can still read the body in whatever way. None where the body is no JSON by its
+    ``Content-Type``, is broken, does not arrive, or has more bytes than ``json_max_size``. It is
+    parsed at each call, and not kept.
+
+    >>> async def session_id(request):
+    ...     return (await peek_json(request))["messages"][0]["name"]
+    """
+    return await _body_of(request).document(request)
+
+
+def _may_be_read(request: web.Request) -> bool:
+    """Tell whether a body is JSON, and is there without an answer to wait for."""
+    if hdrs.EXPECT in request.headers and compat.has_own_expect_handler(request):
+        return False  # the client may wait for the handler to ask for the body
+    kind = request.content_type  # a stream may wait for its answer to begin
+    return kind.endswith(("/json", "+json")) and kind != "application/stream+json"

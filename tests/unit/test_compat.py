@@ -1,0 +1,327 @@
+"""What the package leans on in aiohttp: each test fails when aiohttp changes that."""
+
+import ast
+import inspect
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock, Mock, create_autospec
+
+import pytest
+from aiohttp import ClientSession, TraceConfig, TraceRequestStartParams, web
+from pytest_aiohttp.plugin import AiohttpClient
+
+import aiohttp_smg_routing
+from aiohttp_smg_routing import compat
+from aiohttp_smg_routing.testing import Recorder
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # aiohttp would have nobody do so
+
+    class Subclass(ClientSession):
+        """A session as libraries make them, which shows hooks of its own."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+
+        @property
+        def trace_configs(self) -> list[TraceConfig]:
+            return [TraceConfig()]
+
+
+class Claiming:
+    """What says that it is a session."""
+
+    __class__ = ClientSession  # type: ignore[assignment]
+
+
+def naming(seen: list[str], name: str) -> TraceConfig:
+    """Return a hook that writes its name down at each call."""
+
+    async def start(
+        session: ClientSession, context: SimpleNamespace, params: TraceRequestStartParams
+    ) -> None:
+        seen.append(name)
+
+    hook = TraceConfig()
+    hook.on_request_start.append(start)
+    return hook
+
+
+async def test_a_session_is_told_from_what_claims_to_be_one() -> None:
+    async with ClientSession() as session, Subclass() as other:
+        assert compat.is_client_session(session)
+        assert compat.is_client_session(other)
+    for value in (
+        *(Mock(spec=ClientSession), MagicMock(spec=ClientSession), Claiming(), ClientSession, None),
+        *(create_autospec(ClientSession), create_autospec(ClientSession, instance=True)),
+    ):
+        assert not compat.is_client_session(value)
+
+
+@pytest.mark.parametrize("kind", [ClientSession, Subclass])
+@pytest.mark.parametrize("given", [list, tuple, None])
+async def test_the_hooks_are_those_that_a_session_runs(
+    gateway: Recorder, kind: type[ClientSession], given: Any
+) -> None:
+    seen: list[str] = []
+    one, other, own = naming(seen, "one"), naming(seen, "other"), naming(seen, "own")
+    passed = given and given([own])
+    async with kind(trace_configs=passed) as session:
+        before = [*compat.hooks(session)]
+        assert before == ([own] if given else [])
+        compat.add_hook(session, one)
+        compat.add_hook(session, other)
+        assert [*compat.hooks(session)] == [*before, one, other]
+        await session.post(gateway.chat)
+        assert seen == [*(["own"] if given else []), "one", "other"]
+        compat.remove_hook(session, one)
+        compat.remove_hook(session, TraceConfig())  # which is not there
+        seen.clear()
+        await session.post(gateway.chat)
+        assert seen == [*(["own"] if given else []), "other"]
+    assert passed is None or [*passed] == [own]  # it may be that of other sessions, too
+
+
+async def test_a_hook_that_is_added_can_not_be_changed_any_more() -> None:
+    """As a session has it with those that it is made with; an unfrozen one can not run."""
+    hook = TraceConfig()
+    async with ClientSession() as session:
+        compat.add_hook(session, hook)
+        assert hook.on_request_start.frozen
+        compat.add_hook(session, hook)  # frozen as it is
+
+
+async def test_a_hook_that_is_added_during_a_call_runs_from_the_next_one(gateway: Recorder) -> None:
+    seen: list[str] = []
+    hook = naming(seen, "late")
+
+    async def add(session: ClientSession, *_: object) -> None:
+        compat.add_hook(session, hook)
+        compat.remove_hook(session, adding)
+
+    adding = TraceConfig()
+    adding.on_request_start.append(add)
+    async with ClientSession(trace_configs=[adding]) as session:
+        await session.post(gateway.chat)
+        assert seen == []
+        await session.post(gateway.chat)
+        assert seen == ["late"]
+
+
+def test_hooks_come_and_go_without_a_warning_in_development_mode() -> None:
+    """There aiohttp warns of whatever is set on a session that is not its own."""
+    code = """
+import asyncio
+from aiohttp import ClientSession, TraceConfig
+from aiohttp_smg_routing import compat
+
+async def main():
+    layer = compat.wrap_constructor(lambda session: None, None)
+    async with ClientSession() as session:
+        hook = TraceConfig()
+        compat.add_hook(session, hook)
+        compat.remove_hook(session, hook)
+    assert compat.unwrap_constructor(layer)
+
+asyncio.run(main())
+"""
+    subprocess.run([sys.executable, "-X", "dev", "-W", "error", "-c", code], check=True)  # noqa: S603
+
+
+@pytest.fixture
+def constructor() -> Iterator[Any]:
+    """Give aiohttp's constructor, and put it back."""
+    own = vars(ClientSession)["__init__"]
+    yield own
+    setattr(ClientSession, "__init__", own)  # noqa: B010 - mypy minds the other form
+
+
+async def test_each_session_that_is_made_is_seen_until_the_constructor_is_let_go(
+    constructor: Any,
+) -> None:
+    made: list[ClientSession] = []
+    layer = compat.wrap_constructor(made.append, None)
+    assert vars(ClientSession)["__init__"] is layer
+    assert inspect.signature(layer) == inspect.signature(constructor)
+    async with ClientSession("http://gateway/") as session, Subclass(raise_for_status=True) as sub:
+        assert made == [session, sub]
+        assert session._base_url is not None
+        assert sub._raise_for_status is True
+    with pytest.raises(TypeError):
+        ClientSession(no_such_argument=1)  # type: ignore[call-arg]
+    assert len(made) == 2
+    assert compat.unwrap_constructor(layer)
+    assert vars(ClientSession)["__init__"] is constructor
+    async with ClientSession():
+        assert len(made) == 2
+
+
+@pytest.mark.usefixtures("constructor")
+async def test_a_layer_in_force_is_used_again_and_another_s_on_it_stays() -> None:
+    made: list[ClientSession] = []
+    layer = compat.wrap_constructor(made.append, None)
+    assert compat.wrap_constructor(made.append, layer) is layer
+    calls = []
+
+    def theirs(self: ClientSession, *args: Any, **kwargs: Any) -> None:
+        calls.append(self)
+        layer(self, *args, **kwargs)
+
+    theirs.__wrapped__ = layer  # type: ignore[attr-defined]
+    setattr(ClientSession, "__init__", theirs)  # noqa: B010
+    assert compat.wrap_constructor(made.append, layer) is layer
+    assert not compat.unwrap_constructor(layer)
+    async with ClientSession() as session:
+        assert made == calls == [session]
+    setattr(ClientSession, "__init__", lambda self: None)  # noqa: B010 - who has taken ours off
+    assert compat.wrap_constructor(made.append, layer) is not layer
+
+
+class Descriptor:
+    """A constructor that is no function: it binds as Python binds, and is called as it is bound."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self.function = function
+
+    def __get__(self, instance: object, owner: type) -> Callable[..., None]:
+        return lambda *args, **kwargs: self.function(instance, *args, **kwargs)
+
+    def __call__(self, *args: object) -> None:
+        raise AssertionError("it has to be bound")
+
+
+class NoDescriptor:
+    """What does not bind at all: Python calls it without the session."""
+
+    def __call__(self, *args: object) -> None:
+        assert args == ()
+
+
+async def test_a_constructor_that_somebody_has_replaced_binds_as_python_does(
+    constructor: Any,
+) -> None:
+    made: list[ClientSession] = []
+    setattr(ClientSession, "__init__", Descriptor(constructor))  # noqa: B010
+    layer = compat.wrap_constructor(made.append, None)
+    async with ClientSession() as session:
+        assert made == [session]
+    assert compat.unwrap_constructor(layer)
+    setattr(ClientSession, "__init__", NoDescriptor())  # noqa: B010
+    compat.wrap_constructor(made.append, None)
+    ClientSession()
+    assert made == [session]  # that one has no hooks: nothing has made it
+
+
+async def test_what_is_unread_is_read_again_and_nothing_warns(
+    aiohttp_client: AiohttpClient,
+) -> None:
+    async def handler(request: web.Request) -> web.Response:
+        content, unread = request.content, compat.unreader()
+        unread(content, b"")  # nothing
+        beginning = await content.readexactly(3)
+        unread(content, beginning)
+        line = await content.readline()
+        rest = await content.read()
+        assert content.at_eof()
+        unread(content, line + rest)
+        assert not content.at_eof()
+        return web.Response(body=await request.read())
+
+    app = web.Application()
+    app.router.add_post("/", handler)
+    client = await aiohttp_client(app)
+    body = b"a line\nand more" * 10_000
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        async with client.post("/", data=body) as response:
+            assert await response.read() == body
+    assert [it for it in warned if "unread" in str(it.message)] == []
+
+
+async def its_own(request: web.Request) -> None:
+    """Decide when the client may send its body."""
+
+
+async def test_a_route_with_an_expect_handler_of_its_own_is_told_from_the_others(
+    aiohttp_client: AiohttpClient,
+) -> None:
+    found = {}
+
+    @web.middleware
+    async def look(request: web.Request, handler: Any) -> web.StreamResponse:
+        found[f"{request.method} {request.path}"] = compat.has_own_expect_handler(request)
+        return web.Response()
+
+    async def handler(request: web.Request) -> web.Response:
+        raise AssertionError("the middleware has answered")
+
+    app, sub = web.Application(middlewares=[look]), web.Application()
+    app.router.add_post("/plain", handler)
+    app.router.add_post("/own", handler, expect_handler=its_own)
+    app.router.add_put("/own", handler)
+    app.router.add_static("/static", Path(__file__).parent, expect_handler=its_own)
+    sub.router.add_post("/plain", handler)
+    sub.router.add_post("/own", handler, expect_handler=its_own)
+    app.add_subapp("/sub", sub)
+    client = await aiohttp_client(app)
+    for method, path in (
+        *(("POST", "/plain"), ("POST", "/own"), ("PUT", "/own"), ("POST", "/none")),
+        *(("GET", "/static/x"), ("POST", "/sub/plain"), ("POST", "/sub/own"), ("PUT", "/sub/own")),
+    ):
+        await client.request(method, path)
+    own = {name for name, is_own in found.items() if is_own}
+    assert own == {"POST /own", "GET /static/x", "POST /sub/own"}
+    assert len(found) == 8
+
+
+CLIENT = web.AppKey("client", ClientSession)
+
+
+def test_a_key_of_a_storage_has_its_module_in_its_name() -> None:
+    assert compat.storage_name("client") == "client"
+    assert compat.storage_name(CLIENT) == f"{__name__}.client"
+    assert compat.storage_name(object()) == ""
+    if hasattr(web, "RequestKey"):
+        assert compat.storage_name(web.RequestKey("sid", str)).endswith(".sid")
+
+
+async def test_a_key_of_our_own_is_kept_on_a_request_without_a_warning(
+    aiohttp_client: AiohttpClient,
+) -> None:
+    key, other = compat.request_key("tests.one", str), compat.request_key("tests.other", str)
+
+    async def handler(request: web.Request) -> web.Response:
+        assert key not in request
+        request[key] = "one"
+        assert request.get(other) is None
+        return web.Response(text=request[key])
+
+    app = web.Application()
+    app.router.add_get("/", handler)
+    client = await aiohttp_client(app)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        async with client.get("/") as response:
+            assert await response.text() == "one"
+
+
+def test_nothing_private_of_another_package_is_used_elsewhere() -> None:
+    """Else aiohttp could change it, and no test here would fail. Of the core, that is."""
+    used, own = {}, set()
+    for path in Path(aiohttp_smg_routing.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                own.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                own.add(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                own.add(node.attr)
+            if isinstance(node, ast.Attribute) and path.name != "compat.py":
+                used[node.attr] = f"{path.name}:{node.lineno}"
+    private = {name for name in used if name.startswith("_") and not name.startswith("__")}
+    assert {name: used[name] for name in private - own} == {}

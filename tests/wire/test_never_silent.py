@@ -1,0 +1,944 @@
+"""Never silent: every wrong use leaves a line in the log that says what to do."""
+
+import asyncio
+import logging
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from aiohttp import ClientError, ClientSession, TCPConnector, web
+from aiohttp.abc import AbstractResolver
+from aiohttp.test_utils import TestClient, TestServer
+from prometheus_client import CollectorRegistry
+from pytest_aiohttp.plugin import AiohttpClient
+from yarl import URL
+
+from aiohttp_smg_routing import (
+    ROUTING,
+    ConfigError,
+    MissingSessionError,
+    PinSummary,
+    Routing,
+    RoutingConfig,
+    routing_session,
+    setup,
+)
+from aiohttp_smg_routing.testing import Recorder, free_port, redirect
+
+from ..conftest import CLIENT, session_server
+
+PATH = "/sessions/s-1/v1/chat/completions"
+CHAT = "/v1/chat/completions"
+
+
+def said(caplog: pytest.LogCaptureFixture, level: int = logging.WARNING) -> list[str]:
+    """Return what the plugin has said, from ``level`` on."""
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.name.startswith("aiohttp_smg_routing.") and record.levelno >= level
+    ]
+
+
+# At start-up
+
+
+@asynccontextmanager
+async def started(app: web.Application) -> AsyncIterator[None]:
+    runner = web.AppRunner(app)
+    await runner.setup()
+    try:
+        yield
+    finally:
+        await runner.cleanup()
+
+
+@pytest.fixture
+async def outgoing() -> AsyncIterator[ClientSession]:
+    async with ClientSession() as session:
+        yield session
+
+
+def other_source(request: web.Request) -> str | None:
+    return None
+
+
+FORMS: dict[str, tuple[dict[str, Any], str]] = {
+    "named": (
+        {"client_session": "client"},
+        f"POST {CHAT} to http://gateway:30000 carries X-SMG-Routing-Key; the session id is read "
+        "from match_info:session_id; the hook is on these ClientSessions: that of app['client']",
+    ),
+    "an AppKey": (
+        {"client_session": CLIENT},
+        f"POST {CHAT} to http://gateway:30000 carries X-SMG-Routing-Key; the session id is read "
+        f"from match_info:session_id; the hook is on these ClientSessions: that of "
+        f"app['{CLIENT._name}']",
+    ),
+    "instrument": (
+        {"instrument": True},
+        f"POST {CHAT} to http://gateway:30000 carries X-SMG-Routing-Key; the session id is read "
+        "from match_info:session_id; the hook is on these ClientSessions: every one that is made "
+        "from now on",
+    ),
+    "none": (
+        {},
+        f"POST {CHAT} to http://gateway:30000 carries X-SMG-Routing-Key; the session id is read "
+        "from match_info:session_id; no ClientSession has the hook yet: name one in "
+        "client_session, set instrument = true, or pass trace_configs=[routing.trace_config()]",
+    ),
+    "everything": (
+        {
+            "gateway": ["http://user:hush@gateway:30000/", "https://other"],
+            "paths": [CHAT, "/generate"],
+            "header": "X-Pin",
+            "session_id": ["header:X-Session-Id", other_source],
+            "key": "digest",
+            "secret": "hush",
+            "client_session": "client",
+            "instrument": True,
+        },
+        f"POST {CHAT}, /generate to http://gateway:30000, https://other carries X-Pin; the session "
+        "id is read from header:X-Session-Id, other_source; the hook is on these ClientSessions: "
+        "that of app['client'], every one that is made from now on",
+    ),
+    "disabled": (
+        {"enabled": False, "client_session": "client"},
+        "enabled is false: no call carries a key",
+    ),
+}
+
+
+@pytest.mark.parametrize(("config", "line"), FORMS.values(), ids=FORMS)
+async def test_one_line_says_what_will_happen(
+    outgoing: ClientSession,
+    caplog: pytest.LogCaptureFixture,
+    config: dict[str, Any],
+    line: str,
+) -> None:
+    caplog.set_level(logging.INFO)
+    app = web.Application()
+    app[CLIENT] = outgoing
+    setup(app, {"gateway": "http://gateway:30000", **config})
+    assert said(caplog, logging.INFO) == []
+    async with started(app):
+        assert said(caplog, logging.INFO) == [line]
+    assert said(caplog, logging.INFO) == [line]
+
+
+@pytest.mark.parametrize("way", ["trace_config", "attach"])
+async def test_it_knows_of_a_hook_that_the_users_own_code_puts_on(
+    outgoing: ClientSession, caplog: pytest.LogCaptureFixture, way: str
+) -> None:
+    caplog.set_level(logging.INFO)
+
+    async def client_session(app: web.Application) -> AsyncIterator[None]:
+        if way == "attach":
+            routing.attach(outgoing)
+            yield
+        else:
+            async with ClientSession(trace_configs=[routing.trace_config()]):
+                yield
+
+    app = web.Application()
+    app.cleanup_ctx.append(client_session)
+    routing = setup(app, {"gateway": "http://gateway:30000"})
+    async with started(app):
+        [line] = said(caplog, logging.INFO)
+    assert line.endswith(
+        "the hook is on these ClientSessions: those with routing.trace_config() or attach()"
+    )
+
+
+async def test_each_app_within_another_says_its_own(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    app, inner = web.Application(), web.Application()
+    setup(inner, {"gateway": "http://inner"})
+    setup(app, {"gateway": "http://outer"})
+    app.add_subapp("/inner", inner)
+    async with started(app):
+        lines = said(caplog, logging.INFO)
+    assert sorted(line.partition(" carries")[0] for line in lines) == [
+        f"POST {CHAT} to http://inner",
+        f"POST {CHAT} to http://outer",
+    ]
+
+
+async def test_an_app_that_does_not_start_says_only_why(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    app = web.Application()
+    setup(app, {"gateway": "http://gateway", "client_session": "missing"})
+    with pytest.raises(ConfigError):
+        async with started(app):
+            pass
+    assert said(caplog, logging.INFO) == []
+
+
+# Configs that are errors
+
+
+@pytest.mark.parametrize(
+    ("config", "advice"),
+    [
+        ({"gateway": "http://h:30000/v1"}, "write 'http://h:30000'"),
+        ({"gateway": "http://h:30000/v1/"}, "write 'http://h:30000'"),
+        ({"gateway": f"http://h:30000{CHAT}"}, "write 'http://h:30000'"),
+        ({"gateway": "http://h:30000/base/v1"}, "write 'http://h:30000/base'"),
+        ({"gateway": "http://h:30000/*"}, "name each gateway"),
+        ({"gateway": "http://h:30000", "client_session": "All"}, "write instrument = true"),
+        ({"gateway": "h:30000"}, "such as 'http://10.0.0.1:30000'"),
+    ],
+)
+def test_a_config_that_could_only_be_silent_is_an_error(
+    config: dict[str, Any], advice: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        setup(web.Application(), config)
+    assert advice in str(caught.value)
+
+
+async def test_the_base_url_of_an_openai_client_is_right_where_the_paths_begin_below_it(
+    gateway: Recorder,
+) -> None:
+    routing = Routing({"gateway": f"{gateway.url}/v1", "paths": "/chat/completions"})
+    async with ClientSession(trace_configs=[routing.trace_config()]) as session:
+        with routing_session("s-1"):
+            async with session.post(gateway.chat):
+                pass
+    assert gateway.last.keys == [b"s-1"]
+
+
+# Near misses
+
+
+class Everywhere(AbstractResolver):
+    """Resolves every name to this machine."""
+
+    async def resolve(self, host: str, port: int = 0, family: Any = 0) -> list[Any]:
+        address = {"hostname": host, "host": "127.0.0.1", "port": port}
+        return [{**address, "family": 2, "proto": 0, "flags": 0}]
+
+    async def close(self) -> None:
+        pass
+
+
+def calling(*urls: URL | str) -> Callable[[web.Request], Awaitable[web.Response]]:
+    """Return a handler that calls each URL; one that can't be reached is no error."""
+
+    async def handler(request: web.Request) -> web.Response:
+        for url in urls:
+            try:
+                async with request.app[CLIENT].post(url, data=b"{}") as response:
+                    await response.read()
+            except (ClientError, ssl.SSLError, MissingSessionError):
+                pass
+        return web.Response()
+
+    return handler
+
+
+@asynccontextmanager
+async def playing(
+    config: dict[str, Any], *urls: URL | str, **options: Any
+) -> AsyncIterator[tuple[Routing, Callable[..., Awaitable[None]]]]:
+    """Run a server that calls each URL in a turn; give its routing, and what plays turns."""
+    app = web.Application()
+    app.router.add_route("*", "/{session_id}", calling(*urls))
+
+    async def client_session(app: web.Application) -> AsyncIterator[None]:
+        options.setdefault("connector", TCPConnector(resolver=Everywhere()))
+        async with ClientSession(**options) as app[CLIENT]:
+            yield
+
+    app.cleanup_ctx.append(client_session)
+    routing = setup(app, {"client_session": "client", **config})
+    async with TestClient(TestServer(app)) as client:
+
+        async def play(turns: int, session_id: str = "s-1", method: str = "POST") -> None:
+            for _ in range(turns):
+                async with client.request(method, f"/{session_id}") as response:
+                    assert response.status == 200
+
+        yield routing, play
+
+
+NEAR: dict[str, tuple[str, str, str]] = {
+    "localhost for 127.0.0.1": (
+        "http://127.0.0.1:{port}",
+        "http://localhost:{port}/v1/chat/completions",
+        "its host is localhost, and the gateway is 127.0.0.1; add http://localhost:{port} to "
+        "gateway",
+    ),
+    "127.0.0.1 for localhost": (
+        "http://localhost:{port}/base",
+        "http://127.0.0.1:{port}/base/v1/chat/completions",
+        "its host is 127.0.0.1, and the gateway is localhost; add http://127.0.0.1:{port}/base to "
+        "gateway",
+    ),
+    "http for https": (
+        "https://127.0.0.1:{port}",
+        "http://127.0.0.1:{port}/v1/chat/completions",
+        "its scheme is http, and the gateway's is https; add http://127.0.0.1:{port} to gateway",
+    ),
+    "https for http": (
+        "http://127.0.0.1:{port}",
+        "https://127.0.0.1:{port}/v1/chat/completions",
+        "its scheme is https, and the gateway's is http; add https://127.0.0.1:{port} to gateway",
+    ),
+    "a config without the port": (
+        "http://gateway.example",
+        "http://gateway.example:{port}/v1/chat/completions",
+        "its port is {port}, and the gateway's is 80; add http://gateway.example:{port} to gateway",
+    ),
+    "another port and scheme": (
+        "https://gateway.example",
+        "http://gateway.example:{port}/v1/chat/completions",
+        "its scheme is http, and the gateway's is https; its port is {port}, and the gateway's is "
+        "443; add http://gateway.example:{port} to gateway",
+    ),
+    "a path that is not among ours": (
+        "http://127.0.0.1:{port}",
+        "http://127.0.0.1:{port}/v1/completions",
+        "its path is /v1/completions, and the gateway's is /v1/chat/completions; if it is to be "
+        "pinned, add /v1/completions to paths",
+    ),
+    "a path below the base path": (
+        "http://127.0.0.1:{port}/base",
+        "http://127.0.0.1:{port}/base/generate",
+        "its path is /base/generate, and the gateway's is /base/v1/chat/completions; if it is to "
+        "be pinned, add /generate to paths",
+    ),
+    "a slash at the end": (
+        "http://127.0.0.1:{port}",
+        "http://127.0.0.1:{port}/v1/chat/completions/",
+        "its path is /v1/chat/completions/, and the gateway's is /v1/chat/completions; if it is to "
+        "be pinned, add /v1/chat/completions/ to paths",
+    ),
+    "a base path that the config has not": (
+        "http://127.0.0.1:{port}/base",
+        "http://127.0.0.1:{port}/v1/chat/completions",
+        "its path is /v1/chat/completions, and the gateway's is /base/v1/chat/completions",
+    ),
+    "a base path that only begins like the config's": (
+        "http://127.0.0.1:{port}/base",
+        "http://127.0.0.1:{port}/based/v1/chat/completions",
+        "its path is /based/v1/chat/completions, and the gateway's is /base/v1/chat/completions",
+    ),
+    "a judge model elsewhere": (
+        "http://127.0.0.1:{port}",
+        "http://judge.example:{port}/v1/chat/completions",
+        "its host is judge.example, and the gateway is 127.0.0.1",
+    ),
+    "a judge model elsewhere, of another base path": (
+        "http://gateway.example:{port}",
+        "http://judge.example:{port}/openai/deployments/x/chat/completions",
+        "its host is judge.example, and the gateway is gateway.example; its path is "
+        "/openai/deployments/x/chat/completions, and the gateway's is /v1/chat/completions",
+    ),
+    "a judge model that is here, and a gateway elsewhere": (
+        "http://gateway.example:{port}",
+        "http://127.0.0.1:{port}/v1/chat/completions",
+        "its host is 127.0.0.1, and the gateway is gateway.example",
+    ),
+    "a gateway that is here, and a judge model elsewhere at another port": (
+        "http://localhost",
+        "http://judge.example:{port}/v1/chat/completions",
+        "its host is judge.example, and the gateway is localhost; its port is {port}, and the "
+        "gateway's is 80",
+    ),
+}
+
+
+@pytest.mark.parametrize(("config", "url", "problem"), NEAR.values(), ids=NEAR)
+async def test_a_near_miss_is_counted_and_said_after_twenty(
+    gateway: Recorder,
+    caplog: pytest.LogCaptureFixture,
+    config: str,
+    url: str,
+    problem: str,
+) -> None:
+    # Nobody answers to TLS: the call fails, and is a near miss all the same.
+    port = free_port() if url.startswith("https") else gateway.url.port
+    config, url, problem = (text.format(port=port) for text in (config, url, problem))
+    line = f"POST {url} goes out without a key: {problem}"
+    async with playing({"gateway": config}, url) as (routing, play):
+        await play(19)
+        assert said(caplog) == []
+        assert routing.pins.summary() == PinSummary(unmatched=19)
+        await play(1)
+        assert said(caplog) == [line]
+        await play(100)
+        assert said(caplog) == [line]
+        assert routing.pins.summary() == PinSummary(unmatched=120)
+        assert routing.explain("POST", url) == line
+    assert not any(call.keys for call in gateway.calls)
+
+
+@pytest.mark.parametrize(
+    ("config", "url"),
+    [
+        ("http://127.0.0.1:{port}", "http://localhost/v1/chat/completions"),
+        ("http://127.0.0.1:{port}", "http://127.0.0.1/v1/chat/completions"),
+        ("http://127.0.0.1:{port}", "http://[::1]:{port}/v1/chat/completions"),
+        ("http://[::1]:{port}", "http://127.0.0.1:{port}/v1/chat/completions"),
+        ("http://0.0.0.0:{port}", "http://127.0.0.1:{port}/v1/chat/completions"),
+        ("http://127.0.0.2:{port}", "http://127.0.0.1:{port}/v1/chat/completions"),
+    ],
+)
+def test_advice_that_is_followed_helps(config: str, url: str) -> None:
+    """What ``explain()`` says to add makes it say that the call carries the key."""
+    config, url = config.format(port=30000), url.format(port=30000)
+    sentence = Routing({"gateway": config}).explain("POST", url)
+    advised = sentence.partition("; add ")[2].removesuffix(" to gateway")
+    routing = Routing({"gateway": [config, advised]})
+    assert routing.explain("POST", url) == (
+        f"POST {url} carries X-SMG-Routing-Key, where it has a session"
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "method", "problem"),
+    [
+        ({}, "GET", "only a POST carries one"),
+        ({"enabled": False}, "POST", "enabled is false"),
+    ],
+)
+def test_explain_knows_the_other_reasons(config: Any, method: str, problem: str) -> None:
+    routing = Routing({"gateway": "http://gateway", **config})
+    url = f"http://gateway{CHAT}"
+    assert routing.explain(method, url) == f"{method} {url} goes out without a key: {problem}"
+
+
+def test_explain_names_the_gateway_and_the_path_that_are_nearest() -> None:
+    routing = Routing(
+        {
+            "gateway": ["https://other:1/base", "http://10.0.0.1:30000"],
+            "paths": ["/generate", CHAT],
+        }
+    )
+    assert routing.explain("POST", f"http://10.0.0.1:30001{CHAT}") == (
+        f"POST http://10.0.0.1:30001{CHAT} goes out without a key: its port is 30001, and the "
+        "gateway's is 30000; add http://10.0.0.1:30001 to gateway"
+    )
+
+
+def test_no_sentence_shows_what_is_secret_in_a_url() -> None:
+    routing = Routing({"gateway": "http://user:hush@gateway"})
+    for url in (f"http://user:hush@gateway{CHAT}?api_key=hush", "http://user:hush@judge/?k=hush"):
+        assert "hush" not in routing.explain("POST", url)
+
+
+async def test_what_is_not_near_is_not_counted(
+    gateway: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    urls = [
+        f"http://tools.example:{gateway.url.port}{path}"
+        for path in ("/", "/run", "/v1/embeddings", "/v1/chat", "/completions/x", "/v1/models")
+    ]
+    async with playing({"gateway": str(gateway.url)}, *urls) as (routing, play):
+        await play(25)
+        assert routing.pins.summary() == PinSummary()
+    assert said(caplog) == []
+
+
+async def test_a_get_is_no_near_miss(gateway: Recorder, caplog: pytest.LogCaptureFixture) -> None:
+    routing = Routing({"gateway": str(gateway.url)})
+    async with ClientSession(trace_configs=[routing.trace_config()]) as session:
+        with routing_session("s-1"):
+            for _ in range(25):
+                async with session.get(gateway.chat), session.get(gateway.url / "v1/models"):
+                    pass
+    assert routing.pins.summary() == PinSummary()
+    assert said(caplog) == []
+
+
+async def test_a_call_outside_a_session_is_no_near_miss(
+    gateway: Recorder, elsewhere: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    routing = Routing({"gateway": str(gateway.url)})
+    async with ClientSession(trace_configs=[routing.trace_config()]) as session:
+        for _ in range(25):
+            async with session.post(elsewhere.chat):
+                pass
+    assert routing.pins.summary() == PinSummary()
+    assert said(caplog) == []
+
+
+async def test_near_misses_are_said_once_for_each_origin(
+    gateway: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    port = gateway.url.port
+    hosts = ("localhost", "127.0.0.2", "judge.example")
+    urls = [f"http://{host}:{port}{path}" for host in hosts for path in (CHAT, f"/x{CHAT}")]
+    async with playing({"gateway": str(gateway.url)}, *urls) as (routing, play):
+        await play(40)
+        assert routing.pins.summary() == PinSummary(unmatched=240)
+    lines = said(caplog)
+    assert len(lines) == 3
+    for host in hosts:
+        assert sum(f"http://{host}:" in line.partition(" goes out")[0] for line in lines) == 1
+
+
+@pytest.mark.parametrize("before", [0, 19])
+async def test_near_misses_are_not_said_where_a_call_was_tagged(
+    gateway: Recorder, elsewhere: Recorder, caplog: pytest.LogCaptureFixture, before: int
+) -> None:
+    """A server that calls the gateway and a judge model is all right."""
+    routing = Routing({"gateway": str(gateway.url)})
+    async with ClientSession(trace_configs=[routing.trace_config()]) as session:
+        with routing_session("s-1"):
+            for _ in range(before):
+                async with session.post(elsewhere.chat):
+                    pass
+            async with session.post(gateway.chat):
+                pass
+            for _ in range(100):
+                async with session.post(elsewhere.chat):
+                    pass
+    assert said(caplog) == []
+    counts = PinSummary(unknown=1, sessions=1, unmatched=before + 100)
+    assert routing.pins.summary() == counts
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+async def test_a_call_that_another_routing_tags_is_no_near_miss(
+    gateway: Recorder,
+    elsewhere: Recorder,
+    caplog: pytest.LogCaptureFixture,
+    order: tuple[int, int],
+) -> None:
+    """Two routings on one ClientSession: each leaves the other's gateway alone."""
+    caplog.set_level(logging.DEBUG, "aiohttp_smg_routing")
+    routings = [Routing({"gateway": str(wire.url)}) for wire in (gateway, elsewhere)]
+    async with ClientSession() as session:
+        for number in order:
+            routings[number].attach(session)
+        with routing_session("s-1"):
+            for _ in range(25):
+                async with session.post(elsewhere.chat):
+                    pass
+    assert routings[0].pins.summary() == PinSummary()
+    assert routings[1].pins.summary() == PinSummary(unknown=25, sessions=1)
+    assert (
+        said(caplog, logging.DEBUG)
+        == [
+            f"POST {elsewhere.chat} carries the key of s-1",
+        ]
+        * 25
+    )
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+async def test_a_near_miss_of_two_routings_counts_once(
+    gateway: Recorder, order: tuple[int, int]
+) -> None:
+    port = gateway.url.port
+    routings = [Routing({"gateway": f"http://{host}:{port}"}) for host in ("a.example", "b")]
+    async with ClientSession() as session:
+        for number in order:
+            routings[number].attach(session)
+        with routing_session("s-1"):
+            async with session.post(gateway.chat):
+                pass
+    counts = [routings[number].pins.summary().unmatched for number in order]
+    assert counts == [1, 0]
+
+
+async def test_a_near_miss_within_a_request_counts_for_the_app_of_the_request(
+    gateway: Recorder, elsewhere: Recorder, outgoing: ClientSession, aiohttp_client: AiohttpClient
+) -> None:
+    apps = []
+    for name in ("a.example", "b.example"):
+        app = web.Application()
+        app[CLIENT] = outgoing
+        app.router.add_post("/{session_id}", calling(elsewhere.chat))
+        setup(app, {"gateway": f"http://{name}", "client_session": "client"})
+        apps.append(app)
+    clients = [await aiohttp_client(app) for app in apps]
+    async with clients[1].post("/s-1"):
+        pass
+    counts = [app[ROUTING].pins.summary() for app in apps]
+    assert counts == [PinSummary(), PinSummary(unmatched=1)]
+
+
+async def test_a_call_to_the_apps_gateway_by_a_session_that_has_only_anothers_hook_is_said(
+    gateway: Recorder,
+    elsewhere: Recorder,
+    aiohttp_client: AiohttpClient,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    app = without_hook(gateway.chat)
+    routing = setup(app, {"gateway": str(gateway.url)})
+    other = Routing({"gateway": str(elsewhere.url)})
+    client = await aiohttp_client(app)
+    other.attach(app[CLIENT])
+    for _ in range(60):
+        async with client.post("/s-1") as response:
+            assert response.status == 200
+    assert not any(call.keys for call in gateway.calls)
+    counts = (routing.pins.summary(), other.pins.summary())
+    assert counts == (PinSummary(unmatched=60), PinSummary())
+    [line] = said(caplog)
+    assert "its ClientSession has no hook of this app" in line
+
+
+async def test_a_hook_of_apps_that_have_ended_does_not_keep_near_misses_from_being_counted(
+    gateway: Recorder, elsewhere: Recorder
+) -> None:
+    ended, routing = (Routing({"gateway": str(gateway.url)}) for _ in range(2))
+    with ended.instrument():
+        session = ClientSession()
+    async with session:
+        routing.attach(session)
+        with routing_session("s-1"):
+            async with session.post(elsewhere.chat):
+                pass
+    assert routing.pins.summary() == PinSummary(unmatched=1)
+    assert ended.pins.summary() == PinSummary()
+
+
+async def test_near_misses_are_in_the_metrics(gateway: Recorder) -> None:
+    registry = CollectorRegistry()
+    config = {
+        "gateway": f"http://127.0.0.2:{gateway.url.port}",
+        "metrics": "prometheus",
+        "metrics_registry": registry,
+    }
+    async with playing(config, gateway.chat) as (_, play):
+        await play(3)
+        assert registry.get_sample_value("smg_routing_unmatched_total") == 3
+
+
+async def test_a_redirect_to_what_is_near_counts_too(
+    gateway: Recorder, elsewhere: Recorder
+) -> None:
+    """A redirect that leaves the gateway for a similar path is counted."""
+    gateway.answer = lambda call: redirect(elsewhere.chat)
+    routing = Routing({"gateway": str(gateway.url)})
+    async with ClientSession(trace_configs=[routing.trace_config()]) as session:
+        with routing_session("s-1"):
+            async with session.post(gateway.chat):
+                pass
+    assert gateway.last.keys == [b"s-1"]
+    assert routing.pins.summary().unmatched == 1
+
+
+# Nothing at all
+
+
+NOTHING = "50 POST requests in a row had a session, and no call to the gateway was seen. If this"
+
+
+def without_hook(url: URL) -> web.Application:
+    """Return a server whose own ClientSession has no hook."""
+    app = web.Application()
+    app.router.add_route("*", "/{session_id}", calling(url))
+
+    async def client_session(app: web.Application) -> AsyncIterator[None]:
+        async with ClientSession() as app[CLIENT]:
+            yield
+
+    app.cleanup_ctx.append(client_session)
+    return app
+
+
+async def test_a_client_session_that_was_forgotten_is_said_after_fifty_requests(
+    gateway: Recorder, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = without_hook(gateway.chat)
+    setup(app, {"gateway": str(gateway.url)})
+    client = await aiohttp_client(app)
+    for number in range(49):
+        async with client.post(f"/s-{number}"):
+            pass
+    assert said(caplog) == []
+    for _ in range(100):
+        async with client.post("/s-1"):
+            pass
+    [line] = said(caplog)
+    assert line.startswith(NOTHING)
+    reasons = ("has no hook (name its app key in client_session", "instrument = true", "httpx")
+    places = [line.index(reason) for reason in reasons]
+    assert places == sorted(places)
+    assert not any(call.keys for call in gateway.calls)
+
+
+async def test_a_client_session_that_is_made_anew_at_run_time_is_said(
+    gateway: Recorder, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The one that the app had when it started has the hook, and calls nobody."""
+
+    async def handler(request: web.Request) -> web.Response:
+        async with ClientSession() as session, session.post(gateway.chat):
+            return web.Response()
+
+    app = without_hook(gateway.chat)
+    app.router.add_post("/anew/{session_id}", handler)
+    setup(app, {"gateway": str(gateway.url), "client_session": "client"})
+    client = await aiohttp_client(app)
+    for _ in range(50):
+        async with client.post("/anew/s-1") as response:
+            assert response.status == 200
+    [line] = said(caplog)
+    assert line.startswith(NOTHING)
+    assert "it was made later (set instrument = true)" in line
+
+
+async def test_an_sdk_that_calls_by_httpx_is_said(
+    gateway: Recorder, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    openai = pytest.importorskip("openai")
+    messages = [{"role": "user", "content": "hello"}]
+
+    async def handler(request: web.Request) -> web.Response:
+        await sdk.chat.completions.create(model="stub", messages=messages)
+        return web.Response()
+
+    app = web.Application()
+    app.router.add_post("/{session_id}", handler)
+    setup(app, {"gateway": str(gateway.url), "instrument": True})
+    client = await aiohttp_client(app)
+    async with openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="none") as sdk:
+        for _ in range(50):
+            async with client.post("/s-1") as response:
+                assert response.status == 200
+    assert len(gateway.calls) == 50
+    [line] = said(caplog)
+    assert line.startswith(NOTHING)
+    assert "made by httpx and not by aiohttp" in line
+    assert "DefaultAioHttpClient()" in line
+
+
+@pytest.mark.parametrize(
+    ("path", "method"), [("/s-1", "GET"), ("/default", "POST"), ("/%20", "POST")]
+)
+async def test_requests_that_are_no_turns_of_a_session_say_nothing(
+    gateway: Recorder,
+    aiohttp_client: AiohttpClient,
+    caplog: pytest.LogCaptureFixture,
+    path: str,
+    method: str,
+) -> None:
+    app = without_hook(gateway.url / "elsewhere")
+    setup(app, {"gateway": str(gateway.url), "ignore_ids": "default"})
+    client = await aiohttp_client(app)
+    for _ in range(60):
+        async with client.request(method, path) as response:
+            assert response.status == 200
+    assert said(caplog) == []
+
+
+async def test_near_misses_are_not_nothing_at_all(
+    gateway: Recorder, elsewhere: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with playing({"gateway": str(gateway.url)}, elsewhere.chat) as (_, play):
+        await play(120)
+    [line] = said(caplog)
+    assert line.startswith(f"POST {elsewhere.chat} goes out without a key")
+
+
+def sometimes_calling(url: URL) -> web.Application:
+    """Return a server that calls the gateway in some requests, and in others not."""
+
+    async def reward(request: web.Request) -> web.Response:
+        return web.Response()
+
+    async def anew(request: web.Request) -> web.Response:
+        async with ClientSession() as session, session.post(url):
+            return web.Response()
+
+    app = without_hook(url)
+    app.router.add_post("/{session_id}/reward", reward)
+    app.router.add_post("/{session_id}/anew", anew)
+    return app
+
+
+async def test_where_a_call_was_tagged_other_requests_are_not_said(
+    gateway: Recorder, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = sometimes_calling(gateway.chat)
+    setup(app, {"gateway": str(gateway.url), "client_session": "client"})
+    client = await aiohttp_client(app)
+    for _ in range(3):
+        async with client.post("/s-1"):
+            pass
+        for _ in range(400):
+            async with client.post("/s-1/reward") as response:
+                assert response.status == 200
+    assert said(caplog) == []
+
+
+async def test_a_client_session_that_is_made_anew_after_calls_that_were_tagged_is_said(
+    gateway: Recorder, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = sometimes_calling(gateway.chat)
+    setup(app, {"gateway": str(gateway.url), "client_session": "client"})
+    client = await aiohttp_client(app)
+    async with client.post("/s-1"):
+        pass
+    for _ in range(999):
+        async with client.post("/s-1/anew"):
+            pass
+    assert said(caplog) == []
+    for _ in range(100):
+        async with client.post("/s-1/anew"):
+            pass
+    [line] = said(caplog)
+    assert line.startswith("1000 POST requests in a row had a session, and no call to the gateway")
+
+
+async def test_a_call_in_a_block_within_the_request_is_a_call_that_was_seen(
+    gateway: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def handler(request: web.Request) -> web.Response:
+        with routing_session("rollout-1"):
+            return await calling(gateway.chat)(request)
+
+    app = without_hook(gateway.chat)
+    app.router.add_post("/block/{session_id}", handler)
+    setup(app, {"gateway": str(gateway.url), "client_session": "client"})
+    async with TestClient(TestServer(app)) as client:
+        for _ in range(60):
+            async with client.post("/block/s-1") as response:
+                assert response.status == 200
+    assert said(caplog) == []
+    assert gateway.last.keys == [b"rollout-1"]
+
+
+# Calls without a session
+
+
+@pytest.mark.parametrize("on_missing", ["pass", "warn", "raise"])
+async def test_after_twenty_calls_without_a_session_route_and_sources_are_said(
+    gateway: Recorder,
+    aiohttp_client: AiohttpClient,
+    caplog: pytest.LogCaptureFixture,
+    on_missing: str,
+) -> None:
+    """The route has ``{sid}``, and the source is ``match_info:session_id``."""
+    app = without_hook(gateway.chat)
+    app.router.add_post("/sessions/{sid}/chat", calling(gateway.chat))
+    config = {"on_missing": on_missing, "session_id": ["match_info:session_id", "cookie:sid"]}
+    setup(app, {"gateway": str(gateway.url), "client_session": "client", **config})
+    client = await aiohttp_client(app)
+    problem = (
+        f"POST {gateway.chat} has no session: match_info:session_id, cookie:sid found none in "
+        "route /sessions/{sid}/chat"
+    )
+    line = f"20 calls to the gateway, and none had a session. {problem}. Correct session_id."
+    for turn in range(1, 50):
+        async with client.post("/sessions/s-1/chat") as response:
+            assert response.status == 200
+        assert said(caplog).count(line) == (turn >= 20)
+    summary = app[ROUTING].pins.summary()
+    assert summary.missing == 49
+    assert summary.untagged == (0 if on_missing == "raise" else 49)
+    if on_missing == "pass":
+        assert said(caplog) == [line]
+
+
+@pytest.mark.parametrize("before", [0, 19])
+async def test_calls_without_a_session_beside_ones_with_it_are_not_said(
+    gateway: Recorder, caplog: pytest.LogCaptureFixture, before: int
+) -> None:
+    routing = Routing({"gateway": str(gateway.url)})
+    async with ClientSession(trace_configs=[routing.trace_config()]) as session:
+        for _ in range(before):
+            async with session.post(gateway.chat):
+                pass
+        with routing_session("s-1"):
+            async with session.post(gateway.chat):
+                pass
+        for _ in range(40):
+            async with session.post(gateway.chat):
+                pass
+    assert said(caplog) == []
+    assert routing.pins.summary().missing == before + 40
+
+
+async def test_calls_without_a_session_outside_a_request_name_the_code(
+    gateway: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    routing = Routing({"gateway": str(gateway.url)})
+
+    async def refresh() -> None:
+        async with ClientSession(trace_configs=[routing.trace_config()]) as session:
+            for _ in range(20):
+                async with session.post(gateway.chat):
+                    pass
+
+    await asyncio.create_task(refresh())
+    [line] = said(caplog)
+    assert "found none in test_calls_without_a_session_outside_a_request_name_the_code" in line
+    assert "refresh" in line
+
+
+async def test_on_missing_warn_says_route_and_sources_and_is_capped(
+    gateway: Recorder, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = session_server(gateway.url, on_missing="warn", session_id="header:X-Session-Id")
+    client = await aiohttp_client(app)
+    for _ in range(90):
+        async with client.post(PATH) as response:
+            assert response.status == 200
+    problem = (
+        f"POST {gateway.chat} has no session: header:X-Session-Id found none in route "
+        "/sessions/{session_id}/v1/chat/completions"
+    )
+    lines = said(caplog)
+    assert lines.count(f"{problem}; the gateway may route it to any worker") == 60
+    # And one each: that none of twenty had a session, and what a run of them means.
+    assert len(lines) == 62
+    hint = "no source of session_id finds one, or the calls are made outside a request"
+    assert f"20 calls without a session: {hint}" in lines
+    await client.close()
+    assert said(caplog)[62:] == [
+        "30 more calls without a session: at most 60 a minute are logged one by one"
+    ]
+
+
+# At DEBUG
+
+
+async def test_at_debug_each_post_in_a_session_says_whether_it_carries_a_key_and_why_not(
+    gateway: Recorder, elsewhere: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "aiohttp_smg_routing")
+    routing = Routing({"gateway": str(gateway.url)})
+    tool = elsewhere.url / "run"
+    async with ClientSession(trace_configs=[routing.trace_config()]) as session:
+        async with session.post(tool):
+            pass
+        with routing_session("s-1"):
+            for method, url in (
+                ("POST", gateway.chat.with_query("token=hush")),
+                ("POST", tool.with_user("user").with_password("hush")),
+                ("GET", tool),
+                ("POST", gateway.chat),
+            ):
+                async with session.request(method, url):
+                    pass
+    assert said(caplog, logging.DEBUG) == [
+        f"POST {gateway.chat} carries the key of s-1",
+        routing.explain("POST", tool),
+        f"POST {gateway.chat} carries the key of s-1",
+    ]
+    assert " goes out without a key: its port is " in routing.explain("POST", tool)
+
+
+async def test_at_debug_an_id_that_is_a_credential_is_not_shown(
+    gateway: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG, "aiohttp_smg_routing")
+    config = RoutingConfig(gateway.url, key="digest", secret="k")
+    routing = Routing(config)
+    async with ClientSession(trace_configs=[routing.trace_config()]) as session:
+        with routing_session("sk-credential"):
+            for url in (gateway.chat, gateway.url / "other"):
+                async with session.post(url):
+                    pass
+    assert len(said(caplog, logging.DEBUG)) == 2
+    assert config.routing_key("sk-credential") in caplog.text
+    assert "sk-credential" not in caplog.text
