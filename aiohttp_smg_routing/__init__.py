@@ -6,7 +6,6 @@ the call; the ledger sees where it went.
 PYTEST_DONT_REWRITE: pytest, which loads the fixtures from here, is not to warn that it comes late.
 """
 
-from .calls import MissingSessionError
 from .config import ConfigError, RoutingConfig
 from .context import SessionIdFilter, current_session_id, in_session, routing_session
 from .gateway import ROUTING_KEY_HEADER
@@ -14,6 +13,7 @@ from .keys import routing_key
 from .ledger import PinLedger
 from .metrics import Move, PinSummary, SessionPin
 from .plugin import ROUTING, Routing, setup
+from .rules import MissingSessionError
 from .sources import peek_json
 
 __version__ = "0.1.0"

@@ -19,9 +19,9 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from . import compat
-from .calls import Calls
 from .gateway import ROUTED_WORKER_HEADER
 from .ledger import Call
+from .rules import Rules
 
 
 class Hook(TraceConfig):
@@ -31,7 +31,7 @@ class Hook(TraceConfig):
     inbound headers stands beside the key, or in its place.
     """
 
-    def __init__(self, *targets: Calls) -> None:
+    def __init__(self, *targets: Rules) -> None:
         super().__init__()
         self.targets = targets
         self.on_request_start.append(self._start)
@@ -48,14 +48,14 @@ class Hook(TraceConfig):
         context.call = None
         method, url = params.method, params.url
         targets = self.targets  # one look: in another thread a routing may let go meanwhile
-        for calls in targets:
-            gateway = calls.exact.get((method, url.scheme, url.raw_authority, url.raw_path))
+        for rules in targets:
+            gateway = rules.exact.get((method, url.scheme, url.raw_authority, url.raw_path))
             if gateway is None:
-                gateway = calls.gateway_of(method, url)
+                gateway = rules.gateway_of(method, url)
             if gateway is not None:
                 there = compat.hooks(session)
                 if (there and there[0] is self) or not _claimed(there, method, url, before=self):
-                    context.call = calls.begin(gateway, method, url, params.headers)
+                    context.call = rules.begin(gateway, method, url, params.headers)
                 return
         if targets and method.upper() == hdrs.METH_POST:
             hooks = compat.hooks(session)
@@ -150,25 +150,21 @@ _lock = threading.RLock()
 _layer: Any = None
 
 
-def instrument(calls: Calls) -> Callable[[], None]:
+def instrument(rules: Rules) -> Callable[[], None]:
     """Put a hook on every ``ClientSession`` that is made from now on; return what undoes it."""
     global _layer
     with _lock:
         # A new tuple: calls in other threads go through the old one. Outside of any request, a call
         # fails for want of a session only where all routings ask for that.
-        targets = (*_every.targets, calls)
+        targets = (*_every.targets, rules)
         _every.targets = tuple(sorted(targets, key=lambda it: it.config.on_missing == "raise"))
         _layer = compat.wrap_constructor(_made, _layer)
-    undone = threading.Event()
 
     def undo() -> None:
         global _layer
         with _lock:
-            if undone.is_set():
-                return
-            undone.set()
             left = list(_every.targets)
-            del left[next(place for place, it in enumerate(left) if it is calls)]
+            left.remove(rules)
             _every.targets = tuple(left)
             if not left and compat.unwrap_constructor(_layer):
                 _layer = None

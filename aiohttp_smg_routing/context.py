@@ -31,26 +31,31 @@ class Owner:
 class Scope:
     """The session of the running code, and the owner of the request that it runs in.
 
-    A session that an app's middleware found is the owner's: it goes to the gateways of that config
-    only. That of a ``routing_session()`` block goes where the hook that carries the call says.
-
-    ``name`` is how the owner's ledger and the logs call the session. ``key`` is what the owner's
-    calls carry, and empty without a session. ``parts`` are what the sources in ``pin_by`` found.
-    ``outer`` is the scope of an app around the owner, for the same ``request``, which ``task``
-    handles. ``before`` is what was current when this one was entered, or left in disorder.
+    A session that an app's middleware found goes to the gateways of its owner only. That of a
+    ``routing_session()`` block goes where the hook that carries the call says.
     """
 
-    name = key = route = ""
-    outer: "Scope | None" = None
-    is_block = is_left = False
-    parts = _NO_PARTS
-    task: "weakref.ref[Task] | None" = None
+    name = ""  # how the owner's ledger and the logs call the session
+    key = ""  # what the owner's calls carry; empty without a session
+    route = ""  # of a request without a session
+    parts = _NO_PARTS  # what the sources in ``pin_by`` found
+    outer: "Scope | None" = None  # of an app around the owner, for the same request
+    around: "Scope | None" = None  # of the request around a block
+    before: "Scope | None" = None  # to return to: what was current when this one was entered
+    is_block = is_left = has_called = False
+    task: "weakref.ref[Task] | None" = None  # that handles the request
     request: "weakref.ref[web.Request] | None" = None
-    before: "Scope | None" = None
 
     def __init__(self, session_id: str | None, owner: Owner | None) -> None:
         self.session_id = session_id
         self.owner = owner
+
+    def called(self) -> None:
+        """Note that the request led to a call, for each app that it is in."""
+        scope: Scope | None = self
+        while scope is not None:
+            scope.has_called = True
+            scope = scope.outer or scope.around
 
     def is_late(self) -> bool:
         """Tell whether the request is over: its handler has ended, and its answer is sent."""
@@ -108,12 +113,13 @@ class _InSession(Coroutine[Any, Any, T]):
         self.__qualname__ = getattr(coroutine, "__qualname__", self.__name__)
 
     def __await__(self) -> Generator[Any, Any, T]:
-        before = _scope.get()
+        before, task = _scope.get(), running_task()
         _scope.set(self._scope)
         try:
             return (yield from self._coroutine.__await__())
         finally:
-            _scope.set(before)
+            if running_task() is task:  # and not the code in which the garbage collector runs
+                _scope.set(before)
 
     def send(self, value: Any) -> Any:
         self._running = self._running or self.__await__()
@@ -134,8 +140,9 @@ def in_session(coroutine: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
 
     >>> await scheduler.spawn(in_session(play_turn(body)))
     """
-    scope = _scope.get()
-    session = session_scope()
+    if not isinstance(coroutine, Coroutine):
+        raise TypeError(f"in_session() takes a coroutine, not a {type(coroutine).__name__}")
+    scope, session = _scope.get(), session_scope()
     if scope and session and not session.is_late():
         scope = scope.for_good()
     return _InSession(coroutine, scope)
@@ -174,10 +181,13 @@ class routing_session:  # noqa: N801 - used like a function, as contextlib.suppr
         self._entered = around, running_task()
         owner = around.owner if around else None
         self._scope = Scope(self._session_id, owner)
-        self._scope.is_block, self._scope.parts = True, self._parts
+        self._scope.is_block = True
+        self._scope.around = around and (around.around if around.is_block else around)
+        is_same = around is not None and around.session_id == self._session_id
+        self._scope.parts = around.parts if around and is_same and not self._parts else self._parts
         if owner and self._session_id is not None:
             config = owner.config
-            self._scope.name, key = config.name_and_key(self._session_id, self._parts)
+            self._scope.name, key = config.name_and_key(self._session_id, self._scope.parts)
             self._scope.key = "" if self._session_id in config.ignore_ids else key
         _scope.set(self._scope)
 

@@ -89,7 +89,7 @@ def _differing(url: URL, gateway: URL, path: str) -> list[tuple[str, str, str]]:
         ("port", url.port, gateway.port, f"the gateway's is {gateway.port}"),
         ("path", url.raw_path, path, f"the gateway's is {path}"),
     )
-    return [(name, str(its), said) for name, its, right, said in parts if its != right]
+    return [(name, str(its or "missing"), said) for name, its, right, said in parts if its != right]
 
 
 def _is_loopback(url: URL) -> bool:

@@ -89,8 +89,10 @@ class PinLedger:
         """Forget a session that is over; answers to calls that began before leave no row."""
         self.waiting.append(partial(self._end, self._name(session_id)))
         if self._lock.acquire(blocking=False):  # else whoever has it does it, or the next call
-            self._lock.release()
-            self.catch_up()
+            try:
+                self.catch_up()
+            finally:
+                self._lock.release()
 
     def count(self, what: Outcome | Beside) -> None:
         """Count a call that shows nothing of a pin, or what was seen beside an outcome."""
@@ -211,9 +213,8 @@ class PinLedger:
             if (other.key, other.gateway) == (row.key, row.gateway):
                 row.is_gone = other
                 return other
-        kept = there[1 - _MOST_PINS :]
-        self._drop(there[: len(there) - len(kept)])
-        self.rows[row.name] = (*kept, row)
+        self._drop(there[: 1 - _MOST_PINS])
+        self.rows[row.name] = (*there[1 - _MOST_PINS :], row)
         if len(self.rows) > self._config.track_sessions:
             self._drop(self.rows.popitem(last=False)[1])
         return row

@@ -14,10 +14,10 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from . import compat
-from .calls import NOTICED, Calls
 from .context import Scope, current_scope, enter_scope
 from .keys import SessionId, as_session_id, session_key
 from .log import Once, say
+from .rules import NOTICED, Rules
 from .sources import SESSION_ID, JsonBody, Source, read_body_with, reader
 
 logger = logging.getLogger(__name__)
@@ -29,12 +29,12 @@ running_task: Callable[[], "asyncio.Task[Any]"] = asyncio.current_task  # type: 
 _SCOPE = compat.request_key("aiohttp_smg_routing.scope", Scope)
 
 
-def inbound(calls: Calls) -> Middleware:
+def inbound(rules: Rules) -> Middleware:
     """Return the middleware that finds the session of a request and enters it in the context.
 
     A request without one passes unchanged, as does every request where the config is not enabled.
     """
-    config = calls.config
+    config = rules.config
     finder = Finder(
         config.session_id,
         ignore_ids=config.ignore_ids,
@@ -51,7 +51,7 @@ def inbound(calls: Calls) -> Middleware:
             return await handler(request)
         found = finder.find(request)
         session_id = found if found is None or isinstance(found, str) else await found
-        scope = Scope(session_id, calls)
+        scope = Scope(session_id, rules)
         if session_id is None:
             resource = request.match_info.route.resource
             scope.route = resource.canonical if resource else request.path
@@ -61,17 +61,17 @@ def inbound(calls: Calls) -> Middleware:
             else:
                 scope.parts = await finder.find_parts(request)
                 scope.name, scope.key = config.name_and_key(session_id, scope.parts)
-            if request.method == hdrs.METH_POST:
-                calls.requests += 1
-                if calls.requests >= calls.noticed_requests:
-                    calls.note_requests()
         scope.task, scope.request = weakref.ref(running_task()), weakref.ref(request)
         scope.before = current_scope()
         if scope.before is not None:
             scope.outer = request.get(_SCOPE)
         request[_SCOPE] = scope
         enter_scope(scope)
-        return await handler(request)
+        try:
+            return await handler(request)
+        finally:
+            if not scope.has_called and request.method == hdrs.METH_POST:
+                rules.note_request(scope)
 
     return middleware
 

@@ -7,21 +7,22 @@ from typing import Any
 
 from aiohttp import TraceConfig, web
 from aiohttp.client import ClientSession
+from yarl import URL
 
 from . import client, compat
-from .calls import Calls
 from .config import ConfigError, RoutingConfig, as_config
 from .gateway import ROUTED_WORKER_HEADER
 from .keys import SessionId
 from .ledger import PinLedger
 from .log import say
 from .middleware import answered_here, inbound
+from .rules import Rules
 from .sources import is_named, named_sources
 
 logger = logging.getLogger(__name__)
 
 
-class Routing(Calls):
+class Routing:
     """A config and its ledger, with both halves that use them; ``setup()`` joins it to an app.
 
     >>> routing = Routing({"gateway": "http://10.0.0.1:30000"})
@@ -35,12 +36,14 @@ class Routing(Calls):
     """The ledger: what the calls show of the pins."""
 
     def __init__(self, config: RoutingConfig | Mapping[str, Any]) -> None:
-        config = as_config(config)
-        super().__init__(config, _ledger(config))
-        self.middleware = inbound(self)
+        self.config = as_config(config)
+        self.pins = _ledger(self.config)
+        self._rules = Rules(self.config, self.pins)
+        self.middleware = inbound(self._rules)
         """The inbound half alone, for an app that does not use ``setup()``: it finds the session id
-        in the request, and enters it in the context."""
-        self._hook = client.Hook(self)
+        in the request, and enters it in the context. Put no time limit above it: it does not learn
+        that another task sends the answer, as it does with ``setup()``."""
+        self._hook = client.Hook(self._rules)
         self._hooked = 0
         self._attached: list[ClientSession] = []
 
@@ -56,7 +59,7 @@ class Routing(Calls):
         if not self.config.enabled:
             return TraceConfig()
         self._hooked += 1
-        return client.Hook(self)
+        return client.Hook(self._rules)
 
     def attach(self, session: ClientSession) -> None:
         """Put the hook on a session that exists already, unless it is there.
@@ -74,6 +77,7 @@ class Routing(Calls):
         if self.config.enabled and compat.is_client_session(session):
             self._hooked += 1
             client.attach(session, self._hook)
+            self._attached.append(session)  # until the app is cleaned up, where it is an app's
 
     def instrument(self) -> ExitStack:
         """Put the hook on every ``ClientSession`` that is made from now on, whoever makes it.
@@ -88,8 +92,18 @@ class Routing(Calls):
         """
         stack = ExitStack()
         if self.config.enabled:
-            stack.callback(client.instrument(self))
+            self._hooked += 1
+            stack.callback(client.instrument(self._rules))
         return stack
+
+    def explain(self, method: str, url: str | URL) -> str:
+        """Return a sentence: that a call carries a key, or why it does not, and what to change.
+
+        >>> routing.explain("POST", "http://localhost:30000/v1/chat/completions")
+        'POST http://localhost:30000/v1/chat/completions goes out without a key: its host is
+        localhost, and the gateway is 127.0.0.1; add http://localhost:30000 to gateway'
+        """
+        return self._rules.explain(method, URL(url))
 
     def end(self, session_id: SessionId) -> None:
         """Forget a session that is over; answers to calls that began before leave no row.
@@ -123,7 +137,7 @@ def setup(app: web.Application, config: RoutingConfig | Mapping[str, Any]) -> Ro
         )
     if ROUTING in app:
         raise RuntimeError("this app is set up already: one setup() takes several gateways")
-    if app.middlewares.frozen or app.on_startup.frozen:
+    if app.on_startup.frozen:
         raise RuntimeError(
             "this app is frozen: call setup() where the app is made, before it is started (and not "
             "in on_startup) or added to another app"
@@ -169,14 +183,15 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
     if routing.config.metrics:
         _ledger(routing.config)  # the registry may have been emptied since
     routing.pins.show(True)
-    with routing.instrument() if routing.config.instrument else ExitStack():
+    with ExitStack() as stack:
         if routing.config.instrument:
+            stack.callback(client.instrument(routing._rules))
             for value in app.values():
                 if compat.is_client_session(value):  # made before the app starts
                     client.attach_every(value)
         yield
     routing.pins.show(False)
-    routing.missing_log.flush()
+    routing._rules.missing_log.flush()
     while routing._attached:  # here: aiohttp sends no on_cleanup where start-up or clean-up failed
         compat.remove_hook(routing._attached.pop(), routing._hook)
 
@@ -222,9 +237,12 @@ def _what_will_happen(routing: Routing, hooked: list[str]) -> str:
             "or pass trace_configs=[routing.trace_config()]"
         )
     )
+    read = named_sources(config.session_id)
+    if not config.pin_by.is_session:
+        read += f", pinned by {config.pin_by.template}"
     return (
         f"POST {', '.join(config.paths)} to {', '.join(map(str, config.gateway))} carries "
-        f"{config.header}; the session id is read from {named_sources(config.session_id)}; {where}"
+        f"{config.header}; the session id is read from {read}; {where}"
     )
 
 

@@ -134,18 +134,17 @@ def config(mapping: Mapping[str, Any]) -> None:
         law(again == made and hash(again) == hash(made), mapping)
     routing = Routing(replace(made, metrics=None, metrics_registry=None))
     for url in (URL("http://gw"), URL("http://gw/")):
-        law(routing.gateway_of("POST", url) is None, mapping)
+        law(routing._rules.gateway_of("POST", url) is None, mapping)
     for gateway in made.gateway:
         for path in made.paths:
             url = URL(f"{gateway}{path}", encoded=True)
-            tagged = routing.gateway_of("POST", url) is not None
+            tagged = routing._rules.gateway_of("POST", url) is not None
             law(tagged == made.enabled, mapping)
-            law("?" not in str(url) and "//" not in url.raw_path[:2], mapping)
 
 
 def matcher(method: str, url: URL, session_id: str, headers: Sequence[tuple[str, str]]) -> None:
     """Ask that a call to the gateway has one key, and that no other call is tagged."""
-    tagged = ROUTING.gateway_of(method, url) is not None
+    tagged = ROUTING._rules.gateway_of(method, url) is not None
     explained = ROUTING.explain(method, url)
     law((" carries X-SMG-Routing-Key" in explained) == tagged, method, url, explained)
     law((" goes out without a key: " in explained) != tagged, method, url, explained)

@@ -29,7 +29,7 @@ def faults(**values: Any) -> dict[str, str]:
 
 
 def is_tagged(config: RoutingConfig, method: str, url: URL) -> bool:
-    return Routing(config).gateway_of(method, url) is not None
+    return Routing(config)._rules.gateway_of(method, url) is not None
 
 
 def values_of(config: RoutingConfig) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import itertools
 import logging
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from functools import partial
 from typing import Any
 from uuid import UUID
 
@@ -268,6 +269,49 @@ async def test_what_is_handed_through_a_queue_runs_in_the_session_that_handed_it
     assert await running == ["s-1", "s-2", None, "s-3", "of the worker"]
 
 
+async def in_a_loop_of_another_thread(job: Coroutine[Any, Any, str | None]) -> str | None:
+    return await asyncio.to_thread(asyncio.run, job)
+
+
+async def handed_over_by_another_thread(job: Coroutine[Any, Any, str | None]) -> str | None:
+    loop = asyncio.get_running_loop()
+    future = await asyncio.to_thread(asyncio.run_coroutine_threadsafe, job, loop)
+    return await asyncio.wrap_future(future)
+
+
+async def gathered(job: Coroutine[Any, Any, str | None]) -> str | None:
+    [result] = await asyncio.gather(job)
+    return result
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        asyncio.create_task,
+        asyncio.ensure_future,
+        asyncio.shield,
+        partial(asyncio.wait_for, timeout=None),
+        gathered,
+        handed_over_by_another_thread,
+        in_a_loop_of_another_thread,
+    ],
+)
+async def test_it_runs_in_the_session_in_whatever_way_it_is_run(
+    run: Callable[[Coroutine[Any, Any, str | None]], Awaitable[str | None]],
+) -> None:
+    with routing_session("s-1"):
+        job = in_session(session_of_this_code())
+    with routing_session("another"):
+        assert await run(job) == "s-1"
+        assert current_session_id() == "another"
+
+
+@pytest.mark.parametrize("job", [session_of_this_code, None, "s-1"])
+def test_what_is_no_coroutine_is_refused(job: Any) -> None:
+    with pytest.raises(TypeError, match="takes a coroutine, not a"):
+        in_session(job).close()
+
+
 async def test_without_a_session_it_runs_in_none_whoever_runs_it() -> None:
     job = in_session(session_of_this_code())
     with routing_session("another"):
@@ -349,29 +393,34 @@ def test_never_awaited_it_is_warned_of_once_by_its_own_name(
     assert str(warning.message) == "coroutine 'session_of_this_code' was never awaited"
 
 
-async def test_a_job_that_waits_for_ever_is_collected_with_what_it_waits_for() -> None:
-    """As any task that nobody holds and nothing will wake."""
+async def test_a_job_that_waits_for_ever_is_collected_and_touches_no_other_session(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Like any task that nobody holds or wakes, it ends in whatever code runs just then."""
+    monkeypatch.setattr(logging.getLogger("asyncio"), "disabled", True)  # it complains of the task
 
     class Held:
         pass
 
     async def waits(held: Held) -> None:
         itself = asyncio.current_task()
-        await asyncio.get_running_loop().create_future()
-        del held, itself  # until here it has them
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            del held, itself  # until here it has them
 
     held = Held()
     gone = weakref.ref(held)
-    ignored = logging.getLogger("asyncio")
-    ignored.disabled = True  # it complains of the task, and is right
-    try:
-        task = asyncio.create_task(in_session(waits(held)))
-        await asyncio.sleep(0)
-        del task, held
+    with routing_session("s-1"):
+        job = in_session(waits(held))
+    with routing_session("around the task"):
+        task = asyncio.create_task(job)
+    await asyncio.sleep(0)
+    with routing_session("s-2"):
+        del task, held, job
         gc.collect()
         assert gone() is None
-    finally:
-        ignored.disabled = False
+        assert current_session_id() == "s-2"
 
 
 Play = Callable[[], Awaitable[None]]
@@ -419,8 +468,11 @@ async def test_a_job_of_a_request_has_its_session_and_is_not_late_when_it_has_en
 
 
 @pytest.mark.parametrize("on_late", ["warn", "raise"])
-async def test_a_job_that_late_code_makes_stays_late(
-    gateway: Recorder, aiohttp_client: AiohttpClient, on_late: str
+async def test_a_job_that_late_code_makes_stays_late_and_is_named(
+    gateway: Recorder,
+    aiohttp_client: AiohttpClient,
+    caplog: pytest.LogCaptureFixture,
+    on_late: str,
 ) -> None:
     async def hand_over(jobs: asyncio.Queue[Any], play: Play) -> None:
         request = asyncio.current_task()
@@ -436,6 +488,7 @@ async def test_a_job_that_late_code_makes_stays_late(
     app = await with_a_job(gateway, aiohttp_client, hand_over, on_late=on_late)
     assert app[ROUTING].pins.summary().late == 1
     assert [call.keys for call in gateway.calls] == ([[b"s-1"]] if on_late == "warn" else [])
+    assert ("with_a_job.<locals>.play" in caplog.text) == (on_late == "warn")
 
 
 async def test_a_session_that_late_code_names_is_not_late(

@@ -12,6 +12,7 @@ from aiohttp import web
 from pytest_aiohttp.plugin import AiohttpClient
 
 from aiohttp_smg_routing import ConfigError, RoutingConfig, SessionIdFilter, routing_session
+from aiohttp_smg_routing.log import Once
 from aiohttp_smg_routing.testing import Recorder
 
 from ..conftest import session_server
@@ -151,3 +152,9 @@ async def test_no_credential_is_shown_with_pin_by(
         gateway.url, key="digest", secret="k", pin_by="{session_id}/{json:model}"
     )
     assert await in_request(server, aiohttp_client, block) == CONFIG.routing_key("bearer-token")
+
+
+def test_what_is_said_once_is_not_remembered_without_end() -> None:
+    once = Once()
+    assert all(once.is_new(name) for name in range(1000))
+    assert not any(once.is_new(name) for name in range(1001))

@@ -568,6 +568,17 @@ def test_where_prometheus_client_can_remove_no_series_a_worker_that_is_gone_has_
     ]
 
 
+def test_no_series_is_removed_in_multi_process_mode(
+    registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Each attempt would be a warning, and so an error here."""
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    pins = counting(registry).pins
+    play(pins, ("s", W1), ("s", W2))
+    pins.show(False)
+    assert sessions_of(registry) == {W1: 0, W2: 0}
+
+
 def test_a_missing_prometheus_client_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "meta_path", [BuiltinImporter])  # which finds no package
     monkeypatch.delitem(sys.modules, "prometheus_client")

@@ -20,16 +20,19 @@ from aiohttp.test_utils import TestClient, TestServer
 from pytest_aiohttp.plugin import AiohttpClient
 
 from aiohttp_smg_routing import (
+    ROUTING,
     Routing,
     RoutingConfig,
     current_session_id,
     peek_json,
+    routing_key,
     setup,
 )
 from aiohttp_smg_routing.sources import Source
 from aiohttp_smg_routing.testing import Recorder
+from fuzz.laws import Shared
 
-from ..conftest import CLIENT
+from ..conftest import CLIENT, session_server
 
 JSON = {"Content-Type": "application/json"}
 LIMIT = 2**20  # client_max_size: how much of a body the handler takes
@@ -407,6 +410,44 @@ async def test_a_body_that_an_earlier_middleware_has_read_has_the_same_limit(
     for size, session_id in ((1000, "s-1"), (1001, None)):
         async with client.post("/", data=body_with("s-1", size), headers=JSON) as response:
             assert (await response.json())[0] == session_id
+
+
+@pytest.mark.parametrize("form", FORMS)
+async def test_pin_by_reads_its_parts_from_the_body_and_the_proxy_sends_it_on(
+    aiohttp_client: AiohttpClient, gateway: Recorder, form: str
+) -> None:
+    """A session that calls several models has a key for each; ledger and code see the session."""
+    seen = set()
+
+    @web.middleware
+    async def look(request: web.Request, handler: Any) -> web.StreamResponse:
+        seen.add(current_session_id())
+        response: web.StreamResponse = await handler(request)
+        return response
+
+    pin_by = "{session_id}/{json:model}"
+    app = session_server(
+        gateway.url, session_id=["json:metadata.session", "header:X-Sid"], pin_by=pin_by
+    )
+    app.middlewares.append(look)
+    client = await aiohttp_client(app)
+    alone = routing_key("s 1")
+    keys: dict[str | int | None, str] = {None: alone}  # which is pinned without a model
+    for model in ("one", "two", 3):
+        keys[model] = Shared(pin_by, "s 1", {"json:model": str(model)}).key({})
+    for called in (*keys, "one"):
+        body = json.dumps({"metadata": {"session": "s 1"}, "model": called}).encode()
+        path = "/v1/chat/completions"
+        async with client.post(path, data=FORMS[form](body), headers=headers_of(form)) as response:
+            assert response.status == 200
+        assert gateway.last.body == body
+        assert gateway.last.keys == [keys[called].encode()]
+    pins = app[ROUTING].pins
+    assert {pin.key for pin in pins.of("s 1")} == {*keys.values()}
+    assert {pin.session for pin in pins.sessions()} == {alone}
+    assert seen == {"s 1"}
+    app[ROUTING].end("s 1")
+    assert pins.sessions() == []
 
 
 @web.middleware

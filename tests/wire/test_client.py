@@ -15,8 +15,10 @@ from aiohttp import (
     FormData,
     TraceConfig,
     WSServerHandshakeError,
+    web,
 )
 from multidict import CIMultiDict
+from pytest_aiohttp.plugin import AiohttpClient
 from yarl import URL
 
 from aiohttp_smg_routing import (
@@ -27,6 +29,8 @@ from aiohttp_smg_routing import (
     routing_session,
 )
 from aiohttp_smg_routing.testing import Call, Recorder, answer, completion, failure, redirect
+
+from ..conftest import CLIENT, session_server
 
 SMUGGLED = [
     ("x-smg-routing-key", ""),
@@ -664,3 +668,19 @@ async def test_gateways_before_the_same_workers_that_agree_show_no_move(
     summary = await play_on_both(gateway, elsewhere, workers, workers)
     assert summary.moved == 0
     assert summary.kept + summary.first == 48
+
+
+async def test_an_ignored_id_gives_no_key_in_a_block_within_a_request(
+    gateway: Recorder, aiohttp_client: AiohttpClient
+) -> None:
+    async def handler(request: web.Request) -> web.Response:
+        with routing_session("default"):
+            async with request.app[CLIENT].post(gateway.chat):
+                return web.Response()
+
+    app = session_server(gateway.url, ignore_ids="default")
+    app.router.add_post("/{session_id}", handler)
+    client = await aiohttp_client(app)
+    async with client.post("/s-1"):
+        pass
+    assert gateway.last.keys == []

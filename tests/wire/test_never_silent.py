@@ -4,7 +4,7 @@ import asyncio
 import logging
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -454,16 +454,20 @@ async def test_a_get_is_no_near_miss(gateway: Recorder, caplog: pytest.LogCaptur
     assert said(caplog) == []
 
 
-async def test_a_call_outside_a_session_is_no_near_miss(
+async def test_near_misses_outside_a_session_are_said_once_and_not_counted(
     gateway: Recorder, elsewhere: Recorder, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Two things are wrong, the host and the source, and neither shows the other."""
     routing = Routing({"gateway": str(gateway.url)})
     async with ClientSession(trace_configs=[routing.trace_config()]) as session:
-        for _ in range(25):
+        for call in range(1, 50):
             async with session.post(elsewhere.chat):
                 pass
+            assert len(said(caplog)) == (call >= 20)
     assert routing.pins.summary() == PinSummary()
-    assert said(caplog) == []
+    [line] = said(caplog)
+    assert line.startswith(f"POST {elsewhere.chat} goes out without a key: its port is ")
+    assert line.endswith(" It has no session either: see session_id.")
 
 
 async def test_near_misses_are_said_once_for_each_origin(
@@ -871,8 +875,9 @@ async def test_calls_without_a_session_outside_a_request_name_the_code(
 
     await asyncio.create_task(refresh())
     [line] = said(caplog)
-    assert "found none in test_calls_without_a_session_outside_a_request_name_the_code" in line
-    assert "refresh" in line
+    name = "test_calls_without_a_session_outside_a_request_name_the_code.<locals>.refresh"
+    assert f"it is made by {name}, outside the requests of the app" in line
+    assert "Call setup() on the app whose routes serve the sessions" in line
 
 
 async def test_on_missing_warn_says_route_and_sources_and_is_capped(
@@ -897,6 +902,117 @@ async def test_on_missing_warn_says_route_and_sources_and_is_capped(
     assert said(caplog)[62:] == [
         "30 more calls without a session: at most 60 a minute are logged one by one"
     ]
+
+
+# Healthy servers, of which nothing is said
+
+
+def waiting_for_all(url: URL, everybody: int, *, block: bool = False) -> web.Application:
+    """Return a server whose handlers call once that many requests are there."""
+    here = 0
+    are_here = asyncio.Event()
+
+    async def handler(request: web.Request) -> web.Response:
+        nonlocal here
+        here += 1
+        if here == everybody:
+            are_here.set()
+        await are_here.wait()
+        with routing_session("own") if block else nullcontext():
+            async with request.config_dict[CLIENT].post(url):
+                return web.Response()
+
+    app = web.Application()
+    app.router.add_post("/sessions/{session_id}/turn", handler)
+    return app
+
+
+@pytest.mark.parametrize("block", [False, True])
+@pytest.mark.parametrize("nested", [False, True])
+async def test_many_requests_that_wait_before_their_calls_are_no_reason_to_speak(
+    gateway: Recorder,
+    outgoing: ClientSession,
+    aiohttp_client: AiohttpClient,
+    caplog: pytest.LogCaptureFixture,
+    nested: bool,
+    block: bool,
+) -> None:
+    """As at the start of a job. Of nested apps, the inner one has the calls."""
+    app = inner = waiting_for_all(gateway.chat, 60, block=block)
+    config = {"gateway": str(gateway.url)}
+    if nested:
+        app = web.Application()
+        setup(inner, {**config, "client_session": CLIENT})
+        inner[CLIENT] = outgoing
+        setup(app, config)
+        app.add_subapp("/sub", inner)
+    else:
+        app[CLIENT] = outgoing
+        setup(app, {**config, "client_session": CLIENT})
+    client = await aiohttp_client(app, connector=TCPConnector(limit=0))
+    path = f"{'/sub' * nested}/sessions/{{}}/turn"
+    responses = await asyncio.gather(*(client.post(path.format(turn)) for turn in range(60)))
+    assert {response.status for response in responses} == {200}
+    assert [line for line in said(caplog) if "POST requests" in line] == []
+    assert inner[ROUTING].pins.summary().unknown == 60
+
+
+# Two mistakes at once
+
+
+async def test_requests_none_of_which_has_a_session_are_said_where_no_call_is_seen(
+    aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The source is wrong, and the call is made by something else than aiohttp."""
+
+    async def handler(request: web.Request) -> web.Response:
+        return web.Response()
+
+    app = web.Application()
+    app.router.add_post("/sessions/{sid}/turn", handler)
+    setup(app, {"gateway": "http://gateway:30000", "instrument": True})
+    client = await aiohttp_client(app)
+    for turn in range(1, 1010):
+        async with client.post("/sessions/s-1/turn"):
+            pass
+        assert len(said(caplog)) == (turn >= 1000)
+    assert said(caplog) == [
+        "1000 POST requests, and no session: match_info:session_id found none in route "
+        "/sessions/{sid}/turn. Correct it."
+    ]
+
+
+async def test_with_instrument_the_advice_is_not_to_set_it(
+    gateway: Recorder, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with ClientSession() as made_before:
+
+        async def handler(request: web.Request) -> web.Response:
+            async with made_before.post(gateway.chat):
+                return web.Response()
+
+        app = web.Application()
+        app.router.add_post("/sessions/{session_id}/turn", handler)
+        setup(app, {"gateway": str(gateway.url), "instrument": True})
+        client = await aiohttp_client(app)
+        for _ in range(50):
+            async with client.post("/sessions/s-1/turn"):
+                pass
+    [line] = said(caplog)
+    assert "was made before the app started (use routing.attach(session))" in line
+    assert "set instrument = true" not in line
+
+
+async def test_the_start_up_line_knows_of_instrument_around_the_app_and_of_pin_by(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    app = web.Application()
+    config = {"gateway": "http://gateway:30000", "pin_by": "{header:X-Group-Id}"}
+    with setup(app, config).instrument():
+        async with started(app):
+            [line] = said(caplog, logging.INFO)
+    assert "read from match_info:session_id, pinned by {header:X-Group-Id}; the hook is on" in line
 
 
 # At DEBUG

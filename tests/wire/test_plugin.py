@@ -355,6 +355,25 @@ async def test_clean_up_leaves_a_hook_that_the_user_put_there(
     assert await keys(outgoing, gateway) == [b"mine/s-1"]
 
 
+async def test_clean_up_takes_off_what_the_app_attached_while_it_ran(
+    gateway: Recorder, outgoing: ClientSession
+) -> None:
+    async def attach(app: web.Application) -> None:
+        app[ROUTING].attach(outgoing)
+
+    for _ in range(50):
+        app = web.Application()
+        setup(app, RoutingConfig(gateway.url, on_missing="raise"))
+        app.on_startup.append(attach)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        assert await keys(outgoing, gateway) == [b"s-1"]
+        await runner.cleanup()
+    assert outgoing.trace_configs == []
+    async with outgoing.post(gateway.chat):
+        pass
+
+
 async def test_clean_up_leaves_the_hook_that_a_session_was_made_with(gateway: Recorder) -> None:
     app = web.Application()
     routing = setup(app, RoutingConfig(gateway.url, client_session="client"))

@@ -1,4 +1,4 @@
-"""Which calls are a routing's own, whose key they carry, and why a call is not its own."""
+"""Which calls are an app's own, whose key they carry, and why a call is not its own."""
 
 import logging
 import sys
@@ -27,6 +27,7 @@ NOTICED = 20
 #: So many POST requests with a session, and no call that they led to, before the first and after.
 NOTICED_REQUESTS, NOTICED_REQUESTS_LATER = 50, 1000
 
+_NO_HOOK = "its ClientSession has no hook of this app: name it in client_session"
 _SEE_SESSION_ID = "no source of session_id finds one, or the calls are made outside a request"
 
 
@@ -34,7 +35,7 @@ class MissingSessionError(LookupError):
     """A call to the gateway has no session, or a late one, and the config asks for an error."""
 
 
-class Calls(Owner):
+class Rules(Owner):
     """A config and its ledger: the calls that carry a key, and what is seen of them."""
 
     def __init__(self, config: RoutingConfig, pins: PinLedger) -> None:
@@ -45,8 +46,8 @@ class Calls(Owner):
             for gateway in (config.gateway if config.enabled else ())
             for path in config.paths
         ]
-        #: The gateway of each call, as nearly all are spelled, and as other spellings mean it. yarl
-        #: works out a host and a port anew for each URL, which takes as long as all the rest.
+        #: The gateway of a call by the text of its URL, which nearly all calls match; what is
+        #: normalized has the rest. yarl works out a host and a port anew for each URL.
         self.exact = {
             (hdrs.METH_POST, url.scheme, url.raw_authority, path): str(url) for url, path in places
         }
@@ -59,7 +60,7 @@ class Calls(Owner):
         self._tails = tuple("/" + "/".join(its[1:] or its) for its in names)  # without "/v1"
         self._has_tagged = False
         self.requests, self.noticed_requests = 0, NOTICED_REQUESTS
-        self._missing = self._unmatched = 0
+        self._missing = self._unmatched = self._strays = self._sessionless = 0
         self._once = Once()
         self.missing_log = Capped(logger, "calls without a session", _SEE_SESSION_ID)
 
@@ -95,7 +96,9 @@ class Calls(Owner):
                 owner._note_late(method, url)
         if not owner._has_tagged:
             owner._has_tagged, owner.noticed_requests = True, NOTICED_REQUESTS_LATER
-        owner.requests = 0
+        owner.requests, scope.has_called = 0, True
+        if scope.outer is not None or scope.around is not None:
+            scope.called()
         # What a client sent, and a naive proxy copied, must not choose the worker: of two keys the
         # gateway takes the first, and an index of a worker outranks them.
         headers.popall(ROUTING_KEY_HEADER, None)
@@ -108,18 +111,18 @@ class Calls(Owner):
             say(logger, logging.DEBUG, "%s carries the key of %s", _shown(method, url), name)
         return Call(owner.pins, header, name, gateway, key)
 
-    def _whose(self, method: str, url: URL) -> "tuple[Calls, Scope | None]":
+    def _whose(self, method: str, url: URL) -> "tuple[Rules, Scope | None]":
         """Return whose call it is, and the scope with its session, if one has a session.
 
-        It is that of the innermost scope with a session which may go there; a block's may go
-        anywhere, and is its app's where that has such calls. Without a session it is that of the
-        innermost app that has such calls, or of the hook.
+        It is the innermost scope whose session may go there. An app's session goes to that app's
+        gateways; that of ``routing_session()`` goes anywhere, by the rules of the app around it
+        where these know the call, else by those of the hook.
         """
-        sessionless: tuple[Calls, Scope | None] | None = None
+        sessionless: tuple[Rules, Scope | None] | None = None
         scope = current_scope()
         while scope is not None:
             owner = scope.owner
-            if not isinstance(owner, Calls) or owner.gateway_of(method, url) is None:
+            if not isinstance(owner, Rules) or owner.gateway_of(method, url) is None:
                 owner = self if scope.is_block else None
             if owner is not None:
                 if scope.session_id is not None:
@@ -141,15 +144,19 @@ class Calls(Owner):
         is_noticed = self._missing == NOTICED and not self._has_tagged
         if self.config.on_missing == "pass" and not is_noticed:
             return
-        where = f"route {scope.route}" if scope and scope.route else running_code()
-        sources = named_sources(self.config.session_id)
-        problem = f"{_shown(method, url)} has no session: {sources} found none in {where}"
+        if scope is not None and scope.route:
+            sources = named_sources(self.config.session_id)
+            why, remedy = f"{sources} found none in route {scope.route}", "Correct session_id"
+        else:
+            why = f"it is made by {running_code()}, outside the requests of the app"
+            remedy = "Call setup() on the app whose routes serve the sessions"
+        problem = f"{_shown(method, url)} has no session: {why}"
         if is_noticed:
-            message = "%d calls to the gateway, and none had a session. %s. Correct session_id."
-            say(logger, logging.WARNING, message, NOTICED, problem)
+            message = "%d calls to the gateway, and none had a session. %s. %s."
+            say(logger, logging.WARNING, message, NOTICED, problem, remedy)
         if self.config.on_missing == "raise":
             raise MissingSessionError(
-                f"{problem}. Correct session_id, make the call within routing_session(...), or set "
+                f"{problem}. {remedy}, make the call within routing_session(...), or set "
                 "on_missing = 'pass'"
             )
         if self.config.on_missing == "warn":
@@ -174,34 +181,59 @@ class Calls(Owner):
         """Note a POST that no hook tags, where it has a session and looks like one of ours."""
         scope = session_scope()
         if scope is None:
+            self._note_stray(method, url)
             return
-        calls = scope.owner if isinstance(scope.owner, Calls) else self
-        is_own = calls.gateway_of(method, url) is not None
+        if scope.owner is not None:
+            scope.called()
+        rules = scope.owner if isinstance(scope.owner, Rules) else self
+        is_own = rules.gateway_of(method, url) is not None
         level = logging.DEBUG
-        if is_own or calls._is_near(url):
-            calls.pins.count("unmatched")
-            calls._unmatched += 1
-            calls.requests = 0
-            is_noticed = calls._unmatched >= NOTICED and not calls._has_tagged
-            if is_noticed and calls._once.is_new(("unmatched", origin(url))):
+        if is_own or rules._is_near(url):
+            rules.pins.count("unmatched")
+            rules._unmatched += 1
+            rules.requests = 0
+            is_noticed = rules._unmatched >= NOTICED and not rules._has_tagged
+            if is_noticed and rules._once.is_new(("unmatched", origin(url))):
                 level = logging.WARNING
         if logger.isEnabledFor(level):
-            said = calls.explain(method, url)
+            said = rules.explain(method, url)
             if is_own:
-                said += ", but its ClientSession has no hook of this app: name it in client_session"
+                said = f"{_shown(method, url)} goes out without a key: {_NO_HOOK}"
             say(logger, level, "%s", said)
 
-    def note_requests(self) -> None:
-        """Say once that many POST requests had a session, and led to no call that was seen."""
-        count, self.noticed_requests = self.noticed_requests, sys.maxsize
+    def _note_stray(self, method: str, url: URL) -> None:
+        """Note a near miss without a session: two things are wrong, and neither shows the other."""
+        if not self._has_tagged and self._is_near(url):
+            self._strays += 1
+            if self._strays == NOTICED:
+                message = "%s. It has no session either: see session_id."
+                say(logger, logging.WARNING, message, self.explain(method, url))
+
+    def note_request(self, scope: Scope) -> None:
+        """Note a POST request that is over, and led to no call to the gateway that was seen."""
+        if scope.session_id is None:
+            self._sessionless += 1
+            if self._sessionless == NOTICED_REQUESTS_LATER and not self._has_tagged:
+                message = "%d POST requests, and no session: %s found none in route %s. Correct it."
+                sources = named_sources(self.config.session_id)
+                say(logger, logging.WARNING, message, self._sessionless, sources, scope.route)
+            return
+        self.requests += 1
+        if self.requests < self.noticed_requests:
+            return
+        self.noticed_requests = sys.maxsize
+        why = (
+            "was made before the app started (use routing.attach(session))"
+            if self.config.instrument
+            else "has no hook (name its app key in client_session, or pass "
+            "trace_configs=[routing.trace_config()]); or it was made later (set instrument = true)"
+        )
         message = (
             "%d POST requests in a row had a session, and no call to the gateway was seen. If this "
-            "server calls the gateway: the ClientSession that calls has no hook (name its app key "
-            "in client_session, or pass trace_configs=[routing.trace_config()]); or it was made "
-            "later (set instrument = true); or the call is made by httpx and not by aiohttp, as in "
-            "OpenAI's SDK unless it is given DefaultAioHttpClient()."
+            "server calls the gateway: the ClientSession that calls %s; or the call is made by "
+            "httpx and not by aiohttp, as in OpenAI's SDK unless it is given DefaultAioHttpClient()"
         )
-        say(logger, logging.WARNING, message, count)
+        say(logger, logging.WARNING, message, self.requests, why)
 
     def _is_near(self, url: URL) -> bool:
         try:
@@ -210,14 +242,8 @@ class Calls(Owner):
             return False
         return url.raw_path.rstrip("/").lower().endswith(self._tails) or host in self._hosts
 
-    def explain(self, method: str, url: str | URL) -> str:
-        """Return a sentence: that a call carries a key, or why it does not, and what to change.
-
-        >>> routing.explain("POST", "http://localhost:30000/v1/chat/completions")
-        'POST http://localhost:30000/v1/chat/completions goes out without a key: its host is
-        localhost, and the gateway is 127.0.0.1; add http://localhost:30000 to gateway'
-        """
-        url = URL(url)
+    def explain(self, method: str, url: URL) -> str:
+        """Return a sentence: that a call carries a key, or why it does not, and what to change."""
         if self.gateway_of(method, url):
             return f"{_shown(method, url)} carries {self.config.header}, where it has a session"
         if not self.config.enabled:
