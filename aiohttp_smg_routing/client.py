@@ -73,6 +73,8 @@ class Hook(TraceConfig):
         if call:
             params.headers.popall(call.header, None)
         await self._start(session, context, hop)
+        if call and call.header and not context.call and hop.method != hdrs.METH_GET:
+            self.targets[0].note_redirected(hop.method, params.url, hop.url)
 
     async def _end(
         self, session: ClientSession, context: SimpleNamespace, params: TraceRequestEndParams

@@ -7,6 +7,7 @@ changes what it leans on.
 import threading
 from collections.abc import Callable
 from functools import cache, wraps
+from operator import attrgetter
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
@@ -21,9 +22,8 @@ def is_client_session(value: object) -> bool:
     return issubclass(type(value), ClientSession)
 
 
-def hooks(session: ClientSession) -> list[TraceConfig]:
-    """Return the trace configs that a session runs; the public property can be overridden."""
-    return session._trace_configs
+#: Returns the trace configs that a session runs; the public property can be overridden.
+hooks: Callable[[ClientSession], list[TraceConfig]] = attrgetter("_trace_configs")
 
 
 def add_hook(session: ClientSession, hook: TraceConfig) -> None:
@@ -101,6 +101,12 @@ def has_own_expect_handler(request: web.Request) -> bool:
 def is_handled(request: web.Request) -> bool:
     """Tell whether the handler of a request, or a middleware around it, has yet to return."""
     return request.protocol._current_request is request
+
+
+def received(request: web.Request) -> web.Request:
+    """Return the request as it came, where this one is a clone that a middleware has made of it."""
+    came: Any = request.protocol._current_request
+    return came if came is not None and came.content is request.content else request
 
 
 def storage_name(key: object) -> str:

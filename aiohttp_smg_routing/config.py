@@ -109,11 +109,11 @@ class RoutingConfig:
     body has no session. The app's ``client_max_size`` does not matter. Default: 16 MiB."""
 
     track_sessions: int = option(values.count, 100_000)
-    """How many pins the ledger keeps: those that called last. 0 switches the ledger off. Default:
-    100,000."""
+    """How many sessions the ledger keeps, each with up to 64 pins: those that called last. 0
+    switches the ledger off. Default: 100,000."""
 
     on_move: Callable[[Any], object] | None = option(values.function, None)
-    """A function that is called with each ``Move``, in the call's task; what it raises is logged.
+    """A function that is called with each ``Move``, without a lock; what it raises is logged once.
     Default: none."""
 
     metrics: Literal["prometheus"] | None = option(values.metrics_kind, None)
@@ -164,6 +164,10 @@ class RoutingConfig:
 
         >>> RoutingConfig.from_mapping({"gateway": "http://10.0.0.1:30000", "enabled": "yes"})
         """
+        if not isinstance(mapping, Mapping):
+            raise ConfigError(  # it may hold a secret: its type alone is shown
+                [("config", f"is a {type(mapping).__name__}, not a RoutingConfig or a mapping")]
+            )
         if table := values.table_in(mapping):
             raise ConfigError([("config", f"is the whole file: pass its table, config{table}")])
         return cls(**{str(name): value for name, value in mapping.items()})
@@ -227,13 +231,7 @@ OPTIONS: Mapping[str, values.Option] = {
 
 def as_config(config: RoutingConfig | Mapping[str, Any]) -> RoutingConfig:
     """Return ``config``, built by ``from_mapping()`` where it is a mapping."""
-    if isinstance(config, RoutingConfig):
-        return config
-    if not isinstance(config, Mapping):
-        raise ConfigError(  # it may hold a secret: its type alone is shown
-            [("config", f"is a {type(config).__name__}, not a RoutingConfig or a mapping")]
-        )
-    return RoutingConfig.from_mapping(config)
+    return config if isinstance(config, RoutingConfig) else RoutingConfig.from_mapping(config)
 
 
 def _near(name: str) -> list[str]:

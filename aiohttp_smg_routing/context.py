@@ -3,7 +3,8 @@
 import logging
 import weakref
 from collections.abc import Coroutine, Generator, Mapping
-from contextvars import ContextVar
+from contextlib import suppress
+from contextvars import ContextVar, Token
 from copy import copy
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -113,13 +114,12 @@ class _InSession(Coroutine[Any, Any, T]):
         self.__qualname__ = getattr(coroutine, "__qualname__", self.__name__)
 
     def __await__(self) -> Generator[Any, Any, T]:
-        before, task = _scope.get(), running_task()
-        _scope.set(self._scope)
+        token = _scope.set(self._scope)
         try:
             return (yield from self._coroutine.__await__())
         finally:
-            if running_task() is task:  # and not the code in which the garbage collector runs
-                _scope.set(before)
+            with suppress(ValueError):  # collected as garbage, in whatever context
+                _scope.reset(token)
 
     def send(self, value: Any) -> Any:
         self._running = self._running or self.__await__()
@@ -171,14 +171,13 @@ class routing_session:  # noqa: N801 - used like a function, as contextlib.suppr
         self._session_id = as_session_id(session_id)
         self._parts = {part: as_session_id(value) for part, value in parts.items()}
         self._scope: Scope | None = None
-        #: The scope around the block, and the task that entered it.
-        self._entered: tuple[Scope | None, Task | None] = None, None
+        #: What takes the scope back, and the task that entered it.
+        self._entered: tuple[Token[Scope | None], Task | None] | None = None
 
     def __enter__(self) -> None:
         if self._scope is not None:
             raise RuntimeError("this routing_session() is in use: make a new one for each block")
         around = _scope.get()
-        self._entered = around, running_task()
         owner = around.owner if around else None
         self._scope = Scope(self._session_id, owner)
         self._scope.is_block = True
@@ -189,18 +188,19 @@ class routing_session:  # noqa: N801 - used like a function, as contextlib.suppr
             config = owner.config
             self._scope.name, key = config.name_and_key(self._session_id, self._scope.parts)
             self._scope.key = "" if self._session_id in config.ignore_ids else key
-        _scope.set(self._scope)
+        self._entered = _scope.set(self._scope), running_task()
 
     def __exit__(self, *error: object) -> None:
-        assert self._scope is not None  # noqa: S101 - __enter__ has run
-        (before, task), self._entered = self._entered, (None, None)
-        is_current = _scope.get() is self._scope
-        while is_current and before and before.is_left:
+        assert self._scope is not None and self._entered is not None  # noqa: PT018, S101 - entered
+        (token, task), self._entered = self._entered, None
+        before: Scope | None = token.old_value if token.old_value is not Token.MISSING else None
+        while before and before.is_left:
             before = before.before
-        if is_current:
-            _scope.set(before)
-        if is_current and task is running_task():
-            return
+        if _scope.get() is self._scope:
+            with suppress(ValueError):  # another context: of a task of the block, or of the loop
+                _scope.reset(token)
+                _scope.set(before)
+                return
         self._scope.is_left, self._scope.before = True, before
         code = running_code(task)
         if _left_elsewhere.is_new(code):

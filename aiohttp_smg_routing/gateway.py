@@ -65,12 +65,24 @@ def origin(url: URL) -> str:
         return ""
 
 
+def host_of(url: URL) -> str:
+    """Return the host of a URL, or nothing where it has none that can be read."""
+    try:
+        return (url.raw_host or "").lower()
+    except ValueError:  # an encoded URL is read only now: aiohttp is about to refuse it
+        return ""
+
+
 def difference(url: URL, gateways: Iterable[URL], paths: Iterable[str]) -> str:
     """Say what is different in a URL from the nearest call to a gateway, and what to write."""
+    if not origin(url):
+        return "its host or port cannot be read"
     calls = [(gateway, path) for gateway in gateways for path in paths]
     nearest, path = min(calls, key=lambda call: len(_differing(url, *call)))
     differing = _differing(url, nearest, path)
     said = "; ".join(f"its {name} is {its}, and {right}" for name, its, right in differing)
+    if "//" in url.raw_path:
+        return f"{said}; write one slash"
     names, base = {name for name, _, _ in differing}, nearest.raw_path.rstrip("/")
     if names == {"path"} and url.raw_path.startswith(f"{base}/"):
         return f"{said}; if it is to be pinned, add {url.raw_path.removeprefix(base)} to paths"

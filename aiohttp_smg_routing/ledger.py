@@ -16,8 +16,6 @@ from .keys import SessionId, as_session_id
 from .log import Capped, News
 from .metrics import Beside, Counted, Metrics, Move, Outcome, PinSummary, Row, SessionPin
 
-logger = logging.getLogger(__name__)
-
 _MOST_PINS = 64  # of one session
 
 
@@ -58,12 +56,12 @@ class PinLedger:
         self._opening: WeakValueDictionary[tuple[str, str, str], Row] = WeakValueDictionary()
         self._workers: Counter[str] = Counter()
         self._counts = dict.fromkeys((it.name for it in fields(PinSummary)), 0)
-        self._lock = threading.RLock()
-        self._is_working, self._is_shown = False, True
+        self._lock, self._is_working, self._is_shown = threading.RLock(), False, True
         self.waiting: deque[partial[None]] = deque()  # done under the lock, one after the other
+        logger = logging.getLogger(__name__)
         self.news = News(logger)
         hint = "the policy may ignore the key (see verify), or a worker is overloaded or gone"
-        self._moves_log = Capped(logger, "sessions moved", hint)
+        self._moves_log = Capped(logger, "moves", hint)
 
     def sessions(self) -> list[SessionPin]:
         """Return the pins of the tracked sessions; the last one called last."""
@@ -200,6 +198,7 @@ class PinLedger:
                 self._move(row, sys.intern(worker))
             row.turns += 1
             self.rows.move_to_end(row.name)
+        row.first = row.first or worker
         known: Outcome = "first" if was is None else "kept" if worker == was else "moved"
         self._count("unknown" if worker is None else known, worker)
 

@@ -54,18 +54,21 @@ def inbound(rules: Rules) -> Middleware:
         scope = Scope(session_id, rules)
         if session_id is None:
             resource = request.match_info.route.resource
-            scope.route = resource.canonical if resource else request.path
+            scope.route = resource.canonical if resource else request.rel_url.raw_path
         else:
             if is_simple:
                 scope.name = scope.key = session_key(session_id, form, secret, prefix)
             else:
                 scope.parts = await finder.find_parts(request)
                 scope.name, scope.key = config.name_and_key(session_id, scope.parts)
-        scope.task, scope.request = weakref.ref(running_task()), weakref.ref(request)
+        came = compat.received(request)
+        scope.task, scope.request = weakref.ref(running_task()), weakref.ref(came)
         scope.before = current_scope()
         if scope.before is not None:
             scope.outer = request.get(_SCOPE)
         request[_SCOPE] = scope
+        if came is not request:
+            came[_SCOPE] = scope
         enter_scope(scope)
         try:
             return await handler(request)
@@ -87,7 +90,9 @@ async def answered_here(request: web.Request, response: web.StreamResponse) -> N
         return  # nearly always
     scope = innermost = request.get(_SCOPE)
     while scope is not None:
-        if scope.task is not None and scope.task() is not task:
+        handled = scope.task and scope.task()
+        # Only where the task of the middleware is over: any task may prepare an answer.
+        if scope.task is not None and (handled is None or handled.done()):
             scope.task = weakref.ref(task)
             if innermost is not None and current is scope.before:
                 enter_scope(innermost)
@@ -152,8 +157,11 @@ class Finder:
                 found[part] = as_session_id(await value if isawaitable(value) else value)
             except (Exception, asyncio.CancelledError) as error:
                 self._failed(part, error)
-            self._empty[part] = -sys.maxsize if found.get(part) else self._empty[part] + 1
-            if self._empty[part] == NOTICED:
+            if found.get(part):
+                self._empty[part] = 0
+            elif request.method == hdrs.METH_POST:
+                self._empty[part] += 1
+            if self._empty[part] == NOTICED and self._failures.is_new(("empty", part)):
                 message = "pin_by: {%s} found nothing in %d requests: each session is pinned alone"
                 say(logger, logging.WARNING, message, part, NOTICED)
         return found

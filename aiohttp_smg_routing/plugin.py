@@ -4,6 +4,7 @@ import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack
 from typing import Any
+from weakref import WeakSet
 
 from aiohttp import TraceConfig, web
 from aiohttp.client import ClientSession
@@ -45,7 +46,7 @@ class Routing:
         that another task sends the answer, as it does with ``setup()``."""
         self._hook = client.Hook(self._rules)
         self._hooked = 0
-        self._attached: list[ClientSession] = []
+        self._attached: WeakSet[ClientSession] = WeakSet()
 
     def trace_config(self) -> TraceConfig:
         """Return the hook, for a ``ClientSession`` that you make.
@@ -77,7 +78,7 @@ class Routing:
         if self.config.enabled and compat.is_client_session(session):
             self._hooked += 1
             client.attach(session, self._hook)
-            self._attached.append(session)  # until the app is cleaned up, where it is an app's
+            self._attached.add(session)  # until the app is cleaned up, where it is an app's
 
     def instrument(self) -> ExitStack:
         """Put the hook on every ``ClientSession`` that is made from now on, whoever makes it.
@@ -183,6 +184,8 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
     if routing.config.metrics:
         _ledger(routing.config)  # the registry may have been emptied since
     routing.pins.show(True)
+    for session in routing._attached:  # before the app starts, or when it ran before
+        client.attach(session, routing._hook)
     with ExitStack() as stack:
         if routing.config.instrument:
             stack.callback(client.instrument(routing._rules))
@@ -192,8 +195,8 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
         yield
     routing.pins.show(False)
     routing._rules.missing_log.flush()
-    while routing._attached:  # here: aiohttp sends no on_cleanup where start-up or clean-up failed
-        compat.remove_hook(routing._attached.pop(), routing._hook)
+    for session in routing._attached:  # aiohttp sends no on_cleanup where start-up failed
+        compat.remove_hook(session, routing._hook)
 
 
 async def _started(app: web.Application) -> None:
@@ -208,7 +211,7 @@ async def _started(app: web.Application) -> None:
         if len(found) == 1 and _takes_hook(found[0], f"client_session {name!r}"):
             if compat.is_client_session(found[0]):
                 client.attach(found[0], routing._hook)
-                routing._attached.append(found[0])
+                routing._attached.add(found[0])
                 hooked.append(f"that of app[{compat.storage_name(name)!r}]")
             continue
         there = [key for key, value in app.items() if compat.is_client_session(value)]
@@ -230,16 +233,13 @@ def _what_will_happen(routing: Routing, hooked: list[str]) -> str:
     if routing._hooked:
         hooked.append("those with routing.trace_config() or attach()")
     where = (
-        f"the hook is on these ClientSessions: {', '.join(hooked)}"
-        if hooked
-        else (
-            "no ClientSession has the hook yet: name one in client_session, set instrument = true, "
-            "or pass trace_configs=[routing.trace_config()]"
-        )
+        "no ClientSession has the hook yet: name one in client_session, set instrument = true, or "
+        "pass trace_configs=[routing.trace_config()]"
     )
-    read = named_sources(config.session_id)
-    if not config.pin_by.is_session:
-        read += f", pinned by {config.pin_by.template}"
+    if hooked:
+        where = f"the hook is on these ClientSessions: {', '.join(hooked)}"
+    pin_by = "" if config.pin_by.is_session else f", pinned by {config.pin_by.template}"
+    read = named_sources(config.session_id) + pin_by
     return (
         f"POST {', '.join(config.paths)} to {', '.join(map(str, config.gateway))} carries "
         f"{config.header}; the session id is read from {read}; {where}"

@@ -13,6 +13,7 @@ from .gateway import (
     ROUTING_KEY_HEADER,
     TARGET_WORKER_HEADER,
     difference,
+    host_of,
     keep_past_proxies,
     origin,
 )
@@ -22,13 +23,11 @@ from .sources import named_sources
 
 logger = logging.getLogger(__name__)
 
-#: So many calls without a session, or near misses, are no accident where no call carried a key.
-NOTICED = 20
-#: So many POST requests with a session, and no call that they led to, before the first and after.
-NOTICED_REQUESTS, NOTICED_REQUESTS_LATER = 50, 1000
+#: So many calls without a session, near misses, or requests that led to no call are no accident: in
+#: a row, before the first call that carries a key, and after one.
+NOTICED, NOTICED_REQUESTS, NOTICED_LATER = 20, 50, 1000
 
 _NO_HOOK = "its ClientSession has no hook of this app: name it in client_session"
-_SEE_SESSION_ID = "no source of session_id finds one, or the calls are made outside a request"
 
 
 class MissingSessionError(LookupError):
@@ -46,8 +45,7 @@ class Rules(Owner):
             for gateway in (config.gateway if config.enabled else ())
             for path in config.paths
         ]
-        #: The gateway of a call by the text of its URL, which nearly all calls match; what is
-        #: normalized has the rest. yarl works out a host and a port anew for each URL.
+        # By the text of the URL, for nearly all calls: yarl works out host and port each time.
         self.exact = {
             (hdrs.METH_POST, url.scheme, url.raw_authority, path): str(url) for url, path in places
         }
@@ -58,11 +56,12 @@ class Rules(Owner):
         self._hosts = frozenset(url.raw_host for url, _ in places)
         names = [path.lower().split("/")[1:] for path in config.paths]
         self._tails = tuple("/" + "/".join(its[1:] or its) for its in names)  # without "/v1"
-        self._has_tagged = False
+        self._has_tagged, self._many = False, NOTICED
         self.requests, self.noticed_requests = 0, NOTICED_REQUESTS
         self._missing = self._unmatched = self._strays = self._sessionless = 0
         self._once = Once()
-        self.missing_log = Capped(logger, "calls without a session", _SEE_SESSION_ID)
+        hint = "no source of session_id finds one, or the calls are made outside a request"
+        self.missing_log = Capped(logger, "calls without a session", hint)
 
     def gateway_of(self, method: str, url: URL) -> str | None:
         """Return the gateway that a call goes to, where it is one that carries a key."""
@@ -70,8 +69,7 @@ class Rules(Owner):
         if url.raw_path not in self._paths or method.upper() != hdrs.METH_POST:
             return None
         try:
-            host = (url.raw_host or "").lower()
-            return self._normalized.get((url.scheme, host, url.port, url.raw_path))
+            return self._normalized.get((url.scheme, host_of(url), url.port, url.raw_path))
         except ValueError:  # an encoded URL is read only now: aiohttp is about to refuse it
             return None
 
@@ -95,8 +93,10 @@ class Rules(Owner):
             if (task is None or task.done()) and scope.is_late():
                 owner._note_late(method, url)
         if not owner._has_tagged:
-            owner._has_tagged, owner.noticed_requests = True, NOTICED_REQUESTS_LATER
-        owner.requests, scope.has_called = 0, True
+            owner._has_tagged = True
+            owner._many = owner.noticed_requests = NOTICED_LATER
+        owner.requests = owner._missing = owner._unmatched = 0
+        scope.has_called = True
         if scope.outer is not None or scope.around is not None:
             scope.called()
         # What a client sent, and a naive proxy copied, must not choose the worker: of two keys the
@@ -112,11 +112,10 @@ class Rules(Owner):
         return Call(owner.pins, header, name, gateway, key)
 
     def _whose(self, method: str, url: URL) -> "tuple[Rules, Scope | None]":
-        """Return whose call it is, and the scope with its session, if one has a session.
+        """Return whose call it is, and the innermost scope whose session may go there, or None.
 
-        It is the innermost scope whose session may go there. An app's session goes to that app's
-        gateways; that of ``routing_session()`` goes anywhere, by the rules of the app around it
-        where these know the call, else by those of the hook.
+        An app's session goes to that app's gateways. That of ``routing_session()`` goes anywhere,
+        by the rules of the app around it where these know the call, else by those of the hook.
         """
         sessionless: tuple[Rules, Scope | None] | None = None
         scope = current_scope()
@@ -141,8 +140,7 @@ class Rules(Owner):
     def _note_missing(self, method: str, url: URL, scope: Scope | None) -> None:
         self.pins.count("missing")
         self._missing += 1
-        is_noticed = self._missing == NOTICED and not self._has_tagged
-        if self.config.on_missing == "pass" and not is_noticed:
+        if not (is_noticed := self._missing == self._many) and self.config.on_missing == "pass":
             return
         if scope is not None and scope.route:
             sources = named_sources(self.config.session_id)
@@ -153,7 +151,7 @@ class Rules(Owner):
         problem = f"{_shown(method, url)} has no session: {why}"
         if is_noticed:
             message = "%d calls to the gateway, and none had a session. %s. %s."
-            say(logger, logging.WARNING, message, NOTICED, problem, remedy)
+            say(logger, logging.WARNING, message, self._missing, problem, remedy)
         if self.config.on_missing == "raise":
             raise MissingSessionError(
                 f"{problem}. {remedy}, make the call within routing_session(...), or set "
@@ -166,11 +164,11 @@ class Rules(Owner):
         self.pins.count("late")
         if self.config.on_late == "pass":
             return
-        code = running_code()
+        code, call = running_code(), _shown(method, url)
         problem = (
-            f"{_shown(method, url)} is made by {code} in the session of a request that has ended. "
-            "If that code serves other sessions too, start it when the app starts; if it is a job "
-            "of this session, make it with in_session(...) or within routing_session(...)"
+            f"{call} is made by {code} in the session of a request that has ended. If that code "
+            "serves other sessions too, start it when the app starts; if it is a job of this "
+            "session, make it with in_session(...) or within routing_session(...)"
         )
         if self.config.on_late == "raise":
             raise MissingSessionError(problem)
@@ -180,40 +178,37 @@ class Rules(Owner):
     def note_unmatched(self, method: str, url: URL) -> None:
         """Note a POST that no hook tags, where it has a session and looks like one of ours."""
         scope = session_scope()
-        if scope is None:
-            self._note_stray(method, url)
+        if scope is None:  # then two things are wrong, and neither shows the other
+            self._strays += not self._has_tagged and self._is_near(url)
+            if self._strays == NOTICED and self._once.is_new("strays"):
+                message = "%s. It has no session either: see session_id."
+                say(logger, logging.WARNING, message, self.explain(method, url))
             return
-        if scope.owner is not None:
-            scope.called()
         rules = scope.owner if isinstance(scope.owner, Rules) else self
-        is_own = rules.gateway_of(method, url) is not None
-        level = logging.DEBUG
+        is_own, level = rules.gateway_of(method, url) is not None, logging.DEBUG
         if is_own or rules._is_near(url):
             rules.pins.count("unmatched")
             rules._unmatched += 1
-            rules.requests = 0
-            is_noticed = rules._unmatched >= NOTICED and not rules._has_tagged
-            if is_noticed and rules._once.is_new(("unmatched", origin(url))):
+            if not rules._has_tagged:
+                rules.requests = 0
+                scope.called()
+            if rules._unmatched >= rules._many and rules._once.is_new(("unmatched", origin(url))):
                 level = logging.WARNING
         if logger.isEnabledFor(level):
-            said = rules.explain(method, url)
-            if is_own:
-                said = f"{_shown(method, url)} goes out without a key: {_NO_HOOK}"
-            say(logger, level, "%s", said)
+            no_hook = f"{_shown(method, url)} goes out without a key: {_NO_HOOK}"
+            say(logger, level, "%s", no_hook if is_own else rules.explain(method, url))
 
-    def _note_stray(self, method: str, url: URL) -> None:
-        """Note a near miss without a session: two things are wrong, and neither shows the other."""
-        if not self._has_tagged and self._is_near(url):
-            self._strays += 1
-            if self._strays == NOTICED:
-                message = "%s. It has no session either: see session_id."
-                say(logger, logging.WARNING, message, self.explain(method, url))
+    def note_redirected(self, method: str, url: URL, to: URL) -> None:
+        """Say once where a call was sent on to, if the key does not follow it there."""
+        if self._once.is_new(("redirected", origin(to))):
+            message = "%s is redirected to %s, where the key does not follow. Is it in gateway?"
+            say(logger, logging.WARNING, message, _shown(method, url), f"{origin(to)}{to.raw_path}")
 
     def note_request(self, scope: Scope) -> None:
         """Note a POST request that is over, and led to no call to the gateway that was seen."""
         if scope.session_id is None:
             self._sessionless += 1
-            if self._sessionless == NOTICED_REQUESTS_LATER and not self._has_tagged:
+            if self._sessionless == NOTICED_LATER and not self._has_tagged:
                 message = "%d POST requests, and no session: %s found none in route %s. Correct it."
                 sources = named_sources(self.config.session_id)
                 say(logger, logging.WARNING, message, self._sessionless, sources, scope.route)
@@ -236,25 +231,18 @@ class Rules(Owner):
         say(logger, logging.WARNING, message, self.requests, why)
 
     def _is_near(self, url: URL) -> bool:
-        try:
-            host = (url.raw_host or "").lower()
-        except ValueError:
-            return False
-        return url.raw_path.rstrip("/").lower().endswith(self._tails) or host in self._hosts
+        is_like_ours = url.raw_path.rstrip("/").lower().endswith(self._tails)
+        return is_like_ours or host_of(url) in self._hosts
 
     def explain(self, method: str, url: URL) -> str:
         """Return a sentence: that a call carries a key, or why it does not, and what to change."""
         if self.gateway_of(method, url):
             return f"{_shown(method, url)} carries {self.config.header}, where it has a session"
+        why = difference(url, self.config.gateway, self.config.paths)
         if not self.config.enabled:
             why = "enabled is false"
         elif method.upper() != hdrs.METH_POST:
             why = "only a POST carries one"
-        else:
-            try:
-                why = difference(url, self.config.gateway, self.config.paths)
-            except ValueError:  # an encoded URL is read only now: aiohttp is about to refuse it
-                why = "its host or port cannot be read"
         return f"{_shown(method, url)} goes out without a key: {why}"
 
 

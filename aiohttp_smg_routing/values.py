@@ -23,7 +23,9 @@ _BOOLS = {
     **dict.fromkeys(("true", "yes", "on", "1"), True),
     **dict.fromkeys(("false", "no", "off", "0"), False),
 }
-_FRAMING = frozenset(("connection", "content-length", "host", "transfer-encoding", "upgrade"))
+_TAKEN = re.compile(
+    "authorization|connection|content-(length|type)|cookie|host|transfer-.*|upgrade"
+)
 _PATH = re.compile(r"/[^/?#][^?#]*")
 
 
@@ -87,7 +89,12 @@ def gateway_url(value: Any) -> URL:
         raise ValueError("has a wildcard: name each gateway")
     try:
         url = URL(value)
-        if url.scheme in ("http", "https") and url.raw_host and not url.query_string + url.fragment:
+        if (
+            url.scheme in ("http", "https")
+            and url.raw_host
+            and ";" not in url.raw_host
+            and not url.query_string + url.fragment
+        ):
             # yarl before 1.10 keeps a default port that the text names.
             origin = url.origin().with_port(None if url.is_default_port() else url.port)
             return URL(f"{origin}{url.raw_path.rstrip('/')}", encoded=True)
@@ -122,7 +129,7 @@ def overlaps(gateways: Iterable[URL], paths: Iterable[str]) -> Iterator[tuple[st
 
 def header_name(value: Any) -> str:
     """Return the name of a header that a call has no use of its own for."""
-    if is_header_name(value) and value.lower() not in _FRAMING:
+    if is_header_name(value) and not _TAKEN.fullmatch(value.lower()):
         return str(value)
     raise ValueError(f"is not a header name such as {str(ROUTING_KEY_HEADER)!r}")
 
@@ -139,7 +146,7 @@ def count(value: Any) -> int:
     """Return a whole number of 0 or more, or what its text says."""
     if isinstance(value, str) and re.fullmatch(r"\s*[0-9]{1,18}\s*", value):
         value = int(value)
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63:
         return value
     raise ValueError("is not a whole number of 0 or more")
 

@@ -198,13 +198,13 @@ class Reference:
         elif was is None:
             outcome = "first"
         self.counts[outcome] += 1
+        pin.first = pin.first or worker
         if pin.is_over:
             return
         if worker is not None and outcome != "kept" and worker != pin.worker:
             if pin.worker is not None:
                 self.moves.append(Move(session, pin.worker, worker, pin.turns))
                 pin.moves += 1
-            pin.first = pin.first or worker
             pin.worker = worker
         pin.turns += 1
 
