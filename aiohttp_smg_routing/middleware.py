@@ -157,10 +157,8 @@ class Finder:
                 found[part] = as_session_id(await value if isawaitable(value) else value)
             except (Exception, asyncio.CancelledError) as error:
                 self._failed(part, error)
-            if found.get(part):
-                self._empty[part] = 0
-            elif request.method == hdrs.METH_POST:
-                self._empty[part] += 1
+            is_turn = request.method == hdrs.METH_POST
+            self._empty[part] = 0 if found.get(part) else self._empty[part] + is_turn
             if self._empty[part] == NOTICED and self._failures.is_new(("empty", part)):
                 message = "pin_by: {%s} found nothing in %d requests: each session is pinned alone"
                 say(logger, logging.WARNING, message, part, NOTICED)

@@ -25,6 +25,7 @@ from aiohttp_smg_routing import (
     in_session,
     routing_session,
 )
+from aiohttp_smg_routing.context import Scope
 from aiohttp_smg_routing.testing import Recorder
 
 from ..conftest import CLIENT, session_server
@@ -509,3 +510,54 @@ async def test_a_session_that_late_code_names_is_not_late(
     app = await with_a_job(gateway, aiohttp_client, hand_over, on_late="raise")
     assert gateway.last.keys == [b"s-2"]
     assert app[ROUTING].pins.summary() == PinSummary(unknown=1, sessions=1)
+
+
+async def test_a_block_that_is_collected_leaves_the_context_of_the_running_code() -> None:
+    """A task of the block goes on, and the garbage collector runs in it."""
+    seen: list[str | None] = []
+    goes_on = asyncio.Event()
+
+    async def child() -> None:
+        await goes_on.wait()
+        gc.collect()
+        seen.append(current_session_id())
+
+    async def parent() -> None:
+        with routing_session("job-1"):
+            children.append(asyncio.create_task(child()))
+            await asyncio.get_running_loop().create_future()
+
+    children: list[asyncio.Task[None]] = []
+    logging.getLogger("asyncio").disabled = True  # it complains of the task, and is right
+    gc.disable()
+    try:
+        with routing_session("outer"):
+            asyncio.create_task(parent())  # noqa: RUF006 - nobody holds it
+            await asyncio.sleep(0)
+        goes_on.set()
+        await children[0]
+    finally:
+        gc.enable()
+        logging.getLogger("asyncio").disabled = False
+    assert seen == ["job-1"]
+
+
+def test_blocks_that_overlap_without_end_leave_nothing() -> None:
+    """Each stands around a yield, and is left when the next one was entered."""
+
+    def value(number: int) -> Iterator[int]:
+        with routing_session(number):
+            yield number
+
+    def run() -> int:
+        window = value(0)
+        next(window)
+        for number in range(1, 2000):
+            following = value(number)
+            next(following)
+            window.close()  # type: ignore[attr-defined]
+            window = following
+        gc.collect()
+        return sum(isinstance(it, Scope) for it in gc.get_objects())
+
+    assert contextvars.copy_context().run(run) < 20

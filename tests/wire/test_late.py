@@ -1069,3 +1069,86 @@ async def test_a_worker_that_is_started_when_the_app_starts_has_no_request_to_ou
         async with client.post(f"/s-{number}") as response:
             assert response.status == 200
     assert_no_crosstalk(gateway, 5)
+
+
+async def test_a_task_that_prepares_the_answers_of_others_has_none_of_their_sessions(
+    gateway: Recorder, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    waiting: asyncio.Queue[tuple[web.Request, asyncio.Future[web.StreamResponse]]] = asyncio.Queue()
+
+    async def hub(app: web.Application) -> AsyncIterator[None]:
+        async def answer() -> None:
+            while True:
+                request, answered = await waiting.get()
+                response = web.StreamResponse()
+                await response.prepare(request)
+                async with app[CLIENT].post(gateway.chat):
+                    await response.write_eof()
+                answered.set_result(response)
+
+        task = asyncio.create_task(answer())
+        yield
+        task.cancel()
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        answered = asyncio.get_running_loop().create_future()
+        waiting.put_nowait((request, answered))
+        response: web.StreamResponse = await answered
+        return response
+
+    app = session_server(gateway.url)
+    app.cleanup_ctx.append(hub)
+    app.router.add_post("/{session_id}", handler)
+    client = await aiohttp_client(app)
+    for number in range(5):
+        async with client.post(f"/s-{number}") as response:
+            assert await response.read() == b""
+    assert [sent.keys for sent in gateway.calls] == [[]] * 5
+    assert app[ROUTING].pins.summary().missing == 5
+
+
+@web.middleware
+async def cloning(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """As a middleware does that reads the headers of a proxy."""
+    return await handler(request.clone(scheme="https"))
+
+
+@web.middleware
+async def limiting(request: web.Request, handler: Handler) -> web.StreamResponse:
+    return await run_in_another_task(request, handler)
+
+
+@pytest.mark.parametrize(
+    "middlewares", [[cloning], [cloning, limiting], [limiting, cloning]], ids=["", "then", "within"]
+)
+async def test_a_request_that_was_cloned_on_the_way_is_one_request(
+    gateway: Recorder,
+    aiohttp_client: AiohttpClient,
+    caplog: pytest.LogCaptureFixture,
+    middlewares: list[Any],
+) -> None:
+    async def streams(request: web.Request) -> web.StreamResponse:
+        async def body() -> AsyncIterator[bytes]:
+            await call(request, gateway)
+            yield b"chunk"
+
+        return web.Response(body=body())
+
+    async def prepares_elsewhere(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await asyncio.create_task(response.prepare(request))
+        await call(request, gateway)
+        await response.write(b"chunk")
+        return response
+
+    app = session_server(gateway.url, on_late="raise")
+    app.middlewares[:0] = middlewares
+    app.router.add_post("/{session_id}/streams", streams)
+    app.router.add_post("/{session_id}/prepares", prepares_elsewhere)
+    client = await aiohttp_client(app)
+    for path in ("streams", "prepares"):
+        for session in ("s-1", "s-2"):
+            async with client.post(f"/{session}/{path}") as response:
+                assert await response.read() == b"chunk"
+    assert_no_crosstalk(gateway, 4)
+    assert said(caplog) == []

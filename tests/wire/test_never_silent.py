@@ -11,6 +11,7 @@ import pytest
 from aiohttp import ClientError, ClientSession, TCPConnector, web
 from aiohttp.abc import AbstractResolver
 from aiohttp.test_utils import TestClient, TestServer
+from aiohttp.typedefs import Handler
 from prometheus_client import CollectorRegistry
 from pytest_aiohttp.plugin import AiohttpClient
 from yarl import URL
@@ -955,6 +956,54 @@ async def test_many_requests_that_wait_before_their_calls_are_no_reason_to_speak
     assert {response.status for response in responses} == {200}
     assert [line for line in said(caplog) if "POST requests" in line] == []
     assert inner[ROUTING].pins.summary().unknown == 60
+
+
+async def test_a_gateway_that_redirects_elsewhere_is_said_at_once_and_once(
+    gateway: Recorder, elsewhere: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    gateway.answer = lambda call: redirect(elsewhere.chat, 308)
+    routing = Routing({"gateway": str(gateway.url)})
+    async with ClientSession(trace_configs=[routing.trace_config()]) as session:
+        for _ in range(3):
+            with routing_session("s-1"):
+                async with session.post(gateway.chat):
+                    pass
+    assert elsewhere.last.keys == []
+    assert said(caplog) == [
+        f"POST {gateway.chat} is redirected to {elsewhere.chat}, where the key does not follow. "
+        "Is it in gateway?"
+    ]
+
+
+async def test_calls_that_miss_after_one_that_was_right_are_said_when_there_are_many(
+    gateway: Recorder, elsewhere: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    routing = Routing({"gateway": str(gateway.url)})
+    async with ClientSession(trace_configs=[routing.trace_config()]) as session:
+        with routing_session("s-1"):
+            for url in [gateway.chat, *[elsewhere.chat] * 1000]:
+                assert said(caplog) == []
+                async with session.post(url):
+                    pass
+    [line] = said(caplog)
+    assert line.startswith(f"POST {elsewhere.chat} goes out without a key: its port is ")
+
+
+async def test_a_route_that_an_agent_made_up_puts_no_line_into_the_log(
+    gateway: Recorder, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    @web.middleware
+    async def proxy(request: web.Request, handler: Handler) -> web.StreamResponse:
+        async with request.app[CLIENT].post(gateway.chat):
+            return web.Response()
+
+    app = session_server(gateway.url, on_missing="warn")
+    app.middlewares.append(proxy)
+    client = await aiohttp_client(app)
+    async with client.post(URL("/x%0AWARNING:root:forged", encoded=True)):
+        pass
+    [line] = said(caplog)
+    assert "found none in route /x%0AWARNING:root:forged;" in line
 
 
 # Two mistakes at once

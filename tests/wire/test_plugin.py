@@ -374,6 +374,19 @@ async def test_clean_up_takes_off_what_the_app_attached_while_it_ran(
         pass
 
 
+async def test_what_was_attached_has_the_hook_again_when_the_app_is_started_again(
+    gateway: Recorder, outgoing: ClientSession
+) -> None:
+    app = web.Application()
+    setup(app, RoutingConfig(gateway.url)).attach(outgoing)
+    for _ in range(2):
+        runner = web.AppRunner(app)
+        await runner.setup()
+        assert await keys(outgoing, gateway) == [b"s-1"]
+        await runner.cleanup()
+        assert await keys(outgoing, gateway) == []
+
+
 async def test_clean_up_leaves_the_hook_that_a_session_was_made_with(gateway: Recorder) -> None:
     app = web.Application()
     routing = setup(app, RoutingConfig(gateway.url, client_session="client"))
