@@ -175,7 +175,7 @@ SHELL = CodeBlockParser("sh", shell)
 PAGES_WITH_SNIPPETS = ("monitoring", "recipes", "reliability", "testing", "troubleshooting")
 PAGES = Sybil(
     parsers=[CodeBlockParser("python", python), CodeBlockParser("toml", toml), SHELL],
-    patterns=["README.md", *(f"docs/{page}.md" for page in PAGES_WITH_SNIPPETS)],
+    patterns=["README.md", "SECURITY.md", *(f"docs/{page}.md" for page in PAGES_WITH_SNIPPETS)],
     setup=setup,
     teardown=teardown,
 )
