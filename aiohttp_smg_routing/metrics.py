@@ -105,7 +105,7 @@ class PrometheusMetrics:
     def __init__(self) -> None:
         from prometheus_client import Counter, Gauge
 
-        self.sources: WeakSet[Any] = WeakSet()
+        self.untold: WeakSet[Any] = WeakSet()
         self._lock = threading.RLock()
         self._pins: Count[str] = Count()
         self._calls = Counter(
@@ -142,7 +142,7 @@ class PrometheusMetrics:
 
     def collect(self) -> Iterator["Metric"]:
         """Return the values, for a registry that is scraped."""
-        for news in list(self.sources):
+        for news in list(self.untold):
             news.tell()
         for metric in self._all:
             yield from metric.collect()

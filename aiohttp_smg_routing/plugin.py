@@ -164,7 +164,7 @@ def _ledger(config: RoutingConfig) -> PinLedger:
     except ValueError as error:  # it has metrics of these names that are not ours
         raise ConfigError([("metrics_registry", str(error))]) from error
     ledger = PinLedger(config, metrics.add)
-    metrics.sources.add(ledger.news)
+    metrics.untold.add(ledger.news)
     return ledger
 
 
