@@ -22,7 +22,7 @@ from .sources import SESSION_ID, JsonBody, Source, read_body_with, reader
 
 logger = logging.getLogger(__name__)
 
-running_task: Callable[[], "asyncio.Task[Any]"] = asyncio.current_task  # type: ignore[assignment]
+_current_task: Callable[[], "asyncio.Task[Any]"] = asyncio.current_task  # type: ignore[assignment]
 
 # Nested apps run a middleware each for one request: what the outer one found is kept on the
 # request, not looked up in the context, which may hold the session of whoever started the server.
@@ -62,7 +62,7 @@ def inbound(rules: Rules) -> Middleware:
                 scope.parts = await finder.find_parts(request)
                 scope.name, scope.key = config.name_and_key(session_id, scope.parts)
         came = compat.received(request)
-        scope.task, scope.request = weakref.ref(running_task()), weakref.ref(came)
+        scope.task, scope.request = weakref.ref(_current_task()), weakref.ref(came)
         scope.before = current_scope()
         if scope.before is not None:
             scope.outer = request.get(_SCOPE)
@@ -85,7 +85,7 @@ async def answered_here(request: web.Request, response: web.StreamResponse) -> N
     It is another one than that of the middleware where one above it has used ``wait_for()``. A body
     that is streamed runs there, too, and so in the session of the request.
     """
-    task, current = running_task(), current_scope()
+    task, current = _current_task(), current_scope()
     if current and current.task and current.task() is task:
         return  # nearly always
     scope = innermost = request.get(_SCOPE)

@@ -16,6 +16,7 @@ from .gateway import ROUTED_WORKER_HEADER
 from .keys import SessionId
 from .ledger import PinLedger
 from .log import say
+from .metrics import PrometheusMetrics, prometheus_metrics
 from .middleware import answered_here, inbound
 from .rules import Rules
 from .sources import is_named, named_sources
@@ -30,15 +31,11 @@ class Routing:
     >>> session = ClientSession(trace_configs=[routing.trace_config()])
     """
 
-    config: RoutingConfig
-    """The config."""
-
-    pins: PinLedger
-    """The ledger: what the calls show of the pins."""
-
     def __init__(self, config: RoutingConfig | Mapping[str, Any]) -> None:
         self.config = as_config(config)
+        """The config."""
         self.pins = _ledger(self.config)
+        """The ledger: what the calls show of the pins."""
         self._rules = Rules(self.config, self.pins)
         self.middleware = inbound(self._rules)
         """The inbound half alone, for an app that does not use ``setup()``: it finds the session id
@@ -155,17 +152,20 @@ def setup(app: web.Application, config: RoutingConfig | Mapping[str, Any]) -> Ro
 
 
 def _ledger(config: RoutingConfig) -> PinLedger:
-    if not (config.enabled and config.metrics):
-        return PinLedger(config)
-    from .metrics import prometheus_metrics
+    metrics = _metrics(config)
+    ledger = PinLedger(config, metrics.add if metrics else None)
+    if metrics:
+        metrics.untold.add(ledger.news)
+    return ledger
 
+
+def _metrics(config: RoutingConfig) -> PrometheusMetrics | None:
+    if not (config.enabled and config.metrics):
+        return None
     try:
-        metrics = prometheus_metrics(config.metrics_registry)
+        return prometheus_metrics(config.metrics_registry)
     except ValueError as error:  # it has metrics of these names that are not ours
         raise ConfigError([("metrics_registry", str(error))]) from error
-    ledger = PinLedger(config, metrics.add)
-    metrics.untold.add(ledger.news)
-    return ledger
 
 
 def _takes_hook(value: object, place: str) -> bool:
@@ -181,8 +181,7 @@ def _takes_hook(value: object, place: str) -> bool:
 async def _running(app: web.Application) -> AsyncIterator[None]:
     """Show the pins, and reach every ClientSession where that is asked for, while the app runs."""
     routing = app[ROUTING]
-    if routing.config.metrics:
-        _ledger(routing.config)  # the registry may have been emptied since
+    _metrics(routing.config)  # the registry may have been emptied since
     routing.pins.show(True)
     for session in routing._attached:  # before the app starts, or when it ran before
         client.attach(session, routing._hook)
