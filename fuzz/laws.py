@@ -18,8 +18,9 @@ ROUTING = Routing({"gateway": "http://gw.example/base"})
 CHAT = URL("http://gw.example/base/v1/chat/completions")
 #: The name of the session id in a ``pin_by``.
 SESSION_ID = "session_id"
-#: Where it stands in a config a credential may stand.
-HIDDEN = "hush-7f3a"
+#: Where it stands in a config a credential may stand. It is joined, since Hypothesis tries each text
+#: that stands in the code: also as an option's name, which an error has to show.
+HIDDEN = "-".join(("hush", "7f3a"))
 
 
 def _closed_session() -> ClientSession:
