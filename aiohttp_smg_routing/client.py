@@ -19,7 +19,6 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from . import compat
-from .gateway import ROUTED_WORKER_HEADER
 from .ledger import Call
 from .rules import Rules
 
@@ -88,7 +87,8 @@ class Hook(TraceConfig):
         if response.status >= 400:
             call.ledger.count("failed")
         elif call.header:
-            call.ledger.answered(call, response.headers.get(ROUTED_WORKER_HEADER) or None)
+            worker = response.headers.get(call.ledger.worker_header)
+            call.ledger.answered(call, worker or None)
         else:
             call.ledger.count("untagged")
 

@@ -4,17 +4,16 @@ Each function has one purpose, and a test in ``tests/unit/test_compat.py`` that 
 changes what it leans on.
 """
 
-import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from functools import cache, wraps
 from operator import attrgetter
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
 from aiohttp import StreamReader, TraceConfig, streams, web, web_urldispatcher
+from aiohttp.abc import AbstractStreamWriter
 from aiohttp.client import ClientSession  # where it is defined: the name in aiohttp may be replaced
-
-_constructor_lock = threading.RLock()
+from aiohttp.payload import AsyncIterablePayload
 
 
 def is_client_session(value: object) -> bool:
@@ -44,28 +43,26 @@ def wrap_constructor(made: Callable[[ClientSession], None], layer: Any) -> Any:
     ``layer`` is the wrapper of an earlier call: it is returned where it is still in force. Others
     may wrap the constructor too, before or after.
     """
-    with _constructor_lock:
-        original = vars(ClientSession)["__init__"]
-        if layer is not None and _stands_on(original, layer):
-            return layer
+    original = vars(ClientSession)["__init__"]
+    if layer is not None and _stands_on(original, layer):
+        return layer
 
-        @wraps(original)
-        def constructor(session: ClientSession, /, *args: Any, **kwargs: Any) -> None:
-            _bound(original, session)(*args, **kwargs)
-            if hasattr(session, "_trace_configs"):  # a mock of the constructor makes nothing
-                made(session)
+    @wraps(original)
+    def constructor(session: ClientSession, /, *args: Any, **kwargs: Any) -> None:
+        _bound(original, session)(*args, **kwargs)
+        if hasattr(session, "_trace_configs"):  # a mock of the constructor makes nothing
+            made(session)
 
-        setattr(ClientSession, "__init__", constructor)  # noqa: B010 - mypy minds the other form
-        return constructor
+    setattr(ClientSession, "__init__", constructor)  # noqa: B010 - mypy minds the other form
+    return constructor
 
 
 def unwrap_constructor(layer: Any) -> bool:
     """Undo ``wrap_constructor()``; False where another wrapper stands on ours, which then stays."""
-    with _constructor_lock:
-        if vars(ClientSession)["__init__"] is not layer:
-            return False
-        setattr(ClientSession, "__init__", layer.__wrapped__)  # noqa: B010
-        return True
+    if vars(ClientSession)["__init__"] is not layer:
+        return False
+    setattr(ClientSession, "__init__", layer.__wrapped__)  # noqa: B010
+    return True
 
 
 def _bound(function: Any, instance: object) -> Callable[..., Any]:
@@ -98,15 +95,15 @@ def has_own_expect_handler(request: web.Request) -> bool:
     return getattr(request.match_info.route, "_expect_handler", default) is not default
 
 
-def is_handled(request: web.Request) -> bool:
-    """Tell whether the handler of a request, or a middleware around it, has yet to return."""
-    return request.protocol._current_request is request
+def is_answered(writer: AbstractStreamWriter) -> bool:
+    """Tell whether an answer is sent, or can't be sent any more."""
+    return writer._eof or writer.transport is None  # type: ignore[attr-defined]
 
 
-def received(request: web.Request) -> web.Request:
-    """Return the request as it came, where this one is a clone that a middleware has made of it."""
-    came: Any = request.protocol._current_request
-    return came if came is not None and came.content is request.content else request
+def wrap_body(body: AsyncIterablePayload, wrap: Callable[[Any], AsyncIterator[Any]]) -> None:
+    """Put ``wrap(iterator)`` in the place of the iterator of a body that is to be streamed."""
+    if body._iter is not None:
+        body._iter = wrap(body._iter)
 
 
 def storage_name(key: object) -> str:

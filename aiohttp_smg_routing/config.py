@@ -11,10 +11,10 @@ from aiohttp import web
 from yarl import URL
 
 from . import values
-from .gateway import CHAT_COMPLETIONS, ROUTING_KEY_HEADER
+from .gateway import CHAT_COMPLETIONS, ROUTED_WORKER_HEADER, ROUTING_KEY_HEADER
 from .keys import KeyForm, SessionId, as_prefix, routing_key, session_key, shared_key
 from .log import say
-from .sources import SESSION_ID, PinBy, Source
+from .sources import JSON_MAX_SIZE, SESSION_ID, PinBy, Source
 from .values import option
 
 logger = logging.getLogger(__name__)
@@ -77,6 +77,10 @@ class RoutingConfig:
     header: str = option(values.header_name, str(ROUTING_KEY_HEADER))
     """The header that carries the key. Default: ``X-SMG-Routing-Key``."""
 
+    worker_header: str = option(values.header_name, str(ROUTED_WORKER_HEADER))
+    """The header of an answer that names the worker, for gateways that have another one. Default:
+    ``X-SMG-Routed-Worker-Id``."""
+
     key: KeyForm = option(values.one_of(get_args(KeyForm)), "session_id", hidden="any")
     """``session_id`` (the default): the id itself, where the gateway takes it. ``digest``: always a
     digest."""
@@ -104,7 +108,7 @@ class RoutingConfig:
     """Attach to every ``ClientSession`` that the process makes while the app runs, whoever makes
     it, and to those that the app keeps already. Default: false."""
 
-    json_max_size: int = option(values.count, 16 * 2**20)
+    json_max_size: int = option(values.count, JSON_MAX_SIZE)
     """The bytes of a JSON body that are read for a ``json:`` source or ``peek_json()``; a longer
     body has no session. The app's ``client_max_size`` does not matter. Default: 16 MiB."""
 

@@ -9,7 +9,7 @@ from copy import copy
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
 
 from . import compat
 from .config import RoutingConfig, as_config
@@ -36,20 +36,18 @@ class Scope:
     ``routing_session()`` block goes where the hook that carries the call says.
     """
 
+    session_id: str | None = None
+    owner: Owner | None = None
     name = ""  # how the owner's ledger and the logs call the session
     key = ""  # what the owner's calls carry; empty without a session
     route = ""  # of a request without a session
     parts = _NO_PARTS  # what the sources in ``pin_by`` found
     outer: "Scope | None" = None  # of an app around the owner, for the same request
     around: "Scope | None" = None  # of the request around a block
-    before: "Scope | None" = None  # to return to: what was current when this one was entered
+    before: "Scope | None" = None  # to return to after a block
     is_block = is_left = has_called = False
     task: "weakref.ref[Task] | None" = None  # that handles the request
-    request: "weakref.ref[web.Request] | None" = None
-
-    def __init__(self, session_id: str | None, owner: Owner | None) -> None:
-        self.session_id = session_id
-        self.owner = owner
+    writer: "weakref.ref[AbstractStreamWriter] | None" = None  # of the request's answer
 
     def called(self) -> None:
         """Note that the request led to a call, for each app that it is in."""
@@ -60,12 +58,12 @@ class Scope:
 
     def is_late(self) -> bool:
         """Tell whether the request is over: its handler has ended, and its answer is sent."""
-        if self.task is None or self.request is None:
+        if self.task is None or self.writer is None:
             return False
-        task, request = self.task(), self.request()
-        # A middleware above a time limit may be at work yet: then nothing has been sent.
-        is_handled = request is not None and compat.is_handled(request)
-        return (task is None or task.done()) and not is_handled
+        task, writer = self.task(), self.writer()
+        # After the handler a body may be streamed, or a middleware above a time limit be at work.
+        is_answered = writer is None or compat.is_answered(writer)
+        return (task is None or task.done()) and is_answered
 
     def for_good(self) -> "Scope":
         """Return this scope as one that does not end with the request."""
@@ -179,7 +177,8 @@ class routing_session:  # noqa: N801 - used like a function, as contextlib.suppr
             raise RuntimeError("this routing_session() is in use: make a new one for each block")
         around = _scope.get()
         owner = around.owner if around else None
-        self._scope = Scope(self._session_id, owner)
+        self._scope = Scope()
+        self._scope.session_id, self._scope.owner = self._session_id, owner
         self._scope.is_block = True
         self._scope.around = around and (around.around if around.is_block else around)
         is_same = around is not None and around.session_id == self._session_id

@@ -78,18 +78,18 @@ class News:
 
     def __init__(self, logger: logging.Logger) -> None:
         self._logger = logger
-        self._news: deque[tuple[str, Callable[[], object]]] = deque()
+        self.waiting: deque[tuple[str, Callable[[], object]]] = deque()
         self._failures = Once()
 
     def add(self, what: str, tell: Callable[[], object]) -> None:
         """Add something to be told; ``what`` names it in the log, should it fail."""
-        self._news.append((what, tell))
+        self.waiting.append((what, tell))
 
     def tell(self) -> None:
         """Tell all of it."""
         with suppress(IndexError):  # where another thread has told the last
-            while self._news:
-                what, tell = self._news.popleft()
+            while self.waiting:
+                what, tell = self.waiting.popleft()
                 try:
                     returned = tell()
                     if inspect.iscoroutine(returned):

@@ -61,20 +61,28 @@ class Row:
     """A ``SessionPin`` as the ledger keeps it."""
 
     __slots__ = (
-        *("__weakref__", "first", "gateway", "is_gone"),
-        *("key", "moves", "name", "turns", "worker"),
+        "first",
+        "gateway",
+        "into",
+        "is_over",
+        "key",
+        "moves",
+        "session",
+        "turns",
+        "worker",
     )
 
-    def __init__(self, name: str, gateway: str, key: str) -> None:
-        self.name, self.gateway, self.key = name, gateway, key
+    def __init__(self, session: str, gateway: str, key: str) -> None:
+        self.session, self.gateway, self.key = session, gateway, key
         self.first: str | None = None  # the worker of its first answer
         self.worker: str | None = None
         self.turns = self.moves = 0
-        self.is_gone: bool | Row = False  # or the row that it was merged into
+        self.is_over = False  # the session has ended, or was pushed out
+        self.into: Row | None = None  # the row that it was merged into
 
     def pin(self) -> SessionPin:
         """Return what is shown of it."""
-        return SessionPin(self.name, self.gateway, self.key, self.worker, self.turns, self.moves)
+        return SessionPin(self.session, self.gateway, self.key, self.worker, self.turns, self.moves)
 
 
 # Apps that share a registry share the metrics on it: it takes each name once.

@@ -6,27 +6,26 @@ import sys
 import traceback
 import weakref
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from functools import partial
 from inspect import isawaitable
 from typing import Any
 
 from aiohttp import hdrs, web
+from aiohttp.payload import AsyncIterablePayload
 from aiohttp.typedefs import Handler, Middleware
 
 from . import compat
+from .config import RoutingConfig
 from .context import Scope, current_scope, enter_scope
 from .keys import SessionId, as_session_id, session_key
-from .log import Once, say
+from .log import Once, Task, say
 from .rules import NOTICED, Rules
-from .sources import SESSION_ID, JsonBody, Source, read_body_with, reader
+from .sources import SESSION_ID, JsonBody, Reader, Source, read_body_with, reader
 
 logger = logging.getLogger(__name__)
 
-_current_task: Callable[[], "asyncio.Task[Any]"] = asyncio.current_task  # type: ignore[assignment]
-
-# Nested apps run a middleware each for one request: what the outer one found is kept on the
-# request, not looked up in the context, which may hold the session of whoever started the server.
-_SCOPE = compat.request_key("aiohttp_smg_routing.scope", Scope)
+_current_task: Callable[[], Task] = asyncio.current_task  # type: ignore[assignment]
 
 
 def inbound(rules: Rules) -> Middleware:
@@ -35,13 +34,7 @@ def inbound(rules: Rules) -> Middleware:
     A request without one passes unchanged, as does every request where the config is not enabled.
     """
     config = rules.config
-    finder = Finder(
-        config.session_id,
-        ignore_ids=config.ignore_ids,
-        parts=config.pin_by.sources,
-        conceal=config.key == "digest",
-        json_max_size=config.json_max_size,
-    )
+    finder = Finder(config)
     form, secret, prefix = config.key, config.secret, config.prefix
     is_simple = config.pin_by.is_session
 
@@ -51,27 +44,27 @@ def inbound(rules: Rules) -> Middleware:
             return await handler(request)
         found = finder.find(request)
         session_id = found if found is None or isinstance(found, str) else await found
-        scope = Scope(session_id, rules)
+        scope = Scope()
+        scope.session_id, scope.owner = session_id, rules
         if session_id is None:
             resource = request.match_info.route.resource
             scope.route = resource.canonical if resource else request.rel_url.raw_path
+        elif is_simple:
+            scope.name = scope.key = session_key(session_id, form, secret, prefix)
         else:
-            if is_simple:
-                scope.name = scope.key = session_key(session_id, form, secret, prefix)
-            else:
-                scope.parts = await finder.find_parts(request)
-                scope.name, scope.key = config.name_and_key(session_id, scope.parts)
-        came = compat.received(request)
-        scope.task, scope.request = weakref.ref(_current_task()), weakref.ref(came)
-        scope.before = current_scope()
-        if scope.before is not None:
-            scope.outer = request.get(_SCOPE)
-        request[_SCOPE] = scope
-        if came is not request:
-            came[_SCOPE] = scope
+            scope.parts = await finder.find_parts(request)
+            scope.name, scope.key = config.name_and_key(session_id, scope.parts)
+        scope.task, scope.writer = weakref.ref(_current_task()), weakref.ref(request.writer)
+        around = current_scope()
+        if around is not None:
+            scope.outer = _of_outer_app(scope, around.around if around.is_block else around)
         enter_scope(scope)
         try:
-            return await handler(request)
+            response = await handler(request)
+            body = getattr(response, "body", None)
+            if isinstance(body, AsyncIterablePayload):
+                compat.wrap_body(body, partial(_in_scope, scope=scope))
+            return response
         finally:
             if not scope.has_called and request.method == hdrs.METH_POST:
                 rules.note_request(scope)
@@ -79,24 +72,32 @@ def inbound(rules: Rules) -> Middleware:
     return middleware
 
 
-async def answered_here(request: web.Request, response: web.StreamResponse) -> None:
-    """Note which task sends the answer: the request is over when that one has ended.
+def _of_outer_app(scope: Scope, around: Scope | None) -> Scope | None:
+    """Return the scope of an app around that of ``scope``, where it is of the same request.
 
-    It is another one than that of the middleware where one above it has used ``wait_for()``. A body
-    that is streamed runs there, too, and so in the session of the request.
+    It may be that of whoever started the server, or of an earlier try of the same middleware.
     """
-    task, current = _current_task(), current_scope()
-    if current and current.task and current.task() is task:
-        return  # nearly always
-    scope = innermost = request.get(_SCOPE)
-    while scope is not None:
-        handled = scope.task and scope.task()
-        # Only where the task of the middleware is over: any task may prepare an answer.
-        if scope.task is not None and (handled is None or handled.done()):
-            scope.task = weakref.ref(task)
-            if innermost is not None and current is scope.before:
-                enter_scope(innermost)
-        scope = scope.outer
+    if around is None or around.writer != scope.writer:  # two weakrefs to the same are equal
+        return None
+    return around.outer if around.owner is scope.owner else around
+
+
+async def _in_scope(body: AsyncIterator[Any], scope: Scope) -> AsyncIterator[Any]:
+    """Iterate over a streamed body in a scope, whatever task does it.
+
+    A middleware that runs the handler in a task, as ``wait_for()`` does before Python 3.12, has the
+    body sent outside of it.
+    """
+    while True:
+        before = current_scope()
+        enter_scope(scope)
+        try:
+            chunk = await body.__anext__()
+        except StopAsyncIteration:
+            return
+        finally:
+            enter_scope(before)
+        yield chunk
 
 
 class Finder:
@@ -107,38 +108,35 @@ class Finder:
     since that may quote an id which is a credential. An id of ``ignore_ids`` counts as none.
     """
 
-    def __init__(
-        self,
-        sources: Iterable[Source],
-        *,
-        ignore_ids: Iterable[str] = (),
-        parts: Iterable[str] = (),
-        conceal: bool = False,
-        json_max_size: int = 16 * 2**20,
-    ) -> None:
-        self._readers = [(source, reader(source)) for source in sources]
-        self._parts = [(part, reader(part)) for part in parts if part != SESSION_ID]
+    def __init__(self, config: RoutingConfig) -> None:
+        self._readers = [(source, reader(source)) for source in config.session_id]
+        self._parts = [(part, reader(part)) for part in config.pin_by.sources if part != SESSION_ID]
         self._empty = Counter[str]()
-        self._ignored = frozenset(ignore_ids)
-        self._conceal = conceal
+        self._ignored = frozenset(config.ignore_ids)
+        self._conceal = config.key == "digest"
         self._failures = Once()
         named = [source for source, _ in (*self._readers, *self._parts)]
         paths = [it[5:] for it in named if isinstance(it, str) and it.startswith("json:")]
         may_read = paths or any(map(callable, named))
-        self._body = JsonBody(json_max_size, paths) if may_read else None
+        self._body = JsonBody(config.json_max_size, paths) if may_read else None
 
-    def find(self, request: web.Request, begin: int = 0) -> str | Awaitable[str | None] | None:
-        """Return the session id; an awaitable of it only where a source returns an awaitable."""
+    def find(
+        self, request: web.Request, readers: Iterator[tuple[Source, Reader]] | None = None
+    ) -> str | Awaitable[str | None] | None:
+        """Return the session id; an awaitable of it only where a source returns an awaitable.
+
+        ``readers`` are those that are left.
+        """
         if self._body:
             read_body_with(request, self._body)
-        for place in range(begin, len(self._readers)):
-            source, read = self._readers[place]
+        readers = readers or iter(self._readers)
+        for source, read in readers:
             try:
                 found = read(request)
                 if type(found) is str:  # nearly always: as_session_id() without the call
                     session_id = found if found and not found.isspace() else None
                 elif isawaitable(found):
-                    return self._find_later(request, place, found)
+                    return self._find_later(request, source, found, readers)
                 else:
                     session_id = as_session_id(found)
             except (Exception, asyncio.CancelledError) as error:
@@ -159,22 +157,27 @@ class Finder:
                 self._failed(part, error)
             is_turn = request.method == hdrs.METH_POST
             self._empty[part] = 0 if found.get(part) else self._empty[part] + is_turn
-            if self._empty[part] == NOTICED and self._failures.is_new(("empty", part)):
+            many = NOTICED["missing"]
+            if self._empty[part] == many and self._failures.is_new(("empty", part)):
                 message = "pin_by: {%s} found nothing in %d requests: each session is pinned alone"
-                say(logger, logging.WARNING, message, part, NOTICED)
+                say(logger, logging.WARNING, message, part, many)
         return found
 
     async def _find_later(
-        self, request: web.Request, place: int, found: Awaitable[SessionId | None]
+        self,
+        request: web.Request,
+        source: Source,
+        found: Awaitable[SessionId | None],
+        readers: Iterator[tuple[Source, Reader]],
     ) -> str | None:
         try:
             session_id = as_session_id(await found)
         except (Exception, asyncio.CancelledError) as error:
-            self._failed(self._readers[place][0], error)
+            self._failed(source, error)
         else:
             if session_id is not None and session_id not in self._ignored:
                 return session_id
-        rest = self.find(request, place + 1)
+        rest = self.find(request, readers)
         return rest if rest is None or isinstance(rest, str) else await rest
 
     def _failed(self, source: Source, error: BaseException) -> None:

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -12,12 +13,11 @@ from yarl import URL
 
 from . import client, compat
 from .config import ConfigError, RoutingConfig, as_config
-from .gateway import ROUTED_WORKER_HEADER
 from .keys import SessionId
 from .ledger import PinLedger
 from .log import say
 from .metrics import PrometheusMetrics, prometheus_metrics
-from .middleware import answered_here, inbound
+from .middleware import inbound
 from .rules import Rules
 from .sources import is_named, named_sources
 
@@ -39,8 +39,7 @@ class Routing:
         self._rules = Rules(self.config, self.pins)
         self.middleware = inbound(self._rules)
         """The inbound half alone, for an app that does not use ``setup()``: it finds the session id
-        in the request, and enters it in the context. Put no time limit above it: it does not learn
-        that another task sends the answer, as it does with ``setup()``."""
+        in the request, and enters it in the context."""
         self._hook = client.Hook(self._rules)
         self._hooked = 0
         self._attached: WeakSet[ClientSession] = WeakSet()
@@ -144,10 +143,9 @@ def setup(app: web.Application, config: RoutingConfig | Mapping[str, Any]) -> Ro
     app.on_startup.append(_started)
     if routing.config.enabled:
         app.middlewares.append(routing.middleware)
-        app.on_response_prepare.append(answered_here)
         app.cleanup_ctx.insert(0, _running)  # before the app makes its own sessions
         if routing.config.hide_worker_ids:
-            app.on_response_prepare.append(_hide_worker_id)
+            app.on_response_prepare.append(partial(_hide, routing.config.worker_header))
     return routing
 
 
@@ -245,5 +243,5 @@ def _what_will_happen(routing: Routing, hooked: list[str]) -> str:
     )
 
 
-async def _hide_worker_id(request: web.Request, response: web.StreamResponse) -> None:
-    response.headers.popall(ROUTED_WORKER_HEADER, None)
+async def _hide(header: str, request: web.Request, response: web.StreamResponse) -> None:
+    response.headers.popall(header, None)

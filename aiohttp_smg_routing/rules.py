@@ -1,7 +1,7 @@
 """Which calls are an app's own, whose key they carry, and why a call is not its own."""
 
 import logging
-import sys
+from collections import Counter
 
 from aiohttp import hdrs
 from multidict import CIMultiDict, istr
@@ -23,9 +23,10 @@ from .sources import named_sources
 
 logger = logging.getLogger(__name__)
 
-#: So many calls without a session, near misses, or requests that led to no call are no accident: in
-#: a row, before the first call that carries a key, and after one.
-NOTICED, NOTICED_REQUESTS, NOTICED_LATER = 20, 50, 1000
+#: So many in a row are no accident, before the first call that carries a key, and after one: calls
+#: without a session, near misses, those outside a session, requests without a call or a session.
+NOTICED = {"missing": 20, "unmatched": 20, "stray": 20, "idle": 50, "sessionless": 1000}
+NOTICED_LATER = 1000
 
 _NO_HOOK = "its ClientSession has no hook of this app: name it in client_session"
 
@@ -56,9 +57,8 @@ class Rules(Owner):
         self._hosts = frozenset(url.raw_host for url, _ in places)
         names = [path.lower().split("/")[1:] for path in config.paths]
         self._tails = tuple("/" + "/".join(its[1:] or its) for its in names)  # without "/v1"
-        self._has_tagged, self._many = False, NOTICED
-        self.requests, self.noticed_requests = 0, NOTICED_REQUESTS
-        self._missing = self._unmatched = self._strays = self._sessionless = 0
+        self._has_tagged = False
+        self._runs: Counter[str] = Counter()
         self._once = Once()
         hint = "no source of session_id finds one, or the calls are made outside a request"
         self.missing_log = Capped(logger, "calls without a session", hint)
@@ -92,11 +92,9 @@ class Rules(Owner):
             task = scope.task()  # nearly always it runs yet
             if (task is None or task.done()) and scope.is_late():
                 owner._note_late(method, url)
-        if not owner._has_tagged:
-            owner._has_tagged = True
-            owner._many = owner.noticed_requests = NOTICED_LATER
-        owner.requests = owner._missing = owner._unmatched = 0
-        scope.has_called = True
+        owner._has_tagged = scope.has_called = True
+        if owner._runs:
+            owner._runs.clear()
         if scope.outer is not None or scope.around is not None:
             scope.called()
         # What a client sent, and a naive proxy copied, must not choose the worker: of two keys the
@@ -139,8 +137,8 @@ class Rules(Owner):
 
     def _note_missing(self, method: str, url: URL, scope: Scope | None) -> None:
         self.pins.count("missing")
-        self._missing += 1
-        if not (is_noticed := self._missing == self._many) and self.config.on_missing == "pass":
+        is_noticed = self._is_run("missing") and self._once.is_new("missing")
+        if not is_noticed and self.config.on_missing == "pass":
             return
         if scope is not None and scope.route:
             sources = named_sources(self.config.session_id)
@@ -151,7 +149,7 @@ class Rules(Owner):
         problem = f"{_shown(method, url)} has no session: {why}"
         if is_noticed:
             message = "%d calls to the gateway, and none had a session. %s. %s."
-            say(logger, logging.WARNING, message, self._missing, problem, remedy)
+            say(logger, logging.WARNING, message, self._runs["missing"], problem, remedy)
         if self.config.on_missing == "raise":
             raise MissingSessionError(
                 f"{problem}. {remedy}, make the call within routing_session(...), or set "
@@ -179,8 +177,8 @@ class Rules(Owner):
         """Note a POST that no hook tags, where it has a session and looks like one of ours."""
         scope = session_scope()
         if scope is None:  # then two things are wrong, and neither shows the other
-            self._strays += not self._has_tagged and self._is_near(url)
-            if self._strays == NOTICED and self._once.is_new("strays"):
+            is_stray = not self._has_tagged and self._is_near(url)
+            if is_stray and self._is_run("stray") and self._once.is_new("stray"):
                 message = "%s. It has no session either: see session_id."
                 say(logger, logging.WARNING, message, self.explain(method, url))
             return
@@ -188,11 +186,10 @@ class Rules(Owner):
         is_own, level = rules.gateway_of(method, url) is not None, logging.DEBUG
         if is_own or rules._is_near(url):
             rules.pins.count("unmatched")
-            rules._unmatched += 1
             if not rules._has_tagged:
-                rules.requests = 0
+                rules._runs["idle"] = 0
                 scope.called()
-            if rules._unmatched >= rules._many and rules._once.is_new(("unmatched", origin(url))):
+            if rules._is_run("unmatched") and rules._once.is_new(("unmatched", origin(url))):
                 level = logging.WARNING
         if logger.isEnabledFor(level):
             no_hook = f"{_shown(method, url)} goes out without a key: {_NO_HOOK}"
@@ -206,17 +203,15 @@ class Rules(Owner):
 
     def note_request(self, scope: Scope) -> None:
         """Note a POST request that is over, and led to no call to the gateway that was seen."""
+        what = "sessionless" if scope.session_id is None else "idle"
+        if not self._is_run(what) or not self._once.is_new(what):
+            return
         if scope.session_id is None:
-            self._sessionless += 1
-            if self._sessionless == NOTICED_LATER and not self._has_tagged:
+            if not self._has_tagged:
                 message = "%d POST requests, and no session: %s found none in route %s. Correct it."
                 sources = named_sources(self.config.session_id)
-                say(logger, logging.WARNING, message, self._sessionless, sources, scope.route)
+                say(logger, logging.WARNING, message, self._runs[what], sources, scope.route)
             return
-        self.requests += 1
-        if self.requests < self.noticed_requests:
-            return
-        self.noticed_requests = sys.maxsize
         why = (
             "was made before the app started (use routing.attach(session))"
             if self.config.instrument
@@ -228,7 +223,12 @@ class Rules(Owner):
             "server calls the gateway: the ClientSession that calls %s; or the call is made by "
             "httpx and not by aiohttp, as in OpenAI's SDK unless it is given DefaultAioHttpClient()"
         )
-        say(logger, logging.WARNING, message, self.requests, why)
+        say(logger, logging.WARNING, message, self._runs[what], why)
+
+    def _is_run(self, what: str) -> bool:
+        """Count what has happened again, and tell whether that is no accident any more."""
+        self._runs[what] += 1
+        return self._runs[what] >= (NOTICED_LATER if self._has_tagged else NOTICED[what])
 
     def _is_near(self, url: URL) -> bool:
         is_like_ours = url.raw_path.rstrip("/").lower().endswith(self._tails)

@@ -24,9 +24,9 @@ Source = str | Callable[[web.Request], SessionId | Awaitable[SessionId | None] |
 #: The part of ``pin_by`` that is no source: the session id itself.
 SESSION_ID = "session_id"
 
-SECONDS_WITHOUT_A_BYTE = 5.0
+JSON_MAX_SIZE, SECONDS_WITHOUT_A_BYTE = 16 * 2**20, 5.0  # bytes
 
-_Reader = Callable[[web.Request], Any]
+Reader = Callable[[web.Request], Any]
 # Not any that Python knows: it takes hours to decode 16 MiB of punycode.
 _UNICODE = re.compile("utf[-_]?(8|16|32)([-_]?(le|be|sig))?|(us-)?ascii")
 _OTHER_CHARSETS = frozenset(
@@ -39,7 +39,7 @@ _GONE = {
 }
 
 
-def _header(name: str) -> _Reader:
+def _header(name: str) -> Reader:
     if not is_header_name(name):
         raise ValueError("does not name a header")
     if name.lower() != hdrs.AUTHORIZATION.lower():
@@ -52,18 +52,18 @@ def _header(name: str) -> _Reader:
     return bearer_token
 
 
-def _stored(name: str) -> _Reader:
+def _stored(name: str) -> Reader:
     """Read what an earlier middleware stored, under a text or a ``RequestKey`` of that name."""
     return lambda request: next((request[key] for key in request if is_named(key, name)), None)
 
 
-def _json(path: str) -> _Reader:
+def _json(path: str) -> Reader:
     if not all(path.split(".")):
         raise ValueError("has an empty name in its path: one is 'json:metadata.session_id'")
     return lambda request: _body_of(request).value(request, path)
 
 
-_KINDS: Mapping[str, Callable[[str], _Reader]] = {
+_KINDS: Mapping[str, Callable[[str], Reader]] = {
     "match_info": lambda name: lambda request: request.match_info.get(name),
     "header": _header,
     "query": lambda name: lambda request: request.query.get(name),
@@ -85,7 +85,7 @@ def is_named(key: object, name: object) -> bool:
     return full_name == name or full_name.endswith(f".{name}")
 
 
-def reader(source: object) -> _Reader:
+def reader(source: object) -> Reader:
     """Return the function that reads ``source`` from a request; ``ValueError`` says what is wrong.
 
     >>> reader("header:X-Session-Id")(request)
@@ -205,7 +205,7 @@ def _body_of(request: web.Request) -> JsonBody:
 
 @cache
 def _any_body() -> JsonBody:
-    return JsonBody(16 * 2**20)  # one: it says once what is wrong
+    return JsonBody(JSON_MAX_SIZE)  # one: it says once what is wrong
 
 
 def _at(document: Any, path: str) -> str | int | None:

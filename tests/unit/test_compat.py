@@ -1,11 +1,12 @@
 """What the package leans on in aiohttp: each test fails when aiohttp changes that."""
 
 import ast
+import asyncio
 import inspect
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,8 @@ from unittest.mock import MagicMock, Mock, create_autospec
 
 import pytest
 from aiohttp import ClientSession, TraceConfig, TraceRequestStartParams, web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.payload import AsyncIterablePayload
 from aiohttp.typedefs import Handler
 from pytest_aiohttp.plugin import AiohttpClient
 
@@ -328,26 +331,87 @@ def test_nothing_private_of_another_package_is_used_elsewhere() -> None:
     assert {name: used[name] for name in private - own} == {}
 
 
-async def test_a_request_is_handled_until_its_middlewares_have_returned(
-    aiohttp_client: AiohttpClient,
-) -> None:
-    requests: list[web.Request] = []
+async def test_an_answer_is_sent_with_its_end(aiohttp_client: AiohttpClient) -> None:
+    writers: list[AbstractStreamWriter] = []
 
     @web.middleware
     async def above(request: web.Request, handler: Handler) -> web.StreamResponse:
         response = await handler(request)
-        assert compat.is_handled(request)
+        assert not compat.is_answered(request.writer)
         return response
 
     async def handler(request: web.Request) -> web.Response:
-        assert compat.is_handled(request)
-        assert not any(map(compat.is_handled, requests))
-        requests.append(request)
-        return web.Response()
+        assert not compat.is_answered(request.writer)
+        assert all(map(compat.is_answered, writers))
+        writers.append(request.writer)
+
+        async def body() -> AsyncIterator[bytes]:
+            assert not compat.is_answered(request.writer)
+            yield b"chunk"
+
+        return web.Response(body=body())
 
     app = web.Application(middlewares=[above])
     app.router.add_get("/", handler)
     client = await aiohttp_client(app)
     for _ in range(2):  # on one connection
         async with client.get("/") as response:
-            assert response.status == 200
+            assert await response.read() == b"chunk"
+    assert len({id(writer) for writer in writers}) == 2
+
+
+async def test_an_answer_is_over_where_the_client_has_hung_up(
+    aiohttp_client: AiohttpClient,
+) -> None:
+    writers: list[AbstractStreamWriter] = []
+    is_over = asyncio.Event()
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        writers.append(request.writer)
+        response = web.StreamResponse()
+        await response.prepare(request)
+        try:
+            while True:
+                await response.write(b"chunk")
+                await asyncio.sleep(0)
+        finally:
+            is_over.set()
+
+    app = web.Application()
+    app.router.add_get("/", handler)
+    client = await aiohttp_client(app)
+    response = await client.get("/")
+    response.close()
+    await is_over.wait()
+    assert compat.is_answered(writers[0])
+
+
+async def test_a_body_that_is_streamed_is_wrapped(aiohttp_client: AiohttpClient) -> None:
+    async def body() -> AsyncIterator[bytes]:
+        yield b"chunk"
+
+    async def twice(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        async for chunk in chunks:
+            yield 2 * chunk
+
+    async def handler(request: web.Request) -> web.Response:
+        response = web.Response(body=body())
+        assert isinstance(response.body, AsyncIterablePayload)
+        compat.wrap_body(response.body, twice)
+        return response
+
+    app = web.Application()
+    app.router.add_get("/", handler)
+    client = await aiohttp_client(app)
+    async with client.get("/") as response:
+        assert await response.read() == b"chunkchunk"
+
+
+async def test_a_body_that_has_been_streamed_is_not_wrapped() -> None:
+    async def body() -> AsyncIterator[bytes]:
+        yield b"chunk"
+
+    payload = AsyncIterablePayload(body())
+    payload._iter = None
+    compat.wrap_body(payload, lambda chunks: chunks)
+    assert payload._iter is None

@@ -65,6 +65,7 @@ EVERY: dict[str, tuple[Any, Any]] = {
     ),
     "paths": ("/generate,/v1/a b", ("/generate", "/v1/a%20b")),
     "header": ("X-Key", "X-Key"),
+    "worker_header": ("X-Worker", "X-Worker"),
     "key": ("digest", "digest"),
     "secret": ("a,b", "a,b"),
     "prefix": ("a,b/", "a,b/"),
@@ -89,6 +90,7 @@ def test_defaults() -> None:
     assert config.pin_by.template == "{session_id}"
     assert config.paths == (CHAT,)
     assert config.header == "X-SMG-Routing-Key"
+    assert config.worker_header == "X-SMG-Routed-Worker-Id"
     assert config.key == "session_id"
     assert config.secret is None
     assert config.prefix == ""
@@ -639,6 +641,7 @@ def test_swapped_arguments_of_setup_say_which_comes_first(config: Any) -> None:
         ("prefix", "a b", "'a b' is not a text of up to 52 visible ASCII characters"),
         ("header", "X Key", "'X Key' is not a header name such as 'X-SMG-Routing-Key'"),
         ("header", "X-Key\r\n", "is not a header name"),
+        ("worker_header", "X Worker", "'X Worker' is not a header name"),
         ("header", "Content-Length", "'Content-Length' is not a header name such as"),
         ("header", "host", "'host' is not a header name such as"),
         ("key", "hash", "is not one of 'session_id', 'digest'"),

@@ -951,8 +951,9 @@ def ended_while_another_thread_begins_its_work(at: int) -> bool:
     is_at_work, is_ended, worker = threading.Event(), threading.Event(), Compared(W1)
 
     def work() -> None:
-        is_at_work.set()
-        is_ended.wait()
+        if threading.current_thread() is other:  # else this one does the other's work
+            is_at_work.set()
+            is_ended.wait()
 
     worker.call = work
     answer = functools.partial(pins.answered, begun(pins, "a"), worker)
@@ -1694,3 +1695,24 @@ async def test_hide_worker_ids_strips_them_from_what_agents_get(
     async with client.post("/s-1") as response:
         assert response.headers.getall("X-SMG-Routed-Worker-Id", []) == names
     assert app[ROUTING].pins.workers() == {W1: 1}
+
+
+@pytest.mark.parametrize("hide", [False, True])
+async def test_a_gateway_may_name_the_worker_in_another_header(
+    gateway: Recorder, aiohttp_client: AiohttpClient, hide: bool
+) -> None:
+    app = session_server(gateway.url, hide_worker_ids=hide, worker_header="X-Served-By")
+
+    async def passing_headers_on(request: web.Request) -> web.StreamResponse:
+        async with request.app[CLIENT].post(gateway.chat) as answer:
+            return web.Response(headers=answer.headers, body=await answer.read())
+
+    app.router.add_post("/{session_id}", passing_headers_on)
+    client = await aiohttp_client(app)
+    gateway.answer = lambda call: answer(b"{}", headers={"x-served-by": W1})
+    async with client.post("/s-1") as response:
+        assert response.headers.getall("X-Served-By", []) == ([] if hide else [W1])
+    gateway.answer = by_worker(W2)  # it says nothing under the other name
+    async with client.post("/s-1") as response:
+        assert response.headers.getall("X-SMG-Routed-Worker-Id", []) == [W2]
+    assert app[ROUTING].pins.of("s-1") == [SessionPin("s-1", str(gateway.url), "s-1", W1, 2, 0)]

@@ -112,6 +112,7 @@ NEARLY: dict[str, list[Any]] = {
         *("/*", "/{a}", "/chat/completions", "/v1/x"),
     ],
     "header": ["X-Pin", "host", "x\n", "Ä"],
+    "worker_header": ["X-Worker", "x y"],
     "key": ["digest", "session_id", laws.HIDDEN],
     "secret": [laws.HIDDEN, ""],
     "prefix": ["job-7/", "a b", "~" * 53, {"secret": laws.HIDDEN}],

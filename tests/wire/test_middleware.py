@@ -438,6 +438,29 @@ async def test_one_request_that_is_handled_as_several_at_once_keeps_their_sessio
     assert_no_crosstalk(gateway, 3)
 
 
+async def test_a_second_try_of_a_request_has_nothing_of_the_first_ones_session(
+    gateway: Recorder, aiohttp_client: AiohttpClient
+) -> None:
+    """A middleware above the plugin may run the handler again, as another client's."""
+
+    @web.middleware
+    async def again(request: web.Request, handler: Handler) -> web.StreamResponse:
+        await handler(request.clone(headers={"X-Session-Id": "first"}))
+        return await handler(request.clone(headers={}))
+
+    async def handler(request: web.Request) -> web.Response:
+        async with request.app[CLIENT].post(gateway.chat):
+            return web.Response(text=str(current_session_id()))
+
+    app = session_server(gateway.url, session_id="header:X-Session-Id")
+    app.middlewares.insert(0, again)
+    app.router.add_post("/again", handler)
+    client = await aiohttp_client(app)
+    async with client.post("/again") as response:
+        assert await response.text() == "None"
+    assert [call.keys for call in gateway.calls] == [[b"first"], []]
+
+
 @pytest.mark.parametrize(("inner", "outer"), [("warn", "pass"), ("pass", "warn")])
 async def test_a_request_without_a_session_goes_by_its_apps_on_missing(
     gateway: Recorder,
