@@ -18,8 +18,8 @@ ROUTING = Routing({"gateway": "http://gw.example/base"})
 CHAT = URL("http://gw.example/base/v1/chat/completions")
 #: The name of the session id in a ``pin_by``.
 SESSION_ID = "session_id"
-#: Where it stands in a config a credential may stand. It is joined, since Hypothesis tries each text
-#: that stands in the code: also as an option's name, which an error has to show.
+#: Where it stands in a config a credential may stand. Hypothesis tries each text that stands in the
+#: code, also as the name of an option, which an error has to show: so it does not stand there.
 HIDDEN = "-".join(("hush", "7f3a"))
 
 
