@@ -3,7 +3,8 @@
     python examples/session_server.py examples/session_server.toml
 
 ``POST /sessions`` makes a session; its agent points any OpenAI client at the base URL
-``http://HOST:PORT/sessions/SESSION_ID/v1``. Transcripts are kept in memory.
+``http://HOST:PORT/sessions/SESSION_ID/v1``. Transcripts are kept in memory. A turn that the engine
+aborts, as for new weights, is rolled back and tried again.
 """
 
 import argparse
@@ -96,6 +97,10 @@ GATEWAY = web.AppKey("gateway", Gateway)
 SESSIONS = web.AppKey("sessions", dict[str, Session])
 
 
+class Aborted(aiohttp.ClientPayloadError):
+    """The engine gave up a turn before its reply was whole, as it does when it gets new weights."""
+
+
 class StreamedReply:
     """The assistant's message, put together from the SSE stream that carries it."""
 
@@ -106,7 +111,7 @@ class StreamedReply:
         self._line = b""
 
     def feed(self, chunk: bytes) -> None:
-        """Take in what has arrived; a chunk may begin and end anywhere."""
+        """Take in what has arrived; a chunk may begin and end anywhere. May raise ``Aborted``."""
         *lines, self._line = (self._line + chunk).split(b"\n")
         for line in lines:
             if line.startswith(b"data:"):
@@ -117,7 +122,9 @@ class StreamedReply:
             self.done = not self._failed
             return
         try:
-            match json.loads(data):
+            document = json.loads(data)
+            check_not_aborted(document)
+            match document:
                 case {"error": error} if error:
                     self._failed = True
                 case {"choices": [{"delta": delta, **choice}, *_]} if not choice.get("index"):
@@ -147,12 +154,27 @@ def merge(message: Message, delta: Message) -> None:
 
 
 def read_reply(content: bytes) -> Message | None:
-    """Return the assistant's message in an answer that is not streamed, if it has one."""
+    """Return the assistant's message in an answer that is not streamed, if it has one.
+
+    ``Aborted`` says that the message is not whole.
+    """
     with suppress(ValueError):
-        match json.loads(content):
+        document = json.loads(content)
+        check_not_aborted(document)
+        match document:
             case {"choices": [{"message": dict() as message}, *_]}:
                 return message
     return None
+
+
+def check_not_aborted(document: object) -> None:
+    """Raise ``Aborted`` where an answer, or an event of a stream, has a choice that was aborted."""
+    match document:
+        case {"choices": [*choices]}:
+            for choice in choices:
+                match choice:
+                    case {"finish_reason": "abort"}:
+                        raise Aborted("the engine aborted the turn")
 
 
 def openai_error(code: str, message: str, kind: str = "invalid_request_error") -> dict[str, Any]:
@@ -271,6 +293,10 @@ async def call_gateway(request: web.Request, session: Session) -> web.StreamResp
             if answer.status == 200 and answer.content_type == "text/event-stream":
                 return await relay(request, session, answer)
             content = await answer.read()
+            reply = read_reply(content) if answer.status == 200 else None
+    except Aborted:
+        message = "The engine aborted the turn; try it again."
+        return web.Response(status=503, **openai_error("aborted", message, "gateway_error"))
     except asyncio.TimeoutError:
         message = f"The gateway was silent for {gateway.timeout_seconds:g} seconds."
         return web.Response(status=504, **openai_error("timeout", message, "gateway_error"))
@@ -278,7 +304,7 @@ async def call_gateway(request: web.Request, session: Session) -> web.StreamResp
         log.warning("session %s: %r", session.session_id, error)
         message = "The gateway gave no answer."
         return web.Response(status=502, **openai_error("no_answer", message, "gateway_error"))
-    if answer.status == 200 and (reply := read_reply(content)):
+    if reply:
         session.complete(reply)
     headers = end_to_end(answer.headers)
     return web.Response(status=answer.status, reason=answer.reason, headers=headers, body=content)
@@ -292,7 +318,7 @@ async def relay(
     reply, completed = StreamedReply(), False
     try:
         async for chunk in answer.content.iter_any():
-            reply.feed(chunk)
+            reply.feed(chunk)  # Where it is aborted, the agent must not see the end of it.
             if reply.done and not completed:
                 # Before the agent sees the end, as it may hang up or come back at once.
                 session.complete(reply.message)

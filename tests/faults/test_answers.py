@@ -67,6 +67,9 @@ async def reset(*pieces: bytes) -> AsyncGenerator[bytes, None]:
 
 
 WHOLE = completion("the whole of it")
+# What an engine answers when it gets new weights in the midst of a turn.
+MESSAGE = {"role": "assistant", "content": "half of it"}
+ABORTED = answer({"choices": [{"index": 0, "message": MESSAGE, "finish_reason": "abort"}]})
 
 
 class Bad(NamedTuple):
@@ -76,12 +79,12 @@ class Bad(NamedTuple):
     gateway: int
     workers: int
     tried_again: bool = True
-    begins_well: bool = False
-    """The head of its answer shows no failure, and the ledger goes by that."""
+    begins_well: tuple[Where, ...] = ()
+    """Where the head of its answer shows no failure; the ledger goes by the head."""
 
     def failed(self, where: Where) -> int:
         """Return how many calls fail: three tries of a turn, and the first of the next one."""
-        shows = self.tried_again and not (self.begins_well and where == "the gateway")
+        shows = self.tried_again and where not in self.begins_well
         return len(SESSIONS) * 4 if shows else 0
 
 
@@ -89,12 +92,17 @@ BAD = {
     "429": Bad(status(429), 429, 429),
     "500": Bad(status(500), 500, 500),
     "503": Bad(status(503), 503, 503),
-    "half an answer": Bad(lambda call: hang_up(WHOLE[:-20]), 502, 500, begins_well=True),
+    "half an answer": Bad(
+        lambda call: hang_up(WHOLE[:-20]), 502, 500, begins_well=("the gateway",)
+    ),
     "half a head": Bad(lambda call: hang_up(b"HTTP/1.1 200 OK\r\nContent-"), 502, 500),
     "no answer": Bad(lambda call: hang_up(), 502, 500),
     "no http": Bad(lambda call: hang_up(b"220 mail.example ESMTP\r\n\r\n"), 502, 500),
     "reset": Bad(lambda call: reset(), 502, 500),
-    "reset in the midst": Bad(lambda call: reset(WHOLE[:-20]), 502, 500, begins_well=True),
+    "reset in the midst": Bad(
+        lambda call: reset(WHOLE[:-20]), 502, 500, begins_well=("the gateway",)
+    ),
+    "aborted": Bad(lambda call: ABORTED, 503, 503, begins_well=("the gateway", "its workers")),
     # It is no failure that the server tries again; the gateway does not follow it either.
     "redirect": Bad(lambda call: redirect("http://127.0.0.1:9/"), 307, 307, tried_again=False),
 }
@@ -174,6 +182,10 @@ class HalfAStream:
             await self.over.wait()
         if self.fault == "has an error in it":
             yield b"f\r\ndata: {broken\n\n\r\n0\r\n\r\n"
+        if self.fault == "is aborted":
+            event = b'data: {"choices": [{"index": 0, "delta": {}, "finish_reason": "abort"}]}\n\n'
+            end = event + b"data: [DONE]\n\n"
+            yield b"%x\r\n%b\r\n0\r\n\r\n" % (len(end), end)
         if self.fault == "is reset":
             raise ConnectionResetError
         yield b""
@@ -201,7 +213,7 @@ async def fail_in_a_stream(
 @WHERE
 async def test_agents_get_the_same_of_a_stream_that_fails(where: Where) -> None:
     async with failing_gateway(where) as gateway:
-        for fault in ("breaks off", "is reset", "has an error in it", "falls silent"):
+        for fault in ("breaks off", "is reset", "has an error in it", "falls silent", "is aborted"):
             seen = []
             for plugin in (True, False):
                 failing = HalfAStream(fault, gateway.well)

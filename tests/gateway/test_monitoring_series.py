@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+from contextlib import AsyncExitStack
 
 from aiohttp import ClientSession
 from prometheus_client.parser import text_string_to_metric_families
@@ -10,14 +11,21 @@ from aiohttp_smg_routing.testing import smg_gateway
 
 from ..unit.test_monitoring import OURS, PAGES, label_values, queries, series
 from ..workers import chat
+from .loaded import POLLS, loaded_workers
 
 
 async def served(policy: str, *args: str) -> str:
-    """Return the metrics of the real gateway after calls with a key and without one."""
-    async with (
-        smg_gateway(2, policy=policy, args=args) as gateway,
-        ClientSession(raise_for_status=True) as session,
-    ):
+    """Return the metrics of the real gateway after calls with a key and without one.
+
+    One of its workers is overloaded.
+    """
+    async with AsyncExitStack() as stack:
+        workers = await stack.enter_async_context(loaded_workers(2))
+        urls = [worker.recorder.url for worker in workers]
+        args = (*POLLS, "--worker-overload-protection", *args)
+        gateway = await stack.enter_async_context(smg_gateway(urls, policy=policy, args=args))
+        session = await stack.enter_async_context(ClientSession(raise_for_status=True))
+        await workers[0].report(kv_usage=0.95)
         for key in ("s-1", "s-1", None):
             headers = {"X-SMG-Routing-Key": key} if key else {}
             url = gateway.url / "v1/chat/completions"

@@ -3,7 +3,7 @@
 import json
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from aiohttp import web
@@ -80,9 +80,42 @@ def test_every_alert_fires_when_it_should_and_not_otherwise() -> None:
     promtool("test", "rules", DOCS / "alerts_test.yml")
 
 
+def test_clusters_stay_apart_where_the_rules_have_a_cluster_label(tmp_path: Path) -> None:
+    """As the comment in the rules has it: one cluster has no gateway of SMG, one a wrong policy."""
+    before, alerts = ALERTS.split("- record: job:")
+    assert before.count("sum(") == 5
+    (tmp_path / "alerts.yml").write_text(
+        before.replace("sum(", "sum by (cluster) (") + "- record: job:" + alerts
+    )
+    sent = 'smg_routing_calls_total{job="servers",outcome="unknown",cluster="%s"}'
+    routed = 'smg_worker_selection_total{job="gateway",policy="%s",cluster="%s"}'
+    used = 'smg_manual_policy_branch_total{job="gateway",branch="occupied_hit",cluster="%s"}'
+    series = [
+        *(sent % each for each in ("good", "wrong", "vllm-router")),
+        *(routed % each for each in (("manual", "good"), ("round_robin", "wrong"))),
+        used % "good",
+    ]
+    firing = 'ALERTS{alertname="SmgRoutingKeyIgnored", alertstate="firing", cluster="wrong", '
+    case = {
+        "interval": "1m",
+        "input_series": [{"series": each, "values": "0+100x40"} for each in series],
+        "promql_expr_test": [
+            {
+                "expr": 'ALERTS{alertname=~"SmgRoutingKey.*"}',
+                "eval_time": "30m",
+                "exp_samples": [{"labels": firing + 'severity="critical"}', "value": 1}],
+            }
+        ],
+    }
+    file = tmp_path / "clusters_test.yml"
+    document = {"rule_files": ["alerts.yml"], "evaluation_interval": "1m", "tests": [case]}
+    file.write_text(json.dumps(document))
+    promtool("test", "rules", file)
+
+
 def test_every_alert_has_a_test_each_way_and_says_what_to_do() -> None:
     alerts = re.findall(r"- alert: (\w+)", ALERTS)
-    assert len(alerts) == len(set(alerts)) == 9
+    assert len(alerts) == len(set(alerts)) == 11
     fires = set(re.findall(r'ALERTS\{alertname="(\w+)", alertstate="firing", ', ALERT_TESTS))
     silent = set(
         re.findall(r"- alertname: (\w+)\n +eval_time: \w+\n +exp_alerts: \[\]", ALERT_TESTS)
@@ -98,6 +131,45 @@ def test_promtool_takes_every_expression_of_the_dashboard(tmp_path: Path) -> Non
     file = tmp_path / "dashboard.yml"
     file.write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))
     assert f"SUCCESS: {len(rules)} rules found" in promtool("check", "rules", file)
+
+
+def test_figures_about_pins_say_that_workers_are_not_named_in_place_of_a_figure(
+    tmp_path: Path,
+) -> None:
+    """A gateway that names no worker keeps every session, for all that the ledger knows."""
+    exprs = dict(expressions())
+    stats = {panel["title"]: panel for panel in DASHBOARD["panels"] if panel["type"] == "stat"}
+    figures = {"Kept share": 0.9, "Sessions pinned": 40, "Workers with a session": 1, "Moves": 50}
+
+    def case(values: Mapping[str, str], expected: Mapping[str, float | None]) -> dict[str, object]:
+        series = 'smg_routing_calls_total{job="j",instance="i",outcome="%s"}'
+        inputs = [{"series": series % each, "values": values.get(each, "0x9")} for each in OUTCOMES]
+        if "kept" in values:
+            pinned = 'smg_routing_sessions{job="j",instance="i",worker="w"}'
+            inputs.append({"series": pinned, "values": "40x9"})
+        tests = [
+            {
+                "expr": exprs[f"panel_{stats[title]['id']}_A"],
+                "eval_time": "9m",
+                "exp_samples": [] if value is None else [{"labels": "{}", "value": value}],
+            }
+            for title, value in expected.items()
+        ]
+        return {"interval": "1m", "input_series": inputs, "promql_expr_test": tests}
+
+    named = {"kept": "0+90x9", "moved": "0+10x9"}
+    cases = [
+        case({"unknown": "0+100x9"}, dict.fromkeys(figures, -1)),
+        case(named, figures),
+        case({**named, "unknown": "0+100x9"}, figures),  # some gateways name them
+        case({}, {"Kept share": None, "Moves": 0}),
+    ]
+    file = tmp_path / "dashboard_test.yml"
+    file.write_text(json.dumps({"evaluation_interval": "1m", "tests": cases}))
+    promtool("test", "rules", file)
+    for title in figures:
+        [mapping] = stats[title]["fieldConfig"]["defaults"]["mappings"]
+        assert mapping["options"]["-1"]["text"] == "workers not named"
 
 
 def test_the_dashboard_imports_anywhere() -> None:

@@ -50,8 +50,8 @@ def assistant(text: str) -> Json:
     return {"role": "assistant", "content": text}
 
 
-def event(**delta: object) -> bytes:
-    chunk = {"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+def event(*, finish_reason: str | None = None, **delta: object) -> bytes:
+    chunk = {"choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}]}
     return b"data: " + json.dumps(chunk).encode() + b"\n\n"
 
 
@@ -60,11 +60,13 @@ async def soon(awaitable: Awaitable[T]) -> T:
     return await asyncio.wait_for(awaitable, 30)
 
 
-def canned(status: int = 200, text: str = "reply", **headers: str) -> Answer:
+def canned(
+    status: int = 200, text: str = "reply", finish_reason: str = "stop", **headers: str
+) -> Answer:
     """Answer with a completion that says ``text``, or with an error that does."""
 
     async def answer(request: web.Request) -> web.Response:
-        message = {"index": 0, "message": assistant(text), "finish_reason": "stop"}
+        message = {"index": 0, "message": assistant(text), "finish_reason": finish_reason}
         body: Json = {"choices": [message]} if status == 200 else {"error": {"message": text}}
         names = {name.replace("_", "-"): value for name, value in headers.items()}
         return web.json_response(body, status=status, headers=names)
@@ -447,6 +449,44 @@ async def test_an_answer_without_a_reply_is_no_turn(start: Start, upstream: Gate
         assert await agent.transcript() == (0, [])
 
 
+async def test_a_turn_that_the_engine_aborts_is_retried(start: Start, upstream: Gateway) -> None:
+    agent = await start(retries=1)
+    await agent.turn("hi")
+    upstream.answers = [canned(text="rep", finish_reason="abort")]
+    status, answer = await agent.turn("hi", "more")
+    assert (status, answer["choices"][0]["finish_reason"]) == (200, "stop")
+    _, aborted, again = upstream.calls
+    assert aborted.body == again.body
+    assert await agent.transcript() == (2, [user("hi"), user("more"), assistant("reply")])
+
+
+async def test_a_turn_that_the_engine_aborts_each_time_is_a_503_and_rolled_back(
+    start: Start, upstream: Gateway
+) -> None:
+    agent = await start(retries=1)
+    await agent.turn("hi")
+    upstream.answers = [canned(text="rep", finish_reason="abort")] * 2
+    status, answer = await agent.turn("hi", "more")
+    assert status == 503
+    error = {"message": "The engine aborted the turn; try it again.", "type": "gateway_error"}
+    assert answer == {"error": {**error, "code": "aborted"}}
+    assert await agent.transcript() == (1, [user("hi"), assistant("reply")])
+
+
+async def test_a_turn_of_several_choices_is_aborted_with_one_of_them(
+    start: Start, upstream: Gateway
+) -> None:
+    agent = await start(retries=0)
+    choices = [{"message": assistant(each), "finish_reason": each} for each in ("stop", "abort")]
+
+    async def answer(request: web.Request) -> web.Response:
+        return web.json_response({"choices": choices})
+
+    upstream.answers = [answer]
+    assert (await agent.turn("hi", n=2))[0] == 503
+    assert await agent.transcript() == (0, [])
+
+
 async def test_a_turn_is_rolled_back_between_its_tries(start: Start, upstream: Gateway) -> None:
     agent = await start()
     held = Held(then=canned(503, Retry_After="10"))
@@ -632,6 +672,47 @@ async def test_a_stream_without_its_reply_is_cut_and_rolled_back(
             await soon(response.read())
     assert len(upstream.calls) == 2
     assert await agent.transcript() == (1, [user("hi"), assistant("reply")])
+
+
+async def test_a_stream_that_the_engine_aborts_is_cut_before_its_end_and_rolled_back(
+    start: Start, upstream: Gateway
+) -> None:
+    agent = await start()
+    await agent.turn("hi")
+    first, seen = event(content="Hel"), asyncio.Event()
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = await event_stream(request, first)
+        await soon(seen.wait())
+        await response.write(event(content="l") + event(finish_reason="abort") + DONE)
+        return response
+
+    upstream.answers = [answer]
+    async with agent.post("hi", "more", stream=True) as response:
+        assert await soon(response.content.readexactly(len(first))) == first
+        seen.set()
+        with pytest.raises(aiohttp.ClientPayloadError):  # and no [DONE], which reads as whole
+            await soon(response.content.readany())
+    assert await agent.transcript() == (1, [user("hi"), assistant("reply")])
+    async with agent.post("hi", "more", stream=True) as response:  # the agent tries it again
+        await response.read()
+    assert (await agent.transcript())[0] == 2
+
+
+async def test_a_stream_that_the_engine_aborts_before_its_first_piece_is_retried(
+    start: Start, upstream: Gateway
+) -> None:
+    agent = await start(retries=1)
+    whole = event(content="Hello") + DONE
+    aborted = streamed(event(finish_reason="abort") + DONE)
+    upstream.answers = [aborted, streamed(whole)]
+    async with agent.post("hi", stream=True) as response:
+        assert (response.status, await response.read()) == (200, whole)
+    assert await agent.transcript() == (1, [user("hi"), assistant("Hello")])
+    upstream.answers = [aborted] * 2
+    status, answer = await agent.turn("hi", "more", stream=True)
+    assert (status, answer["error"]["code"]) == (503, "aborted")
+    assert (await agent.transcript())[0] == 1
 
 
 async def test_a_stream_that_falls_silent_is_cut(start: Start, upstream: Gateway) -> None:
