@@ -4,7 +4,8 @@ Each function has one purpose, and a test in ``tests/unit/test_compat.py`` that 
 changes what it leans on.
 """
 
-from collections.abc import AsyncIterator, Callable
+import weakref
+from collections.abc import Callable
 from functools import cache, wraps
 from operator import attrgetter
 from types import FunctionType, SimpleNamespace
@@ -13,7 +14,7 @@ from typing import Any
 from aiohttp import StreamReader, TraceConfig, streams, web, web_urldispatcher
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.client import ClientSession  # where it is defined: the name in aiohttp may be replaced
-from aiohttp.payload import AsyncIterablePayload
+from aiohttp.payload import Payload
 
 
 def is_client_session(value: object) -> bool:
@@ -95,15 +96,27 @@ def has_own_expect_handler(request: web.Request) -> bool:
     return getattr(request.match_info.route, "_expect_handler", default) is not default
 
 
+def writer_of(request: web.Request) -> "weakref.ref[AbstractStreamWriter] | None":
+    """Return what writes the answer to a request; a mock of it may take no weak reference."""
+    try:
+        return weakref.ref(request.writer)
+    except TypeError:
+        return None
+
+
 def is_answered(writer: AbstractStreamWriter) -> bool:
-    """Tell whether an answer is sent, or can't be sent any more."""
-    return writer._eof or writer.transport is None  # type: ignore[attr-defined]
+    """Tell whether an answer is sent, or can't be sent any more, and nothing is at work on it."""
+    current = getattr(getattr(writer, "protocol", None), "_current_request", None)
+    if current is not None and current.writer is writer:  # a middleware has yet to return
+        return False
+    transport = writer.transport
+    return getattr(writer, "_eof", True) or transport is None or transport.is_closing()
 
 
-def wrap_body(body: AsyncIterablePayload, wrap: Callable[[Any], AsyncIterator[Any]]) -> None:
-    """Put ``wrap(iterator)`` in the place of the iterator of a body that is to be streamed."""
-    if body._iter is not None:
-        body._iter = wrap(body._iter)
+def body_to_send(response: object) -> Payload | None:
+    """Return the body of an answer that aiohttp sends piece by piece once its handler is over."""
+    body = getattr(response, "_body", None)  # a subclass may have a public one of its own
+    return body if isinstance(body, Payload) else None
 
 
 def storage_name(key: object) -> str:

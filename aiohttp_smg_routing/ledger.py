@@ -19,6 +19,7 @@ from .log import Capped, News
 from .metrics import Beside, Counted, Metrics, Move, Outcome, PinSummary, Row, SessionPin
 
 _MOST_PINS = 64  # of one session
+_HINT = "the policy may ignore the key (see verify), or a worker is overloaded or gone"
 
 
 class Call:
@@ -26,18 +27,16 @@ class Call:
 
     __slots__ = ("__weakref__", "gateway", "header", "key", "ledger", "row", "session", "worker")
 
-    def __init__(
-        self, ledger: "PinLedger", header: str, session: str, gateway: str, key: str
-    ) -> None:
+    def __init__(self, ledger: "PinLedger", header: str, session: str, gateway: str, key: str):
         self.ledger, self.header, self.gateway = ledger, header, gateway
         self.session, self.key = session, key
         self.row = self.worker = None
         if header and ledger.is_on:
-            self.row = row = ledger.row_of(self)
-            if row is None:
+            self.row = ledger.row_of(self)
+            if self.row is None:
                 ledger.beginning[id(self)] = self
             else:
-                self.worker = row.worker
+                self.worker = self.row.worker
 
 
 class PinLedger:
@@ -53,40 +52,45 @@ class PinLedger:
         self.is_on = config.enabled and config.track_sessions > 0
         self.worker_header = istr(config.worker_header)
         self.gateways = Gateways(config.gateway)
-        #: The calls under way whose pin has no row yet.
-        self.beginning: WeakValueDictionary[int, Call] = WeakValueDictionary()
+        self.beginning: WeakValueDictionary[int, Call] = WeakValueDictionary()  # without a row
         self.news = News(logger := logging.getLogger(__name__))
         self._config, self._metrics = config, metrics
         self._rows: OrderedDict[str, tuple[Row, ...]] = OrderedDict()
         self._workers: Counter[str] = Counter()
         self._counts = dict.fromkeys((it.name for it in fields(PinSummary)), 0)
-        self._lock, self._is_shown = threading.Lock(), True
-        self._waiting: deque[partial[None]] = deque()
-        hint = "the policy may ignore the key (see verify), or a worker is overloaded or gone"
-        self._moves_log = Capped(logger, "moves", hint)
-
-    # Read without the lock, in one step: the reader may have interrupted whoever has it.
+        self._lock, self._is_working, self._is_shown = threading.RLock(), False, True
+        self.waiting: deque[partial[None]] = deque()  # done under the lock, one after the other
+        self._moves_log = Capped(logger, "moves", _HINT)
 
     def sessions(self) -> list[SessionPin]:
         """Return the pins of the tracked sessions; the last one called last."""
+        self.catch_up()
         return [row.pin() for rows in list(self._rows.values()) for row in rows]
 
     def of(self, session_id: SessionId) -> list[SessionPin]:
         """Return the pins of one session: one, unless it has several keys or gateways."""
+        self.catch_up()
         return [row.pin() for row in self._rows.get(self._name(session_id), ())]
 
     def workers(self) -> dict[str, int]:
         """Return how many of the tracked pins each worker has."""
+        self.catch_up()
         return dict(self._workers)
 
     def summary(self) -> PinSummary:
         """Return the counts of all calls so far, those of sessions that have ended among them."""
+        self.catch_up()
         return PinSummary(**{**self._counts, "sessions": len(self._rows)})
 
     def end(self, session_id: SessionId) -> None:
         """Forget a session that is over; answers to calls that began before leave no row."""
-        # A finalizer may call this within a scrape: the metrics are told with the next call.
-        self._do(self._end, self._name(session_id))
+        self.waiting.append(partial(self._end, self._name(session_id)))
+        # A finalizer may call this: it waits for nobody, and tells the metrics with the next call.
+        if self._lock.acquire(blocking=False):
+            try:
+                self.catch_up()
+            finally:
+                self._lock.release()
 
     def count(self, what: Outcome | Beside) -> None:
         """Count a call that shows nothing of a pin, or what was seen beside an outcome."""
@@ -98,20 +102,22 @@ class PinLedger:
         """Enter the answer to a call that carried a key, by the ``worker`` that it names."""
         if not self.is_on:
             return
-        row, is_kept = call.row, False
-        if row is not None and not self._metrics and self._lock.acquire(blocking=False):
-            try:  # nearly every turn is entered here
-                is_kept = worker is not None and worker == call.worker == row.worker
-                if is_kept:
+        row = call.row
+        with self._lock:
+            is_outer, self._is_working = not self._is_working, True
+            try:
+                is_plain = is_outer and not (self.waiting or self._metrics)
+                is_kept = row and worker and worker == call.worker == row.worker
+                if row and is_kept and is_plain:  # nearly every turn
                     row.turns += 1
                     self._rows.move_to_end(row.session)
                     self._counts["kept"] += 1
+                else:
+                    self.waiting.append(partial(self._answered, call, worker))
             finally:
-                self._lock.release()
-        if not is_kept:
-            self._waiting.append(partial(self._answered, call, worker))
-        if self._waiting:
-            self._catch_up()
+                self._is_working = not is_outer
+        if self.waiting:
+            self.catch_up()
         if self.news.waiting:
             self.news.tell()
 
@@ -123,6 +129,8 @@ class PinLedger:
 
     def row_of(self, call: Call) -> Row | None:
         """Return the row of the pin that a call is about, if there is one."""
+        if self.waiting:  # its session may have ended meanwhile
+            self.catch_up()
         gateway = self.gateways.group[call.gateway]
         for row in self._rows.get(call.session, ()):
             if row.key == call.key and row.gateway == gateway:
@@ -134,29 +142,28 @@ class PinLedger:
         return "" if text is None else self._config.routing_key(text)
 
     def _do(self, work: Callable[..., None], *args: Any) -> None:
-        self._waiting.append(partial(work, *args))
-        self._catch_up()
+        self.waiting.append(partial(work, *args))
+        self.catch_up()
 
-    def _catch_up(self) -> None:
-        """Do the work that waits, one after the other.
-
-        Nobody waits for the lock. Whoever has it does what waits before and after letting it go: it
-        may be another thread, or code of this one that a finalizer has interrupted.
-        """
-        while self._waiting and self._lock.acquire(blocking=False):
+    def catch_up(self) -> None:
+        """Do the work that waits; what interrupts it leaves its own work to it."""
+        with self._lock:
+            if self._is_working:
+                return
+            self._is_working = True
             try:
-                while self._waiting:
-                    self._waiting.popleft()()
+                while self.waiting:
+                    self.waiting.popleft()()
             finally:
-                self._lock.release()
+                self._is_working = False
 
     def _to_metrics(self, what: Counted, worker: str | None, change: int) -> None:
         if self._metrics:
             self.news.add("metrics", partial(self._metrics, what, worker, change))
 
-    def _count(self, what: Outcome | Beside) -> None:
+    def _count(self, what: Outcome | Beside, worker: str | None = None) -> None:
         self._counts[what] += 1
-        self._to_metrics(what, None, 1)
+        self._to_metrics(what, worker, 1)
 
     def _show(self, is_shown: bool) -> None:
         for worker, pins in self._workers.items() if is_shown != self._is_shown else ():
@@ -202,11 +209,7 @@ class PinLedger:
             self._rows.move_to_end(row.session)
         row.first = row.first or worker
         outcome: Outcome = "first" if was is None else "kept" if worker == was else "moved"
-        if worker is None:
-            outcome = "unknown"
-        self._counts[outcome] += 1
-        if self._metrics:
-            self._to_metrics(outcome, worker, 1)
+        self._count("unknown" if worker is None else outcome, worker)
 
     def _entered(self, call: Call) -> Row:
         """Enter the row of a pin at its first answer."""
@@ -241,10 +244,7 @@ class PinLedger:
                 into = kept.setdefault((row.gateway, row.key), row)
                 if into is row:
                     continue
-                into.turns, into.moves = into.turns + row.turns, into.moves + row.moves
-                if into.worker is None:
-                    into.first, into.worker = row.first, row.worker
-                else:
+                if into.worker is not None:
                     self._pinned(row.worker, -1)
-                row.worker, row.into = None, into
+                into.absorb(row)
             self._rows[session] = tuple(kept.values())

@@ -80,6 +80,13 @@ class Row:
         self.is_over = False  # the session has ended, or was pushed out
         self.into: Row | None = None  # the row that it was merged into
 
+    def absorb(self, other: "Row") -> None:
+        """Become one with another row: their gateways count as one since."""
+        self.turns, self.moves = self.turns + other.turns, self.moves + other.moves
+        if self.worker is None:
+            self.first, self.worker = other.first, other.worker
+        other.worker, other.into = None, self
+
     def pin(self) -> SessionPin:
         """Return what is shown of it."""
         return SessionPin(self.session, self.gateway, self.key, self.worker, self.turns, self.moves)

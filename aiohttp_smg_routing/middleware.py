@@ -6,13 +6,12 @@ import sys
 import traceback
 import weakref
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from functools import partial
+from collections.abc import Awaitable, Callable, Iterator
 from inspect import isawaitable
-from typing import Any
 
 from aiohttp import hdrs, web
-from aiohttp.payload import AsyncIterablePayload
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.payload import Payload
 from aiohttp.typedefs import Handler, Middleware
 
 from . import compat
@@ -54,50 +53,68 @@ def inbound(rules: Rules) -> Middleware:
         else:
             scope.parts = await finder.find_parts(request)
             scope.name, scope.key = config.name_and_key(session_id, scope.parts)
-        scope.task, scope.writer = weakref.ref(_current_task()), weakref.ref(request.writer)
+        scope.task, scope.writer = weakref.ref(_current_task()), compat.writer_of(request)
+        scope.is_turn = request.method == hdrs.METH_POST
         around = current_scope()
         if around is not None:
             scope.outer = _of_outer_app(scope, around.around if around.is_block else around)
         enter_scope(scope)
+        response: web.StreamResponse | None = None
         try:
             response = await handler(request)
-            body = getattr(response, "body", None)
-            if isinstance(body, AsyncIterablePayload):
-                compat.wrap_body(body, partial(_in_scope, scope=scope))
             return response
+        except web.HTTPException as raised:
+            response = raised
+            raise
         finally:
-            if not scope.has_called and request.method == hdrs.METH_POST:
+            body = compat.body_to_send(response)
+            if body is not None:
+                _send_in_scope(body, scope, rules)
+            elif not scope.has_called:
                 rules.note_request(scope)
 
     return middleware
 
 
-def _of_outer_app(scope: Scope, around: Scope | None) -> Scope | None:
-    """Return the scope of an app around that of ``scope``, where it is of the same request.
-
-    It may be that of whoever started the server, or of an earlier try of the same middleware.
-    """
-    if around is None or around.writer != scope.writer:  # two weakrefs to the same are equal
-        return None
-    return around.outer if around.owner is scope.owner else around
-
-
-async def _in_scope(body: AsyncIterator[Any], scope: Scope) -> AsyncIterator[Any]:
-    """Iterate over a streamed body in a scope, whatever task does it.
+def _send_in_scope(body: Payload, scope: Scope, rules: Rules) -> None:
+    """Send a body in the scope of this code, whatever task does it: the request lasts as long.
 
     A middleware that runs the handler in a task, as ``wait_for()`` does before Python 3.12, has the
     body sent outside of it.
     """
-    while True:
-        before = current_scope()
-        enter_scope(scope)
+    if "write" in vars(body):  # by the middleware of an inner app
+        return
+    write, current = body.write, current_scope()
+
+    async def write_in_scope(writer: AbstractStreamWriter) -> None:
+        vars(body).pop("write", None)  # another answer may have the same body
+        before, sent = current_scope(), current
+        while sent is not None:
+            sent.task = sent.task and weakref.ref(_current_task())
+            sent = sent.outer or sent.around
+        enter_scope(current)
         try:
-            chunk = await body.__anext__()
-        except StopAsyncIteration:
-            return
+            await write(writer)
         finally:
             enter_scope(before)
-        yield chunk
+            if not scope.has_called:
+                rules.note_request(scope)
+
+    vars(body)["write"] = write_in_scope
+
+
+def _of_outer_app(scope: Scope, around: Scope | None) -> Scope | None:
+    """Return the scope of an app around that of ``scope``, where it is of the same request.
+
+    It may be that of whoever started the server. Where a middleware tries a request again, those of
+    the try before are still there.
+    """
+    if around is None or around.writer != scope.writer:  # two weakrefs to the same are equal
+        return None
+    tried: Scope | None = around
+    while tried is not None and tried.owner is not scope.owner:
+        tried = tried.outer
+    return tried.outer if tried else around
 
 
 class Finder:

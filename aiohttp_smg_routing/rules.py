@@ -57,9 +57,8 @@ class Rules(Owner):
         self._hosts = frozenset(url.raw_host for url, _ in places)
         names = [path.lower().split("/")[1:] for path in config.paths]
         self._tails = tuple("/" + "/".join(its[1:] or its) for its in names)  # without "/v1"
-        self._has_tagged = False
+        self._has_tagged, self._once = False, Once()
         self._runs: Counter[str] = Counter()
-        self._once = Once()
         hint = "no source of session_id finds one, or the calls are made outside a request"
         self.missing_log = Capped(logger, "calls without a session", hint)
 
@@ -137,8 +136,9 @@ class Rules(Owner):
 
     def _note_missing(self, method: str, url: URL, scope: Scope | None) -> None:
         self.pins.count("missing")
-        is_noticed = self._is_run("missing") and self._once.is_new("missing")
-        if not is_noticed and self.config.on_missing == "pass":
+        if (innermost := current_scope()) is not None:
+            innermost.called()
+        if not (is_noticed := self._is_noticed("missing")) and self.config.on_missing == "pass":
             return
         if scope is not None and scope.route:
             sources = named_sources(self.config.session_id)
@@ -177,8 +177,7 @@ class Rules(Owner):
         """Note a POST that no hook tags, where it has a session and looks like one of ours."""
         scope = session_scope()
         if scope is None:  # then two things are wrong, and neither shows the other
-            is_stray = not self._has_tagged and self._is_near(url)
-            if is_stray and self._is_run("stray") and self._once.is_new("stray"):
+            if not self._has_tagged and self._is_near(url) and self._is_noticed("stray"):
                 message = "%s. It has no session either: see session_id."
                 say(logger, logging.WARNING, message, self.explain(method, url))
             return
@@ -189,7 +188,7 @@ class Rules(Owner):
             if not rules._has_tagged:
                 rules._runs["idle"] = 0
                 scope.called()
-            if rules._is_run("unmatched") and rules._once.is_new(("unmatched", origin(url))):
+            if rules._is_noticed("unmatched", origin(url)):
                 level = logging.WARNING
         if logger.isEnabledFor(level):
             no_hook = f"{_shown(method, url)} goes out without a key: {_NO_HOOK}"
@@ -202,14 +201,14 @@ class Rules(Owner):
             say(logger, logging.WARNING, message, _shown(method, url), f"{origin(to)}{to.raw_path}")
 
     def note_request(self, scope: Scope) -> None:
-        """Note a POST request that is over, and led to no call to the gateway that was seen."""
+        """Note a request that is over, and led to no call to the gateway that was seen."""
         what = "sessionless" if scope.session_id is None else "idle"
-        if not self._is_run(what) or not self._once.is_new(what):
+        if not (scope.is_turn and self._is_noticed(what)):
             return
         if scope.session_id is None:
+            message = "%d POST requests, and no session: %s found none in route %s. Correct it."
+            sources = named_sources(self.config.session_id)
             if not self._has_tagged:
-                message = "%d POST requests, and no session: %s found none in route %s. Correct it."
-                sources = named_sources(self.config.session_id)
                 say(logger, logging.WARNING, message, self._runs[what], sources, scope.route)
             return
         why = (
@@ -225,10 +224,11 @@ class Rules(Owner):
         )
         say(logger, logging.WARNING, message, self._runs[what], why)
 
-    def _is_run(self, what: str) -> bool:
-        """Count what has happened again, and tell whether that is no accident any more."""
+    def _is_noticed(self, what: str, where: str = "") -> bool:
+        """Count what has happened again; tell whether that is no accident, and not said yet."""
         self._runs[what] += 1
-        return self._runs[what] >= (NOTICED_LATER if self._has_tagged else NOTICED[what])
+        is_run = self._runs[what] >= (NOTICED_LATER if self._has_tagged else NOTICED[what])
+        return is_run and self._once.is_new((what, where, self._has_tagged))
 
     def _is_near(self, url: URL) -> bool:
         is_like_ours = url.raw_path.rstrip("/").lower().endswith(self._tails)

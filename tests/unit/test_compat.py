@@ -15,7 +15,8 @@ from unittest.mock import MagicMock, Mock, create_autospec
 import pytest
 from aiohttp import ClientSession, TraceConfig, TraceRequestStartParams, web
 from aiohttp.abc import AbstractStreamWriter
-from aiohttp.payload import AsyncIterablePayload
+from aiohttp.payload import Payload
+from aiohttp.test_utils import make_mocked_request
 from aiohttp.typedefs import Handler
 from pytest_aiohttp.plugin import AiohttpClient
 
@@ -331,7 +332,9 @@ def test_nothing_private_of_another_package_is_used_elsewhere() -> None:
     assert {name: used[name] for name in private - own} == {}
 
 
-async def test_an_answer_is_sent_with_its_end(aiohttp_client: AiohttpClient) -> None:
+async def test_an_answer_is_sent_with_its_end_and_the_end_of_the_middlewares(
+    aiohttp_client: AiohttpClient,
+) -> None:
     writers: list[AbstractStreamWriter] = []
 
     @web.middleware
@@ -340,10 +343,15 @@ async def test_an_answer_is_sent_with_its_end(aiohttp_client: AiohttpClient) -> 
         assert not compat.is_answered(request.writer)
         return response
 
-    async def handler(request: web.Request) -> web.Response:
+    async def handler(request: web.Request) -> web.StreamResponse:
         assert not compat.is_answered(request.writer)
         assert all(map(compat.is_answered, writers))
         writers.append(request.writer)
+        if request.query_string:
+            response = web.StreamResponse()
+            await response.prepare(request)
+            await response.write_eof(b"chunk")
+            return response
 
         async def body() -> AsyncIterator[bytes]:
             assert not compat.is_answered(request.writer)
@@ -354,10 +362,10 @@ async def test_an_answer_is_sent_with_its_end(aiohttp_client: AiohttpClient) -> 
     app = web.Application(middlewares=[above])
     app.router.add_get("/", handler)
     client = await aiohttp_client(app)
-    for _ in range(2):  # on one connection
-        async with client.get("/") as response:
+    for path in ("/", "/?ended", "/"):  # on one connection
+        async with client.get(path) as response:
             assert await response.read() == b"chunk"
-    assert len({id(writer) for writer in writers}) == 2
+    assert len({id(writer) for writer in writers}) == 3
 
 
 async def test_an_answer_is_over_where_the_client_has_hung_up(
@@ -386,32 +394,24 @@ async def test_an_answer_is_over_where_the_client_has_hung_up(
     assert compat.is_answered(writers[0])
 
 
-async def test_a_body_that_is_streamed_is_wrapped(aiohttp_client: AiohttpClient) -> None:
+async def test_a_body_that_aiohttp_sends_piece_by_piece_is_a_payload() -> None:
     async def body() -> AsyncIterator[bytes]:
         yield b"chunk"
 
-    async def twice(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        async for chunk in chunks:
-            yield 2 * chunk
-
-    async def handler(request: web.Request) -> web.Response:
-        response = web.Response(body=body())
-        assert isinstance(response.body, AsyncIterablePayload)
-        compat.wrap_body(response.body, twice)
-        return response
-
-    app = web.Application()
-    app.router.add_get("/", handler)
-    client = await aiohttp_client(app)
-    async with client.get("/") as response:
-        assert await response.read() == b"chunkchunk"
+    assert isinstance(compat.body_to_send(web.Response(body=body())), Payload)
+    for other in (web.Response(body=b"whole"), web.Response(), web.StreamResponse(), None):
+        assert compat.body_to_send(other) is None
 
 
-async def test_a_body_that_has_been_streamed_is_not_wrapped() -> None:
-    async def body() -> AsyncIterator[bytes]:
-        yield b"chunk"
+@pytest.mark.parametrize("writer", [None, object(), SimpleNamespace(), Mock()])
+def test_whatever_stands_for_a_writer_in_a_test_fails_nothing(writer: Any) -> None:
+    reference = compat.writer_of(make_mocked_request("GET", "/", writer=writer))
+    assert (reference is not None and reference() is writer) == isinstance(writer, Mock)
 
-    payload = AsyncIterablePayload(body())
-    payload._iter = None
-    compat.wrap_body(payload, lambda chunks: chunks)
-    assert payload._iter is None
+
+def test_a_writer_that_knows_nothing_has_sent_its_answer() -> None:
+    class Writer(AbstractStreamWriter):
+        transport = None
+        write = write_eof = drain = write_headers = enable_compression = enable_chunking = None  # type: ignore[assignment]
+
+    assert compat.is_answered(Writer())
