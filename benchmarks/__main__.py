@@ -22,7 +22,7 @@ try:
     from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
 
-    from aiohttp_smg_routing.verify.cli import output_file, picture_file
+    from aiohttp_smg_routing.verify.options import output_file, picture_file
 
     from .report import Results, machine, markdown, show, write_json
 except ModuleNotFoundError as error:

@@ -44,10 +44,17 @@ async def server(app: web.Application) -> AsyncIterator[URL]:
 
 
 @asynccontextmanager
-async def stub_engines(count: int, *, report: bool = True) -> AsyncIterator[list[URL]]:
-    """Run workers that stream; ``report`` is whether their usage tells the cached tokens."""
+async def stub_engines(
+    count: int, *, report: bool = True, kv_usage: Sequence[float] = ()
+) -> AsyncIterator[list[URL]]:
+    """Run workers that stream; ``report`` is whether their usage tells the cached tokens.
+
+    ``kv_usage`` is how full the KV cache of each is, 0 to 1, in its metrics.
+    """
     async with AsyncExitStack() as stack:
         apps = [engine(report=report) for _ in range(count)]
+        for app, usage in zip(apps, kv_usage, strict=False):
+            app.router.add_get("/metrics", _load(usage))
         yield [await stack.enter_async_context(server(app)) for app in apps]
 
 
@@ -74,6 +81,13 @@ def engine(*, report: bool = True) -> web.Application:
     app.router.add_get("/v1/models", models)
     app.router.add_post("/v1/chat/completions", completions)
     return app
+
+
+def _load(kv_usage: float) -> Handler:
+    async def metrics(request: web.Request) -> web.Response:
+        return web.Response(text=f"vllm:kv_cache_usage_perc {kv_usage}\n")
+
+    return metrics
 
 
 async def models(request: web.Request) -> web.Response:
@@ -104,8 +118,12 @@ def fake_gateway(chat: Handler, *, models: Handler = models) -> web.Application:
     async def metrics(request: web.Request) -> web.Response:
         return web.Response(text="smg_manual_policy_cache_entries 0\n")
 
+    async def workers(request: web.Request) -> web.Response:
+        return web.json_response({"workers": 2 * [{"is_healthy": True}]})
+
     app = web.Application()
     app.router.add_get("/metrics", metrics)
+    app.router.add_get("/workers", workers)
     app.router.add_get("/v1/models", models)
     app.router.add_post("/v1/chat/completions", chat)
     return app
@@ -115,13 +133,16 @@ def proxy(
     *upstreams: URL,
     drop: frozenset[str] = frozenset(),
     add: Sequence[tuple[str, str]] = (),
+    key: Callable[[web.Request], str] | None = None,
+    body: Callable[[bytes, web.Request], bytes] = lambda said, request: said,
     api_key: str | None = None,
 ) -> web.Application:
     """Return a proxy before one gateway, or before replicas that take turns.
 
     ``drop`` names headers, in small letters, that it takes off calls and answers; ``add`` are those
-    that it puts on calls. Where there is an
-    ``api_key`` it asks for it, and tells what it got instead.
+    that it puts on calls. With a ``key`` it is a session server that sends that one, and the
+    ``body`` that is made of the one it got. Where there is an ``api_key`` it asks for it, and tells
+    what it got instead.
     """
     turn = cycle(upstreams)
 
@@ -136,11 +157,15 @@ def proxy(
         gone = drop | {"host", "content-length", "transfer-encoding", "connection", "keep-alive"}
         headers = [(n, v) for n, v in request.headers.items() if n.lower() not in gone]
         headers += add
+        path = request.path
+        if key:
+            headers.append(("X-SMG-Routing-Key", key(request)))
+            path = path[path.find("/v1/") :]
         upstream = next(turn) if request.method == "POST" else upstreams[0]
-        url = upstream.with_path(request.path)
-        body = await request.read()
+        url = upstream.with_path(path)
+        said = body(await request.read(), request)
         async with request.app[CLIENT].request(
-            request.method, url, headers=headers, data=body
+            request.method, url, headers=headers, data=said
         ) as answer:
             kept = [(n, v) for n, v in answer.headers.items() if n.lower() not in gone]
             response = web.StreamResponse(status=answer.status, headers=CIMultiDict(kept))
@@ -156,15 +181,20 @@ def proxy(
 
 
 @asynccontextmanager
-async def session_server(gateway: URL, *, plugin: bool = True) -> AsyncIterator[URL]:
-    """Run the example session server before ``gateway`` until the block ends."""
+async def session_server(
+    gateway: URL, *, plugin: bool = True, calls: URL | None = None
+) -> AsyncIterator[URL]:
+    """Run the example session server before ``gateway`` until the block ends.
+
+    ``calls`` is the gateway that it calls, where its config names another one.
+    """
     url = URL(f"http://127.0.0.1:{free_port()}")
     settings = f"""
         [server]
         host = "127.0.0.1"
         port = {url.port}
         [gateway]
-        url = "{gateway}"
+        url = "{calls or gateway}"
         [smg_routing]
         enabled = {str(plugin).lower()}
         gateway = "{gateway}"

@@ -1,6 +1,6 @@
-"""What the gateway says about itself: its models, its workers, its counters."""
+"""What the gateway says about itself: its models, its workers, its counters, their load."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from math import isfinite
 
@@ -9,21 +9,40 @@ from prometheus_client.samples import Sample
 from yarl import URL
 
 from .call import BRIEF, CallError, Client
-from .facts import POLICY_BRANCHES, WORKER_SELECTIONS
-from .seen import Counters
+from .facts import (
+    KINDS,
+    KV_USAGE,
+    LOAD_POLLS,
+    OVERLOADED,
+    POLICY_BRANCHES,
+    SELECTIONS,
+    WORKER_CALLS,
+)
+from .seen import Counters, Load
 
 
 async def models(client: Client, gateway: URL) -> tuple[str, ...]:
     """Return the names of the gateway's models. Raises ``CallError``."""
     match await client.json(gateway / "v1/models"):
-        case {"data": list() as listed}:
-            ids = (model.get("id") for model in listed if isinstance(model, dict))
-            return tuple(client.printable(name) for name in ids if isinstance(name, str))
+        case {"data": list() as listed} | {"models": list() as listed}:
+            names = (_model(entry) for entry in listed)
+            return tuple(client.printable(name) for name in names if name)
     return ()
 
 
-async def healthy_workers(client: Client, gateway: URL, model: str) -> int | None:
-    """Return how many healthy workers serve ``model``, or None where the gateway doesn't say."""
+def _model(entry: object) -> str | None:
+    """Return a model's name: OpenAI has it as ``id``, others in another field or as a mere text."""
+    if isinstance(entry, dict):
+        fields = (entry.get(name) for name in ("id", "name", "model", "model_path"))
+        entry = next((value for value in fields if value is not None), None)
+    return entry if isinstance(entry, str) else None
+
+
+async def healthy_workers(client: Client, gateway: URL, model: str) -> dict[str, int] | None:
+    """Return how many healthy workers of each kind serve ``model``; None where it isn't said.
+
+    Where none is said to, as with an alias, the kinds of all healthy ones are there, each with 0.
+    """
     try:
         answer = await client.json(gateway / "workers", timeout=BRIEF)
     except CallError:
@@ -32,35 +51,65 @@ async def healthy_workers(client: Client, gateway: URL, model: str) -> int | Non
         case {"workers": [{"is_healthy": _}, *_] as workers} if all(
             isinstance(worker, dict) for worker in workers
         ):
-            return sum(_serves(worker, model) for worker in workers)
+            healthy = [worker for worker in workers if worker.get("is_healthy")]
+            serving = Counter(_kind(client, worker) for worker in healthy if _serves(worker, model))
+            return dict(serving or {_kind(client, worker): 0 for worker in healthy})
     return None
 
 
+def _kind(client: Client, worker: Mapping[str, object]) -> str:
+    return client.printable(str(worker.get("worker_type", "regular")))
+
+
 def _serves(worker: Mapping[str, object], model: str) -> bool:
-    return bool(worker.get("is_healthy")) and worker.get("model_id", model) == model
+    # sglang-router and vllm-router know no name: all their workers are of the model "unknown".
+    return worker.get("model_id", model) in (model, "unknown")
 
 
-async def read_counters(client: Client, metrics: URL) -> Counters:
-    """Return the gateway's counters as they stand. Raises ``CallError``, and ``ValueError``."""
+async def read_metrics(client: Client, metrics: URL) -> tuple[Counters, Load]:
+    """Return the gateway's counters as they stand, and what its metrics say of it.
+
+    Raises ``CallError``, and ``ValueError``.
+    """
     text = await client.text(metrics)
-    branches: Counter[str] = Counter()
-    selections: Counter[str] = Counter()
-    pools = set()
-    found = False
+    pools: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    branches: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    workers: Counter[str] = Counter()
+    usage: dict[str, float] = {}
+    overloaded = 0
+    names = set()
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            found = found or sample.name.startswith("smg_")
-            if sample.name in POLICY_BRANCHES:
-                branches[client.printable(sample.labels.get("branch", ""))] += _value(sample)
-            elif sample.name == WORKER_SELECTIONS:
-                selections[client.printable(sample.labels.get("policy", ""))] += _value(sample)
-                pools.add(sample.labels.get("worker_type"))
-    if not found:
+            names.add(sample.name)
+            labels = {name: client.printable(value) for name, value in sample.labels.items()}
+            worker = labels.get("worker", "")
+            if policy := POLICY_BRANCHES.get(sample.name):
+                branches[policy][labels.get("branch", "")] += _count(sample)
+            elif sample.name in SELECTIONS:
+                pool = pools[labels.get("worker_type", "regular")]
+                pool[labels.get("policy", "")] += _count(sample)
+                if worker:
+                    workers[worker] += _count(sample)
+            elif sample.name == WORKER_CALLS:
+                workers[worker] += _count(sample)
+            elif sample.name == OVERLOADED:
+                overloaded += _count(sample)
+            elif sample.name == KV_USAGE:
+                usage[worker] = max(sample.value, usage.get(worker, 0.0))
+    kind = next((kind for begin, kind in KINDS if any(n.startswith(begin) for n in names)), None)
+    if kind is None:
         raise ValueError("what answers there is no SMG gateway's metrics")
-    return Counters(dict(branches), dict(selections), max(1, len(pools)))
+    return (
+        Counters(_plain(pools), _plain(branches), dict(workers)),
+        Load(kind, LOAD_POLLS in names, overloaded, usage),
+    )
 
 
-def _value(sample: Sample) -> int:
+def _plain(counts: Mapping[str, Counter[str]]) -> dict[str, dict[str, int]]:
+    return {name: dict(counter) for name, counter in counts.items()}
+
+
+def _count(sample: Sample) -> int:
     if not isfinite(sample.value):
         raise ValueError(f"{sample.name} is {sample.value}")
     return int(sample.value)
@@ -69,10 +118,42 @@ def _value(sample: Sample) -> int:
 def growth(before: Counters | None, after: Counters | None) -> Counters | None:
     """Return by how much the counters grew, or None where either is not known.
 
-    They start at 0 again where the gateway restarted: what shrank is left out.
+    They start at 0 again where the gateway restarted: what shrank is left out, and so is what did
+    not grow.
     """
     if before is None or after is None:
         return None
-    branches = Counter(after.branches) - Counter(before.branches)
-    selections = Counter(after.selections) - Counter(before.selections)
-    return Counters(dict(branches), dict(selections), after.pools)
+
+    def grown(now: Mapping[str, int], then: Mapping[str, int]) -> dict[str, int]:
+        return dict(Counter(now) - Counter(then))
+
+    def each(
+        now: Mapping[str, Mapping[str, int]], then: Mapping[str, Mapping[str, int]]
+    ) -> dict[str, dict[str, int]]:
+        pairs = ((name, grown(counts, then.get(name, {}))) for name, counts in now.items())
+        return {name: counts for name, counts in pairs if counts}
+
+    return Counters(
+        each(after.pools, before.pools),
+        each(after.branches, before.branches),
+        grown(after.workers, before.workers),
+    )
+
+
+class Follower:
+    """Names the worker of the last call by the gateway's counters, where no other call is made."""
+
+    def __init__(self, client: Client, metrics: URL, counters: Counters) -> None:
+        self._client = client
+        self._metrics = metrics
+        self._counters = counters
+
+    async def worker(self) -> str | None:
+        """Return the worker whose count grew by the one call since the last time, else None."""
+        try:
+            now, _ = await read_metrics(self._client, self._metrics)
+        except (CallError, ValueError, IndexError):
+            return None
+        before, self._counters = self._counters, now
+        grown = growth(before, now)
+        return next(iter(grown.workers)) if grown and [*grown.workers.values()] == [1] else None

@@ -21,6 +21,9 @@ _LARGEST = 16 * 2**20  # bytes of one answer that are read; a gateway's metrics 
 _LARGEST_ERROR = 65536
 _TOO_LONG = f"the answer has more than {_LARGEST // 2**20} MiB"
 
+_NO_TLS = "no TLS that can be trusted is spoken there; a port of plain HTTP has an http:// URL"
+_NO_HTTP = "no HTTP/1.1 is spoken there; is it a port of TLS (https://), of gRPC, or of HTTP/2?"
+
 T = TypeVar("T")
 
 
@@ -77,9 +80,13 @@ class Client:
         """
         return await self._call("GET", url, self._auth, _json, timeout=timeout)
 
-    async def post(self, url: URL, body: Mapping[str, Any]) -> None:
-        """Send ``body`` to ``url``. Raises ``CallError``."""
-        await self._call("POST", url, self._auth, _text, body)
+    async def post(self, url: URL, body: Mapping[str, Any]) -> str:
+        """Send ``body`` to ``url``; return the text of the answer. Raises ``CallError``."""
+        return await self._call("POST", url, self._auth, _text, body)
+
+    async def delete(self, url: URL) -> None:
+        """Ask ``url`` to delete what is there. Raises ``CallError``."""
+        await self._call("DELETE", url, self._auth, _text, timeout=BRIEF)
 
     async def chat(self, url: URL, body: Mapping[str, Any], headers: Mapping[str, str]) -> Reply:
         """Send a turn and read the streamed answer to its end. Raises ``CallError``."""
@@ -125,8 +132,14 @@ class Client:
                 failure = Failure("status", url, response.status, self.clean(said))
         except asyncio.TimeoutError:
             failure = Failure("timeout", url)
+        except aiohttp.ClientSSLError as error:
+            said = self.clean(str(getattr(error, "os_error", error)))
+            failure = Failure("refused", url, text=f"{_NO_TLS}: {said}"[:_SHOWN])
         except aiohttp.ClientConnectorError as error:
             failure = Failure("refused", url, text=self.clean(error.strerror or str(error)))
+        except aiohttp.ClientResponseError:
+            # What a server sends that speaks TLS, gRPC or HTTP/2 is of no use to anybody.
+            failure = Failure("broken", url, text=_NO_HTTP)
         except (aiohttp.ClientError, ValueError, RecursionError) as error:
             failure = Failure("broken", url, text=self.clean(str(error)))
         raise CallError(failure)

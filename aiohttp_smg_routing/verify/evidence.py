@@ -1,116 +1,114 @@
-"""What was seen, taken as evidence: where the later turns went, and whether the key did it."""
+"""What was seen, taken as evidence: each question that the rules of the verdict ask, answered."""
 
 from dataclasses import dataclass
 from math import exp, lgamma
+from typing import Literal
 
-from .facts import KEY_BRANCHES
-from .seen import Counters, Seen, Summary, by_session
+from .counting import (
+    CHANCE,
+    Use,
+    answering,
+    kept_by_counters,
+    key_use,
+    keys_arrive,
+    keys_shared,
+    pools,
+    worker_count,
+)
+from .seen import Seen
+from .summary import Summary
 
-_CHANCE = 0.001  # less likely than this to be chance counts as seen
+FEWEST = 10  # later turns without which there is too little to say
+
+Played = Literal["nothing", "too little", "enough"]
+Stayed = Literal["kept", "moved", "unclear"]
 
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What is known of the keyed arm: the later turns ``kept`` and ``moved``, of ``later``."""
+    """The answers. ``judge.decide()`` needs nothing else."""
 
-    kept: int
-    moved: int
-    later: int
+    played: Played
+    """Whether enough later turns were played."""
+    one_worker: bool
+    """Whether there is nothing to choose from."""
+    key: Use
+    """Whether the key chose the worker, by the gateway's counters: in all calls, or in none."""
+    stayed: Stayed
+    """Whether the later turns stayed on their session's worker."""
+    shared: bool
+    """Whether sessions had one key between them."""
+    better: bool
+    """Whether sessions stayed more than turns did that were each in a new one, beyond chance.
 
-
-def worker_count(seen: Seen) -> int | None:
-    """Return how many workers there are as far as anyone tells, or None."""
-    named = {turn.worker for turn in seen.turns if turn.worker}
-    return max(seen.workers or 0, len(named)) or None
-
-
-def from_workers(keyed: Summary) -> Evidence:
-    """Return what the workers that the gateway named tell."""
-    return Evidence(keyed.outcomes["kept"], keyed.outcomes["moved"], keyed.later)
-
-
-def from_counters(seen: Seen, keyed: Summary) -> Evidence | None:
-    """Return what the counters alone tell, or None where they don't.
-
-    A keyed call that the key did not route counts as moved, and so does each pin beyond one for a
-    session.
+    Through a session server it takes keys that the gateway saw: the server may write the session's
+    id into the prompt, which ``cache_aware`` follows.
     """
-    counters = _own_counters(seen)
-    if counters is None:
-        return None
-    begun = len(by_session(seen.turns, "keyed"))
-    ignored = max(0, keyed.answered - counters.of(*KEY_BRANCHES))
-    repinned = max(0, counters.of("vacant") - begun)
-    moved = ignored + repinned + counters.of("occupied_miss", "cap_respill")
-    answered = keyed.answered - keyed.sessions
-    moved = min(moved, answered)
-    return Evidence(answered - moved, moved, keyed.later)
+    direct: bool
+    """Whether the keys are known to be the sessions' own, because ``verify`` chose them."""
 
 
-def key_was_used(seen: Seen, keyed: Summary) -> bool | None:
-    """Tell by the counters whether the gateway routed on the key, or None where they don't tell."""
-    counters = _own_counters(seen)
-    if counters is None:
-        return None
-    used = counters.of(*KEY_BRANCHES)
-    return None if 0 < used < keyed.answered else used > 0
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How many later turns stayed in a pool of workers: ``least`` surely, and ``most``."""
+
+    pool: str
+    least: int
+    most: int
+
+    def stayed(self, later: int, min_kept: float) -> Stayed:
+        """Return what that is, where ``min_kept`` of the ``later`` turns must stay."""
+        bar = min_kept * later - 1e-9  # exactly so many are enough
+        return "moved" if self.most < bar else "kept" if self.least >= bar else "unclear"
 
 
-def keys_shared(seen: Seen, keyed: Summary) -> bool:
-    """Tell whether sessions must have had one key between them, by the pins or by the hash.
-
-    Ids that another run may have had can be pinned from then: those tell nothing.
-    """
-    counters = _own_counters(seen)
-    if counters is None or counters.of(*KEY_BRANCHES) < keyed.answered:
-        return False
-    if counters.of("routing_key_hit"):
-        chance = (worker_count(seen) or 1) ** (1 - keyed.sessions)
-        return len(keyed.workers) == 1 and chance < _CHANCE
-    return "{run}" in seen.plan.session_id and counters.of("vacant") < keyed.sessions
-
-
-def counts_any_call(seen: Seen) -> bool:
-    """Tell whether calls without our key count as routed by a key as well."""
-    unkeyed = sum(turn.arm == "unkeyed" for turn in seen.turns)
-    counters = seen.counters
-    if counters is None or counters.calls > seen.sent:
-        return False
-    return counters.of(*KEY_BRANCHES) > seen.sent - unkeyed
+def bounds(seen: Seen, keyed: Summary, control: Summary) -> list[Bounds]:
+    """Return what is known of each pool, by the workers that are named, else by the counters."""
+    direct = seen.plan.through is None
+    names = pools(seen)
+    own_keys = direct or more_than_chance(keyed, control)
+    known = []
+    for pool in names:
+        if keyed.named and pool == answering(names):
+            least, most = keyed.outcomes["kept"], keyed.later - keyed.outcomes["moved"]
+        else:
+            least, most = kept_by_counters(seen, keyed, control, pool, own_keys=own_keys)
+        known.append(Bounds(pool, least, most))
+    return known
 
 
-def key_parts_sessions(seen: Seen, keyed: Summary) -> bool:
-    """Tell whether only the key can have put sessions on several workers.
-
-    So it is where the gateway hashes something else without a key, the same in all our calls: it
-    sends all those to one worker.
-    """
-    unkeyed = {turn.worker for turn in seen.turns if turn.arm == "unkeyed" and turn.worker}
-    alike = counts_any_call(seen) and not seen.plan.through
-    return alike and len(unkeyed) == 1 < len(keyed.workers)
-
-
-def counts_no_key(counters: Counters) -> bool:
-    """Tell whether the policy routes on a key, but counts it in no branch that is read here."""
-    return "prefix_hash" in counters.selections and not counters.of(*KEY_BRANCHES)
-
-
-def _own_counters(seen: Seen) -> Counters | None:
-    """Return the counters if they are of our calls, of all and of no others, and tell the key."""
-    counters = seen.counters
-    answered = sum(turn.outcome != "failed" for turn in seen.turns)
-    if counters is None or not answered <= counters.calls <= seen.sent:
-        return None
-    return None if counts_any_call(seen) or counts_no_key(counters) else counters
+def weigh(seen: Seen, keyed: Summary, control: Summary, min_kept: float) -> Evidence:
+    """Return the evidence in what was seen. Of several pools the worst one counts."""
+    names, direct = pools(seen), seen.plan.through is None
+    uses = [key_use(seen, pool) for pool in names]
+    stays = [known.stayed(keyed.later, min_kept) for known in bounds(seen, keyed, control)]
+    if not names and keyed.named and keyed.outcomes["moved"] > (1 - min_kept) * keyed.later + 1e-9:
+        stays = ["moved"]  # whatever kinds of workers there are
+    return Evidence(
+        _played(seen, keyed),
+        worker_count(seen) == 1,
+        "not used" if "not used" in uses else "used" if {*uses} == {"used"} else "untold",
+        "moved" if "moved" in stays else "kept" if {*stays} == {"kept"} else "unclear",
+        any(keys_shared(seen, keyed, control, pool) for pool in names),
+        more_than_chance(keyed, control) and (direct or keys_arrive(seen)),
+        direct,
+    )
 
 
-def more_than_chance(keyed: Summary, unkeyed: Summary) -> bool:
+def _played(seen: Seen, keyed: Summary) -> Played:
+    if not keyed.answered:
+        return "nothing"
+    enough = max(FEWEST, seen.plan.planned / 2)
+    return "enough" if keyed.later >= enough else "too little"
+
+
+def more_than_chance(keyed: Summary, control: Summary) -> bool:
     """Tell whether the keyed arm kept more than the other one, beyond what chance does.
 
     Fisher's exact test, one-sided: how likely is so good a keyed arm if the key did nothing?
     """
     kept, moved = keyed.outcomes["kept"], keyed.outcomes["moved"]
-    other_kept, other_moved = unkeyed.outcomes["kept"], unkeyed.outcomes["moved"]
+    other_kept, other_moved = control.outcomes["kept"], control.outcomes["moved"]
     mine, all_kept = kept + moved, kept + other_kept
     total = mine + other_kept + other_moved
 
@@ -121,4 +119,4 @@ def more_than_chance(keyed: Summary, unkeyed: Summary) -> bool:
         exp(ways(mine, more) + ways(total - mine, all_kept - more) - ways(total, all_kept))
         for more in range(kept, min(mine, all_kept) + 1)
     )
-    return likelihood < _CHANCE
+    return likelihood < CHANCE

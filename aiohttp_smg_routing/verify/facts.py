@@ -1,22 +1,85 @@
-"""Facts about the gateway that only ``verify`` needs: its metrics.
+"""Facts about gateways that only ``verify`` needs: their metrics, and what they can be told.
 
-Measured on SMG 1.9.0, 1.10.1 and 1.13.0. ``docs/gateway.md`` has the whole table.
+Measured on SMG 1.9 to 1.13, sglang-router 0.3.2 and vllm-router 0.1.17. ``docs/gateways.md`` and
+``docs/verify.md`` have the tables.
 """
 
+from collections.abc import Mapping
 from typing import Final
+
+from .seen import Kind
 
 #: Where the gateway serves its Prometheus metrics unless ``--prometheus-port`` says otherwise.
 METRICS_PORT: Final = 29000
 
-#: What the two policies that know the key did with each call, in the label ``branch``. Under
-#: ``--routing-key-override`` calls with a key count here too, as those of ``manual``.
-POLICY_BRANCHES: Final = frozenset(
-    ("smg_manual_policy_branch_total", "smg_consistent_hashing_policy_branch_total")
+#: What a policy did with each call, in the label ``branch``. Under ``--routing-key-override`` calls
+#: with a key count as those of ``manual``, whatever the policy's name is.
+POLICY_BRANCHES: Final[Mapping[str, str]] = {
+    f"smg_{policy}_policy_branch_total": policy
+    for policy in ("manual", "consistent_hashing", "prefix_hash")
+}
+
+#: The branches in which the key chose the worker. ``ring_hit`` has calls without a key as well,
+#: but for those of prefill workers: a probe tells.
+KEY_BRANCHES: Final = (
+    *("vacant", "occupied_hit", "occupied_miss", "cap_respill"),
+    *("routing_key_hit", "ring_hit"),
+)
+#: Those of a call without a key that the policy takes.
+NO_KEY_BRANCHES: Final = (
+    *("no_routing_id", "random_fallback", "implicit_key_hit"),
+    "no_routing_key",
 )
 
-#: The branches in which the key chose the worker, and those of a call without a key that counts.
-KEY_BRANCHES: Final = ("vacant", "occupied_hit", "occupied_miss", "cap_respill", "routing_key_hit")
-NO_KEY_BRANCHES: Final = ("no_routing_id", "random_fallback", "implicit_key_hit")
+#: Policies of vllm-router that route on a key, and do not count it.
+UNCOUNTED_POLICIES: Final = frozenset(("consistent_hash", "sticky_least_loaded", "kv_aware"))
 
-#: Each choice of a worker; the label ``policy`` names the policy, ``worker_type`` the pool.
-WORKER_SELECTIONS: Final = "smg_worker_selection_total"
+#: Each choice of a worker; ``policy`` names the policy, ``worker_type`` the kind of worker.
+SELECTIONS: Final = frozenset(("smg_worker_selection_total", "vllm_router_policy_decisions_total"))
+
+#: How many calls each ``worker`` got; vllm-router has that in its choices.
+WORKER_CALLS: Final = "smg_worker_cb_outcomes_total"
+
+#: The kinds of workers that keep a session's KV cache; ``encode`` workers do not.
+CACHE_KEEPERS: Final = ("regular", "prefill", "decode")
+
+#: How many workers overload protection leaves out: there while it is on and one is over its limit.
+OVERLOADED: Final = "smg_workers_overloaded"
+KV_USAGE: Final = "smg_engine_token_usage"
+#: SMG 1.12 and newer, whose workers' load is polled in any case.
+LOAD_POLLS: Final = "smg_engine_load_polls_total"
+#: From which share of its KV cache on a worker is left out, unless it is launched with another.
+KV_USAGE_LIMIT: Final = 0.8
+
+#: Names of metrics, by which a gateway is known. The first that fits counts.
+KINDS: Final[tuple[tuple[str, Kind], ...]] = (
+    ("vllm_router_", "vllm-router"),
+    ("smg_tokio_", "smg"),
+    ("smg_", "sglang-router"),
+)
+
+#: What makes each kind route on a key.
+POLICY_ADVICE: Final[Mapping[Kind | None, str]] = {
+    "smg": "Launch the gateway with --policy manual or --policy consistent_hashing, or keep its "
+    "policy and add --routing-key-override.",
+    "sglang-router": "Launch sglang-router 0.3.1 or newer with --policy manual.",
+    "vllm-router": "Launch vllm-router with --policy consistent_hash, and send the key as "
+    'X-Session-ID: --header X-Session-ID here, header = "X-Session-ID" in the plugin\'s config.',
+    None: "SMG and sglang-router route on it under --policy manual; vllm-router routes on "
+    "X-Session-ID under --policy consistent_hash (--header X-Session-ID).",
+}
+#: The policies that route on a key, as the options of prefill and decode workers take them.
+POOL_POLICIES: Final[Mapping[Kind | None, str]] = {
+    "smg": "manual or consistent_hashing",
+    "sglang-router": "manual",
+    "vllm-router": "consistent_hash",
+    None: "manual",
+}
+#: What keeps pins where there are several gateways.
+REPLICAS_ADVICE: Final[Mapping[Kind | None, str]] = {
+    "smg": "Run one gateway, or --policy consistent_hashing, on which replicas agree, or a "
+    "balancer that hashes the key",
+    "sglang-router": "Run one gateway, or a balancer that hashes the key",
+    "vllm-router": "Run one gateway, or a balancer that hashes the key",
+    None: "Run one gateway, or a balancer that hashes the key",
+}

@@ -1,18 +1,16 @@
 """From what was seen to a verdict: pure functions."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .causes import Cause, failures, notes, routing
-from .evidence import (
-    from_counters,
-    from_workers,
-    key_parts_sessions,
-    key_was_used,
-    keys_shared,
-    more_than_chance,
-    worker_count,
-)
-from .seen import Answer, Seen, Summary, summarise
+from .cause import Cause
+from .causes import causes
+from .counting import answering, key_use, pools
+from .evidence import Bounds, Evidence, bounds, weigh
+from .failures import failures
+from .notes import notes
+from .seen import Answer, Seen
+from .summary import Summary, summarise
 
 EXIT_STATUS: dict[Answer, int] = {"pinned": 0, "not pinned": 1, "could not tell": 2}
 
@@ -31,54 +29,80 @@ class Verdict:
         return EXIT_STATUS[self.answer]
 
 
+def decide(evidence: Evidence) -> Answer:
+    """Return the verdict: the rules of ``docs/verify.md``, in their order; the first one counts."""
+    match evidence:
+        case Evidence(played="nothing" | "too little") | Evidence(one_worker=True):
+            return "could not tell"
+        case Evidence(key="not used") | Evidence(stayed="moved"):
+            return "not pinned"
+        case Evidence(stayed="unclear") | Evidence(shared=True):
+            return "could not tell"
+        case Evidence(key="used", direct=True) | Evidence(better=True):
+            return "pinned"
+    return "could not tell"
+
+
 def judge(seen: Seen, min_kept: float) -> Verdict:
-    """Return the verdict on ``seen``: pinned needs ``min_kept`` of the keyed later turns kept.
+    """Return the verdict on ``seen``: pinned needs ``min_kept`` of the later turns kept.
 
     A later turn that failed, or whose worker nobody names, is neither kept nor moved: where such
     turns could turn the verdict, there is none.
     """
-    keyed, unkeyed = (summarise(seen.turns, arm) for arm in ("keyed", "unkeyed"))
-    answer, why = _answer(seen, keyed, unkeyed, min_kept)
-    causes = (
+    keyed, control = (summarise(seen.turns, arm) for arm in ("keyed", "control"))
+    evidence = weigh(seen, keyed, control, min_kept)
+    answer = decide(evidence)
+    told = (
         *failures(seen),
-        *routing(seen, keyed, unkeyed, answer, min_kept),
+        *causes(seen, keyed, control, evidence, answer),
         *notes(seen, keyed, answer),
     )
-    return Verdict(answer, f"{answer.capitalize()}: {why}.", causes)
+    sentence = _sentence(seen, keyed, control, evidence)
+    return Verdict(answer, f"{answer.capitalize()}: {sentence}.", told)
 
 
-def _answer(seen: Seen, keyed: Summary, unkeyed: Summary, min_kept: float) -> tuple[Answer, str]:
-    if not keyed.answered:
-        return "could not tell", "no call with the key was answered"
-    if worker_count(seen) == 1:
-        return "could not tell", "there is one worker only, so every session stays on it"
-    named = bool(keyed.workers)
-    evidence = from_workers(keyed) if named else from_counters(seen, keyed)
-    if evidence is None:
-        return "could not tell", "the gateway names no worker, and its counters do not tell"
-    if not evidence.later:
-        return "could not tell", "no session came to a second turn"
-    share = f"{evidence.kept} of {evidence.later} later turns with the key"
-    if not named:
-        share = f"by the gateway's counters {share}"
-    if evidence.moved > (1 - min_kept) * evidence.later + 1e-9:
-        return "not pinned", f"{share} stayed on their session's worker"
-    if evidence.kept < min_kept * evidence.later - 1e-9:
-        return "could not tell", f"{share} are known to have stayed on their session's worker"
-    return _credit(seen, keyed, unkeyed, f"{share} stayed on their session's worker")
+def _sentence(seen: Seen, keyed: Summary, control: Summary, evidence: Evidence) -> str:
+    """Say what was seen, and nothing of a worker that nobody names."""
+    if evidence.played == "nothing":
+        return "no turn was answered of the sessions that keep their key"
+    if evidence.played == "too little":
+        return (
+            f"{keyed.later} of {seen.plan.planned} later turns were played, which is too little to "
+            "say"
+        )
+    if evidence.one_worker:
+        return "one worker only is known, so every session stays on it"
+    if evidence.key == "not used" and seen.counters and not seen.counters.calls:
+        return "no call of the session server reached this gateway"
+    said = "; ".join(_shares(seen, keyed, control))
+    if not said:
+        return "the gateway names no worker, and its counters do not tell"
+    if evidence.key == "not used" or evidence.stayed != "kept":
+        return said
+    if evidence.shared:
+        return f"{said}; but not each session has a key of its own"
+    if evidence.better or (evidence.key == "used" and evidence.direct):
+        return said
+    return f"{said}: that is no difference that shows the key at work"
 
 
-def _credit(seen: Seen, keyed: Summary, unkeyed: Summary, share: str) -> tuple[Answer, str]:
-    """Tell whether it was the key that kept the sessions together."""
-    by_counters = key_was_used(seen, keyed)
-    without = f"{unkeyed.outcomes['kept']} of {unkeyed.later} without it"
-    compared = f"{share}, {without}" if unkeyed.workers else share
-    if by_counters is False:
-        return "not pinned", f"{share}, but not because of the key: the gateway did not use it"
-    if keys_shared(seen, keyed):
-        return "could not tell", f"{share}, but not each session has a key of its own"
-    if by_counters or more_than_chance(keyed, unkeyed):
-        return "pinned", compared
-    if key_parts_sessions(seen, keyed):
-        return "pinned", f"{compared}, but those are all on one worker"
-    return "could not tell", f"{compared}: that is no difference that shows the key at work"
+def _shares(seen: Seen, keyed: Summary, control: Summary) -> Iterator[str]:
+    """Yield what is known of each kind of worker: by the names that answers have, or counters."""
+    names, later = pools(seen), keyed.later
+    by_counters = "by the gateway's counters, the key chose"
+    for known in bounds(seen, keyed, control) or [Bounds("regular", 0, later)]:
+        worker = "worker" if known.pool == "regular" else f"{known.pool} worker"
+        if keyed.named and known.pool == answering(names):
+            kept = keyed.outcomes["kept"]
+            yield f"{kept} of {later} later turns stayed on their session's {worker}"
+            if control.named:
+                kept, of = control.outcomes["kept"], control.later
+                yield f"with a new session for each turn {kept} of {of} did"
+        if key_use(seen, known.pool) == "not used":
+            yield f"{by_counters} no {worker}"
+        elif keyed.named and known.pool == answering(names):
+            continue
+        elif known.least:
+            yield f"{by_counters} the {worker} of {known.least} of {later} later turns"
+        elif known.most < later:
+            yield f"{by_counters} the {worker} of at most {known.most} of {later} later turns"

@@ -4,50 +4,29 @@ import asyncio
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field, replace
-from random import Random
+from dataclasses import replace
 from typing import Any, TypeVar
-from urllib.parse import quote
 
-from yarl import URL
-
-from ..gateway import CHAT_COMPLETIONS, ROUTING_KEY_HEADER
+from ..gateway import CHAT_COMPLETIONS
 from . import ask
 from .call import CallError, Client, Reply
-from .seen import ARMS, Arm, Counters, Failure, Outcome, Plan, Seen, Turn, with_cached_tokens
+from .chain import Chain
+from .facts import UNCOUNTED_POLICIES
+from .schedule import Session, message, prompt, schedule, seeded
+from .seen import Counters, Failure, Outcome, Plan, Seen, Turn
+from .summary import with_cached_tokens
 
-_FIRST_WORDS, _LATER_WORDS = 100, 25  # of the user, in a session's first turn and in each later one
+PROBES = 4  # calls without any key, before the turns
 _LAST = 1  # seconds at least for the counters at the end, without which the run may be in vain
-_VOCABULARY = (
-    "amber anchor basin birch breeze canyon cedar cloud copper coral delta drift ember fern field "
-    "flint forest frost garden glacier granite harbor hazel island ivory juniper lagoon lantern "
-    "maple marble meadow mist moss north oak ocean olive orchard pearl pebble pine plain quartz "
-    "rain raven reef ridge river sand shadow shore silver slate snow spring stone storm summit "
-    "thunder tide valley velvet willow winter"
-)
-
 T = TypeVar("T")
-
-
-@dataclass(slots=True)
-class _Session:
-    """A session under way. A turn holds ``lock``, so that the turns come one after the other."""
-
-    arm: Arm
-    number: int
-    session_id: str
-    words: Random
-    messages: list[dict[str, str]] = field(default_factory=list)
-    worker: str | None = None
-    created: bool = False
-    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class Play:
     """A run: ``seen`` is what it has seen so far, at any moment, also after it was cancelled.
 
-    ``played`` is called with each turn. Calls go to the plan's gateway, its metrics and its session
-    server, and nowhere else.
+    The two arms differ in the session's identity alone: one keeps a session for all its turns, the
+    other has a new one, and so a new key, for each. ``played`` is called with each turn. Calls go
+    to the plan's gateway, its metrics and its session server, and nowhere else.
     """
 
     def __init__(
@@ -74,8 +53,10 @@ class Play:
                 if await self._in_time(self._prepare(client)):
                     before = await self._in_time(self._counters(client))
                     ready(self.seen)
+                    if before:
+                        before = await self._in_time(self._probe(client, before)) or before
                     if not self._seen.stopped:
-                        await self._play(client)
+                        await self._play(client, before)
                     if before:
                         after = await self._in_time(self._counters(client), _LAST)
                         self._see(counters=ask.growth(before, after))
@@ -119,22 +100,52 @@ class Play:
     async def _counters(self, client: Client) -> Counters | None:
         self._see(no_counters="no answer in time")
         try:
-            counters = await ask.read_counters(client, self._seen.plan.metrics)
+            counters, load = await ask.read_metrics(client, self._seen.plan.metrics)
         except CallError as error:
             self._see(no_counters=error.failure.text or self._seen.no_counters)
             return None
         except (ValueError, IndexError) as error:  # the parser has both for odd lines
             self._see(no_counters=client.clean(str(error)))
             return None
-        self._see(no_counters="")
+        before = self._seen.load
+        usage = {**before.kv_usage, **load.kv_usage}
+        overloaded = max(before.overloaded, load.overloaded)
+        self._see(no_counters="", load=replace(load, overloaded=overloaded, kv_usage=usage))
         return counters
 
-    async def _play(self, client: Client) -> None:
+    async def _probe(self, client: Client, before: Counters) -> Counters | None:
+        """See what a few calls without any key make of the counters; return these as they are then.
+
+        They tell whether the metrics are of this gateway, and whether it counts such calls, too, as
+        routed by a key.
+        """
+        url = self._seen.plan.gateway / CHAT_COMPLETIONS[1:]
+        words = (prompt([], seeded(f"{self._seen.plan.run} {n}"), "") for n in range(PROBES))
+        calls = [client.chat(url, self._body([message(text)]), {}) for text in words]
+        # Why they fail, the turns will show.
+        replies = await asyncio.gather(*calls, return_exceptions=True)
+        after = await self._counters(client)
+        probe = ask.growth(before, after) or Counters()
+        self._see(probe=probe)
+        named = any(isinstance(reply, Reply) and reply.worker for reply in replies)
+        policies = {policy for pool in probe.pools.values() for policy in pool}
+        if self._seen.plan.through is None and not named and policies & UNCOUNTED_POLICIES:
+            # Nothing but the workers' own counts can tell, and they do so of one call at a time.
+            self._see(plan=replace(self._seen.plan, concurrency=1))
+        return after
+
+    async def _play(self, client: Client, counters: Counters | None) -> None:
         """Play the schedule, ``concurrency`` calls at a time, to its end or the deadline."""
         plan = self._seen.plan
-        schedule = _schedule(plan)
+        chain, turns = Chain(client, plan), schedule(plan)
+        follow = (
+            ask.Follower(client, plan.metrics, counters)
+            if plan.concurrency == 1 and counters
+            else None
+        )
         players = [
-            asyncio.ensure_future(self._player(client, schedule)) for _ in range(plan.concurrency)
+            asyncio.ensure_future(self._player(chain, turns, follow))
+            for _ in range(plan.concurrency)
         ]
         try:
             left = max(0.0, self._deadline - time.perf_counter())
@@ -145,116 +156,74 @@ class Play:
             for player in players:
                 player.cancel()
             await asyncio.gather(*players, return_exceptions=True)
+            await asyncio.gather(*map(chain.end, chain.open))
+            self._see(sent_for_sessions=chain.extra)
         for player in players:
             if not player.cancelled():
                 player.result()  # a fault of this program is not to be passed over
 
-    async def _player(self, client: Client, schedule: Iterator[tuple[_Session, int]]) -> None:
+    async def _player(
+        self,
+        chain: Chain,
+        turns: Iterator[tuple[Session, int]],
+        follow: ask.Follower | None,
+    ) -> None:
         limit = 2 * self._seen.plan.concurrency
-        for session, number in schedule:
+        for session, number in turns:
             async with session.lock:
                 if self._failed_in_a_row >= limit:
                     self._see(stopped="failures")
                     return
                 self._see(sent=self._seen.sent + 1)
-                turn = await self._turn(client, session, number)
+                turn = await self._turn(chain, session, number, follow)
             self._failed_in_a_row = self._failed_in_a_row + 1 if turn.failure else 0
             self._turns.append(turn)
             self._played(turn)
 
-    async def _turn(self, client: Client, session: _Session, number: int) -> Turn:
+    async def _turn(
+        self, chain: Chain, session: Session, number: int, follow: ask.Follower | None
+    ) -> Turn:
         """Say something and hear the answer; a turn that fails leaves no trace in the session."""
-        said = {"role": "user", "content": _prompt(session, self._seen.plan.run)}
+        plan = self._seen.plan
+        said = message(prompt(session.messages, session.words, plan.run))
+        keyed = session.arm == "keyed"
+        name = plan.keyed_id(session.number) if keyed else plan.control_id(session.number, number)
         try:
-            reply = await self._call(client, session, [*session.messages, said])
+            reply = await chain.send(name, self._body([*session.messages, said]))
         except CallError as error:
             return Turn(session.arm, session.number, number, "failed", failure=error.failure)
+        finally:
+            if not keyed:
+                await chain.end(name)
+        worker = reply.worker
+        if follow and worker is None:
+            worker = await follow.worker()
         session.messages += [said, {"role": "assistant", "content": reply.text}]
         outcome: Outcome
-        if reply.worker is None:
+        if worker is None:
             outcome = "unknown"
         elif session.worker is None:
             outcome = "first"
         else:
-            outcome = "kept" if reply.worker == session.worker else "moved"
-        session.worker = reply.worker or session.worker
+            outcome = "kept" if worker == session.worker else "moved"
+        session.worker = worker or session.worker
         return Turn(
             session.arm,
             session.number,
             number,
             outcome,
-            worker=reply.worker,
+            worker=worker,
             prompt_tokens=reply.prompt_tokens,
             cached_tokens=reply.cached_tokens,
             first_token_seconds=reply.first_token_seconds,
         )
 
-    async def _call(
-        self, client: Client, session: _Session, messages: list[dict[str, str]]
-    ) -> Reply:
-        plan = self._seen.plan
-        body = {
-            "model": plan.model,
+    def _body(self, messages: list[dict[str, str]]) -> dict[str, Any]:
+        return {
+            "model": self._seen.plan.model,
             "messages": messages,
-            "max_tokens": plan.max_tokens,
+            "max_tokens": self._seen.plan.max_tokens,
             "temperature": 0,
             "stream": True,
             "stream_options": {"include_usage": True},
         }
-        if session.arm == "unkeyed":
-            return await client.chat(plan.gateway / CHAT_COMPLETIONS[1:], body, {})
-        if plan.through is None:
-            headers: dict[str, str] = {ROUTING_KEY_HEADER: session.session_id}
-            return await client.chat(plan.gateway / CHAT_COMPLETIONS[1:], body, headers)
-        url = session_url(plan.through, session.session_id)
-        try:
-            return await client.chat(url / CHAT_COMPLETIONS[1:], body, {})
-        except CallError as error:
-            if error.failure.status != 404 or session.created:
-                raise
-            session.created = True
-            self._see(sent_for_sessions=self._seen.sent_for_sessions + 1)
-            try:
-                await client.post(url.parent, {"session_id": session.session_id})
-            except CallError:
-                raise error from None
-        self._see(sent_for_sessions=self._seen.sent_for_sessions + 1)
-        return await client.chat(url / CHAT_COMPLETIONS[1:], body, {})
-
-
-def session_url(through: str, session_id: str) -> URL:
-    """Return the URL of a session at the session server; raises ``ValueError`` where it is none."""
-    return URL(through.replace("{session_id}", quote(session_id, safe="")), encoded=True)
-
-
-def _schedule(plan: Plan) -> Iterator[tuple[_Session, int]]:
-    """Yield every turn of both arms: turn by turn, in pairs of one with the key and one without.
-
-    The order is another one in each round. In a fixed one ``round_robin`` would look pinned: where
-    the workers divide the calls of a round, each session meets the same worker every time.
-    """
-    random = _random(plan.run)
-    ids = plan.session_ids()
-    pairs = [
-        [_Session(arm, number, session_id, _random(f"{plan.run} {arm} {number}")) for arm in ARMS]
-        for number, session_id in enumerate(ids, 1)
-    ]
-    for number in range(1, plan.turns + 1):
-        random.shuffle(pairs)
-        for pair in pairs:
-            random.shuffle(pair)
-            for session in pair:
-                yield session, number
-
-
-def _random(seed: str) -> Random:
-    return Random(seed)  # noqa: S311 - nothing here is a secret
-
-
-def _prompt(session: _Session, run: str) -> str:
-    """Return what the user says next. No two sessions begin alike: none warms another's cache."""
-    words = session.words.choices(
-        _VOCABULARY.split(), k=_LATER_WORDS if session.messages else _FIRST_WORDS
-    )
-    opening = "" if session.messages else f"{session.words.getrandbits(64):x} {run}: "
-    return f"{opening}{' '.join(words)}. Go on."

@@ -16,7 +16,8 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from .judge import Verdict
-from .seen import ARM_TITLES, ARMS, Arm, Seen, Turn, by_session, cached_share
+from .seen import ARM_TITLES, ARMS, Arm, Seen, Turn
+from .summary import by_session, cached_share
 
 # Okabe and Ito's colours, then eight that stay apart from them for colour-blind eyes as well.
 # A letter goes with each, for everybody else's doubts.
@@ -29,7 +30,7 @@ _FAILED, _EDGE, _UNKNOWN = "#D9D9D9", "#7A7A7A", "#E6E6E6"
 INK, FAINT = "#1A1A1A", "#8A8A8A"
 _LINES: Mapping[Arm, Mapping[str, Any]] = {
     "keyed": {"color": INK, "linewidth": 2.2, "marker": "o", "markersize": 4.5},
-    "unkeyed": {
+    "control": {
         "color": FAINT,
         "linewidth": 2.2,
         "linestyle": (0, (4, 2)),
@@ -130,9 +131,9 @@ def _sessions(axes: Axes, seen: Seen, arm: Arm, workers: Sequence[str], row: flo
     axes.set_ylim(max(1, len(rows)), 0)
     axes.set_title(ARM_TITLES[arm].capitalize(), loc="left", fontweight="bold", pad=6)
     moves = sum(turn.outcome == "moved" for turns in rows for turn in turns)
-    if workers:
+    if any(turn.worker for turns in rows for turn in turns):
         axes.set_title(f"{moves} moves", loc="right", color=FAINT, pad=6)
-    axes.set_ylabel(f"{len(rows)} sessions")
+    axes.set_ylabel(f"{len(rows)} transcripts")
     axes.set_yticks([])
     ticks = range(1, seen.plan.turns + 1, -(-seen.plan.turns // 20))
     axes.set_xticks([number - 0.5 for number in ticks], [str(number) for number in ticks])

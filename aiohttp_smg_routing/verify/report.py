@@ -1,14 +1,12 @@
 """What the user reads: progress while it runs, then the table, the verdict and what to do."""
 
 import json
-import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from io import StringIO, TextIOWrapper
 from pathlib import Path
 from textwrap import wrap
-from typing import Any, TextIO, cast, get_args
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -16,63 +14,10 @@ from rich.table import Table
 from rich.text import Text
 
 from .judge import Verdict
-from .seen import ARM_TITLES, ARMS, Arm, Outcome, Plan, Seen, Summary, Turn, summarise
+from .seen import ARM_TITLES, ARMS, Arm, Outcome, Plan, Seen, Turn
+from .summary import Summary, summarise
 
-_WIDTH = 80
 _COLOURS = {"pinned": "bold green", "not pinned": "bold red", "could not tell": "bold yellow"}
-
-
-def lasting(stream: TextIO | None) -> TextIO:
-    """Return ``stream`` such that it may break, fill up, or be None without an error.
-
-    A reader that goes away (``| head``) or a full disk is no reason to end otherwise.
-    """
-    if isinstance(stream, TextIOWrapper):
-        stream.reconfigure(errors="backslashreplace")  # what a server says fits no encoding surely
-    return cast("TextIO", _Lasting(stream or StringIO()))
-
-
-class _Lasting:
-    """What ``lasting()`` returns: the stream, but for what can fail."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        """Write ``text``, or drop it."""
-        try:
-            self._stream.write(text)
-        except OSError:
-            self._drop()
-        return len(text)
-
-    def flush(self) -> None:
-        """Send on what was written, or drop it."""
-        try:
-            self._stream.flush()
-        except OSError:
-            self._drop()
-
-    def _drop(self) -> None:
-        """Let all go nowhere, what is buffered too: Python would try that again at its end."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self._stream.fileno())
-        os.close(nowhere)
-
-
-def terminal(stream: TextIO) -> Console:
-    """Return a console of 80 columns at the most; no control code gets into a file or a pipe."""
-    is_terminal = stream.isatty()
-    # Given, because rich would let the environment put colours and moving bars into a file.
-    console = Console(
-        file=stream, force_terminal=is_terminal, force_interactive=is_terminal, highlight=False
-    )
-    if not is_terminal or console.width > _WIDTH:
-        console.width = _WIDTH
-    return console
 
 
 class Bars:
@@ -114,8 +59,9 @@ class Bars:
 
 
 def _state(outcomes: Counter[Outcome]) -> str:
-    always: tuple[Outcome, ...] = ("kept", "moved")
     seldom: tuple[Outcome, ...] = ("unknown", "failed")
+    named = not outcomes["unknown"] or outcomes["first"]
+    always: tuple[Outcome, ...] = ("kept", "moved") if named else ()
     names = (*always, *(name for name in seldom if outcomes[name]))
     return ", ".join(f"{outcomes[name]} {name}" for name in names)
 
@@ -126,16 +72,21 @@ _OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 def show_plan(seen: Seen, console: Console) -> None:
     """Print what is about to be played."""
     plan = seen.plan
-    keyed = f", those with the key through {plan.through}" if plan.through else ""
+    way = f" through {plan.through}" if plan.through else ""
     _print(
         console,
-        f"2 x {plan.sessions} sessions of {plan.turns} turns on {plan.gateway}{keyed}; "
-        f"model {plan.model}, {_workers(seen.workers)}.",
+        f"{plan.sessions} sessions of {plan.turns} turns on {plan.gateway}{way}, and as many turns "
+        f"in a new session each; model {plan.model}, {_workers(seen.workers)}.",
     )
 
 
-def _workers(count: int | None) -> str:
-    return "workers not listed" if count is None else f"{count} worker{'s' * (count != 1)} listed"
+def _workers(listed: Mapping[str, int] | None) -> str:
+    if listed is None:
+        return "workers not listed"
+    if set(listed) <= {"regular"}:
+        count = listed.get("regular", 0)
+        return f"{count} worker{'s' * (count != 1)} listed"
+    return f"{' and '.join(f'{count} {kind}' for kind, count in listed.items())} workers listed"
 
 
 def show_seen(seen: Seen, console: Console) -> None:
@@ -150,22 +101,32 @@ def show_seen(seen: Seen, console: Console) -> None:
         table.add_row(name, value(keyed), value(unkeyed))
     console.print(table)
     if seen.counters:
-        counted = {f"policy {name}": count for name, count in seen.counters.selections.items()}
-        counted |= seen.counters.branches
+        counted = {
+            " ".join(("policy", name, pool.replace("regular", ""))).strip(): count
+            for pool, policies in seen.counters.pools.items()
+            for name, count in policies.items()
+        }
+        for branches in seen.counters.branches.values():
+            counted |= branches
         told = ", ".join(f"{name} {count}" for name, count in counted.items())
         _print(console, f"The gateway's counters grew by: {told or 'nothing'}.")
 
 
 def _count(outcome: Outcome) -> Callable[[Summary], str]:
     def row(summary: Summary) -> str:
-        return str(summary.outcomes[outcome])
+        return str(summary.outcomes[outcome]) if _known(summary, outcome) else "unknown"
 
     return row
 
 
+def _known(summary: Summary, outcome: Outcome) -> bool:
+    return summary.named or outcome in ("unknown", "failed")
+
+
 def _kept(summary: Summary) -> str:
-    kept = summary.outcomes["kept"]
-    return f"{kept} ({_percent(summary.kept_share)})" if summary.later else str(kept)
+    if summary.kept_share is None:
+        return "unknown" if summary.later else "0"
+    return f"{summary.outcomes['kept']} ({summary.kept_share:.1%})"
 
 
 def _percent(share: float | None) -> str:
@@ -177,9 +138,9 @@ def _seconds(seconds: float | None) -> str:
 
 
 _ROWS: dict[str, Callable[[Summary], str]] = {
-    "sessions": lambda arm: str(arm.sessions),
+    "transcripts": lambda arm: str(arm.sessions),
     "turns answered": lambda arm: str(arm.answered),
-    "workers": lambda arm: str(len(arm.workers) or "not named"),
+    "workers": lambda arm: str(len(arm.workers) or "unknown"),
     "later turns kept on their worker": _kept,
     "later turns moved to another": _count("moved"),
     "turns whose worker is unknown": _count("unknown"),
@@ -229,9 +190,9 @@ def write_json(seen: Seen, verdict: Verdict, status: int, file: Path) -> None:
 
 def _figures(summary: Summary) -> dict[str, Any]:
     return {
-        **{name: summary.outcomes[name] for name in _OUTCOMES},
-        "sessions": summary.sessions,
-        "kept_share": summary.kept_share if summary.later else None,
+        **{name: summary.outcomes[name] if _known(summary, name) else None for name in _OUTCOMES},
+        "transcripts": summary.sessions,
+        "kept_share": summary.kept_share,
         "cached_share": summary.cached_share,
         "first_token_p50_seconds": summary.first_token_p50,
         "first_token_p95_seconds": summary.first_token_p95,

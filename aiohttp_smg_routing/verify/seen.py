@@ -1,20 +1,24 @@
 """What a run plans, and what it sees: plain values that every other file here shares."""
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from statistics import quantiles
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from yarl import URL
 
-Arm = Literal["keyed", "unkeyed"]
+from ..gateway import ROUTING_KEY_HEADER
+
+Arm = Literal["keyed", "control"]
 Answer = Literal["pinned", "not pinned", "could not tell"]
 Outcome = Literal["first", "kept", "moved", "unknown", "failed"]
 FailureKind = Literal["refused", "timeout", "status", "broken"]
+Kind = Literal["smg", "sglang-router", "vllm-router"]
 
-ARMS: Final[tuple[Arm, ...]] = ("keyed", "unkeyed")
-ARM_TITLES: Final[Mapping[Arm, str]] = {"keyed": "with the key", "unkeyed": "without the key"}
+ARMS: Final[tuple[Arm, ...]] = ("keyed", "control")
+ARM_TITLES: Final[Mapping[Arm, str]] = {
+    "keyed": "same session",
+    "control": "new session each turn",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +28,15 @@ class Plan:
     gateway: URL
     metrics: URL
     through: str | None = None
-    """The session server's URL with ``{session_id}`` in it; it carries the arm with the key."""
+    """The URL of a session server, which all turns go through; it may have ``{session_id}``."""
+    session_header: str | None = None
+    """The header that names the session to the session server."""
+    session_json: str | None = None
+    """The dotted path in the JSON body at which the session server finds the session's id."""
+    create: URL | None = None
+    """The session server's call that makes a session, and answers its id."""
+    header: str = str(ROUTING_KEY_HEADER)
+    """The header that carries the key, where the turns go straight to the gateway."""
     model: str | None = None
     sessions: int = 24
     turns: int = 6
@@ -35,17 +47,29 @@ class Plan:
     time_limit: float = 300
     """Seconds for the whole run."""
     session_id: str = "verify-{run}-{n}"
-    """The id of session ``n`` in the arm with the key; it is the key as well."""
+    """The id of session ``n``; it is the key as well."""
     run: str = ""
     """Told apart from every other run by this, and so are its transcripts."""
 
-    def session_ids(self) -> list[str]:
-        """Return the ids of the sessions in the arm with the key."""
-        numbers = range(1, self.sessions + 1)
-        return [
-            self.session_id.replace("{run}", self.run).replace("{n}", str(number))
-            for number in numbers
-        ]
+    @property
+    def planned(self) -> int:
+        """How many later turns each arm has if the run comes to its end."""
+        return self.sessions * (self.turns - 1)
+
+    def keyed_id(self, session: int) -> str:
+        """Return the id of a session of the arm that keeps its sessions."""
+        return self._id(session)
+
+    def control_id(self, session: int, turn: int) -> str:
+        """Return the id of the new session that plays a turn of the other arm."""
+        return self._id(self.sessions + (session - 1) * self.turns + turn)
+
+    def ids(self) -> list[str]:
+        """Return every session id of the run."""
+        return [self._id(number) for number in range(1, self.sessions * (self.turns + 1) + 1)]
+
+    def _id(self, number: int) -> str:
+        return self.session_id.replace("{run}", self.run).replace("{n}", str(number))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,23 +99,40 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """By how much the gateway's own counters grew during the run."""
+    """By how much the gateway's own counters grew."""
 
-    branches: Mapping[str, int]
-    """What ``manual`` and ``consistent_hashing`` did with the calls: ``{"vacant": 24}``."""
-    selections: Mapping[str, int]
-    """How many workers were chosen under each policy."""
-    pools: int = 1
-    """Kinds of workers, each of which has a choice per call: 2 for prefill and decode."""
+    pools: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """How many workers each policy chose, in each kind of worker: ``{"regular": {"manual": 9}}``.
+
+    Prefill and decode workers are two kinds, and a call has one of each.
+    """
+    branches: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    """What each policy that knows the key did: ``{"manual": {"vacant": 2, "occupied_hit": 7}}``."""
+    workers: Mapping[str, int] = field(default_factory=dict)
+    """How many calls each worker got."""
 
     @property
     def calls(self) -> int:
         """The calls that this gateway routed."""
-        return sum(self.selections.values()) // self.pools
+        return max((sum(pool.values()) for pool in self.pools.values()), default=0)
 
     def of(self, *branches: str) -> int:
-        """Return how many calls took one of ``branches``."""
-        return sum(self.branches.get(branch, 0) for branch in branches) // self.pools
+        """Return how often one of ``branches`` was taken, by whichever policy."""
+        return sum(taken.get(name, 0) for taken in self.branches.values() for name in branches)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What the gateway's metrics say of its kind, and of its workers' load."""
+
+    kind: Kind | None = None
+    """Which program it is; None where its metrics are not read."""
+    can_protect: bool = False
+    """Whether it leaves overloaded workers out unless it is told not to: SMG 1.12 and newer."""
+    overloaded: int = 0
+    """The workers that it leaves out."""
+    kv_usage: Mapping[str, float] = field(default_factory=dict)
+    """How full each worker's KV cache is, 0 to 1, as the gateway has polled it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,112 +144,20 @@ class Seen:
     sent: int = 0
     """Turns that were begun, those that were cut off at the end included."""
     sent_for_sessions: int = 0
-    """Calls beyond those: to make sessions at the session server, and their first turns again."""
+    """Calls beyond those: to make and delete sessions, and first turns again."""
     models: tuple[str, ...] | None = None
     """The names of the gateway's models; None where it doesn't say."""
-    workers: int | None = None
-    """The healthy workers that the gateway lists for the model; None where it doesn't say."""
+    workers: Mapping[str, int] | None = None
+    """How many healthy workers of each kind serve the model; None where the gateway doesn't say."""
     counters: Counters | None = None
+    """What the turns made of the gateway's counters."""
+    probe: Counters | None = None
+    """What a few calls without any key made of them, before."""
     no_counters: str = ""
     """Why there are no counters."""
+    load: Load = field(default_factory=Load)
     failure: Failure | None = None
     """Why the run could not begin."""
     stopped: Literal["", "time_limit", "failures"] = ""
     """Why it ended early."""
     seconds: float = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """One arm in figures."""
-
-    outcomes: Counter[Outcome]
-    sessions: int
-    later: int
-    """The turns that had a worker to stay on: those after the first answer of their session."""
-    workers: Counter[str] = field(default_factory=Counter)
-    """How many sessions began on each worker."""
-    cached_share: float | None = None
-    """The share of the later turns' prompt tokens that came from a KV cache, 0 to 1."""
-    first_token_p50: float | None = None
-    """Seconds to the first token of a later turn; half of them took longer."""
-    first_token_p95: float | None = None
-
-    @property
-    def answered(self) -> int:
-        """The calls that were answered."""
-        return sum(self.outcomes.values()) - self.outcomes["failed"]
-
-    @property
-    def kept_share(self) -> float:
-        """The share of the later turns that are known to have been kept, 0 to 1."""
-        return self.outcomes["kept"] / self.later if self.later else 0.0
-
-
-def summarise(turns: Iterable[Turn], arm: Arm) -> Summary:
-    """Return the figures of ``arm``."""
-    mine = [turn for turn in turns if turn.arm == arm]
-    answered = [turn for turn in mine if turn.outcome != "failed"]
-    later = _later(by_session(mine, arm))
-    times = sorted(
-        turn.first_token_seconds for turn in later if turn.first_token_seconds is not None
-    )
-    percentiles = quantiles(times, n=20, method="inclusive") if len(times) > 1 else times * 19
-    return Summary(
-        outcomes=Counter(turn.outcome for turn in mine),
-        sessions=len({turn.session for turn in answered}),
-        later=len(later),
-        workers=Counter(turn.worker for turn in answered if turn.outcome == "first" if turn.worker),
-        cached_share=cached_share(later),
-        first_token_p50=percentiles[9] if times else None,
-        first_token_p95=percentiles[18] if times else None,
-    )
-
-
-def _later(sessions: Iterable[list[Turn]]) -> list[Turn]:
-    """Return the turns of each session after the first one that was answered.
-
-    A session that never had an answer may have moved at any turn but the first.
-    """
-    later = []
-    for turns in sessions:
-        answered = (place for place, turn in enumerate(turns) if turn.outcome != "failed")
-        later += turns[next(answered, 0) + 1 :]
-    return later
-
-
-def cached_share(turns: Iterable[Turn]) -> float | None:
-    """Return which share of the prompt tokens was cached, of the turns that tell; None if none."""
-    told = [
-        (turn.cached_tokens, turn.prompt_tokens)
-        for turn in turns
-        if turn.cached_tokens is not None and turn.prompt_tokens
-    ]
-    if not told:
-        return None
-    return sum(cached for cached, _ in told) / sum(prompt for _, prompt in told)
-
-
-def with_cached_tokens(turns: Iterable[Turn]) -> tuple[Turn, ...]:
-    """Return ``turns`` with 0 cached tokens where an engine left the figure out.
-
-    SGLang and vLLM leave out a 0. Where no turn at all tells a figure, none is known.
-    """
-    turns = tuple(turns)
-    if all(turn.cached_tokens is None for turn in turns):
-        return turns
-    return tuple(
-        replace(turn, cached_tokens=0)
-        if turn.cached_tokens is None and turn.prompt_tokens is not None
-        else turn
-        for turn in turns
-    )
-
-
-def by_session(turns: Iterable[Turn], arm: Arm) -> list[list[Turn]]:
-    """Return the turns of each session of ``arm``, in order."""
-    sessions: defaultdict[int, list[Turn]] = defaultdict(list)
-    for turn in sorted(turns, key=lambda turn: turn.number):
-        if turn.arm == arm:
-            sessions[turn.session].append(turn)
-    return list(sessions.values())

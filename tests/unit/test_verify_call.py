@@ -168,11 +168,11 @@ async def test_models_may_take_as_long_as_a_turn(monkeypatch: pytest.MonkeyPatch
         return web.json_response({"data": [{"id": "m"}]})
 
     app = fake_gateway(slow, models=slow)
-    app.router.add_get("/workers", slow)
+    app.router.add_get("/slow/workers", slow)
     monkeypatch.setattr(ask, "BRIEF", 0.1)
     async with server(app) as url, Client(5, None) as client:
         assert await ask.models(client, url) == ("m",)
-        assert await ask.healthy_workers(client, url, "m") is None
+        assert await ask.healthy_workers(client, url / "slow", "m") is None
 
 
 async def test_no_proxy_is_taken_from_the_environment(
@@ -211,6 +211,46 @@ async def test_name_that_does_not_exist_is_refused(client: Client) -> None:
     with pytest.raises(CallError) as caught:
         await client.json(URL("http://gateway.invalid"))
     assert caught.value.failure.kind == "refused"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"\x00\x00\x12\x04\x00\x00\x00\x00\x00\x00\x03\x00\x00\x00\x80",  # HTTP/2, gRPC
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"\x15\x03\x01\x00\x02\x02\x46",  # a TLS alert
+    ],
+)
+async def test_port_of_another_protocol_is_named_in_plain_words(
+    client: Client, said: bytes
+) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        writer.write(said)
+        writer.close()
+        await writer.wait_closed()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as listening:
+        host, port = listening.sockets[0].getsockname()
+        with pytest.raises(CallError) as caught:
+            await client.json(URL(f"http://{host}:{port}/v1/models"))
+    failure = caught.value.failure
+    assert failure.kind == "broken"
+    assert failure.text == (
+        "no HTTP/1.1 is spoken there; is it a port of TLS (https://), of gRPC, or of HTTP/2?"
+    )
+
+
+async def test_https_url_of_an_http_port_is_named_in_plain_words(client: Client) -> None:
+    async def handler(request: web.Request) -> web.Response:
+        raise AssertionError("nothing gets there")
+
+    async with server(fake_gateway(handler, models=handler)) as url:
+        with pytest.raises(CallError) as caught:
+            await client.json(url.with_scheme("https") / "v1/models")
+    failure = caught.value.failure
+    assert failure.kind == "refused"
+    assert "a port of plain HTTP has an http:// URL" in failure.text
 
 
 async def test_no_answer_in_time_is_a_timeout() -> None:

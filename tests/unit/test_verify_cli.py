@@ -16,10 +16,10 @@ import pytest
 from aiohttp import web
 from yarl import URL
 
-from aiohttp_smg_routing import __main__
+from aiohttp_smg_routing import __main__, __version__
 from aiohttp_smg_routing.__main__ import main
 from aiohttp_smg_routing.testing import free_port
-from aiohttp_smg_routing.verify import cli, report
+from aiohttp_smg_routing.verify import cli, report, streams
 
 from ..verify_servers import Handler, fake_gateway, in_background, proxy, server, stream
 
@@ -75,7 +75,7 @@ def test_pinned_is_0(url: URL, tmp_path: Path, capsys: pytest.CaptureFixture[str
     seen = json.loads(file.read_text())
     assert (seen["verdict"], seen["exit_status"]) == ("pinned", 0)
     assert len(seen["turns"]) == seen["sent"] == 288
-    for arm in ("keyed", "unkeyed"):
+    for arm in ("keyed", "control"):
         mine = [turn for turn in seen["turns"] if turn["arm"] == arm]
         for outcome in ("first", "kept", "moved", "unknown", "failed"):
             count = sum(turn["outcome"] == outcome for turn in mine)
@@ -107,7 +107,7 @@ def test_not_pinned_is_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_could_not_tell_is_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", f"http://127.0.0.1:{free_port()}"]) == 2
     out = capsys.readouterr().out
-    assert "Could not tell: no call with the key was answered." in out
+    assert "Could not tell: no turn was answered of the sessions that keep their key." in out
     assert "No connection to http://127.0.0.1:" in out
 
 
@@ -140,6 +140,56 @@ def test_gateway_that_does_not_answer_in_time_cannot_be_judged(
     out = " ".join(capsys.readouterr().out.split())
     assert "did not answer in time" in out
     assert "--timeout SECONDS" in out
+
+
+def test_time_limit_that_leaves_too_few_turns_is_no_proof(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answered = pinning()
+    count = 0
+
+    async def chat(request: web.Request) -> web.StreamResponse:
+        nonlocal count
+        count += 1
+        if count > 60:  # the first turns, and a few later ones
+            await asyncio.Event().wait()
+        return await answered(request)
+
+    file = tmp_path / "seen.json"
+    with in_background(server(fake_gateway(chat))) as url:
+        assert verify(url, "--time-limit", "1", "--json", str(file)) == 2
+    seen = json.loads(file.read_text())
+    assert 0 < seen["arms"]["keyed"]["kept"] < 10
+    assert "too little to say" in seen["sentence"]
+    assert [cause["name"] for cause in seen["causes"]] == ["time_limit"]
+
+
+def test_gateway_behind_a_path_is_reached(capsys: pytest.CaptureFixture[str]) -> None:
+    app = web.Application()
+    app.add_subapp("/smg", fake_gateway(pinning()))
+    with in_background(server(app)) as url:
+        for base in (url / "smg", f"{url}/smg/"):
+            assert main(["verify", str(base), "--metrics", f"{url}/smg/metrics"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("path", "tried", "words"),
+    [
+        ("/v1", "/v1/v1/chat/completions", "Leave /v1 out of the URL"),
+        ("/x", "/x/v1/chat/completions", "the path that a proxy before it wants"),
+    ],
+)
+def test_404_names_the_url_that_was_tried(
+    path: str, tried: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with in_background(server(fake_gateway(pinning()))) as url:
+        options = ["--model", "stub", "--concurrency", "1"]
+        assert main(["verify", f"{url}{path}", *options]) == 2
+        out = " ".join(capsys.readouterr().out.split())
+        assert f"{url}{tried} answers 404" in out
+        assert words in out
+        assert main(["verify", str(url), "--through", f"{url}{path}", *options]) == 2
+        assert f"{url}{path}/sessions/verify-" in " ".join(capsys.readouterr().out.split())
 
 
 def test_unknown_model_lists_those_that_exist(capsys: pytest.CaptureFixture[str]) -> None:
@@ -194,6 +244,14 @@ def test_unknown_model_lists_those_that_exist(capsys: pytest.CaptureFixture[str]
         ["verify", "http://10.0.0.1", "--metrics", "10.0.0.1:29000"],
         ["verify", "http://10.0.0.1", "--through", "10.0.0.1"],
         ["verify", "http://10.0.0.1", "--session-id", "all-the-same"],
+        ["verify", "http://10.0.0.1", "--through", "http://10.0.0.2?a=b"],
+        ["verify", "http://10.0.0.1", "--through", f"http://h?k={SECRET}&s={{session_id}}"],
+        ["verify", "http://10.0.0.1", "--session-header", "X-Session-Id"],
+        ["verify", "http://10.0.0.1", "--session-json", "user"],
+        ["verify", "http://10.0.0.1", "--create", "http://10.0.0.2/sessions"],
+        ["verify", "http://10.0.0.1", "--through", "http://h", "--session-json", "a..b"],
+        ["verify", "http://10.0.0.1", "--through", "http://h", "--session-header", "a b"],
+        ["verify", "http://10.0.0.1", "--header", "X:"],
         ["verify", "http://10.0.0.1", "--session-id", "{n}\r\nX-Evil: 1"],
         ["verify", "http://10.0.0.1", "--plot", "pins.jpg"],
         ["verify", "http://10.0.0.1", "--plot", "no/such/folder/pins.svg"],
@@ -209,8 +267,16 @@ def test_wrong_usage_is_64(argv: list[str], capsys: pytest.CaptureFixture[str]) 
     assert SECRET not in captured.err
 
 
-def test_help_is_0(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["verify", "--help"]) == 0
+def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"aiohttp-smg-routing {__version__}\n"
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_is_0(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([flag]) == 0
+    assert "verify" in capsys.readouterr().out
+    assert main(["verify", flag]) == 0
     out = capsys.readouterr().out
     assert "SMG_API_KEY" in out
     assert "[default: 24; x>=1]" in out
@@ -224,6 +290,8 @@ def test_help_is_0(capsys: pytest.CaptureFixture[str]) -> None:
         ("/", "/sessions/verify"),
         ("/v2/sessions", "/v2/sessions/verify"),
         ("/a/{session_id}/b", "/a/verify"),
+        ("/a/{session_id}/v1", "/a/verify"),
+        ("/a/{session_id}/v1/chat/completions/", "/a/verify"),
     ],
 )
 def test_url_of_the_session_server_is_completed(url: URL, through: str, path: str) -> None:
@@ -237,9 +305,10 @@ def test_url_of_the_session_server_is_completed(url: URL, through: str, path: st
     app.router.add_post("/{path:.*}", chat)
     with in_background(server(app)) as base:
         verify(url, "--through", f"{str(base).rstrip('/')}{through}")
-    assert len(paths) == 144
+    assert len(paths) == 288
     assert all(seen.startswith(path) for seen in paths)
     assert all(seen.endswith("/v1/chat/completions") for seen in paths)
+    assert not any("/v1/v1/" in seen or "completions/v1" in seen for seen in paths)
 
 
 @pytest.mark.parametrize("source", ["environment", "file"])
@@ -421,7 +490,7 @@ def test_output_that_nobody_can_read_changes_nothing(
 
 def test_long_output_into_a_broken_pipe_is_no_error() -> None:
     stream = broken_pipe()
-    out = report.lasting(stream)
+    out = streams.lasting(stream)
     assert out.write(100_000 * "x") == 100_000
     out.flush()
     stream.close()

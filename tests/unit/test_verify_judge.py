@@ -1,36 +1,116 @@
 """Every verdict and every cause, from what was seen."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from random import Random
+from typing import Literal, get_args
 
 import pytest
 from yarl import URL
 
-from aiohttp_smg_routing.verify.causes import Cause
-from aiohttp_smg_routing.verify.judge import judge
+from aiohttp_smg_routing.verify.cause import Cause
+from aiohttp_smg_routing.verify.counting import Use
+from aiohttp_smg_routing.verify.evidence import Evidence, Played, Stayed
+from aiohttp_smg_routing.verify.judge import decide, judge
 from aiohttp_smg_routing.verify.seen import (
     ARMS,
+    Answer,
     Counters,
     Failure,
+    Load,
     Outcome,
     Plan,
     Seen,
     Turn,
-    summarise,
 )
+from aiohttp_smg_routing.verify.summary import summarise
+
+ROOT = Path(__file__).parents[2]
+
+# ---- The rules, over every combination of evidence ----
+
+# Each rule of docs/verify.md in its order: when it counts, and what it says.
+RULES: list[tuple[Mapping[str, object], Answer]] = [
+    ({"played": "nothing"}, "could not tell"),
+    ({"played": "too little"}, "could not tell"),
+    ({"one_worker": True}, "could not tell"),
+    ({"key": "not used"}, "not pinned"),
+    ({"stayed": "moved"}, "not pinned"),
+    ({"stayed": "unclear"}, "could not tell"),
+    ({"shared": True}, "could not tell"),
+    ({"key": "used", "direct": True}, "pinned"),
+    ({"better": True}, "pinned"),
+    ({}, "could not tell"),
+]
+FLAG = (False, True)
+EVERYTHING = [
+    Evidence(*values)
+    for values in product(get_args(Played), FLAG, get_args(Use), get_args(Stayed), FLAG, FLAG, FLAG)
+]
+
+
+def test_every_combination_of_evidence_has_the_verdict_of_the_first_rule_that_fits() -> None:
+    assert len(EVERYTHING) == 432
+    for evidence in EVERYTHING:
+        [answer, *_] = [
+            answer
+            for rule, answer in RULES
+            if all(getattr(evidence, name) == value for name, value in rule.items())
+        ]
+        assert decide(evidence) == answer, evidence
+
+
+def test_pinned_needs_all_of_it() -> None:
+    pinned = [evidence for evidence in EVERYTHING if decide(evidence) == "pinned"]
+    for evidence in pinned:
+        assert evidence.played == "enough"
+        assert evidence.stayed == "kept"
+        assert evidence.key != "not used"
+        assert not evidence.one_worker
+        assert not evidence.shared
+        assert evidence.better or (evidence.key == "used" and evidence.direct)
+    assert len(pinned) == 5
+
+
+def test_docs_have_these_rules_in_this_order() -> None:
+    page = (ROOT / "docs/verify.md").read_text("utf-8")
+    rows = re.findall(r"(?m)^\| \d+ \| .* \| \*{0,2}([a-z ]+?)\*{0,2} \|$", page)
+    # The page has a row for what was played, and one for its last rule.
+    assert rows == [answer for _, answer in RULES[1:]]
+
+
+# ---- From what was seen to the evidence ----
 
 GATEWAY = URL("http://10.0.0.1:30000")
 PLAN = Plan(GATEWAY, URL("http://10.0.0.1:29000/metrics"), model="m", run="r")
+THROUGH = replace(PLAN, through="http://s/sessions/{session_id}/v1/chat/completions")
 SESSIONS, TURNS = 24, 6
 LATER = SESSIONS * (TURNS - 1)
-MANUAL = Counters({"vacant": 24, "occupied_hit": 120, "no_routing_id": 144}, {"manual": 288})
-HASHING = Counters({"routing_key_hit": 144, "random_fallback": 144}, {"consistent_hashing": 288})
-ANY_KEY = Counters({"routing_key_hit": 288}, {"consistent_hashing": 288})
-KEY_FOR_ALL = Counters({"vacant": 1, "occupied_hit": 143, "no_routing_id": 144}, {"manual": 288})
-PREFIX = Counters({}, {"prefix_hash": 288})
-IGNORED = Counters({}, {"round_robin": 288})
+CALLS = 2 * SESSIONS * TURNS
+
+
+def counted(policy: str, pool: str = "regular", calls: int = CALLS, **branches: int) -> Counters:
+    """Return counters of one pool: those of the override count as ``manual``."""
+    series = policy if policy in ("consistent_hashing", "prefix_hash") else "manual"
+    return Counters({pool: {policy: calls}}, {series: branches} if branches else {})
+
+
+MANUAL = counted("manual", vacant=168, occupied_hit=120)
+HASHING = counted("consistent_hashing", routing_key_hit=CALLS)
+PREFIX = counted("prefix_hash", ring_hit=CALLS)
+KEY_FOR_ALL = counted("manual", vacant=1, occupied_hit=287)
+IGNORED = counted("round_robin")
+NO_KEY = counted("manual", calls=4, no_routing_id=4)
+HASHED = counted("consistent_hashing", calls=4, random_fallback=4)
+PROBES: Mapping[str, Counters] = {
+    "manual": NO_KEY,
+    "consistent_hashing": HASHED,
+    "prefix_hash": counted("prefix_hash", calls=4, ring_hit=4),
+}
+ANY_KEY = counted("consistent_hashing", calls=4, routing_key_hit=4)
 
 
 def arm(
@@ -48,7 +128,7 @@ def arm(
             home = (home + 1) % 3 if became == "moved" else home
             became = became if named or became == "failed" else "unknown"
             turn = Turn(
-                "keyed" if name == "keyed" else "unkeyed",
+                "keyed" if name == "keyed" else "control",
                 session,
                 number,
                 became,
@@ -64,14 +144,19 @@ def arm(
 
 def seen(
     keyed: list[Turn] | None = None,
-    unkeyed: list[Turn] | None = None,
+    control: list[Turn] | None = None,
     counters: Counters | None = MANUAL,
     plan: Plan = PLAN,
+    probe: Counters | None = None,
 ) -> Seen:
     keyed = arm("keyed", LATER) if keyed is None else keyed
-    unkeyed = arm("unkeyed", 40) if unkeyed is None else unkeyed
-    turns = tuple(keyed + unkeyed)
-    return Seen(plan, turns, len(turns), models=("m",), workers=3, counters=counters)
+    control = arm("control", 40) if control is None else control
+    turns = tuple(keyed + control)
+    if counters and probe is None:
+        policy = next((policy for pool in counters.pools.values() for policy in pool), "manual")
+        probe = PROBES.get(policy, counted(policy, calls=4))
+    workers = {"regular": 3}
+    return Seen(plan, turns, len(turns), 0, ("m",), workers, counters, probe)
 
 
 def failed(turns: list[Turn], number: int, sessions: int) -> list[Turn]:
@@ -96,19 +181,33 @@ def on_one_worker(counters: Counters | None) -> Seen:
     return seen(on_w0("keyed"), counters=counters)
 
 
-def unnamed(counters: Counters | None, failed: int = 0) -> Seen:
+def unnamed(
+    counters: Counters | None,
+    failed: int = 0,
+    plan: Plan = PLAN,
+    probe: Counters | None = None,
+) -> Seen:
     return seen(
         arm("keyed", LATER - failed, "failed", named=False),
-        arm("unkeyed", 40, named=False),
+        arm("control", 40, named=False),
         counters,
+        plan,
+        probe,
     )
+
+
+def pools(prefill: str, decode: str, branches: Mapping[str, Mapping[str, int]]) -> Seen:
+    """Return what is seen where each call has two workers, of which the decode one is named."""
+    counters = Counters({"prefill": {prefill: CALLS}, "decode": {decode: CALLS}}, branches)
+    probe = Counters({"prefill": {prefill: 4}, "decode": {decode: 4}}, {})
+    return replace(seen(counters=counters, probe=probe), workers={"prefill": 3, "decode": 3})
 
 
 CASES = {
     "pinned": (seen(), 0, []),
     "pinned by consistent_hashing": (seen(counters=HASHING), 0, []),
     "pinned, without counters": (seen(counters=None), 0, []),
-    "pinned, one move below the bar": (seen(arm("keyed", LATER - 1)), 0, []),
+    "pinned, as many as are enough": (seen(arm("keyed", LATER - 1)), 0, []),
     "pinned though one turn failed": (seen(arm("keyed", LATER - 1, "failed")), 0, ["timeout"]),
     "moved twice": (seen(arm("keyed", LATER - 2), counters=None), 1, ["pins_lost"]),
     "failed too often": (seen(arm("keyed", LATER - 2, "failed")), 2, ["timeout"]),
@@ -116,48 +215,43 @@ CASES = {
     "ignored": (seen(arm("keyed", 40), counters=IGNORED), 1, ["policy"]),
     "ignored, without counters": (seen(arm("keyed", 40), counters=None), 1, ["policy"]),
     "kept by another policy": (
-        seen(unkeyed=arm("unkeyed", LATER), counters=IGNORED),
+        seen(control=arm("control", LATER), counters=IGNORED),
         1,
         ["policy"],
     ),
     "kept by who knows what": (
-        seen(unkeyed=arm("unkeyed", LATER), counters=None),
+        seen(control=arm("control", LATER), counters=None),
         2,
         ["same_without_key"],
     ),
-    "key at work although both are kept": (seen(unkeyed=arm("unkeyed", LATER)), 0, []),
-    "no word from the arm without the key": (
-        seen(unkeyed=arm("unkeyed", 0, named=False), counters=None),
+    "key at work although both are kept": (seen(control=arm("control", LATER)), 0, []),
+    "key at work although both are kept, through a server": (
+        seen(control=arm("control", LATER), plan=THROUGH),
+        2,
+        ["same_without_key"],
+    ),
+    "no word from the other arm": (
+        seen(control=arm("control", 0, named=False), counters=None),
         2,
         [],
     ),
     "any call counts as one with a key": (
-        seen(unkeyed=arm("unkeyed", LATER), counters=ANY_KEY),
+        seen(control=arm("control", LATER), counters=HASHING, probe=ANY_KEY),
         2,
         ["any_key", "same_without_key"],
     ),
-    "any call counts as one with a key, yet only ours are kept": (seen(counters=ANY_KEY), 0, []),
-    "any call counts as one with a key, and those without ours share a worker": (
-        seen(unkeyed=on_w0("unkeyed"), counters=ANY_KEY),
+    "any call counts as one with a key, yet only those of one session are kept": (
+        seen(counters=HASHING, probe=ANY_KEY),
         0,
         [],
     ),
-    "any call counts as one with a key, and a session server has another one": (
-        seen(
-            unkeyed=on_w0("unkeyed"),
-            counters=ANY_KEY,
-            plan=replace(PLAN, through="http://s/sessions/{session_id}"),
-        ),
+    "no probe, so the counters prove nothing": (
+        seen(control=arm("control", LATER), counters=HASHING, probe=Counters()),
         2,
-        ["any_key", "same_without_key"],
+        ["same_without_key"],
     ),
-    "any call counts as one with a key, and all share a worker": (
-        seen(on_w0("keyed"), on_w0("unkeyed"), ANY_KEY),
-        2,
-        ["any_key", "same_without_key", "one_sided"],
-    ),
-    "those without the key share a worker, and no counters say why": (
-        seen(unkeyed=on_w0("unkeyed"), counters=None),
+    "no counters before the probe": (
+        replace(seen(control=arm("control", LATER), counters=HASHING), probe=None),
         2,
         ["same_without_key"],
     ),
@@ -165,61 +259,61 @@ CASES = {
     "some keys hashed": (
         seen(
             arm("keyed", 80),
-            counters=Counters(
-                {"routing_key_hit": 50, "random_fallback": 238}, {"consistent_hashing": 288}
-            ),
+            counters=counted("consistent_hashing", routing_key_hit=50, random_fallback=238),
         ),
         1,
         ["key_lost"],
     ),
-    "by counters in which any call counts": (unnamed(ANY_KEY), 2, ["any_key", "no_worker_name"]),
     "pinned by prefix_hash": (seen(counters=PREFIX), 0, []),
     "kept by prefix_hash, who knows by what": (
-        seen(unkeyed=arm("unkeyed", LATER), counters=PREFIX),
+        seen(control=arm("control", LATER), counters=PREFIX),
         2,
         ["prefix_hash", "same_without_key"],
     ),
     "prefix_hash without the key": (seen(arm("keyed", 40), counters=PREFIX), 1, ["prefix_hash"]),
-    "by counters that prefix_hash has none of": (
-        unnamed(PREFIX),
-        2,
-        ["prefix_hash", "no_worker_name"],
-    ),
     "pinned by prefix_hash that honours the key": (
         seen(
-            unkeyed=arm("unkeyed", LATER),
-            counters=Counters({"vacant": 24, "occupied_hit": 120}, {"prefix_hash": 288}),
+            control=arm("control", LATER),
+            counters=Counters(
+                {"regular": {"prefix_hash": CALLS}},
+                {"manual": {"vacant": 168, "occupied_hit": 120}},
+            ),
+            probe=counted("random", calls=4),
         ),
         0,
         [],
     ),
     "one key for all sessions": (on_one_worker(KEY_FOR_ALL), 2, ["shared_key", "one_sided"]),
-    "one key for all sessions, kept without it as well": (
-        seen(unkeyed=arm("unkeyed", LATER), counters=KEY_FOR_ALL),
-        2,
-        ["shared_key", "same_without_key"],
-    ),
     "one key for two sessions": (
-        seen(counters=replace(MANUAL, branches={"vacant": 23, "occupied_hit": 121})),
+        seen(counters=counted("manual", vacant=167, occupied_hit=121)),
         2,
         ["shared_key"],
     ),
     "ids that an earlier run has pinned": (
-        seen(counters=KEY_FOR_ALL, plan=replace(PLAN, session_id="task-{n}")),
-        0,
-        [],
-    ),
-    "one key for all sessions, hashed": (on_one_worker(HASHING), 2, ["shared_key", "one_sided"]),
-    "few sessions, hashed to one worker": (
         seen(
-            [turn for turn in arm("keyed", LATER) if turn.session in (3, 6)],
-            [turn for turn in arm("unkeyed", 40) if turn.session < 3],
-            Counters({"routing_key_hit": 12, "random_fallback": 12}, {"consistent_hashing": 24}),
+            counters=counted("manual", occupied_hit=288),
+            plan=replace(PLAN, session_id="task-{n}"),
         ),
         0,
         [],
     ),
-    "one key for all sessions, without counters": (on_one_worker(None), 0, ["one_sided"]),
+    "ids that the override takes for one": (
+        seen(
+            counters=counted("random", occupied_hit=288), plan=replace(PLAN, session_id="task_t{n}")
+        ),
+        2,
+        ["shared_key", "key_tail"],
+    ),
+    "one key for all sessions, hashed": (
+        seen(on_w0("keyed"), on_w0("control"), HASHING),
+        2,
+        ["shared_key", "one_sided"],
+    ),
+    "one key for all sessions, without counters": (
+        seen(on_w0("keyed"), on_w0("control"), None),
+        2,
+        ["same_without_key", "one_sided"],
+    ),
     "first turns that failed": (
         seen(failed(arm("keyed", LATER), 1, 2), counters=None),
         0,
@@ -256,195 +350,392 @@ CASES = {
         2,
         ["timeout"],
     ),
-    "by counters, first turns that failed": (
-        seen(failed(arm("keyed", LATER, named=False), 1, 2), arm("unkeyed", 40, named=False)),
-        0,
-        ["timeout", "no_worker_name"],
-    ),
-    "by counters, sessions that only failed and were pinned": (
-        seen(
-            [
-                replace(turn, outcome="failed", failure=Failure("timeout", GATEWAY))
-                if turn.session > 21
-                else turn
-                for turn in arm("keyed", LATER, named=False)
-            ],
-            arm("unkeyed", 40, named=False),
-        ),
-        2,
-        ["timeout", "no_worker_name"],
-    ),
     "some keys lost": (
-        seen(
-            arm("keyed", 80),
-            counters=Counters({"occupied_hit": 50, "no_routing_id": 238}, {"manual": 288}),
-        ),
+        seen(arm("keyed", 80), counters=counted("manual", occupied_hit=50, no_routing_id=238)),
         1,
         ["key_lost"],
     ),
     "some keys not counted, yet all kept": (
-        seen(counters=Counters({"occupied_hit": 50, "no_routing_id": 238}, {"manual": 288})),
+        seen(counters=counted("manual", occupied_hit=50, no_routing_id=238)),
         0,
         [],
     ),
     "replicas": (
-        seen(
-            arm("keyed", 80),
-            counters=Counters({"vacant": 24, "no_routing_id": 72}, {"manual": 144}),
-        ),
+        seen(arm("keyed", 80), counters=counted("manual", calls=144, vacant=100, occupied_hit=44)),
         1,
         ["replicas"],
     ),
     "metrics of another gateway": (
-        seen(arm("keyed", 40), counters=Counters({}, {})),
+        seen(arm("keyed", 40), counters=Counters(), probe=Counters()),
         1,
         ["other_gateway"],
     ),
     "pinned again and again": (
-        seen(
-            arm("keyed", 100),
-            counters=replace(MANUAL, branches={"vacant": 44, "occupied_hit": 100}),
-        ),
+        seen(arm("keyed", 100), counters=counted("manual", vacant=188, occupied_hit=100)),
         1,
         ["pinned_again"],
     ),
     "a worker was lost": (
         seen(
             arm("keyed", 100),
-            counters=replace(
-                MANUAL, branches={"vacant": 24, "occupied_hit": 100, "occupied_miss": 20}
-            ),
+            counters=counted("manual", vacant=168, occupied_hit=100, occupied_miss=20),
         ),
         1,
         ["worker_lost"],
     ),
-    "a worker was lost, and the gateway tried again": (
-        seen(
-            arm("keyed", 100),
-            counters=Counters(
-                {"routing_key_hit": 150, "random_fallback": 148}, {"consistent_hashing": 298}
-            ),
-        ),
-        1,
-        ["other_calls", "worker_lost"],
-    ),
     "one key for many sessions": (
         seen(
             arm("keyed", 100),
-            counters=replace(
-                MANUAL, branches={"vacant": 1, "occupied_hit": 100, "cap_respill": 43}
-            ),
+            counters=counted("manual", vacant=1, occupied_hit=100, cap_respill=187),
         ),
         1,
         ["shared_key"],
     ),
     "kept by who knows what, and others call it, too": (
         seen(
-            unkeyed=arm("unkeyed", LATER),
-            counters=Counters({"occupied_hit": 400}, {"cache_aware": 900}),
+            control=arm("control", LATER),
+            counters=counted("cache_aware", calls=900, occupied_hit=400),
         ),
         2,
         ["other_calls", "same_without_key"],
     ),
     "pinned, by the metrics of another gateway that is busy": (
-        seen(counters=Counters({}, {"random": 300})),
+        seen(counters=counted("random", calls=300), probe=Counters()),
         0,
         ["other_calls"],
     ),
-    "kept by who knows what, by the metrics of another gateway": (
-        seen(unkeyed=arm("unkeyed", LATER), counters=Counters({}, {"random": 300})),
-        2,
-        ["other_calls", "same_without_key"],
-    ),
     "pinned although others call it, too": (
-        seen(counters=Counters({"vacant": 60, "occupied_hit": 400}, {"manual": 900})),
+        seen(counters=counted("manual", calls=900, vacant=60, occupied_hit=400)),
         0,
-        [],
+        ["other_calls"],
     ),
-    "others call it, too": (
-        seen(arm("keyed", 40), counters=Counters({}, {"random": 300})),
+    "ignored, and others call it, too": (
+        seen(arm("keyed", 40), counters=counted("random", calls=300)),
         1,
         ["policy", "other_calls"],
     ),
+    # Nobody names a worker: the counters alone tell.
     "by counters": (unnamed(MANUAL), 0, ["no_worker_name"]),
-    "by counters, with prefill and decode workers": (
-        unnamed(
-            Counters(
-                {"vacant": 48, "occupied_hit": 240, "no_routing_id": 288}, {"manual": 576}, pools=2
-            )
-        ),
+    "by counters, hashing": (unnamed(HASHING), 0, ["no_worker_name"]),
+    "by counters, ignored": (unnamed(IGNORED), 1, ["policy", "no_worker_name"]),
+    "by counters, as many as are enough": (
+        unnamed(counted("manual", vacant=169, occupied_hit=119)),
         0,
         ["no_worker_name"],
     ),
-    "by counters, hashing": (unnamed(HASHING), 0, ["no_worker_name"]),
-    "by counters, ignored": (unnamed(IGNORED), 1, ["policy", "no_worker_name"]),
-    "by counters, pinned again": (
-        unnamed(replace(MANUAL, branches={"vacant": 44, "occupied_hit": 100})),
+    "by counters, one short of enough": (
+        unnamed(counted("manual", vacant=170, occupied_hit=118)),
         1,
         ["pinned_again", "no_worker_name"],
     ),
+    "by counters, replicas": (
+        unnamed(counted("manual", calls=144, vacant=84, occupied_hit=60)),
+        2,
+        ["replicas", "no_worker_name"],
+    ),
+    "by counters, a turn that failed may be one of those that were counted": (
+        unnamed(counted("manual", vacant=169, occupied_hit=119), failed=1),
+        2,
+        ["timeout", "pinned_again", "no_worker_name"],
+    ),
+    "by counters, one call without its key": (
+        unnamed(counted("consistent_hashing", routing_key_hit=287, random_fallback=1)),
+        2,
+        ["key_lost", "no_worker_name"],
+    ),
+    "by counters, no key hashed in either of the arms": (
+        unnamed(counted("consistent_hashing", routing_key_hit=80, random_fallback=208)),
+        1,
+        ["key_lost", "no_worker_name"],
+    ),
+    "by counters in which any call counts": (
+        unnamed(HASHING, probe=ANY_KEY),
+        2,
+        ["any_key", "no_worker_name"],
+    ),
+    "by counters, with ids that another run may have pinned": (
+        unnamed(MANUAL, plan=replace(PLAN, session_id="task-{n}")),
+        2,
+        ["old_ids", "no_worker_name"],
+    ),
     "by counters, a worker was lost": (
-        unnamed(replace(MANUAL, branches={"vacant": 24, "occupied_hit": 100, "occupied_miss": 20})),
+        unnamed(counted("manual", vacant=168, occupied_hit=100, occupied_miss=20)),
         1,
         ["worker_lost", "no_worker_name"],
     ),
     "by counters, one key for many sessions": (
-        unnamed(replace(MANUAL, branches={"vacant": 24, "occupied_hit": 100, "cap_respill": 20})),
+        unnamed(counted("manual", vacant=168, occupied_hit=100, cap_respill=20)),
         1,
         ["shared_key", "no_worker_name"],
     ),
-    "by counters, with failures": (
-        unnamed(MANUAL, failed=30),
-        2,
-        ["timeout", "no_worker_name"],
-    ),
+    "by counters, one key for all": (unnamed(KEY_FOR_ALL), 2, ["shared_key", "no_worker_name"]),
+    "by counters, with failures": (unnamed(MANUAL, failed=30), 2, ["timeout", "no_worker_name"]),
     "by counters that others share": (
-        unnamed(replace(MANUAL, selections={"manual": 300})),
+        unnamed(counted("manual", calls=300, vacant=180, occupied_hit=120)),
         2,
         ["other_calls", "no_worker_name"],
     ),
     "no names, no counters": (unnamed(None), 2, ["no_worker_name"]),
+    "no names, no counters, no list of workers": (
+        replace(unnamed(None), workers=None),
+        2,
+        ["workers_unknown", "no_worker_name"],
+    ),
+    "no counters, no list of workers": (
+        replace(seen(counters=None), workers=None),
+        2,
+        ["workers_unknown"],
+    ),
+    "moved, with no counters and no list of workers": (
+        replace(seen(arm("keyed", 40), counters=None), workers=None),
+        1,
+        ["policy", "workers_unknown"],
+    ),
+    "workers that are listed under another name": (replace(seen(), workers={"regular": 0}), 0, []),
+    "one worker, which is listed under another name": (
+        replace(seen(on_w0("keyed"), on_w0("control")), workers={"regular": 0}),
+        2,
+        ["one_worker"],
+    ),
+    "counters, but no list of workers": (replace(seen(), workers=None), 0, []),
+    # A policy that routes on a key and does not count it.
+    "uncounted": (
+        unnamed(replace(counted("consistent_hash"), workers={"a": 96, "b": 96, "c": 96})),
+        2,
+        ["uncounted", "no_worker_name"],
+    ),
+    "uncounted, all on one worker": (
+        unnamed(replace(counted("consistent_hash"), workers={"a": 288})),
+        1,
+        ["wrong_header", "no_worker_name"],
+    ),
+    "uncounted, all on one worker, through a server": (
+        unnamed(replace(counted("consistent_hash"), workers={"a": 288}), plan=THROUGH),
+        1,
+        ["wrong_header", "no_worker_name"],
+    ),
+    # Through a session server.
+    "the server hides the worker": (
+        unnamed(MANUAL, plan=THROUGH),
+        2,
+        ["whose_key", "no_worker_name"],
+    ),
+    "the server of an SMG hides the worker": (
+        replace(unnamed(MANUAL, plan=THROUGH), load=Load("smg")),
+        2,
+        ["whose_key", "worker_hidden"],
+    ),
+    "the server hides the worker, and changes the key": (
+        unnamed(counted("manual", vacant=288), plan=THROUGH),
+        1,
+        ["key_changes", "no_worker_name"],
+    ),
+    "the server hides the worker, and has one key for all": (
+        unnamed(KEY_FOR_ALL, plan=THROUGH),
+        2,
+        ["shared_key", "whose_key", "no_worker_name"],
+    ),
+    "the server hides the worker, and hashes": (
+        unnamed(HASHING, plan=THROUGH),
+        2,
+        ["whose_key", "no_worker_name"],
+    ),
+    "the server does not send the key": (
+        seen(arm("keyed", 40), counters=counted("manual", no_routing_id=288), plan=THROUGH),
+        1,
+        ["key_lost"],
+    ),
+    "the server calls another gateway": (
+        seen(counters=Counters(), probe=NO_KEY, plan=THROUGH),
+        1,
+        ["key_lost"],
+    ),
+    "the server calls another gateway, and others this one": (
+        seen(counters=counted("manual", calls=20, no_routing_id=20), plan=THROUGH),
+        1,
+        ["key_lost"],
+    ),
+    "through a server, by the metrics of another gateway": (
+        seen(counters=Counters(), probe=Counters(), plan=THROUGH),
+        2,
+        ["other_gateway", "keys_unseen"],
+    ),
+    "through a server, without counters": (
+        seen(counters=None, plan=THROUGH),
+        2,
+        ["keys_unseen"],
+    ),
+    "through a server": (seen(plan=THROUGH), 0, []),
+    "through a server, and others call the gateway, too": (
+        seen(counters=counted("manual", calls=900, vacant=60, occupied_hit=400), plan=THROUGH),
+        0,
+        ["other_calls"],
+    ),
+    "through a server before two replicas": (
+        seen(counters=counted("consistent_hashing", calls=144, routing_key_hit=144), plan=THROUGH),
+        0,
+        [],
+    ),
+    "by counters, hashing, while a worker is left out": (
+        replace(unnamed(HASHING), load=Load("smg", True, 1, {"a": 0.95})),
+        2,
+        ["no_worker_name", "overloaded"],
+    ),
+    # Prefill and decode workers.
+    "both kinds pinned": (
+        pools("manual", "manual", {"manual": {"vacant": 336, "occupied_hit": 240}}),
+        0,
+        [],
+    ),
+    "both kinds pinned, by two policies": (
+        pools(
+            "consistent_hashing",
+            "manual",
+            {
+                "manual": {"vacant": 168, "occupied_hit": 120},
+                "consistent_hashing": {"routing_key_hit": 288},
+            },
+        ),
+        0,
+        [],
+    ),
+    "both kinds pinned, as many as are enough": (
+        pools("manual", "manual", {"manual": {"vacant": 337, "occupied_hit": 239}}),
+        0,
+        [],
+    ),
+    "both kinds pinned, but one of them not enough": (
+        pools("manual", "manual", {"manual": {"vacant": 338, "occupied_hit": 238}}),
+        2,
+        ["pinned_again"],
+    ),
+    "both kinds pinned, but one key for two sessions": (
+        pools("manual", "manual", {"manual": {"vacant": 334, "occupied_hit": 242}}),
+        2,
+        ["shared_key"],
+    ),
+    "prefill not pinned": (
+        pools("round_robin", "manual", {"manual": {"vacant": 168, "occupied_hit": 120}}),
+        1,
+        ["prefill_policy"],
+    ),
+    "decode not pinned": (
+        pools("manual", "round_robin", {"manual": {"vacant": 168, "occupied_hit": 120}}),
+        1,
+        ["decode_policy"],
+    ),
+    "neither kind pinned": (pools("random", "round_robin", {}), 1, ["policy"]),
+    "prefill workers that have no counters": (
+        replace(
+            pools("manual", "manual", {}),
+            counters=None,
+        ),
+        2,
+        ["prefill_unknown"],
+    ),
+    "prefill workers, and one decode worker": (
+        replace(
+            pools("manual", "random", {"manual": {"vacant": 168, "occupied_hit": 120}}),
+            workers={"prefill": 3, "decode": 1},
+        ),
+        0,
+        [],
+    ),
     "one worker": (
         replace(
             seen(),
-            workers=1,
+            workers={"regular": 1},
             turns=tuple(replace(turn, worker=turn.worker and "http://w0") for turn in seen().turns),
         ),
         2,
         ["one_worker"],
     ),
-    "no cached tokens": (seen(arm("keyed", LATER, cached=None)), 0, ["no_cached_tokens"]),
-    "cold caches": (seen(arm("keyed", LATER, cached=10)), 0, ["cold_cache"]),
-    "the session server hides the worker": (
-        seen(
-            arm("keyed", LATER, named=False),
-            plan=replace(PLAN, through="http://s/sessions/{session_id}"),
-        ),
-        0,
-        ["worker_hidden"],
-    ),
-    "the session server does not send the key": (
-        seen(
-            arm("keyed", 40),
-            counters=Counters({"no_routing_id": 288}, {"manual": 288}),
-            plan=replace(PLAN, through="http://s/sessions/{session_id}"),
+    # Overload protection.
+    "overloaded": (
+        replace(
+            seen(arm("keyed", 40), counters=counted("manual", no_healthy_workers=288)),
+            load=Load("smg", True, 3, {"a": 0.95}),
         ),
         1,
-        ["key_lost"],
+        ["overloaded"],
     ),
-    "long keys": (seen(plan=replace(PLAN, session_id="{n}" + "x" * 128)), 0, ["bad_key"]),
-    "odd keys": (seen(plan=replace(PLAN, session_id="séance {n}")), 0, ["bad_key"]),
-    "keys with a tail": (seen(plan=replace(PLAN, session_id="task-{n}_r2")), 0, ["key_tail"]),
+    "one worker overloaded": (
+        replace(seen(), load=Load("smg", True, 1, {"a": 0.95, "b": 0.1})),
+        0,
+        ["overloaded"],
+    ),
+    "no healthy workers": (
+        seen(arm("keyed", 40), counters=counted("manual", no_healthy_workers=288)),
+        1,
+        ["no_healthy_workers"],
+    ),
+    "who knows whether workers are protected": (
+        replace(seen(), load=Load("smg", True, 0, {"a": 0.1})),
+        0,
+        ["overload_protection"],
+    ),
+    "workers are not protected": (
+        replace(seen(), load=Load("smg", True, 0, {"a": 0.95})),
+        0,
+        [],
+    ),
+    "no cached tokens": (seen(arm("keyed", LATER, cached=None)), 0, ["no_cached_tokens"]),
+    "cold caches": (seen(arm("keyed", LATER, cached=10)), 0, ["cold_cache"]),
+    "long keys": (seen(plan=replace(PLAN, session_id="{n}-{run}" + "x" * 128)), 0, ["bad_key"]),
+    "odd keys": (seen(plan=replace(PLAN, session_id="séance {n} {run}")), 0, ["bad_key"]),
+    "keys with a tail": (
+        seen(plan=replace(PLAN, session_id="task-{run}-{n}_r2")),
+        0,
+        ["key_tail"],
+    ),
+    # Too little to say.
     "nothing but first turns": (
         seen([turn for turn in arm("keyed", LATER) if turn.number == 1], counters=None),
         2,
-        ["no_cached_tokens"],
+        ["too_few_turns", "no_cached_tokens"],
     ),
-    "too little": (
+    "too few turns were asked for": (
         seen(
-            [turn for turn in arm("keyed", LATER) if turn.session < 2],
-            [turn for turn in arm("unkeyed", 0) if turn.session < 2],
+            [turn for turn in arm("keyed", LATER) if turn.session == 1 or turn.session == 2][:10],
+            [turn for turn in arm("control", 0) if turn.session < 3],
+            plan=replace(PLAN, sessions=2),
+        ),
+        2,
+        ["too_few_turns"],
+    ),
+    "half of the turns": (
+        seen([turn for turn in arm("keyed", LATER) if turn.session <= 12], counters=None),
+        0,
+        [],
+    ),
+    "less than half of the turns": (
+        replace(
+            seen([turn for turn in arm("keyed", LATER) if turn.session <= 11], counters=None),
+            stopped="time_limit",
+        ),
+        2,
+        ["time_limit"],
+    ),
+    "no difference to chance": (
+        seen(
+            [turn for turn in arm("keyed", LATER) if turn.session < 3],
+            [turn for turn in arm("control", 3) if turn.session < 3],
             None,
+            replace(PLAN, sessions=2, turns=6),
+        ),
+        0,
+        [],
+    ),
+    "enough turns, but too few to rule out chance": (
+        seen(
+            [turn for turn in arm("keyed", LATER) if turn.session < 3],
+            [
+                replace(turn, outcome="kept") if turn.number in (2, 3) else turn
+                for turn in arm("control", 0)
+                if turn.session < 3
+            ],
+            None,
+            replace(PLAN, sessions=2),
         ),
         2,
         ["too_few_turns"],
@@ -468,10 +759,17 @@ def test_verdict_and_causes(what: Seen, status: int, causes: list[str]) -> None:
         ("kept by who knows what", "same_without_key", "--metrics URL"),
         ("kept by who knows what, and others call it, too", "same_without_key", "nothing else"),
         ("any call counts as one with a key", "same_without_key", "see the cause before"),
-        ("a worker was lost, and the gateway tried again", "other_calls", "its own retries"),
-        ("one key for all sessions", "shared_key", "only 1 of 24 sessions apart"),
-        ("one key for two sessions", "shared_key", "only 23 of 24 sessions apart"),
-        ("one key for all sessions, hashed", "shared_key", "only 1 of 24 sessions apart"),
+        ("key at work although both are kept, through a server", "same_without_key", "--through"),
+        ("one key for all sessions", "shared_key", "only 1 of 168 sessions apart"),
+        ("one key for two sessions", "shared_key", "only 167 of 168 sessions apart"),
+        ("one key for all sessions, hashed", "shared_key", "only 1 of 168 sessions apart"),
+        ("ids that the override takes for one", "shared_key", "no new key"),
+        ("the server calls another gateway", "key_lost", "does it call another host"),
+        ("the server does not send the key", "key_lost", "does it call another host"),
+        ("some keys lost", "key_lost", "--header NAME"),
+        ("overloaded", "overloaded", "--disable-worker-overload-protection"),
+        ("prefill not pinned", "prefill_policy", "--prefill-policy manual"),
+        ("decode not pinned", "decode_policy", "--decode-policy manual"),
     ],
 )
 def test_advice_fits_what_was_seen(what: str, name: str, words: str) -> None:
@@ -479,11 +777,42 @@ def test_advice_fits_what_was_seen(what: str, name: str, words: str) -> None:
     assert words in causes[name].text + causes[name].advice
 
 
+SMG_ONLY = (
+    *("consistent_hashing", "--routing-key-override", "--disable-worker-overload-protection"),
+    "SMG 1.13",
+)
+
+
+@pytest.mark.parametrize("kind", ["sglang-router", "vllm-router"])
+@pytest.mark.parametrize("what", CASES)
+def test_advice_names_no_flag_that_the_gateway_rejects(
+    what: str, kind: Literal["sglang-router", "vllm-router"]
+) -> None:
+    only_there = ("hash", "prefix", "override", "overload", "protected", "tail")
+    if any(word in what for word in only_there) or "policies" in what or "any call" in what:
+        return  # these gateways have no such state
+    seen_there = replace(CASES[what][0], load=Load(kind))
+    rejected = [*SMG_ONLY, *(["policy manual"] if kind == "vllm-router" else [])]
+    for cause in judge(seen_there, 0.99).causes:
+        assert not any(flag in cause.advice for flag in rejected), cause
+
+
+@pytest.mark.parametrize("what", CASES)
+def test_nothing_is_said_of_where_turns_went_where_nobody_names_a_worker(what: str) -> None:
+    run = CASES[what][0]
+    if any(turn.worker for turn in run.turns):
+        return
+    verdict = judge(run, 0.99)
+    assert "stayed" not in verdict.sentence
+    assert "moved" not in verdict.sentence
+    assert "kept" not in verdict.sentence
+
+
 def test_every_cause_is_in_the_docs() -> None:
-    root = Path(__file__).parents[2]
-    source = (root / "aiohttp_smg_routing/verify/causes.py").read_text("utf-8")
-    names = set(re.findall(r'Cause\(\s*"(\w+)"', source))
-    rows = re.findall(r"(?m)^\| (`.*?) \|", (root / "docs/verify.md").read_text("utf-8"))
+    files = (ROOT / "aiohttp_smg_routing/verify").glob("*.py")
+    source = "".join(file.read_text("utf-8") for file in files)
+    names = set(re.findall(r'Cause\(\s*"(\w+)"', source)) | {"prefill_policy", "decode_policy"}
+    rows = re.findall(r"(?m)^\| (`.*?) \|", (ROOT / "docs/verify.md").read_text("utf-8"))
     assert len(names) > 20
     assert names <= set(re.findall(r"`(\w+)`", " ".join(rows)))
 
@@ -502,6 +831,8 @@ def test_every_cause_is_in_the_docs() -> None:
         (Failure("status", GATEWAY, 404), ("a", "b"), "unknown_model", "--model: a, b."),
         (Failure("status", GATEWAY, 400), ("a", "b"), "unknown_model", "--model: a, b."),
         (Failure("status", GATEWAY, 404), (), "unknown_model", "GET /workers"),
+        (Failure("status", GATEWAY / "v1/v1/x", 404), ("m",), "http_404", "Leave /v1 out"),
+        (Failure("status", GATEWAY, 405), ("m",), "http_405", "Check the URL"),
         (Failure("status", GATEWAY, 503), ("m",), "http_503", "GET /workers"),
         (Failure("status", GATEWAY, 307), ("m",), "http_307", "no redirect"),
         (Failure("status", GATEWAY, 500), ("m",), "http_500", "log of the gateway"),
@@ -515,6 +846,32 @@ def test_failure_is_explained(
     assert verdict.exit_status == 2
     assert [cause.name for cause in verdict.causes] == [name, "gave_up"]
     assert words in verdict.causes[0].text + verdict.causes[0].advice
+
+
+def test_gateway_that_calls_its_model_unknown_wants_its_name() -> None:
+    turn = Turn("keyed", 1, 1, "failed", failure=Failure("status", GATEWAY, 404))
+    run = Seen(replace(PLAN, model="unknown"), (turn,), 1, models=("unknown",))
+    [cause] = judge(run, 0.99).causes
+    assert cause.name == "unknown_model"
+    assert "--model" in cause.advice
+    [cause] = judge(replace(run, plan=replace(THROUGH, model="unknown")), 0.99).causes
+    assert cause.name == "http_404"
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("smg", "--assignment-mode min_group."),
+        ("sglang-router", "min_group (0.3.2 and newer)"),
+        ("vllm-router", "whether the gateway routes on this header"),
+    ],
+)
+def test_sessions_are_spread_by_what_the_gateway_has(
+    kind: Literal["smg", "sglang-router", "vllm-router"], words: str
+) -> None:
+    verdict = judge(replace(on_one_worker(MANUAL), load=Load(kind)), 0.99)
+    [cause] = [cause for cause in verdict.causes if cause.name == "one_sided"]
+    assert words in cause.advice
 
 
 def test_each_kind_of_failure_is_explained_once() -> None:
@@ -539,15 +896,16 @@ def test_counters_that_could_not_be_read_are_said_to_be_so() -> None:
     )
 
 
-@pytest.mark.parametrize(("min_kept", "status"), [(1.0, 1), (0.99, 0), (0.5, 0)])
+@pytest.mark.parametrize(("min_kept", "status"), [(1.0, 1), (119 / 120, 0), (0.99, 0), (0.5, 0)])
 def test_min_kept_sets_the_bar(min_kept: float, status: int) -> None:
     assert judge(seen(arm("keyed", LATER - 1)), min_kept).exit_status == status
+    assert judge(seen(arm("keyed", 66)), 0.55).exit_status == 0  # 0.55 * 120 > 66 in floats
 
 
 def test_figures_of_an_arm_that_saw_nothing() -> None:
     for name in ARMS:
         summary = summarise((), name)
-        assert (summary.answered, summary.later, summary.kept_share) == (0, 0, 0.0)
+        assert (summary.answered, summary.later, summary.kept_share) == (0, 0, None)
         assert summary.cached_share is summary.first_token_p50 is summary.first_token_p95 is None
 
 

@@ -14,7 +14,8 @@ from aiohttp_smg_routing.testing import free_port
 from aiohttp_smg_routing.verify import ask
 from aiohttp_smg_routing.verify.call import CallError, Client
 from aiohttp_smg_routing.verify.play import Play
-from aiohttp_smg_routing.verify.seen import ARMS, Counters, Plan, Turn, summarise
+from aiohttp_smg_routing.verify.seen import ARMS, Counters, Load, Plan, Turn
+from aiohttp_smg_routing.verify.summary import summarise
 
 from ..verify_servers import Handler, engine, fake_gateway, models, server, stream
 
@@ -43,8 +44,12 @@ async def test_both_arms_play_the_same_load_in_one_schedule() -> None:
         round_ = seen.turns[20 * number : 20 * (number + 1)]
         assert {turn.number for turn in round_} == {number + 1}
         assert all(a.session == b.session for a, b in zip(round_[::2], round_[1::2], strict=True))
-    assert {key for key, _ in calls} == {None, *(f"verify-r-{n}" for n in range(1, 11))}
-    assert {turn.arm for turn in seen.turns[::2]} == {"keyed", "unkeyed"}  # each is first at times
+    # One arm keeps its keys, in the other each turn has a new one. Nothing else tells them apart.
+    counts = Counter(key for key, _ in calls)
+    assert counts == {f"verify-r-{n}": 4 if n <= 10 else 1 for n in range(1, 51)}
+    keyed = {f"verify-r-{n}" for n in range(1, 11)}
+    assert {key in keyed for key, _ in calls[::2]} == {True, False}
+    assert {turn.arm for turn in seen.turns[::2]} == {"keyed", "control"}  # each is first at times
     orders = [tuple(turn.session for turn in seen.turns[i : i + 20 : 2]) for i in range(0, 80, 20)]
     assert len(set(orders)) == 4
 
@@ -109,7 +114,8 @@ async def test_worker_is_compared_with_the_one_before() -> None:
 
     async def handler(request: web.Request) -> web.StreamResponse:
         response = web.Response(text="data: [DONE]\n\n")
-        if "X-SMG-Routing-Key" in request.headers and (worker := next(workers)):
+        keyed = request.headers["X-SMG-Routing-Key"].endswith("-1")
+        if keyed and (worker := next(workers)):
             response.headers["x-smg-routed-worker-id"] = worker
         return response
 
@@ -175,7 +181,7 @@ async def test_counters_are_read_after_the_time_limit_as_well() -> None:
     app.router.add_get("/metrics", metrics)
     async with server(fake_gateway(handler)) as url, server(app) as other:
         seen = await Play(Plan(url, other / "metrics", time_limit=0.3), api_key=None).run()
-    assert (seen.stopped, seen.counters, seen.no_counters) == ("time_limit", Counters({}, {}), "")
+    assert (seen.stopped, seen.counters, seen.no_counters) == ("time_limit", Counters(), "")
 
 
 async def test_figure_that_engines_leave_out_is_0_once_one_has_told_it() -> None:
@@ -237,7 +243,8 @@ async def test_models_need_not_be_listed_where_one_is_named() -> None:
         {"object": "list"},
         ["odd"],
         {"data": [1]},
-        {"data": ["id-x"]},
+        {"data": [["id"]]},
+        {"models": {}},
         {"data": [{"id": 1}]},
     ],
 )
@@ -251,65 +258,90 @@ async def test_gateway_that_lists_no_model_is_said_to_do_so(listed: object) -> N
     assert (seen.failure.kind, seen.failure.text) == ("broken", "it lists no model")
 
 
-def session_server(known: set[str], *, creates: bool) -> web.Application:
-    """Return a server of sessions that must be made first; where not, a POST is answered 405."""
+def session_server(known: set[str], made: list[str] | None = None) -> web.Application:
+    """Return a server of sessions that must be made first; where it makes none, a POST is a 405."""
     app = web.Application()
 
     async def create(request: web.Request) -> web.Response:
-        known.add((await request.json())["session_id"])
+        session_id = (await request.json())["session_id"]
+        known.add(session_id)
+        assert made is not None
+        made.append(session_id)
         return web.json_response({}, status=201)
+
+    async def delete(request: web.Request) -> web.Response:
+        known.remove(request.match_info["session_id"])
+        return web.Response(status=204)
 
     async def chat(request: web.Request) -> web.StreamResponse:
         if request.match_info["session_id"] not in known:
             raise web.HTTPNotFound(text="no such session")
         return await stream(request, "ok", USAGE)
 
-    if creates:
+    if made is not None:
         app.router.add_post("/base/sessions", create)
+        app.router.add_delete("/base/sessions/{session_id}", delete)
     app.router.add_post("/base/sessions/{session_id}/v1/chat/completions", chat)
     return app
 
 
 async def test_session_is_made_at_the_session_server_that_wants_it_so() -> None:
     known: set[str] = set()
+    made: list[str] = []
     async with (
         server(engine()) as url,
-        server(session_server(known, creates=True)) as through,
+        server(session_server(known, made)) as through,
     ):
         plan = Plan(
             url,
             METRICS,
-            through=f"{through}/base/sessions/{{session_id}}",
+            through=f"{through}/base/sessions/{{session_id}}/v1/chat/completions",
             sessions=3,
             turns=2,
             session_id="a/ü {n}?",
+            concurrency=1,
         )
         seen = await Play(plan, api_key=None).run()
-    assert known == {"a/ü 1?", "a/ü 2?", "a/ü 3?"}
+    made.sort()
+    assert known == set()  # all that were made are deleted again
+    assert made == [f"a/ü {n}?" for n in range(1, 10)]
     assert summarise(seen.turns, "keyed").answered == 6
-    assert summarise(seen.turns, "unkeyed").answered == 6
-    assert (seen.sent, seen.sent_for_sessions) == (12, 6)
+    assert summarise(seen.turns, "control").answered == 6
+    # 9 sessions are made and deleted. The first 404 tells that each is to be made first.
+    assert (seen.sent, seen.sent_for_sessions) == (12, 9 + 9 + 1)
 
 
 async def test_session_server_that_makes_none_is_answered_by_its_404() -> None:
     async with (
         server(engine()) as url,
-        server(session_server(set(), creates=False)) as through,
+        server(session_server(set())) as through,
     ):
-        link = f"{through}/base/sessions/{{session_id}}"
+        link = f"{through}/base/sessions/{{session_id}}/v1/chat/completions"
         plan = Plan(url, METRICS, through=link, sessions=2, turns=2)
         seen = await Play(plan, api_key=None).run()
     failures = [turn.failure for turn in seen.turns if turn.failure]
-    assert [failure.status for failure in failures] == [404] * 4
+    assert [failure.status for failure in failures] == [404] * 8
     assert {failure.text for failure in failures} == {"no such session"}
 
 
 @pytest.mark.parametrize(
     ("answer", "count"),
     [
-        ({"workers": [{"is_healthy": True, "model_id": "m"}, {"is_healthy": True}]}, 2),
-        ({"workers": [{"is_healthy": False, "model_id": "m"}]}, 0),
-        ({"workers": [{"is_healthy": True, "model_id": "other"}]}, 0),
+        (
+            {"workers": [{"is_healthy": True, "model_id": "m"}, {"is_healthy": True}]},
+            {"regular": 2},
+        ),
+        (
+            {
+                "workers": [
+                    {"is_healthy": True, "worker_type": "prefill"},
+                    {"is_healthy": True, "worker_type": "decode", "model_id": "unknown"},
+                ]
+            },
+            {"prefill": 1, "decode": 1},
+        ),
+        ({"workers": [{"is_healthy": False, "model_id": "m"}]}, {}),
+        ({"workers": [{"is_healthy": True, "model_id": "other"}]}, {"regular": 0}),
         ({"workers": []}, None),
         ({"workers": "odd"}, None),
         ({"workers": [{"is_healthy": True}, "odd"]}, None),
@@ -317,7 +349,7 @@ async def test_session_server_that_makes_none_is_answered_by_its_404() -> None:
     ],
 )
 async def test_workers_are_those_that_are_healthy_and_have_the_model(
-    answer: object, count: int | None
+    answer: object, count: dict[str, int] | None
 ) -> None:
     async def workers(request: web.Request) -> web.Response:
         return web.json_response(answer)
@@ -341,8 +373,90 @@ async def test_run_tells_by_how_much_the_counters_grew() -> None:
     async with server(fake_gateway(recorder(calls))) as url, server(app) as other:
         plan = Plan(url, other / "metrics", sessions=2, turns=3)
         seen = await Play(plan, api_key=None).run()
-    assert seen.counters == Counters({}, {"manual": 12})
+    assert seen.probe == Counters({"regular": {"manual": 4}})
+    assert seen.counters == Counters({"regular": {"manual": 12}})
     assert seen.no_counters == ""
+    assert [key for key, _ in calls[:4]] == [None] * 4
+    assert len(calls) == 16
+
+
+@pytest.mark.parametrize(
+    ("concurrency", "policy", "alone"),
+    [(1, "p", True), (2, "p", False), (2, "consistent_hash", True)],
+)
+async def test_counters_name_the_worker_of_the_only_call(
+    concurrency: int, policy: str, alone: bool
+) -> None:
+    counts: Counter[str] = Counter()
+
+    async def chat(request: web.Request) -> web.StreamResponse:
+        counts[request.headers.get("X-SMG-Routing-Key", "none")[-1]] += 1
+        return await stream(request, "ok", USAGE)
+
+    async def metrics(request: web.Request) -> web.Response:
+        counts["read"] += 1
+        name = "vllm_router_policy_decisions_total"
+        lines = (
+            f'{name}{{policy="{policy}",worker="{w}"}} {n}'
+            for w, n in counts.items()
+            if w != "read"
+        )
+        return web.Response(text="\n".join([*lines, "vllm_router_x 1", ""]))
+
+    app = web.Application()
+    app.router.add_get("/metrics", metrics)
+    async with server(fake_gateway(chat)) as url, server(app) as other:
+        plan = Plan(url, other / "metrics", sessions=2, turns=3, concurrency=concurrency)
+        seen = await Play(plan, api_key=None).run()
+    workers = {turn.worker for turn in seen.turns if turn.arm == "keyed" and turn.session == 1}
+    assert workers == ({"1"} if alone else {None})
+    assert counts["read"] == (3 + 12 if alone else 3)
+
+
+@pytest.mark.parametrize(
+    ("named", "through", "concurrency"), [(False, False, 1), (True, False, 4), (False, True, 4)]
+)
+async def test_one_call_is_made_at_a_time_only_where_nothing_else_can_tell(
+    named: bool, through: bool, concurrency: int
+) -> None:
+    count = 0
+
+    async def chat(request: web.Request) -> web.StreamResponse:
+        nonlocal count
+        count += 1
+        headers = {"x-smg-routed-worker-id": "http://w"} if named else {}
+        return web.Response(text="data: [DONE]\n\n", headers=headers)
+
+    async def metrics(request: web.Request) -> web.Response:
+        labels = '{policy="consistent_hash",worker="http://w"}'
+        return web.Response(text=f"vllm_router_policy_decisions_total{labels} {count}\n")
+
+    app = web.Application()
+    app.router.add_get("/metrics", metrics)
+    async with server(fake_gateway(chat)) as url, server(app) as other:
+        way = f"{url}/v1/chat/completions" if through else None
+        plan = Plan(url, other / "metrics", way, concurrency=4, sessions=2, turns=2)
+        seen = await Play(plan, api_key=None).run()
+    assert seen.plan.concurrency == concurrency
+
+
+async def test_counters_of_two_workers_or_of_none_name_no_worker() -> None:
+    counts = Counter({"a": 1})
+
+    async def metrics(request: web.Request) -> web.Response:
+        lines = (f'smg_worker_cb_outcomes_total{{worker="{w}"}} {n}' for w, n in counts.items())
+        return web.Response(text="\n".join([*lines, ""]))
+
+    app = web.Application()
+    app.router.add_get("/metrics", metrics)
+    async with server(app) as url, Client(5, None) as client:
+        before, _ = await ask.read_metrics(client, url / "metrics")
+        follow = ask.Follower(client, url / "metrics", before)
+        for grown, worker in ((["a"], "a"), (["a", "b"], None), (["a", "a"], None), ([], None)):
+            counts.update(grown)
+            assert await follow.worker() == worker
+        lost = ask.Follower(client, url / "no", before)
+        assert await lost.worker() is None
 
 
 async def test_metrics_of_something_else_are_said_to_be_so() -> None:
@@ -391,39 +505,94 @@ async def test_names_that_a_server_gives_are_printable_and_hold_no_key() -> None
     app.router.add_get("/metrics", metrics)
     async with server(app) as url, Client(5, "sesame") as client:
         assert await ask.models(client, url) == (" [31m ***  x",)
-        counters = await ask.read_counters(client, url / "metrics")
-    assert counters == Counters({" ***": 1}, {" ***": 1})
+        counters, _ = await ask.read_metrics(client, url / "metrics")
+    assert counters == Counters({"regular": {" ***": 1}}, {"manual": {" ***": 1}})
 
 
-async def test_counters_are_those_of_the_policies() -> None:
-    text = """
-smg_manual_policy_branch_total{branch="vacant"} 3
-smg_cache_aware_policy_branch_total{branch="tree_match"} 9
-smg_worker_selection_total{worker_type="prefill",policy="manual"} 5
-smg_worker_selection_total{worker_type="decode",policy="manual"} 5
-other 1
-"""
-
+async def metrics_of(text: str) -> tuple[Counters, Load]:
     async def metrics(request: web.Request) -> web.Response:
-        return web.Response(text=text if request.path == "/metrics" else "other 1\n")
+        return web.Response(text=text)
 
     app = web.Application()
-    app.router.add_get("/{name}", metrics)
+    app.router.add_get("/metrics", metrics)
     async with server(app) as url, Client(5, None) as client:
-        assert await ask.read_counters(client, url / "metrics") == Counters(
-            {"vacant": 3}, {"manual": 10}, pools=2
-        )
-        with pytest.raises(ValueError, match="no SMG gateway's metrics"):
-            await ask.read_counters(client, url / "another")
+        return await ask.read_metrics(client, url / "metrics")
+
+
+async def test_counters_are_those_of_the_policies_and_kinds_of_workers() -> None:
+    counters, _ = await metrics_of(
+        """
+smg_manual_policy_branch_total{branch="vacant"} 3
+smg_prefix_hash_policy_branch_total{branch="ring_hit"} 5
+smg_cache_aware_policy_branch_total{branch="tree_match"} 9
+smg_worker_selection_total{worker_type="prefill",policy="manual"} 5
+smg_worker_selection_total{worker_type="decode",policy="prefix_hash"} 5
+smg_worker_cb_outcomes_total{worker="http://w",outcome="success"} 7
+other 1
+"""
+    )
+    assert counters == Counters(
+        {"prefill": {"manual": 5}, "decode": {"prefix_hash": 5}},
+        {"manual": {"vacant": 3}, "prefix_hash": {"ring_hit": 5}},
+        {"http://w": 7},
+    )
+    assert counters.calls == 5
+    with pytest.raises(ValueError, match="no SMG gateway's metrics"):
+        await metrics_of("other 1\n")
+    async with server(fake_gateway(recorder([]))) as url, Client(5, None) as client:
         with pytest.raises(CallError):
-            await ask.read_counters(client, url / "no/such")
+            await ask.read_metrics(client, url / "no/such")
+
+
+@pytest.mark.parametrize(
+    ("text", "load"),
+    [
+        ("smg_tokio_workers 2\n", Load("smg")),
+        ("smg_tokio_workers 2\nsmg_engine_load_polls_total 2\n", Load("smg", True)),
+        (
+            "smg_tokio_workers 2\nsmg_engine_load_polls_total 2\n"
+            'smg_workers_overloaded{model="a"} 1\nsmg_workers_overloaded{model="b"} 1\n'
+            'smg_engine_token_usage{worker="w",dp_rank="0"} 0.9\n'
+            'smg_engine_token_usage{worker="w",dp_rank="1"} 0.5\n',
+            Load("smg", True, 2, {"w": 0.9}),
+        ),
+        ("smg_worker_selection_total 1\n", Load("sglang-router")),
+        ("vllm_router_requests_total 1\n", Load("vllm-router")),
+    ],
+)
+async def test_metrics_tell_which_gateway_it_is_and_its_load(text: str, load: Load) -> None:
+    assert (await metrics_of(text))[1] == load
 
 
 def test_growth_is_what_came_in_between() -> None:
-    before = Counters({"vacant": 3, "occupied_hit": 1}, {"manual": 4})
-    after = Counters({"vacant": 5, "occupied_hit": 1}, {"manual": 6, "random": 1})
-    assert ask.growth(before, after) == Counters({"vacant": 2}, {"manual": 2, "random": 1})
+    before = Counters({"regular": {"manual": 4}}, {"manual": {"vacant": 3, "occupied_hit": 1}})
+    after = Counters(
+        {"regular": {"manual": 6, "random": 1}},
+        {"manual": {"vacant": 5, "occupied_hit": 1}},
+        {"http://w": 3},
+    )
+    grown = Counters(
+        {"regular": {"manual": 2, "random": 1}}, {"manual": {"vacant": 2}}, {"http://w": 3}
+    )
+    assert ask.growth(before, after) == grown
     assert ask.growth(before, None) is ask.growth(None, after) is None
+    assert ask.growth(after, after) == Counters()
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [
+        {"models": ["a", "b"]},
+        {"models": [{"name": "a"}, {"model_path": "b"}]},
+        {"data": [{"id": "a"}, {"model": "b"}]},
+    ],
+)
+async def test_models_are_read_in_other_shapes_as_well(listed: object) -> None:
+    async def handler(request: web.Request) -> web.Response:
+        return web.json_response(listed)
+
+    async with server(fake_gateway(handler, models=handler)) as url, Client(5, None) as client:
+        assert await ask.models(client, url) == ("a", "b")
 
 
 async def test_models_are_listed_by_name() -> None:

@@ -37,7 +37,7 @@ def played(workers: int, sessions: int = 24, turns: int = 6) -> Seen:
                 seen.append(Turn(arm, session, number, outcome, worker, 100, 50, 0.1))
                 before = worker
     plan = Plan(GATEWAY, GATEWAY, model="m", sessions=sessions, turns=turns)
-    return Seen(plan, tuple(seen), len(seen), workers=workers)
+    return Seen(plan, tuple(seen), len(seen), workers={"regular": workers})
 
 
 def colours(file: Path) -> set[str]:
@@ -63,7 +63,7 @@ def test_arm_with_the_key_is_above_and_the_curves_are_beside(
     seen = played(3)
     draw(seen, judge(seen, 0.9), tmp_path / "pins.svg")
     panels = {axes.get_title(loc="left"): axes for axes in figures[0].axes}
-    above, below = panels["With the key"], panels["Without the key"]
+    above, below = panels["Same session"], panels["New session each turn"]
     assert above.get_position().y0 > below.get_position().y1
     assert above.get_title(loc="right") == "0 moves"
     assert below.get_title(loc="right") != "0 moves"
@@ -107,3 +107,25 @@ def test_what_is_not_known_is_said(tmp_path: Path) -> None:
         draw(seen, judge(seen, 0.9), tmp_path / name)
         root = ElementTree.parse(tmp_path / name).getroot()  # noqa: S314
         assert root.tag == f"{SVG}svg"
+
+
+def test_picture_counts_no_moves_where_nobody_names_a_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: figures.append(figure))
+    turns = tuple(
+        Turn(arm, session, number, "unknown")
+        for arm in ARMS
+        for session in range(1, 25)
+        for number in range(1, 7)
+    )
+    named = [Turn(arm, 1, 1, "first", "http://w") for arm in ARMS[1:]]
+    for seen in (turns, (*turns, *named)):
+        run = Seen(Plan(GATEWAY, GATEWAY), seen)
+        draw(run, judge(run, 0.9), tmp_path / "pins.svg")
+    for figure in figures:
+        texts = [axes.get_title(loc="right") for axes in figure.axes]
+        texts += [text.get_text() for text in figure.texts]
+        assert not [text for text in texts[:1] if "moves" in text]
+        assert not [text for text in texts if "stayed" in text]

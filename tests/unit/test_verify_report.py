@@ -9,17 +9,16 @@ import sys
 import pytest
 from yarl import URL
 
-from aiohttp_smg_routing.verify.causes import Cause
+from aiohttp_smg_routing.verify.cause import Cause
 from aiohttp_smg_routing.verify.judge import Verdict, judge
 from aiohttp_smg_routing.verify.report import (
     Bars,
-    lasting,
     show_plan,
     show_seen,
     show_verdict,
-    terminal,
 )
 from aiohttp_smg_routing.verify.seen import Counters, Failure, Outcome, Plan, Seen, Turn
+from aiohttp_smg_routing.verify.streams import lasting, terminal
 
 from ..verify_servers import engine, in_background, server
 
@@ -47,7 +46,7 @@ def test_bars_count_live_on_a_terminal() -> None:
     outcomes: tuple[Outcome, ...] = ("first", "kept", "failed", "unknown")
     for outcome in outcomes:
         bars.played(Turn("keyed", 1, 1, outcome))
-    bars.played(Turn("unkeyed", 1, 1, "moved"))
+    bars.played(Turn("control", 1, 1, "moved"))
     bars.stop()
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
     assert "4/4 1 kept, 0 moved, 1 unknown, 1 failed" in shown
@@ -86,22 +85,40 @@ def test_file_gets_neither_bars_nor_colours_nor_long_lines(monkeypatch: pytest.M
 
 @pytest.mark.parametrize(
     ("workers", "words"),
-    [(None, "workers not listed"), (1, "1 worker listed"), (3, "3 workers listed")],
+    [
+        (None, "workers not listed"),
+        ({"regular": 1}, "1 worker listed"),
+        ({"regular": 3}, "3 workers listed"),
+        ({"prefill": 2, "decode": 3}, "2 prefill and 3 decode workers listed"),
+    ],
 )
-def test_plan_says_how_many_workers_there_are(workers: int | None, words: str) -> None:
+def test_plan_says_how_many_workers_there_are(workers: dict[str, int] | None, words: str) -> None:
     stream = io.StringIO()
     show_plan(Seen(PLAN, workers=workers), terminal(stream))
     assert words in " ".join(stream.getvalue().split())
 
 
 def test_table_says_what_is_not_known() -> None:
-    turns = (Turn("keyed", 1, 1, "unknown"), Turn("unkeyed", 1, 1, "first", worker="http://w"))
+    turns = (Turn("keyed", 1, 1, "unknown"), Turn("control", 1, 1, "first", worker="http://w"))
     stream = io.StringIO()
     show_seen(Seen(PLAN, turns, counters=Counters({}, {})), terminal(stream))
     out = stream.getvalue()
-    assert re.search(r"workers +\S +not named \S +1 ", out)
+    assert re.search(r"workers +\S +unknown \S +1 ", out)
+    assert re.search(r"kept on their worker +\S +0 \S +0 ", out)
+    assert re.search(r"moved to another +\S +unknown \S +0 ", out)
     assert re.search(r"from the KV cache \S +not reported", out)
     assert "counters grew by: nothing." in out
+
+
+def test_counters_are_named_by_the_kind_of_worker_where_there_are_two() -> None:
+    stream = io.StringIO()
+    counters = Counters(
+        {"prefill": {"random": 2}, "decode": {"manual": 2}}, {"manual": {"vacant": 1}}
+    )
+    turns = (Turn("keyed", 1, 1, "unknown"),)
+    show_seen(Seen(PLAN, turns, counters=counters), terminal(stream))
+    said = " ".join(stream.getvalue().split())
+    assert "grew by: policy random prefill 2, policy manual decode 2, vacant 1." in said
 
 
 def test_no_table_where_nothing_was_answered() -> None:

@@ -1,0 +1,139 @@
+"""What is worth knowing whatever the verdict is."""
+
+import re
+from collections.abc import Iterator
+
+from ..gateway import VALID_KEY
+from .cause import Cause
+from .counting import worker_count
+from .facts import KV_USAGE_LIMIT
+from .seen import Answer, Seen
+from .summary import Summary
+
+
+def notes(seen: Seen, keyed: Summary, answer: Answer) -> Iterator[Cause]:
+    """Yield them."""
+    if seen.stopped:
+        yield _stopped(seen)
+    if not seen.plan.through:
+        yield from _keys(seen)
+    if not keyed.answered:
+        return
+    if not keyed.named:
+        yield _unnamed(seen)
+    if seen.counters is None and seen.no_counters:
+        yield Cause(
+            "no_counters",
+            f"The gateway's counters could not be read at {seen.plan.metrics}: {seen.no_counters}.",
+            "Give the address of its metrics with --metrics URL (the gateway's --prometheus-port).",
+        )
+    if len(keyed.workers) == 1 and keyed.sessions >= 8 and worker_count(seen) != 1:
+        yield Cause(
+            "one_sided",
+            f"All {keyed.sessions} sessions that kept their key began on one worker.",
+            _spread(seen),
+        )
+    yield from _load(seen)
+    yield from _caches(keyed, answer)
+
+
+def _stopped(seen: Seen) -> Cause:
+    if seen.stopped == "time_limit":
+        return Cause(
+            "time_limit",
+            f"The run ended at its limit of {seen.plan.time_limit:g} s, after {len(seen.turns)} "
+            "calls: the verdict is on those.",
+            "Play less with --sessions or --turns, or allow more with --time-limit SECONDS.",
+        )
+    return Cause(
+        "gave_up",
+        f"The run ended after {len(seen.turns)} calls, because the last ones all failed.",
+        "Find out why they failed, then try again.",
+    )
+
+
+def _unnamed(seen: Seen) -> Cause:
+    follow = "Give the gateway's metrics, and --concurrency 1: then its counters name the worker."
+    if any(turn.worker for turn in seen.turns) or (seen.plan.through and seen.load.kind == "smg"):
+        return Cause(
+            "worker_hidden",
+            "The session server does not say which worker answered, or the gateway does not.",
+            f"Set hide_worker_ids = false there to see the worker of each turn. {follow}",
+        )
+    return Cause(
+        "no_worker_name",
+        "The gateway does not name the worker that answered, like SMG before 1.10 or with gRPC "
+        "workers, sglang-router and vllm-router: where a turn went is unknown.",
+        follow if seen.load.kind not in ("smg", None) else f"Use SMG 1.10 or newer. {follow}",
+    )
+
+
+def _spread(seen: Seen) -> str:
+    distinct = "Use keys that differ in more than their tail"
+    match seen.load.kind:
+        case "smg":
+            return f"Spread them with --assignment-mode min_group. {distinct}."
+        case "sglang-router":
+            return f"Spread them with --assignment-mode min_group (0.3.2 and newer). {distinct}."
+    return f"See whether the gateway routes on this header. {distinct}."
+
+
+def _keys(seen: Seen) -> Iterator[Cause]:
+    keys = seen.plan.ids()
+    bad = [key for key in keys if not VALID_KEY.fullmatch(key)]
+    if bad:
+        size = len(bad[0].encode())
+        wrong = f"{size} bytes long" if size > 128 else "not visible ASCII"
+        yield Cause(
+            "bad_key",
+            f"Session ids such as {bad[0][:40]!r} are {wrong}: SMG drops such a key without a "
+            "word.",
+            "Use 1 to 128 visible ASCII characters; the plugin sends a digest for any other id.",
+        )
+    if seen.load.kind in ("smg", None) and any(re.search(r"_[tr][0-9]+$", key) for key in keys):
+        yield Cause(
+            "key_tail",
+            f"Session ids such as {keys[0][:40]!r} end like the number of a turn: under SMG's "
+            "--routing-key-override the gateway takes that off, and ids that differ in nothing "
+            "else share one pin.",
+            "Put the number elsewhere in the id.",
+        )
+
+
+def _load(seen: Seen) -> Iterator[Cause]:
+    load = seen.load
+    fullest = max(load.kv_usage.values(), default=0.0)
+    off = "Launch the gateway with --disable-worker-overload-protection"
+    if load.overloaded:
+        yield Cause(
+            "overloaded",
+            f"The gateway leaves {load.overloaded} overloaded "
+            f"worker{'s' * (load.overloaded != 1)} out of routing (the fullest KV cache is at "
+            f"{fullest:.0%}): sessions that are pinned there move, and come back when the load "
+            "falls. With all workers overloaded it heeds no pin.",
+            f"{off}: then a session waits for its own worker. Or add workers.",
+        )
+    elif load.can_protect and fullest < KV_USAGE_LIMIT:
+        yield Cause(
+            "overload_protection",
+            "No worker is overloaded, so it can't be told whether overload protection is on, as it "
+            "is by default since SMG 1.12: it moves sessions off a worker that has 8 waiting calls "
+            f"or a KV cache that is {KV_USAGE_LIMIT:.0%} full.",
+            f"{off}, unless it is so already.",
+        )
+
+
+def _caches(keyed: Summary, answer: Answer) -> Iterator[Cause]:
+    if keyed.cached_share is None:
+        yield Cause(
+            "no_cached_tokens",
+            "The engines do not report cached prompt tokens.",
+            "Launch SGLang with --enable-cache-report, vLLM with --enable-prompt-tokens-details.",
+        )
+    elif answer == "pinned" and keyed.cached_share < 0.5:
+        yield Cause(
+            "cold_cache",
+            f"The sessions are pinned, but only {keyed.cached_share:.0%} of their prompt tokens "
+            "came from a cache.",
+            "See that prefix caching is on, and that a worker has room for its sessions.",
+        )

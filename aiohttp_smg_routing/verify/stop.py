@@ -1,0 +1,57 @@
+"""Ctrl-C and SIGTERM end a run, not the report on it."""
+
+import asyncio
+import signal
+from collections.abc import Callable
+from functools import partial
+from types import FrameType
+
+from .play import Play
+from .seen import Seen
+
+
+class Stop:
+    """Ctrl-C and SIGTERM, within its block: the first one ends the run, no other ends the report.
+
+    A signal that is ignored when the block begins (as ``nohup`` has it) stays ignored.
+    """
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._cancel: Callable[[], object] = _nothing
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {
+            number: handler for number, handler in handlers.items() if handler != signal.SIG_IGN
+        }
+
+    def __enter__(self) -> "Stop":
+        for number in self._before:
+            signal.signal(number, self._heard)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _heard(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received = signal.Signals(number)
+            self._cancel()
+
+    async def run(self, play: Play, ready: Callable[[Seen], None]) -> None:
+        """Play to the end, or until a signal. Nothing is left running."""
+        loop = asyncio.get_running_loop()
+        task = asyncio.ensure_future(play.run(ready))
+        self._cancel = partial(loop.call_soon_threadsafe, task.cancel)
+        if self.received is not None:  # before there was anything to stop
+            task.cancel()
+        try:
+            await asyncio.wait({task})
+        finally:
+            self._cancel = _nothing
+        if not task.cancelled():
+            task.result()
+
+
+def _nothing() -> None:
+    pass
