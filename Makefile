@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo bench micro fuzz soak test compat lint clean
+.PHONY: help demo bench micro fuzz soak test compat docs lint clean
 
 help: ## Show this help
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -37,6 +37,11 @@ test: $(VENV)/test.installed ## All tests, the ones on the real gateway included
 
 compat: ## The core's tests with old and new versions, each in an environment of its own: ENVIRONMENTS="oldest uvloop" runs some
 	@.ci/compat $(ENVIRONMENTS)
+
+docs: $(VENV)/docs.installed ## The documentation site, into build/docs; a warning or a broken link is an error
+	rm -rf build/docs
+	$(BIN)/sphinx-build -M html . build/docs -c docs --fail-on-warning --keep-going --quiet
+	@echo "file://$(CURDIR)/build/docs/html/index.html"
 
 lint: $(VENV)/lint.installed ## ruff, mypy --strict, a wheel built and checked
 	$(BIN)/ruff check .

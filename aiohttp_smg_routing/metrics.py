@@ -22,14 +22,21 @@ Metrics = Callable[[Counted, str | None, int], None]
 
 @dataclass(frozen=True, slots=True)
 class PinSummary:
-    """How many calls to the gateway had which outcome, and what was seen beside that."""
+    """How many calls to the gateway had which outcome, and what was counted beside it.
+
+    Each call has one of the first six outcomes. All are counts since the app was set up, but for
+    ``sessions``.
+
+    >>> routing.pins.summary().moved
+    0
+    """
 
     first: int = 0  #: The session was seen on a worker for the first time.
-    kept: int = 0  #: The call came to the worker where its session was when it started.
-    moved: int = 0  #: It came to another one.
-    unknown: int = 0  #: The answer named no worker: SMG before 1.10, or gRPC workers.
-    untagged: int = 0  #: The call had no session.
-    failed: int = 0  #: It raised, or was answered with a status of 400 or more.
+    kept: int = 0  #: The call came to the worker where its session was when the call started.
+    moved: int = 0  #: The call came to another worker.
+    unknown: int = 0  #: The answer named no worker: see docs/gateways.md for which.
+    untagged: int = 0  #: The call was answered and had no session.
+    failed: int = 0  #: The call raised, or was answered with a status of 400 or more.
     missing: int = 0  #: Calls that had no session when they were made, whatever became of them.
     late: int = 0  #: Calls in a request's session that were made after the request had ended.
     unmatched: int = 0  #: Calls in a session that look like ones to the gateway, without a key.
@@ -37,7 +44,11 @@ class PinSummary:
 
 
 class SessionPin(NamedTuple):
-    """Where a session is pinned, or one of its keys."""
+    """Where a session is pinned: one for each of its keys, and for each gateway of its own.
+
+    >>> [(pin.worker, pin.turns) for pin in routing.pins.of("s-17")]
+    [('http://10.0.0.2:8000', 6)]
+    """
 
     session: str  #: The session's name: its id, unless that goes out as a digest.
     gateway: str  #: The gateway's URL; the first one of those that share workers.
@@ -49,11 +60,14 @@ class SessionPin(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """A session's calls went to one worker and now go to another."""
+    """A session's calls went to one worker, and now go to another.
+
+    >>> RoutingConfig(gateway, on_move=lambda move: print(move.session, move.from_worker))
+    """
 
     session: str  #: The session's name: its id, unless that goes out as a digest.
-    from_worker: str
-    to_worker: str
+    from_worker: str  #: Where the session was, as the gateway names it.
+    to_worker: str  #: Where it is now.
     turns: int  #: The session's answered calls before this one.
 
 

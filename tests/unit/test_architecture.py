@@ -1,0 +1,87 @@
+"""The picture in CONTRIBUTING.md is that of the code: who imports whom, and in which direction.
+
+So is the list of public names in docs/reference.md.
+"""
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import aiohttp_smg_routing
+from aiohttp_smg_routing import testing
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "aiohttp_smg_routing"
+CORE = sorted(file.stem for file in PACKAGE.glob("[!_]*.py"))
+FOLDERS = ["testing", "verify"]
+ROW = re.compile(r"^\| `(\w+)` \| .+ \| (.+) \|$", re.MULTILINE)
+# aiohttp with what it brings itself, and what the extra ``metrics`` brings.
+ALLOWED = {"aiohttp", "multidict", "yarl", "prometheus_client", PACKAGE.name}
+
+
+def picture() -> dict[str, list[str]]:
+    """Return the table: what each file or folder imports, from the top to the bottom."""
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = page.partition("### Who imports whom")[2]
+    return {name: re.findall(r"`(\w+)`", imports) for name, imports in ROW.findall(table)}
+
+
+def imported(file: Path) -> Iterator[list[str]]:
+    """Yield the parts of each name that a file imports, at its top or within a function."""
+    here = file.relative_to(ROOT).parts
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name.split(".")
+        elif isinstance(node, ast.ImportFrom):
+            above = here[: -node.level] if node.level else ()
+            for alias in node.names:
+                yield [*above, *(node.module or "").split("."), alias.name]
+
+
+def of_package(name: str) -> list[str]:
+    """Return which other files and folders of the package a file or folder imports."""
+    folder = PACKAGE / name
+    files = folder.glob("*.py") if folder.is_dir() else [PACKAGE / f"{name}.py"]
+    paths = [[part for part in it if part] for file in files for it in imported(file)]
+    known = {*CORE, *FOLDERS}
+    # A name that is no file's is one that the package itself has: __init__ imports all files.
+    ours = {
+        path[1] if path[1] in known else "__init__" for path in paths if path[0] == PACKAGE.name
+    }
+    return sorted(ours - {name})
+
+
+def test_the_picture_has_every_file() -> None:
+    assert sorted(picture()) == sorted(CORE + FOLDERS)
+
+
+@pytest.mark.parametrize("name", CORE + FOLDERS)
+def test_a_file_imports_what_its_row_says(name: str) -> None:
+    assert picture().get(name, []) == of_package(name)
+
+
+def test_imports_run_one_way() -> None:
+    above: set[str] = set()
+    for name, its in picture().items():
+        above.add(name)
+        assert above.isdisjoint(its), f"{name} imports a file that stands above it"
+
+
+def test_users_of_the_package_load_neither_testing_nor_verify() -> None:
+    assert {*of_package("__init__")} <= {*CORE}
+
+
+def test_the_core_needs_nothing_but_aiohttp() -> None:
+    needed = {path[0] for name in CORE for path in imported(PACKAGE / f"{name}.py")}
+    assert needed - sys.stdlib_module_names <= ALLOWED
+
+
+def test_the_reference_has_every_public_name_and_no_other() -> None:
+    page = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\.\. auto\w+:: (?:[a-z_]+\.)*(\w+)", page, re.MULTILINE)
+    assert sorted(shown) == sorted((*aiohttp_smg_routing.__all__, *testing.__all__))
