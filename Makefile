@@ -35,7 +35,7 @@ test: $(VENV)/test.installed ## All tests, the ones on the real gateway included
 	$(BIN)/python -m coverage run -m pytest  # not pytest --cov: pytest itself imports the package
 	$(BIN)/python -m coverage report --fail-under=100
 
-compat: ## The core's tests with old and new versions, each in an environment of its own: ENVIRONMENTS="oldest uvloop" runs some
+compat: ## Tests with old and new versions, and on each gateway, each in an environment of its own: ENVIRONMENTS="oldest uvloop" runs some
 	@.ci/compat $(ENVIRONMENTS)
 
 docs: $(VENV)/docs.installed ## The documentation site, into build/docs; a warning or a broken link is an error

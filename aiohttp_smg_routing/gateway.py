@@ -1,6 +1,6 @@
 """What the core knows of a gateway: headers, keys, and which URL is a call to it.
 
-Measured on SMG 1.9.0, 1.10.1 and 1.13.0. ``docs/gateway.md`` has the whole table.
+Measured on SMG 1.9 to 1.13. ``docs/gateways.md`` has the whole table.
 """
 
 import re

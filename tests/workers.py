@@ -6,7 +6,7 @@ python -m tests.workers PORT
 import asyncio
 import sys
 from asyncio.subprocess import Process
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from importlib.metadata import version
 
@@ -14,7 +14,15 @@ import pytest
 from aiohttp import ClientSession
 from yarl import URL
 
-from aiohttp_smg_routing.testing import child_process, free_port, recording_gateway
+from aiohttp_smg_routing.testing import (
+    Call,
+    Recorder,
+    canned,
+    child_process,
+    completion,
+    free_port,
+    recording_gateway,
+)
 
 SMG = tuple(map(int, version("smg").split(".")[:2]))
 
@@ -25,6 +33,22 @@ def chat(session_id: str, turn: int = 1) -> Mapping[str, object]:
     """Return the body of a turn: the conversation so far, and whose it is."""
     messages = [{"role": "user", "content": f"turn {number}"} for number in range(turn)]
     return {"model": "stub", "user": session_id, "messages": messages}
+
+
+def answer_when_all_are_there(workers: Iterable[Recorder], count: int) -> None:
+    """Have the workers answer no chat completion before ``count`` of them have arrived."""
+    arrived, everybody = 0, asyncio.Event()
+
+    async def late(call: Call) -> AsyncGenerator[bytes, None]:
+        nonlocal arrived
+        arrived += 1
+        if arrived == count:
+            everybody.set()
+        await everybody.wait()
+        yield completion()
+
+    for worker in workers:
+        worker.answer = lambda call: late(call) if call.method == "POST" else canned(call)
 
 
 @asynccontextmanager

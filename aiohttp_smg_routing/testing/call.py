@@ -7,6 +7,10 @@ from typing import Any
 
 from ..gateway import ROUTING_KEY_HEADER, TARGET_WORKER_HEADER
 
+# RFC 9113, section 3.4. sglang-router asks each worker in HTTP/2 first, and in HTTP/1.1 when the
+# connection is closed.
+_HTTP_2_PREFACE = b"PRI * HTTP/2.0"
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -47,9 +51,11 @@ class Call:
 
 
 async def read_call(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> Call:
-    """Read the next call of a connection."""
+    """Read the next call of a connection; ``ConnectionAbortedError`` if it is to speak HTTP/2."""
     head = await reader.readuntil(b"\r\n\r\n")
     start_line, *lines = head[:-4].split(b"\r\n")
+    if start_line == _HTTP_2_PREFACE:
+        raise ConnectionAbortedError("the client asks for HTTP/2, which is not spoken here")
     call = Call(start_line, tuple(lines), b"")
     if call.values("Expect"):
         writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")

@@ -1,11 +1,13 @@
 """The real SMG gateway."""
 
 import asyncio
+import re
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
@@ -80,7 +82,9 @@ async def smg_gateway(
 
     ``workers`` is how many are started for it, each a ``Recorder``, or the URLs of your own.
     ``policy`` is the gateway's ``--policy``; ``args`` are further command-line arguments, such as
-    ``("--assignment-mode", "min_group")``; ``port`` is a free one unless it is given. Workers of
+    ``("--assignment-mode", "min_group")``; ``port`` is a free one unless it is given. Worker
+    overload protection, which moves the sessions of a worker whose KV cache is 80 % full and is on
+    by default from SMG 1.12 on, is off unless ``args`` name one of its options. Workers of
     your own must answer ``/health`` already: one that is still loading costs the gateway 30 seconds
     (measured on SMG 1.13.0). Raises ``ModuleNotFoundError`` where the gateway is not installed.
 
@@ -91,9 +95,27 @@ async def smg_gateway(
         raise ModuleNotFoundError(
             "the SMG gateway is not installed: pip install 'aiohttp_smg_routing[gateway]'"
         )
-    own_port, metrics_port = free_ports(2)
-    url = URL(f"http://127.0.0.1:{port or own_port}")
-    metrics_url = URL(f"http://127.0.0.1:{metrics_port}/metrics")
+    program = (sys.executable, "-m", "smg", "launch", "--disable-tokenizer-autoload")
+    arguments = ("--policy", policy, "--log-level", "warn", *_protection(args), *args)
+    async with run_gateway(program, workers, arguments, port) as gateway:
+        yield gateway
+
+
+def _protection(args: Sequence[str]) -> tuple[str, ...]:
+    """Return what switches worker overload protection off, where SMG has it on by default."""
+    is_default = tuple(map(int, version("smg").split(".")[:2])) >= (1, 12)
+    is_named = any("worker-overload-" in argument for argument in args)
+    return ("--disable-worker-overload-protection",) if is_default and not is_named else ()
+
+
+@asynccontextmanager
+async def run_gateway(
+    program: Sequence[str],
+    workers: int | Sequence[str | URL],
+    args: Sequence[str],
+    port: int | None = None,
+) -> AsyncIterator[SmgGateway]:
+    """Run SMG, or one of its relatives, whose command lines and lists of workers are the same."""
     async with AsyncExitStack() as stack:
         started: tuple[Recorder, ...] = ()
         if isinstance(workers, int):
@@ -101,6 +123,9 @@ async def smg_gateway(
             started = tuple([await stack.enter_async_context(context) for context in contexts])
             workers = [worker.url for worker in started]
         urls = [str(worker) for worker in workers]
+        own_port, metrics_port = free_ports(2)  # now that none of them can be given to a worker
+        url = URL(f"http://127.0.0.1:{port or own_port}")
+        metrics_url = URL(f"http://127.0.0.1:{metrics_port}/metrics")
         # None of its connections stays, for a test that looks at those to the gateway.
         connector = aiohttp.TCPConnector(force_close=True)
         session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector))
@@ -108,15 +133,19 @@ async def smg_gateway(
         async def ready() -> bool:
             async with session.get(url / "workers") as response:
                 known = (await response.json())["workers"]
-            return [worker["is_healthy"] for worker in known] == [True] * len(urls)
+            found = {_RANK.sub("", worker["url"]) for worker in known}
+            return len(found) == len(urls) and all(worker["is_healthy"] for worker in known)
 
         async with child_process(
-            *(sys.executable, "-m", "smg", "launch"),
+            *program,
             *("--host", "127.0.0.1", "--port", str(url.port)),
             *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics_url.port)),
             *("--worker-urls", *urls),
-            *("--policy", policy, *args),
-            *("--disable-tokenizer-autoload", "--log-level", "warn"),
+            *args,
             ready=ready,
         ) as process:
             yield SmgGateway(url, metrics_url, process, started)
+
+
+# What --dp-aware has behind the URL of a worker, for each of its data-parallel ranks.
+_RANK = re.compile(r"@\d+$")

@@ -26,11 +26,12 @@ from aiohttp_smg_routing.testing import (
 )
 
 from ..conftest import CLIENT, session_server
-from ..workers import SMG, chat, names_workers
+from ..workers import SMG, answer_when_all_are_there, chat, names_workers
 
 SESSIONS = [f"s-{number}" for number in range(8)]
 TURNS = 4
 BY_MODEL = "{session_id}/{json:model}"
+OVERRIDE = ["--routing-key-override"]
 
 
 def engine_of(model: str) -> Callable[[Call], Answer]:
@@ -66,15 +67,17 @@ class Cluster:
 
 
 @asynccontextmanager
-async def cluster(models: Sequence[str]) -> AsyncIterator[Cluster]:
-    """Run the real gateway under ``manual``, before two workers for each model."""
+async def cluster(
+    models: Sequence[str], policy: str = "manual", args: Sequence[str] = ()
+) -> AsyncIterator[Cluster]:
+    """Run the real gateway before two workers for each model."""
     async with AsyncExitStack() as stack:
         workers = []
         for model in [*models, *models]:
             workers.append(await stack.enter_async_context(recording_gateway()))
             workers[-1].answer = engine_of(model)
         urls = [worker.url for worker in workers]
-        smg = await stack.enter_async_context(smg_gateway(urls, policy="manual"))
+        smg = await stack.enter_async_context(smg_gateway(urls, policy=policy, args=args))
         yield Cluster(smg, workers)
 
 
@@ -132,14 +135,27 @@ async def test_without_it_two_models_on_one_key_stay_but_look_as_if_they_moved(
     assert (summary.first, summary.moved) == (len(SESSIONS), calls - len(SESSIONS))
 
 
-async def test_without_it_three_models_on_one_key_lose_their_pins(
-    aiohttp_client: AiohttpClient,
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize(
+    ("policy", "args", "keeps_three"),
+    [
+        ("manual", [], False),
+        ("manual", OVERRIDE, False),  # which changes nothing where the policy is manual
+        ("round_robin", OVERRIDE, SMG >= (1, 11)),
+        ("consistent_hashing", [], True),
+    ],
+)
+async def test_without_it_three_models_on_one_key_lose_their_pins_under_manual(
+    aiohttp_client: AiohttpClient, policy: str, args: list[str], keeps_three: bool, count: int
 ) -> None:
-    models = ["model-0", "model-1", "model-2"]
-    async with cluster(models) as running:
+    models = [f"model-{number}" for number in range(count)]
+    async with cluster(models, policy, args) as running:
         await play(aiohttp_client, session_server(running.smg.url), models)
-        assert running.on_one_worker(models) < len(SESSIONS) * len(models)
-        assert (await running.smg.branches())["occupied_hit"] == 0
+        kept = running.on_one_worker(models)
+        hits = (await running.smg.branches())["occupied_hit"]
+    assert (kept == len(SESSIONS) * len(models)) is (count == 2 or keeps_three)
+    if not keeps_three:
+        assert (hits > 0) is (count == 2)
 
 
 async def test_a_turn_that_calls_a_second_model_says_so_and_each_keeps_its_worker(
@@ -218,6 +234,31 @@ async def test_the_samples_of_a_group_share_a_worker(
     if SMG >= (1, 10):
         pins = app[ROUTING].pins
         assert (pins.summary().moved, pins.summary().sessions) == (0, len(groups) * 4)
+
+
+@pytest.mark.parametrize(
+    ("policy", "args"),
+    [("manual", []), ("consistent_hashing", []), ("round_robin", OVERRIDE)],
+)
+async def test_many_calls_of_one_group_at_once_do_not_stay_together_under_the_override(
+    smg_gateway: StartSmgGateway, policy: str, args: list[str]
+) -> None:
+    smg = await smg_gateway(4, policy=policy, args=args)
+    answer_when_all_are_there(smg.workers, 16)
+    routing = Routing({"gateway": str(smg.url)})
+
+    async def call() -> None:
+        with routing_session("group-1"):
+            async with session.post(smg.url / "v1/chat/completions", json=chat("")) as response:
+                assert response.status == 200
+
+    async with ClientSession(trace_configs=[routing.trace_config()]) as session:
+        await asyncio.gather(*(call() for _ in range(16)))
+    served = [sum(call.method == "POST" for call in worker.calls) for worker in smg.workers]
+    branches = await smg.branches()
+    has_cap = bool(args) and SMG >= (1, 10)
+    assert sorted(served) == ([4, 4, 4, 4] if has_cap else [0, 0, 0, 16])
+    assert (branches["cap_respill"] > 0) is has_cap
 
 
 async def test_a_call_outside_any_group_is_pinned_by_its_session(

@@ -6,8 +6,10 @@ from aiohttp import ClientSession
 
 from aiohttp_smg_routing import Routing, routing_session
 from aiohttp_smg_routing.testing import StartSmgGateway, free_port, smg_gateway
+from aiohttp_smg_routing.testing.recorder import assert_pinned
 
-from ..workers import chat
+from ..workers import chat, names_workers
+from .loaded import POLLS, loaded_workers
 
 
 async def test_missing_gateway_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,3 +45,22 @@ async def test_not_pinned_is_calls_on_several_workers(smg_gateway: StartSmgGatew
                     pass
     with pytest.raises(AssertionError, match="its key 's-1' came to 2 workers"):
         smg.assert_pinned("s-1", turns=4)
+
+
+@names_workers  # an older gateway does not ask its workers for their load
+async def test_an_overloaded_worker_keeps_its_sessions(smg_gateway: StartSmgGateway) -> None:
+    async with loaded_workers(2) as workers:
+        recorders = [worker.recorder for worker in workers]
+        urls = [recorder.url for recorder in recorders]
+        smg = await smg_gateway(urls, policy="manual", args=POLLS)
+        hook = Routing({"gateway": str(smg.url)}).trace_config()
+        async with ClientSession(trace_configs=[hook]) as session:
+            for kv_usage in (0.1, 0.95):
+                await workers[0].report(kv_usage=kv_usage)
+                for number in range(8):
+                    with routing_session(f"s-{number}"):
+                        url = smg.url / "v1/chat/completions"
+                        async with session.post(url, json=chat("s")) as response:
+                            assert response.status == 200
+        for number in range(8):
+            assert_pinned(recorders, f"s-{number}", turns=2, config=None)

@@ -1,0 +1,129 @@
+"""What SMG does with a key, as ``docs/gateways.md`` has it: played by hand, without the plugin."""
+
+import asyncio
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+import pytest
+from aiohttp import ClientSession
+from yarl import URL
+
+from aiohttp_smg_routing.testing import SmgGateway, StartSmgGateway
+
+from ..workers import SMG, answer_when_all_are_there, chat
+
+KEY = "X-SMG-Routing-Key"
+NAMES = [f"s-{number}" for number in range(16)]
+Headers = Sequence[tuple[str, str]]
+
+
+async def play(smg: SmgGateway, calls: Iterable[tuple[str, Headers]]) -> dict[str, set[URL]]:
+    """Make the calls, each of somebody and with headers; return the workers that served each."""
+    for worker in smg.workers:
+        worker.calls.clear()
+    async with ClientSession(raise_for_status=True) as session:
+        for name, headers in calls:
+            url = smg.url / "v1/chat/completions"
+            async with session.post(url, json=chat(name), headers=headers) as response:
+                await response.read()
+    found: dict[str, set[URL]] = {}
+    for worker in smg.workers:
+        for call in worker.calls:
+            if call.method == "POST":
+                found.setdefault(call.json()["user"], set()).add(worker.url)
+    return found
+
+
+def four_turns(headers: Headers) -> Iterable[tuple[str, Headers]]:
+    """Return four calls of everybody, with ``{name}`` and ``{turn}`` in the headers filled in."""
+    for turn, name in itertools.product(range(4), NAMES):
+        yield name, [(header, value.format(name=name, turn=turn)) for header, value in headers]
+
+
+@pytest.mark.parametrize("policy", ["manual", "consistent_hashing"])
+@pytest.mark.parametrize("key", [b"caf\xe9", b"", b"   ", b"a\x01b", b"a\x7fb"])
+async def test_keys_that_are_no_text(smg_gateway: StartSmgGateway, policy: str, key: bytes) -> None:
+    smg = await smg_gateway(2, policy=policy)
+    body = b'{"model":"stub","messages":[{"role":"user","content":"hello"}]}'
+    reader, writer = await asyncio.open_connection(smg.url.host, smg.url.port)
+    writer.write(
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: gateway\r\nConnection: close\r\n"
+        b"Content-Type: application/json\r\nContent-Length: %d\r\n"
+        b"X-SMG-Routing-Key: %s\r\n\r\n%s" % (len(body), key, body)
+    )
+    answered = await reader.read()
+    writer.close()
+    await writer.wait_closed()
+    is_control = b"\x01" in key or b"\x7f" in key
+    assert answered.startswith(b"HTTP/1.1 400 " if is_control else b"HTTP/1.1 200 ")
+    dropped = {"manual": "no_routing_id", "consistent_hashing": "random_fallback"}[policy]
+    assert +await smg.branches() == ({} if is_control else {dropped: 1})
+
+
+@pytest.mark.parametrize("policy", ["manual", "consistent_hashing"])
+async def test_of_two_headers_the_first_one_counts(
+    smg_gateway: StartSmgGateway, policy: str
+) -> None:
+    smg = await smg_gateway(3, policy=policy)
+    served = await play(smg, four_turns([(KEY, "{name}"), (KEY, "{turn}")]))
+    assert {len(urls) for urls in served.values()} == {1}
+    served = await play(smg, four_turns([(KEY, ""), (KEY, "{name}")]))
+    assert {len(urls) for urls in served.values()} != {1}
+
+
+@pytest.mark.parametrize("tail", ["_t{turn}", "_r{turn}"])
+async def test_tail_of_a_turn_is_cut_off_under_the_override_alone(
+    smg_gateway: StartSmgGateway, tail: str
+) -> None:
+    headers = [(KEY, "{name}" + tail)]
+    overridden = await smg_gateway(3, policy="round_robin", args=["--routing-key-override"])
+    served = await play(overridden, four_turns(headers))
+    is_cut = SMG >= (1, 10)
+    assert ({len(urls) for urls in served.values()} == {1}) is is_cut
+    assert (await overridden.branches())["vacant"] == len(NAMES) * (1 if is_cut else 4)
+    for policy in ("manual", "consistent_hashing"):
+        served = await play(await smg_gateway(3, policy=policy), four_turns(headers))
+        assert {len(urls) for urls in served.values()} != {1}
+
+
+@pytest.mark.parametrize(
+    ("header", "hashed_up_to"),
+    [("Authorization", (1, 12)), ("X-Forwarded-For", SMG), ("Cookie", SMG), ("X-Request-ID", ())],
+)
+async def test_consistent_hashing_hashes_other_headers_where_there_is_no_key(
+    smg_gateway: StartSmgGateway, header: str, hashed_up_to: tuple[int, ...]
+) -> None:
+    smg = await smg_gateway(3, policy="consistent_hashing")
+    served = await play(smg, four_turns([(header, "one=forall")]))
+    is_hashed = hashed_up_to >= SMG
+    assert (len(set.union(*served.values())) == 1) is is_hashed
+    hashed = "implicit_key_hit" if SMG >= (1, 13) else "routing_key_hit"
+    assert +await smg.branches() == {hashed if is_hashed else "random_fallback": 4 * len(NAMES)}
+
+
+async def test_min_group_evens_out_the_sessions_that_open_at_once(
+    smg_gateway: StartSmgGateway,
+) -> None:
+    smg = await smg_gateway(3, policy="manual", args=["--assignment-mode", "min_group"])
+    names = [f"s-{number}" for number in range(30)]
+    answer_when_all_are_there(smg.workers, len(names))
+    await asyncio.gather(*(play_one(smg, name) for name in names))
+    counts = [sum(call.method == "POST" for call in worker.calls) for worker in smg.workers]
+    assert counts == [10, 10, 10]
+
+
+async def test_min_group_does_not_count_the_sessions_that_are_idle(
+    smg_gateway: StartSmgGateway,
+) -> None:
+    smg = await smg_gateway(10, policy="manual", args=["--assignment-mode", "min_group"])
+    served = await play(smg, [(f"s-{number}", [(KEY, f"s-{number}")]) for number in range(100)])
+    counts = Counter(url for urls in served.values() for url in urls)
+    assert max(counts.values()) - min(counts[worker.url] for worker in smg.workers) > 1
+
+
+async def play_one(smg: SmgGateway, name: str) -> None:
+    async with ClientSession() as session:
+        url = smg.url / "v1/chat/completions"
+        async with session.post(url, json=chat(name), headers={KEY: name}) as response:
+            assert response.status == 200

@@ -1,0 +1,97 @@
+"""The gateway of this environment, and what ``docs/gateways.md`` says of it."""
+
+import re
+import secrets
+import sys
+from collections import defaultdict
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from yarl import URL
+
+from aiohttp_smg_routing.gateway import CHAT_COMPLETIONS
+from aiohttp_smg_routing.testing import Recorder, SmgGateway
+from aiohttp_smg_routing.testing.gateway import run_gateway
+
+PAGE = Path(__file__).parents[2] / "docs" / "gateways.md"
+
+_PROGRAMS = {
+    "smg": ("smg", "launch", "--disable-tokenizer-autoload", "--log-level", "warn"),
+    "sglang-router": ("sglang_router.launch_router", "--log-level", "warn"),
+    "vllm-router": ("vllm_router.launch_router", "--log-level", "warning"),
+}
+
+
+def _installed() -> Iterator[tuple[str, str]]:
+    for name in _PROGRAMS:
+        with suppress(PackageNotFoundError):
+            yield name, version(name)
+
+
+# An environment has one of them.
+[(PACKAGE, VERSION)] = _installed()
+
+
+def _rows() -> Iterator[Mapping[str, str]]:
+    """Yield the rows of the page's tables that are about the installed gateway.
+
+    SMG is named by its minor version, the others by all of it.
+    """
+    minor = VERSION.rpartition(".")[0] if PACKAGE == "smg" else VERSION
+    head: list[str] = []
+    for line in PAGE.read_text("utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not line.startswith("|"):
+            head = []
+        elif not head:
+            head = cells
+        elif cells[0].startswith(f"`{PACKAGE}` ") and minor in re.findall(r"[\d.]+", cells[0]):
+            yield dict(zip(head, cells, strict=True))
+
+
+def _facts() -> Mapping[str, Sequence[str]]:
+    """Return what stands in code spans in each column, which is nothing where it says "none"."""
+    cells = {head: cell for row in _rows() for head, cell in row.items()}
+    return {head: re.findall(r"`([^`]+)`", cell) for head, cell in cells.items()}
+
+
+FACTS = _facts()
+[HEADER] = FACTS["reads the key in"]
+
+
+@asynccontextmanager
+async def launched(launch: str, workers: int = 3) -> AsyncIterator[SmgGateway]:
+    """Run the gateway with the ``--policy`` and the options that ``launch`` names."""
+    program = (sys.executable, "-m", *_PROGRAMS[PACKAGE])
+    async with run_gateway(program, workers, ("--policy", *launch.split())) as gateway:
+        yield gateway
+
+
+def prompt(session: object) -> str:
+    """Return a prompt of that session which no policy can know: the key alone can pin it."""
+    return f"{secrets.token_hex(16)} <{session}>"
+
+
+def chat(session: object) -> Mapping[str, object]:
+    """Return the body of a turn of that session, as the workers can read whose it is."""
+    return {"model": "stub", "messages": [{"role": "user", "content": prompt(session)}]}
+
+
+def served(workers: Sequence[Recorder], path: str = CHAT_COMPLETIONS) -> dict[str, list[URL]]:
+    """Return the workers that received the calls of each session, by the prompts."""
+    found = defaultdict(list)
+    for worker in workers:
+        for call in worker.calls:
+            if call.path == path:
+                [session] = re.findall(rb"<([^>]+)>", call.body)
+                found[session.decode()].append(worker.url)
+    return found
+
+
+def is_pinned(sessions: Mapping[Any, Sequence[URL]]) -> bool:
+    """Tell whether each session came to one worker, and not all of them to the same one."""
+    workers = [set(urls) for urls in sessions.values()]
+    return all(len(urls) == 1 for urls in workers) and len(set.union(*workers)) > 1

@@ -1,0 +1,173 @@
+"""Each line of ``docs/gateways.md``, on the gateway of this environment."""
+
+import asyncio
+import json
+import random
+import sys
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from aiohttp import ClientSession, web
+from prometheus_client.parser import text_string_to_metric_families
+from pytest_aiohttp.plugin import AiohttpClient
+from yarl import URL
+
+from aiohttp_smg_routing import ROUTING, PinSummary, setup
+from aiohttp_smg_routing.gateway import CHAT_COMPLETIONS
+from aiohttp_smg_routing.testing import SmgGateway
+
+from .launch import FACTS, HEADER, chat, is_pinned, launched, served
+
+SESSIONS = [f"s-{number}" for number in range(24)]
+TURNS = 4
+CALLS = len(SESSIONS) * TURNS
+
+
+CLIENT = web.AppKey("client", ClientSession)
+
+
+def session_server(upstream: URL, **config: object) -> web.Application:
+    """Return a session server with the plugin, which passes on what the gateway answers."""
+
+    async def handler(request: web.Request) -> web.Response:
+        body, url = await request.read(), upstream.with_path(CHAT_COMPLETIONS)
+        headers = {"Content-Type": "application/json"}
+        async with request.app[CLIENT].post(url, data=body, headers=headers) as response:
+            passed = {"Content-Type", "X-SMG-Routed-Worker-Id"} & response.headers.keys()
+            return web.Response(
+                body=await response.read(),
+                status=response.status,
+                headers={name: response.headers[name] for name in passed},
+            )
+
+    async def client(app: web.Application) -> AsyncIterator[None]:
+        async with ClientSession() as app[CLIENT]:
+            yield
+
+    app = web.Application()
+    app.cleanup_ctx.append(client)
+    app.router.add_post("/sessions/{session_id}" + CHAT_COMPLETIONS, handler)
+    setup(app, {"gateway": str(upstream), "client_session": "client", "header": HEADER, **config})
+    return app
+
+
+async def play(aiohttp_client: AiohttpClient, gateway: SmgGateway) -> PinSummary:
+    """Play the sessions through a session server that has the plugin; return what it counted."""
+    app = session_server(gateway.url)
+    client = await aiohttp_client(app)
+
+    async def one(session_id: str) -> None:
+        path = f"/sessions/{session_id}/v1/chat/completions"
+        async with client.post(path, json=chat(session_id)) as response:
+            assert response.status == 200, await response.text()
+
+    for _ in range(TURNS):  # in an order that round_robin can't follow
+        await asyncio.gather(*map(one, random.sample(SESSIONS, len(SESSIONS))))
+    return app[ROUTING].pins.summary()
+
+
+async def choices(gateway: SmgGateway) -> Counter[str]:
+    """Return how many choices of a worker the gateway counts for each policy."""
+    [series] = FACTS["counts its choices in"]
+    async with ClientSession() as session, session.get(gateway.metrics_url) as response:
+        families = text_string_to_metric_families(await response.text())
+    found: Counter[str] = Counter()
+    for family in families:
+        for sample in family.samples:
+            if sample.name == series:
+                found[sample.labels["policy"]] += int(sample.value)
+    return found
+
+
+async def verify(folder: Path, gateway: SmgGateway, *options: str) -> int:
+    """Run the command on the gateway; return its exit status."""
+    file = folder / "seen.json"
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "aiohttp_smg_routing", "verify", str(gateway.url)),
+        *("--metrics", str(gateway.metrics_url), "--header", HEADER, "--json", str(file)),
+        *options,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    printed, _ = await process.communicate()
+    assert file.exists(), printed.decode()
+    assert json.loads(file.read_text("utf-8"))["exit_status"] == process.returncode
+    return process.returncode or 0
+
+
+def by_key(gateway: SmgGateway) -> dict[bytes, list[URL]]:
+    """Return the workers that received the calls of each key, those of one call alone left out."""
+    found = defaultdict(list)
+    for worker in gateway.workers:
+        for call in worker.calls:
+            for key in call.values(HEADER):
+                found[key].append(worker.url)
+    return {key: urls for key, urls in found.items() if len(urls) > 1}
+
+
+@pytest.mark.parametrize("launch", sorted({*FACTS["launch it with"], *FACTS["policies that pin"]}))
+async def test_policy_pins_each_session(
+    aiohttp_client: AiohttpClient, tmp_path: Path, launch: str
+) -> None:
+    async with launched(launch) as gateway:
+        summary = await play(aiohttp_client, gateway)
+        assert is_pinned(served(gateway.workers))
+        assert is_pinned(by_key(gateway))
+        assert {name: len(urls) for name, urls in by_key(gateway).items()} == {
+            session_id.encode(): TURNS for session_id in SESSIONS
+        }
+        if FACTS["names its worker in"]:
+            first = len(SESSIONS)
+            assert summary == PinSummary(first=first, kept=CALLS - first, sessions=first)
+        else:
+            assert summary == PinSummary(unknown=CALLS, sessions=len(SESSIONS))
+        assert await choices(gateway) == {launch.split()[0]: CALLS}
+        for worker in gateway.workers:
+            worker.calls.clear()
+        status = await verify(tmp_path, gateway)
+        assert is_pinned(by_key(gateway))
+    assert [str(status)] == FACTS["`verify`, pinning policy"]
+
+
+@pytest.mark.parametrize("launch", FACTS["policies that do not"])
+async def test_policy_does_not_pin(
+    aiohttp_client: AiohttpClient, tmp_path: Path, launch: str
+) -> None:
+    async with launched(launch) as gateway:
+        summary = await play(aiohttp_client, gateway)
+        assert not is_pinned(served(gateway.workers))
+        if FACTS["names its worker in"]:
+            later = summary.kept + summary.moved
+            assert (summary.first, later) == (len(SESSIONS), CALLS - len(SESSIONS))
+        else:
+            assert summary == PinSummary(unknown=CALLS, sessions=len(SESSIONS))
+        assert await choices(gateway) == {launch: CALLS}
+        status = await verify(tmp_path, gateway)
+    assert str(status) in FACTS["`verify`, other policy"]
+
+
+@pytest.mark.parametrize(
+    ("enabled", "options", "column"),
+    [
+        (True, [], "`verify --through`"),
+        (True, ["--concurrency", "1"], "with `--concurrency 1`"),
+        (False, [], None),
+    ],
+)
+async def test_verify_through_a_session_server(
+    aiohttp_client: AiohttpClient,
+    tmp_path: Path,
+    enabled: bool,
+    options: list[str],
+    column: str | None,
+) -> None:
+    async with launched(FACTS["policies that pin"][0]) as gateway:
+        client = await aiohttp_client(session_server(gateway.url, enabled=enabled))
+        server = str(client.make_url("/")).rstrip("/")
+        status = await verify(tmp_path, gateway, "--through", server, *options)
+        assert bool(by_key(gateway)) is enabled
+        assert not enabled or is_pinned(by_key(gateway))
+    assert [str(status)] == (FACTS[column] if column else ["1"])
