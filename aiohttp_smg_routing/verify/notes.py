@@ -58,7 +58,8 @@ def _unnamed(seen: Seen) -> Cause:
         return Cause(
             "worker_hidden",
             "The session server does not say which worker answered, or the gateway does not.",
-            f"Set hide_worker_ids = false there to see the worker of each turn. {follow}",
+            "Let the session server pass on the header that names the worker: one that copies no "
+            f"headers drops it, and so does hide_worker_ids = true. {follow}",
         )
     return Cause(
         "no_worker_name",
