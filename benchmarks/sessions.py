@@ -32,10 +32,10 @@ BRANCHES = ("vacant", "occupied_hit", "no_routing_id")
 
 _NOTES = (
     f"{AT_ONCE} sessions at once, each of {TURNS} turns, on smg launch --policy manual "
-    f"--assignment-mode min_group --disable-worker-overload-protection with {WORKERS} stub workers. "
-    "Wall time: the agents, the session "
-    f"server, the gateway and the workers share this machine. A round plays {BLOCKS} times as many "
-    "sessions with the plugin as in each other arm, in shuffled order; a ratio is that of a round.",
+    f"--assignment-mode min_group --disable-worker-overload-protection with {WORKERS} stub "
+    "workers. Wall time: the agents, the session server, the gateway and the workers share this "
+    f"machine. A round plays {BLOCKS} times as many sessions with the plugin as in each other arm, "
+    "in shuffled order; a ratio is that of a round.",
     "Without a key the gateway has no pin to look up or to make; plugin / by hand is the ratio of "
     "two arms for which the gateway does the same.",
     "Workers and keys are as the workers received them, branches as the gateway counted them.",
