@@ -118,7 +118,7 @@ def test_one_worker_cannot_tell(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def old_gateway(tmp_path_factory: pytest.TempPathFactory) -> str:
+def smg_1_9(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with SMG 1.9.0, which can't be installed beside the newer one."""
     folder = str(tmp_path_factory.mktemp("smg"))
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder]
@@ -126,6 +126,14 @@ def old_gateway(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
+@pytest.fixture
+def old_gateway(smg_1_9: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have SMG 1.9.0 in the place of the newer one, here and in the programs that are started."""
+    monkeypatch.setenv("PYTHONPATH", smg_1_9)
+    monkeypatch.syspath_prepend(smg_1_9)
+
+
+@pytest.mark.usefixtures("old_gateway")
 @pytest.mark.parametrize(
     ("launch", "status", "causes"),
     [
@@ -137,14 +145,8 @@ def old_gateway(tmp_path_factory: pytest.TempPathFactory) -> str:
     ],
 )
 def test_gateway_too_old_to_name_its_worker_is_judged_by_its_counters(
-    tmp_path: Path,
-    old_gateway: str,
-    monkeypatch: pytest.MonkeyPatch,
-    launch: Sequence[str],
-    status: int,
-    causes: list[str],
+    tmp_path: Path, launch: Sequence[str], status: int, causes: list[str]
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", old_gateway)
     with in_background(gateway(*launch)) as smg:
         run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url)
         blind = verify(tmp_path, smg.url, "--metrics", smg.url / "metrics")
@@ -157,10 +159,10 @@ def test_gateway_too_old_to_name_its_worker_is_judged_by_its_counters(
     assert (blind.status, blind.causes) == (2, ["no_worker_name", "no_counters"]), blind.out
 
 
+@pytest.mark.usefixtures("old_gateway")
 def test_old_gateway_that_hashes_the_api_key_cannot_tell(
-    tmp_path: Path, old_gateway: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", old_gateway)
     monkeypatch.setenv("SMG_API_KEY", "sesame")
     with (
         in_background(gateway("consistent_hashing")) as smg,
