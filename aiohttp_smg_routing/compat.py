@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import cache, wraps
 from operator import attrgetter
 from types import FunctionType, SimpleNamespace
-from typing import Any
+from typing import Any, TypeGuard
 
 from aiohttp import StreamReader, TraceConfig, streams, web, web_urldispatcher
 from aiohttp.abc import AbstractStreamWriter
@@ -109,14 +109,13 @@ def is_answered(writer: AbstractStreamWriter) -> bool:
     current = getattr(getattr(writer, "protocol", None), "_current_request", None)
     if current is not None and current.writer is writer:  # a middleware has yet to return
         return False
-    transport = writer.transport
+    transport = getattr(writer, "transport", None)  # aiohttp 3.9 promises none
     return getattr(writer, "_eof", True) or transport is None or transport.is_closing()
 
 
-def body_to_send(response: object) -> Payload | None:
-    """Return the body of an answer that aiohttp sends piece by piece once its handler is over."""
-    body = getattr(response, "_body", None)  # a subclass may have a public one of its own
-    return body if isinstance(body, Payload) else None
+def is_to_be_sent(response: object) -> "TypeGuard[web.Response]":
+    """Tell whether an answer's body is sent piece by piece, once its handler is over."""
+    return isinstance(getattr(response, "_body", None), Payload)  # a subclass may have its own body
 
 
 def storage_name(key: object) -> str:

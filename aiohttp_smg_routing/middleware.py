@@ -10,8 +10,6 @@ from collections.abc import Awaitable, Callable, Iterator
 from inspect import isawaitable
 
 from aiohttp import hdrs, web
-from aiohttp.abc import AbstractStreamWriter
-from aiohttp.payload import Payload
 from aiohttp.typedefs import Handler, Middleware
 
 from . import compat
@@ -24,7 +22,7 @@ from .sources import SESSION_ID, JsonBody, Reader, Source, read_body_with, reade
 
 logger = logging.getLogger(__name__)
 
-_current_task: Callable[[], Task] = asyncio.current_task  # type: ignore[assignment]
+_current_task: Callable[[], Task | None] = asyncio.current_task
 
 
 def inbound(rules: Rules) -> Middleware:
@@ -53,7 +51,9 @@ def inbound(rules: Rules) -> Middleware:
         else:
             scope.parts = await finder.find_parts(request)
             scope.name, scope.key = config.name_and_key(session_id, scope.parts)
-        scope.task, scope.writer = weakref.ref(_current_task()), compat.writer_of(request)
+        task = _current_task()  # None where a test runs the coroutine by hand
+        scope.task = None if task is None else weakref.ref(task)
+        scope.writer = compat.writer_of(request)
         scope.is_turn = request.method == hdrs.METH_POST
         around = current_scope()
         if around is not None:
@@ -67,40 +67,40 @@ def inbound(rules: Rules) -> Middleware:
             response = raised
             raise
         finally:
-            body = compat.body_to_send(response)
-            if body is not None:
-                _send_in_scope(body, scope, rules)
+            if compat.is_to_be_sent(response):
+                _send_in_scope(response, scope, rules)
             elif not scope.has_called:
                 rules.note_request(scope)
 
     return middleware
 
 
-def _send_in_scope(body: Payload, scope: Scope, rules: Rules) -> None:
-    """Send a body in the scope of this code, whatever task does it: the request lasts as long.
+def _send_in_scope(response: web.Response, scope: Scope, rules: Rules) -> None:
+    """Send the body of an answer in the scope of this code, whatever task does it.
 
-    A middleware that runs the handler in a task, as ``wait_for()`` does before Python 3.12, has the
-    body sent outside of it.
+    The request lasts as long. A middleware that runs the handler in a task, as ``wait_for()`` does
+    before Python 3.12, has the body sent outside of it.
     """
-    if "write" in vars(body):  # by the middleware of an inner app
+    if "write_eof" in vars(response):  # by the middleware of an inner app
         return
-    write, current = body.write, current_scope()
+    write_eof, current = response.write_eof, current_scope()
 
-    async def write_in_scope(writer: AbstractStreamWriter) -> None:
-        vars(body).pop("write", None)  # another answer may have the same body
-        before, sent = current_scope(), current
+    async def write_in_scope(data: bytes = b"") -> None:
+        vars(response).pop("write_eof", None)  # it may be the answer to another request, too
+        before, task, sent = current_scope(), _current_task(), current
         while sent is not None:
-            sent.task = sent.task and weakref.ref(_current_task())
+            if sent.task is not None and task is not None:
+                sent.task = weakref.ref(task)
             sent = sent.outer or sent.around
         enter_scope(current)
         try:
-            await write(writer)
+            await write_eof(data)
         finally:
             enter_scope(before)
             if not scope.has_called:
                 rules.note_request(scope)
 
-    vars(body)["write"] = write_in_scope
+    vars(response)["write_eof"] = write_in_scope
 
 
 def _of_outer_app(scope: Scope, around: Scope | None) -> Scope | None:

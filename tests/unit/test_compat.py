@@ -15,7 +15,6 @@ from unittest.mock import MagicMock, Mock, create_autospec
 import pytest
 from aiohttp import ClientSession, TraceConfig, TraceRequestStartParams, web
 from aiohttp.abc import AbstractStreamWriter
-from aiohttp.payload import Payload
 from aiohttp.test_utils import make_mocked_request
 from aiohttp.typedefs import Handler
 from pytest_aiohttp.plugin import AiohttpClient
@@ -394,13 +393,35 @@ async def test_an_answer_is_over_where_the_client_has_hung_up(
     assert compat.is_answered(writers[0])
 
 
-async def test_a_body_that_aiohttp_sends_piece_by_piece_is_a_payload() -> None:
-    async def body() -> AsyncIterator[bytes]:
-        yield b"chunk"
+async def test_an_answer_is_to_be_sent_piece_by_piece_where_aiohttp_ends_it_so(
+    aiohttp_client: AiohttpClient,
+) -> None:
+    """And aiohttp calls write_eof() of that very answer."""
+    ended = []
 
-    assert isinstance(compat.body_to_send(web.Response(body=body())), Payload)
+    async def handler(request: web.Request) -> web.Response:
+        async def body() -> AsyncIterator[bytes]:
+            yield b"chunk"
+
+        response = web.Response(body=body())
+        assert compat.is_to_be_sent(response)
+        write_eof = response.write_eof
+
+        async def watched(data: bytes = b"") -> None:
+            ended.append(data)
+            await write_eof(data)
+
+        vars(response)["write_eof"] = watched
+        return response
+
     for other in (web.Response(body=b"whole"), web.Response(), web.StreamResponse(), None):
-        assert compat.body_to_send(other) is None
+        assert not compat.is_to_be_sent(other)
+    app = web.Application()
+    app.router.add_get("/", handler)
+    client = await aiohttp_client(app)
+    async with client.get("/") as response:
+        assert await response.read() == b"chunk"
+    assert ended == [b""]
 
 
 @pytest.mark.parametrize("writer", [None, object(), SimpleNamespace(), Mock()])
@@ -411,7 +432,6 @@ def test_whatever_stands_for_a_writer_in_a_test_fails_nothing(writer: Any) -> No
 
 def test_a_writer_that_knows_nothing_has_sent_its_answer() -> None:
     class Writer(AbstractStreamWriter):
-        transport = None
         write = write_eof = drain = write_headers = enable_compression = enable_chunking = None  # type: ignore[assignment]
 
     assert compat.is_answered(Writer())

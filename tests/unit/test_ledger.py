@@ -944,6 +944,66 @@ def test_an_end_while_another_thread_is_at_work_is_done_with_the_next_call() -> 
     assert calls_of(pins) == 4
 
 
+def beside_a_thread_at_work(pins: PinLedger, work: Callable[[], object]) -> None:
+    """Begin ``work`` in a thread while this one enters a turn of session "b"; wait for both."""
+    under_way, worker = begun(pins, "b"), Compared(W1)
+    thread = threading.Thread(target=work, daemon=True)
+
+    def at_work() -> None:
+        if thread.ident is None:
+            thread.start()
+            thread.join(0.1)  # seconds: in vain where it waits for this one
+
+    worker.call = at_work
+    watched(lambda: pins.answered(under_way, worker))
+    watched(thread.join)
+
+
+def test_turns_of_a_thread_are_judged_by_those_before_while_another_one_is_at_work() -> None:
+    pins = ledger()
+    play(pins, ("a", W1), ("b", W1))
+    beside_a_thread_at_work(pins, lambda: play(pins, ("a", W2), ("a", W2), ("a", W2)))
+    assert pin_of(pins, "a") == SessionPin("a", A, "a", W2, 4, 1)
+    assert pins.summary() == PinSummary(first=2, kept=3, moved=1, sessions=2)
+
+
+def test_a_session_that_a_thread_ends_and_begins_while_another_one_is_at_work_is_new() -> None:
+    pins = ledger()
+    play(pins, ("a", W1), ("b", W1))
+
+    def work() -> None:
+        pins.end("a")
+        play(pins, ("a", W2), ("a", W2))
+
+    beside_a_thread_at_work(pins, work)
+    assert pin_of(pins, "a") == SessionPin("a", A, "a", W2, 2, 0)
+    assert pins.summary() == PinSummary(first=3, kept=2, sessions=2)
+
+
+READERS: dict[str, Callable[[PinLedger], object]] = {
+    "sessions": lambda pins: {pin.session for pin in pins.sessions()},
+    "of": lambda pins: pins.of("a"),
+    "workers": PinLedger.workers,
+    "summary": lambda pins: pins.summary().sessions,
+}
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_a_thread_reads_what_it_has_entered_while_another_one_is_at_work(
+    read: Callable[[PinLedger], object],
+) -> None:
+    pins = ledger()
+    play(pins, ("a", W2), ("b", W1))
+    seen: list[object] = []
+
+    def work() -> None:
+        pins.end("a")
+        seen.append(read(pins))
+
+    beside_a_thread_at_work(pins, work)
+    assert seen == [read(pins)]
+
+
 def ended_while_another_thread_begins_its_work(at: int) -> bool:
     """End a session, which another thread interrupts at the point ``at``; tell whether it did."""
     pins = ledger()

@@ -2,6 +2,7 @@
 
 import asyncio
 import queue
+import ssl
 import subprocess
 import sys
 import threading
@@ -10,7 +11,9 @@ from contextvars import copy_context
 from typing import Any
 
 import pytest
-from aiohttp import ClientSession, WSMsgType, web
+import trustme
+from aiohttp import ClientSession, MultipartWriter, Payload, WSMsgType, web
+from aiohttp.abc import AbstractStreamWriter
 from aiohttp.test_utils import TestServer
 from prometheus_client import CollectorRegistry
 from pytest_aiohttp.plugin import AiohttpClient
@@ -344,11 +347,44 @@ async def in_task(request: web.Request, wire: Recorder) -> web.StreamResponse:
     return web.Response()
 
 
+async def two_chunks(request: web.Request, wire: Recorder) -> AsyncIterator[bytes]:
+    for _ in range(2):
+        await call(request, wire)
+        yield b"chunk"
+
+
 async def in_streamed_body(request: web.Request, wire: Recorder) -> web.StreamResponse:
+    return web.Response(body=two_chunks(request, wire))
+
+
+async def in_multipart_body(request: web.Request, wire: Recorder) -> web.StreamResponse:
+    parts = MultipartWriter("mixed")
+    parts.append(two_chunks(request, wire))
+    return web.Response(body=parts)
+
+
+class Events(Payload):
+    """A kind of body that aiohttp does not know."""
+
+    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        raise TypeError("it is streamed")
+
+    async def write(self, writer: AbstractStreamWriter) -> None:
+        async for chunk in self._value:
+            await writer.write(chunk)
+
+
+async def in_payload(request: web.Request, wire: Recorder) -> web.StreamResponse:
+    return web.Response(body=Events(two_chunks(request, wire)))
+
+
+async def in_block_around_a_yield(request: web.Request, wire: Recorder) -> web.StreamResponse:
     async def body() -> AsyncIterator[bytes]:
-        for _ in range(2):
-            await call(request, wire)
-            yield b"chunk"
+        with routing_session("judge"):
+            for _ in range(2):
+                await post(request.config_dict[CLIENT], wire, "judge")
+                yield b"chunk"
+        await call(request, wire)
 
     return web.Response(body=body())
 
@@ -414,15 +450,25 @@ async def in_error(request: web.Request, wire: Recorder) -> web.StreamResponse:
     raise web.HTTPOk
 
 
+async def in_streamed_error(request: web.Request, wire: Recorder) -> web.StreamResponse:
+    error = web.HTTPOk()
+    error.body = two_chunks(request, wire)
+    raise error
+
+
 IN_TIME: dict[str, tuple[Any, int]] = {
     "handler": (in_handler, 1),
     "task": (in_task, 2),
     "streamed body": (in_streamed_body, 2),
+    "multipart body": (in_multipart_body, 2),
+    "payload": (in_payload, 2),
+    "block around a yield": (in_block_around_a_yield, 3),
     "streamed response": (in_streamed_response, 2),
     "prepared in a task": (after_preparing_in_a_task, 2),
     "pump": (in_pump, 2),
     "thread": (in_thread, 1),
     "raised": (in_error, 1),
+    "raised with a streamed body": (in_streamed_error, 2),
 }
 MIDDLEWARES: dict[str, list[Any]] = {"plain": [], "time limit": [with_a_time_limit]}
 
@@ -565,6 +611,83 @@ async def test_a_client_that_disconnects_does_not_end_a_request_whose_handler_ru
     assert app[ROUTING].pins.summary().late == 0
 
 
+@pytest.mark.parametrize("is_nested", [False, True])
+async def test_a_client_that_disconnects_does_not_end_a_body_that_another_task_sends(
+    gateway: Recorder, aiohttp_client: AiohttpClient, is_nested: bool
+) -> None:
+    senders: list[asyncio.Task[None] | None] = []
+
+    async def handler(request: web.Request) -> web.Response:
+        async def body() -> AsyncIterator[bytes]:
+            senders.append(asyncio.current_task())
+            yield b"chunk"
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:  # by aiohttp, when the client has gone
+                await call(request, gateway)
+                await asyncio.create_task(call(request, gateway))
+
+        return web.Response(body=body())
+
+    app = nested(gateway, handler, with_a_time_limit)
+    app.router.add_post("/{session_id}", handler)
+    client = await aiohttp_client(app)
+    response = await client.post(f"{'/inner' * is_nested}/s-1?outer=s-1")
+    assert await response.content.readany() == b"chunk"
+    response.close()
+    [sender] = senders
+    assert sender
+    await asyncio.wait([sender])
+    assert_no_crosstalk(gateway, 2)
+    assert app[ROUTING].pins.summary().late == 0
+
+
+@pytest.mark.parametrize("is_tls", [False, True])
+async def test_a_request_is_over_while_its_connection_closes(
+    gateway: Recorder, is_tls: bool
+) -> None:
+    """It may take for ever, where the client reads nothing of what is left to send."""
+    has_begun, is_closing = asyncio.Event(), asyncio.Event()
+    tasks: list[asyncio.Task[None]] = []
+    requests: list[tuple[Any, Any]] = []
+
+    async def straggler(request: web.Request) -> None:
+        await is_closing.wait()
+        await call(request, gateway)
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        requests.append((asyncio.current_task(), request.transport))
+        tasks.append(asyncio.create_task(straggler(request)))
+        await web.StreamResponse().prepare(request)
+        assert request.transport
+        request.transport.write(bytes(2**25))  # more than the sockets take
+        has_begun.set()
+        raise ZeroDivisionError
+
+    app = session_server(gateway.url)
+    app.router.add_post("/{session_id}", handler)
+    server, authority = TestServer(app), trustme.CA()
+    servers, clients = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()
+    authority.issue_cert("127.0.0.1").configure_cert(servers)
+    authority.configure_trust(clients)
+    await server.start_server(ssl=servers if is_tls else None)
+    _, writer = await asyncio.open_connection(
+        "127.0.0.1", server.port, ssl=clients if is_tls else None, limit=1
+    )
+    writer.write(b"POST /s-1 HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\n\r\n")
+    await has_begun.wait()
+    [(request, transport)] = requests
+    await asyncio.wait([request])
+    assert transport.is_closing()
+    assert transport.get_write_buffer_size() > 0
+    is_closing.set()
+    await asyncio.gather(*tasks)
+    writer.transport.abort()
+    await server.close()
+    assert_no_crosstalk(gateway, 1)
+    assert app[ROUTING].pins.summary().late == 1
+
+
 async def test_a_handler_that_is_cancelled_when_its_client_disconnects_leaves_late_tasks(
     gateway: Recorder,
 ) -> None:
@@ -642,17 +765,22 @@ async def test_a_streamed_body_that_another_task_sends_has_the_session(
 async def test_a_block_above_a_time_limit_that_answers_in_it_keeps_its_session(
     gateway: Recorder, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
 ) -> None:
+    is_judged = asyncio.Event()
+
     @web.middleware
     async def judging(request: web.Request, handler: Handler) -> web.StreamResponse:
         response = await handler(request)
-        with routing_session("judge"):
-            await response.prepare(request)
-            await post(request.app[CLIENT], gateway, "judge")
+        try:
+            with routing_session("judge"):
+                for answer in (response.prepare, lambda _: response.write_eof()):
+                    await answer(request)
+                    await post(request.app[CLIENT], gateway, "judge")
+        finally:
+            is_judged.set()
         return response
 
     async def handler(request: web.Request) -> web.StreamResponse:
-        await call(request, gateway)
-        return web.StreamResponse()
+        return await in_streamed_body(request, gateway)
 
     app = session_server(gateway.url, on_late="raise")
     app.middlewares[:0] = [judging, with_a_time_limit]
@@ -661,7 +789,8 @@ async def test_a_block_above_a_time_limit_that_answers_in_it_keeps_its_session(
     async with client.post("/s-1") as response:
         assert response.status == 200
         await response.read()
-    assert_no_crosstalk(gateway, 2)
+    await is_judged.wait()
+    assert_no_crosstalk(gateway, 4)
     assert said(caplog) == []
 
 
@@ -732,6 +861,43 @@ async def test_a_pump_is_not_late_between_a_time_limit_and_the_answer(
     client = await aiohttp_client(app)
     async with client.post("/s-1") as response:
         assert await response.read() == b"chunk"
+    assert_no_crosstalk(gateway, 1)
+    assert app[ROUTING].pins.summary().late == 0
+    assert said(caplog) == []
+
+
+async def test_what_a_middleware_above_a_time_limit_waits_for_is_not_late(
+    gateway: Recorder, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The handler has sent its answer to the end, and the request goes on without it."""
+    is_sent = asyncio.Event()
+    tasks: list[asyncio.Task[None]] = []
+
+    async def bookkeeping(request: web.Request) -> None:
+        await is_sent.wait()
+        await call(request, gateway)
+
+    @web.middleware
+    async def waiting(request: web.Request, handler: Handler) -> web.StreamResponse:
+        response = await handler(request)
+        is_sent.set()
+        await asyncio.gather(*tasks)
+        return response
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        tasks.append(asyncio.create_task(bookkeeping(request)))
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write_eof(b"chunk")
+        return response
+
+    app = session_server(gateway.url)
+    app.middlewares[:0] = [waiting, with_a_time_limit]
+    app.router.add_post("/{session_id}", handler)
+    client = await aiohttp_client(app)
+    async with client.post("/s-1") as response:
+        assert await response.read() == b"chunk"
+    await asyncio.gather(*tasks)
     assert_no_crosstalk(gateway, 1)
     assert app[ROUTING].pins.summary().late == 0
     assert said(caplog) == []

@@ -4,10 +4,13 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from aiohttp import ClientSession, TCPConnector, web
+from aiohttp import ClientSession, Payload, TCPConnector, web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.test_utils import make_mocked_request
 from pytest_aiohttp.plugin import AiohttpClient
 
 from aiohttp_smg_routing import (
@@ -78,6 +81,27 @@ async def in_streamed_body(request: web.Request, wire: Recorder) -> web.StreamRe
     return web.Response(body=body())
 
 
+async def in_block_that_is_open_before_the_body(
+    request: web.Request, wire: Recorder
+) -> web.StreamResponse:
+    """The handler takes the first chunk, as one does that answers with an error without it."""
+
+    async def chunks() -> AsyncIterator[bytes]:
+        with routing_session("judge"):
+            for _ in range(3):
+                async with request.config_dict[CLIENT].post(wire.chat, data=b"judge"):
+                    yield b"chunk"
+
+    async def body() -> AsyncIterator[bytes]:
+        yield first
+        async for chunk in begun:
+            yield chunk
+
+    begun = chunks()
+    first = await begun.__anext__()
+    return web.Response(body=body())
+
+
 async def in_streamed_response(request: web.Request, wire: Recorder) -> web.StreamResponse:
     response = web.StreamResponse()
     await response.prepare(request)
@@ -96,6 +120,7 @@ HANDLERS: dict[str, tuple[Any, int]] = {
     "gather": (in_gather, 3),
     "to_thread": (in_thread, 1),
     "streamed body": (in_streamed_body, 3),
+    "open block": (in_block_that_is_open_before_the_body, 3),
     "streamed response": (in_streamed_response, 1),
     "shield": (in_shield, 1),
 }
@@ -459,6 +484,120 @@ async def test_a_second_try_of_a_request_has_nothing_of_the_first_ones_session(
     async with client.post("/again") as response:
         assert await response.text() == "None"
     assert [call.keys for call in gateway.calls] == [[b"first"], []]
+
+
+async def test_a_second_try_of_a_request_has_nothing_of_an_inner_apps_session_of_the_first(
+    gateway: Recorder, elsewhere: Recorder, outgoing: ClientSession, aiohttp_client: AiohttpClient
+) -> None:
+    @web.middleware
+    async def again(request: web.Request, handler: Handler) -> web.StreamResponse:
+        await handler(request.clone(headers={"X-Session-Id": "first"}))
+        return await handler(request.clone(headers={}))
+
+    @web.middleware
+    async def judging(request: web.Request, handler: Handler) -> web.StreamResponse:
+        await calling(elsewhere)(request)
+        return await handler(request)
+
+    app, sub_app = web.Application(middlewares=[again]), web.Application()
+    app[CLIENT] = outgoing
+    sub_app.router.add_post("/", calling(elsewhere))
+    setup(app, RoutingConfig(gateway.url, session_id="query:root")).attach(outgoing)
+    setup(sub_app, RoutingConfig(elsewhere.url, session_id="header:X-Session-Id")).attach(outgoing)
+    app.middlewares.append(judging)
+    app.add_subapp("/sub", sub_app)
+    client = await aiohttp_client(app)
+    async with client.post("/sub/?root=r") as response:
+        assert await response.text() == "r"
+    assert [sent.keys for sent in elsewhere.calls] == [[], [b"first"], [], []]
+
+
+class Calling(Payload):
+    """A body that several answers may have."""
+
+    def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
+        raise TypeError("it is streamed")
+
+    async def write(self, writer: AbstractStreamWriter) -> None:
+        await self._value()
+
+
+async def test_a_body_that_several_answers_have_is_sent_in_the_session_of_each(
+    gateway: Recorder, aiohttp_client: AiohttpClient
+) -> None:
+    """The first answer is sent after the others: a middleware above the plugin holds it back."""
+    has_come, may_go = asyncio.Event(), asyncio.Event()
+
+    @web.middleware
+    async def holding(request: web.Request, handler: Handler) -> web.StreamResponse:
+        response = await handler(request)
+        if request.path == "/s-0":
+            has_come.set()
+            await may_go.wait()
+        return response
+
+    async def turn() -> None:
+        async with app[CLIENT].post(gateway.chat):
+            pass
+
+    async def handler(request: web.Request) -> web.Response:
+        return web.Response(body=body)
+
+    async def post(path: str) -> None:
+        async with client.post(path) as response:
+            await response.read()
+
+    app, body = session_server(gateway.url), Calling(turn)
+    app.middlewares.insert(0, holding)
+    app.router.add_post("/{session_id}", handler)
+    client = await aiohttp_client(app)
+    held = asyncio.create_task(post("/s-0"))
+    await has_come.wait()
+    for number in (1, 2):
+        await post(f"/s-{number}")
+    may_go.set()
+    await held
+    assert [sent.keys for sent in gateway.calls] == [[b"s-1"], [b"s-2"], [b"s-0"]]
+
+
+class Writer(AbstractStreamWriter):
+    """The least that the tests of a user need: nothing is written to it."""
+
+    transport = None
+    write = write_eof = drain = write_headers = enable_compression = enable_chunking = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("writer", [None, object(), SimpleNamespace(), Writer()], ids=type)
+async def test_whatever_writes_the_answer_in_a_test_the_turn_and_what_it_starts_have_the_session(
+    gateway: Recorder, writer: Any
+) -> None:
+    routing = Routing(RoutingConfig(gateway.url, session_id="header:X-Session-Id"))
+    has_ended = asyncio.Event()
+    tasks: list[asyncio.Task[None]] = []
+
+    async def turn() -> None:
+        hook = routing.trace_config()
+        async with (
+            ClientSession(trace_configs=[hook]) as session,
+            session.post(gateway.chat, data=b"s-1"),
+        ):
+            pass
+
+    async def later() -> None:
+        await has_ended.wait()
+        await turn()
+
+    async def handler(request: web.Request) -> web.Response:
+        tasks.append(asyncio.create_task(later()))
+        await turn()
+        return web.Response()
+
+    request = make_mocked_request("POST", "/", headers={"X-Session-Id": "s-1"}, writer=writer)
+    response = await asyncio.ensure_future(routing.middleware(request, handler))
+    assert response.status == 200
+    has_ended.set()
+    await asyncio.gather(*tasks)
+    assert_no_crosstalk(gateway, 2)
 
 
 @pytest.mark.parametrize(("inner", "outer"), [("warn", "pass"), ("pass", "warn")])

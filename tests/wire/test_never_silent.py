@@ -649,19 +649,28 @@ def without_hook(url: URL) -> web.Application:
     return app
 
 
+@pytest.mark.parametrize("path", ["", "/streamed"])
 async def test_a_client_session_that_was_forgotten_is_said_after_fifty_requests(
-    gateway: Recorder, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
+    gateway: Recorder, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture, path: str
 ) -> None:
+    async def streamed(request: web.Request) -> web.Response:
+        async def chunks() -> AsyncIterator[bytes]:
+            await calling(gateway.chat)(request)
+            yield b"chunk"
+
+        return web.Response(body=chunks())
+
     app = without_hook(gateway.chat)
+    app.router.add_post("/{session_id}/streamed", streamed)
     setup(app, {"gateway": str(gateway.url)})
     client = await aiohttp_client(app)
     for number in range(49):
-        async with client.post(f"/s-{number}"):
-            pass
+        async with client.post(f"/s-{number}{path}") as response:
+            await response.read()
     assert said(caplog) == []
     for _ in range(100):
-        async with client.post("/s-1"):
-            pass
+        async with client.post(f"/s-1{path}") as response:
+            await response.read()
     [line] = said(caplog)
     assert line.startswith(NOTHING)
     reasons = ("has no hook (name its app key in client_session", "instrument = true", "httpx")
@@ -794,6 +803,48 @@ async def test_a_client_session_that_is_made_anew_after_calls_that_were_tagged_i
     assert line.startswith("1000 POST requests in a row had a session, and no call to the gateway")
 
 
+RUNS = {
+    "idle": "POST requests in a row had a session",
+    "missing": "calls to the gateway, and none had a session",
+    "near": "goes out without a key",
+}
+
+
+@pytest.mark.parametrize(("what", "phrase"), RUNS.items(), ids=RUNS)
+async def test_a_run_is_said_once_before_the_first_call_that_is_tagged_and_once_after_it(
+    gateway: Recorder,
+    elsewhere: Recorder,
+    aiohttp_client: AiohttpClient,
+    caplog: pytest.LogCaptureFixture,
+    what: str,
+    phrase: str,
+) -> None:
+    """What is wrong later is another mistake, such as a session that was made anew."""
+
+    async def missing(request: web.Request) -> web.Response:
+        with routing_session(None):
+            return await calling(gateway.chat)(request)
+
+    app = sometimes_calling(gateway.chat)
+    app.router.add_post("/{session_id}/idle", calling())
+    app.router.add_post("/{session_id}/missing", missing)
+    app.router.add_post("/{session_id}/near", calling(elsewhere.chat))
+    setup(app, {"gateway": str(gateway.url), "client_session": "client"})
+    client = await aiohttp_client(app)
+
+    async def play(path: str, turns: int) -> list[str]:
+        for _ in range(turns):
+            async with client.post(path) as response:
+                assert response.status == 200
+        return [line for line in said(caplog) if phrase in line]
+
+    assert len(await play(f"/s-1/{what}", 60)) == 1
+    assert len(said(caplog)) == 1  # of anything
+    assert len(await play("/s-1", 1)) == 1
+    assert len(await play(f"/s-1/{what}", 999)) == 1
+    assert len(await play(f"/s-1/{what}", 100)) == 2
+
+
 async def test_a_call_in_a_block_within_the_request_is_a_call_that_was_seen(
     gateway: Recorder, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -908,12 +959,14 @@ async def test_on_missing_warn_says_route_and_sources_and_is_capped(
 # Healthy servers, of which nothing is said
 
 
-def waiting_for_all(url: URL, everybody: int, *, block: bool = False) -> web.Application:
-    """Return a server whose handlers call once that many requests are there."""
+def waiting_for_all(
+    url: URL, everybody: int, *, block: bool = False, streamed: bool = False
+) -> web.Application:
+    """Return a server whose handlers, or streamed bodies, call once so many requests are there."""
     here = 0
     are_here = asyncio.Event()
 
-    async def handler(request: web.Request) -> web.Response:
+    async def chunks(request: web.Request) -> AsyncIterator[bytes]:
         nonlocal here
         here += 1
         if here == everybody:
@@ -921,13 +974,19 @@ def waiting_for_all(url: URL, everybody: int, *, block: bool = False) -> web.App
         await are_here.wait()
         with routing_session("own") if block else nullcontext():
             async with request.config_dict[CLIENT].post(url):
-                return web.Response()
+                pass
+        yield b"chunk"
+
+    async def handler(request: web.Request) -> web.Response:
+        body = chunks(request)
+        return web.Response(body=body if streamed else await body.__anext__())
 
     app = web.Application()
     app.router.add_post("/sessions/{session_id}/turn", handler)
     return app
 
 
+@pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("block", [False, True])
 @pytest.mark.parametrize("nested", [False, True])
 async def test_many_requests_that_wait_before_their_calls_are_no_reason_to_speak(
@@ -937,9 +996,10 @@ async def test_many_requests_that_wait_before_their_calls_are_no_reason_to_speak
     caplog: pytest.LogCaptureFixture,
     nested: bool,
     block: bool,
+    streamed: bool,
 ) -> None:
     """As at the start of a job. Of nested apps, the inner one has the calls."""
-    app = inner = waiting_for_all(gateway.chat, 60, block=block)
+    app = inner = waiting_for_all(gateway.chat, 60, block=block, streamed=streamed)
     config = {"gateway": str(gateway.url)}
     if nested:
         app = web.Application()
@@ -953,7 +1013,7 @@ async def test_many_requests_that_wait_before_their_calls_are_no_reason_to_speak
     client = await aiohttp_client(app, connector=TCPConnector(limit=0))
     path = f"{'/sub' * nested}/sessions/{{}}/turn"
     responses = await asyncio.gather(*(client.post(path.format(turn)) for turn in range(60)))
-    assert {response.status for response in responses} == {200}
+    assert {await response.read() for response in responses} == {b"chunk"}
     assert [line for line in said(caplog) if "POST requests" in line] == []
     assert inner[ROUTING].pins.summary().unknown == 60
 
