@@ -16,6 +16,7 @@ from .facts import (
     OVERLOADED,
     POLICY_BRANCHES,
     SELECTIONS,
+    TROUBLES,
     WORKER_CALLS,
 )
 from .seen import Counters, Load
@@ -76,13 +77,14 @@ async def read_metrics(client: Client, metrics: URL) -> tuple[Counters, Load]:
     branches: defaultdict[str, Counter[str]] = defaultdict(Counter)
     workers: Counter[str] = Counter()
     usage: dict[str, float] = {}
-    overloaded = 0
+    overloaded = troubles = 0
     names = set()
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             names.add(sample.name)
             labels = {name: client.printable(value) for name, value in sample.labels.items()}
             worker = labels.get("worker", "")
+            troubles += _count(sample) if _is_trouble(sample) else 0
             if policy := POLICY_BRANCHES.get(sample.name):
                 branches[policy][labels.get("branch", "")] += _count(sample)
             elif sample.name in SELECTIONS:
@@ -100,9 +102,14 @@ async def read_metrics(client: Client, metrics: URL) -> tuple[Counters, Load]:
     if kind is None:
         raise ValueError("what answers there is no SMG gateway's metrics")
     return (
-        Counters(_plain(pools), _plain(branches), dict(workers)),
+        Counters(_plain(pools), _plain(branches), dict(workers), troubles),
         Load(kind, LOAD_POLLS in names, overloaded, usage),
     )
+
+
+def _is_trouble(sample: Sample) -> bool:
+    good = TROUBLES.get(sample.name)
+    return good is not None and good not in sample.labels.values()
 
 
 def _plain(counts: Mapping[str, Counter[str]]) -> dict[str, dict[str, int]]:
@@ -116,12 +123,11 @@ def _count(sample: Sample) -> int:
 
 
 def growth(before: Counters | None, after: Counters | None) -> Counters | None:
-    """Return by how much the counters grew, or None where either is not known.
+    """Return by how much the counters grew; what did not grow is left out.
 
-    They start at 0 again where the gateway restarted: what shrank is left out, and so is what did
-    not grow.
+    None where either is not known, or where one shrank: the gateway was started anew.
     """
-    if before is None or after is None:
+    if before is None or after is None or _shrank(before, after):
         return None
 
     def grown(now: Mapping[str, int], then: Mapping[str, int]) -> dict[str, int]:
@@ -137,7 +143,17 @@ def growth(before: Counters | None, after: Counters | None) -> Counters | None:
         each(after.pools, before.pools),
         each(after.branches, before.branches),
         grown(after.workers, before.workers),
+        after.troubles - before.troubles,
     )
+
+
+def _shrank(before: Counters, after: Counters) -> bool:
+    """Tell whether the gateway was started anew in between."""
+    pairs = (
+        *((then, after.pools.get(name, {})) for name, then in before.pools.items()),
+        *((then, after.branches.get(name, {})) for name, then in before.branches.items()),
+    )
+    return any(now.get(name, 0) < count for then, now in pairs for name, count in then.items())
 
 
 class Follower:

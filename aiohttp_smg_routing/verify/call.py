@@ -10,6 +10,7 @@ from math import inf
 from typing import Any, TypeVar
 
 import aiohttp
+from aiohttp.http_exceptions import HttpProcessingError
 from yarl import URL
 
 from ..gateway import ROUTED_WORKER_HEADER
@@ -140,7 +141,10 @@ class Client:
         except aiohttp.ClientResponseError:
             # What a server sends that speaks TLS, gRPC or HTTP/2 is of no use to anybody.
             failure = Failure("broken", url, text=_NO_HTTP)
-        except (aiohttp.ClientError, ValueError, RecursionError) as error:
+        except (
+            *(aiohttp.ClientError, HttpProcessingError),  # the last one is of an overlong line
+            *(ValueError, RecursionError),
+        ) as error:
             failure = Failure("broken", url, text=self.clean(str(error)))
         raise CallError(failure)
 

@@ -124,5 +124,5 @@ def _id_in(said: str) -> str | None:
         found = next((found[name] for name in _ID_FIELDS if name in found), None)
     if isinstance(found, dict):  # {"session": {"id": …}}
         found = next((found[name] for name in _ID_FIELDS if name in found), None)
-    ids = isinstance(found, str | int) and not isinstance(found, bool) and str(found).strip()
-    return str(found) if ids else None
+    is_id = isinstance(found, str | int) and not isinstance(found, bool) and str(found).strip()
+    return str(found) if is_id and str(found).isprintable() else None

@@ -24,6 +24,7 @@ from .options import (
     api_key,
     header_name,
     json_path,
+    model,
     output_file,
     picture_file,
     session_id,
@@ -116,7 +117,7 @@ def cli() -> None:
     callback=url,
     help=f"The gateway's metrics.  [default: its host, port {METRICS_PORT}, /metrics]",
 )
-@click.option("--model", help="[default: the first that the gateway lists]")
+@click.option("--model", callback=model, help="[default: the first that the gateway lists]")
 @click.option("--sessions", type=click.IntRange(1), default=_DEFAULT.sessions, help="In each arm.")
 @click.option("--turns", type=click.IntRange(2), default=_DEFAULT.turns, help="In each session.")
 @click.option(

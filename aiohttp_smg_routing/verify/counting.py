@@ -3,7 +3,7 @@
 import re
 from typing import Literal
 
-from .facts import CACHE_KEEPERS, KEY_BRANCHES, UNCOUNTED_POLICIES
+from .facts import CACHE_KEEPERS, KEY_BRANCHES, KEY_ONLY_POLICIES, UNCOUNTED_POLICIES
 from .seen import Counters, Seen
 from .summary import Summary
 
@@ -107,6 +107,9 @@ def key_use(seen: Seen, pool: str) -> Use:
     used = keyed_calls(counters, pool)
     answered = sum(turn.outcome != "failed" for turn in seen.turns)
     if used == 0:
+        named = {turn.worker for turn in seen.turns if turn.worker}
+        if counters.workers and named - {*counters.workers}:
+            return "untold"  # the metrics are of another gateway
         whole = seen.plan.through or counters.calls >= answered
         return "not used" if is_ours(seen) or (knows_gateway(seen) and whole) else "untold"
     all_used = is_ours(seen) and knows_gateway(seen) and used >= answered
@@ -115,12 +118,12 @@ def key_use(seen: Seen, pool: str) -> Use:
 
 def keys_arrive(seen: Seen) -> bool:
     """Tell whether this gateway has seen keys, or has a policy that follows nothing else."""
-    counters = seen.counters
-    if counters is None or not (is_ours(seen) or knows_gateway(seen)):
+    counters, names = seen.counters, pools(seen)
+    if counters is None or not names or not (is_ours(seen) and knows_gateway(seen)):
         return False
-    return any(
-        policy_of(counters, pool) in UNCOUNTED_POLICIES or keyed_calls(counters, pool) > 0
-        for pool in pools(seen)
+    return all(
+        policy_of(counters, pool) in KEY_ONLY_POLICIES or key_use(seen, pool) == "used"
+        for pool in names
     )
 
 
@@ -178,10 +181,11 @@ def kept_by_counters(
     if counters is None or policy is None or not is_ours(seen) or counts_any_call(seen, pool):
         return 0, later
     series, count = series_of(counters, policy), sharing(counters, pool)
-    if not keyed_calls(counters, pool) or (series != "manual" and seen.load.overloaded):
+    is_stable = not (seen.load.overloaded or seen.has_changed or counters.troubles)
+    if not keyed_calls(counters, pool) or (series != "manual" and not is_stable):
         return 0, later  # a hash counts as such though the worker that it names is left out
     answered = keyed.answered - keyed.sessions
-    failed = seen.sent - keyed.answered - control.answered
+    failed = seen.sent - keyed.answered - control.answered + max(0, counters.troubles)
     if series == "manual":
         hits = counters.branches[series].get("occupied_hit", 0)
         least = hits - (count - 1) * answered - failed if fresh_ids(seen) else 0

@@ -69,10 +69,10 @@ def bounds(seen: Seen, keyed: Summary, control: Summary) -> list[Bounds]:
     own_keys = direct or more_than_chance(keyed, control)
     known = []
     for pool in names:
+        least, most = kept_by_counters(seen, keyed, control, pool, own_keys=own_keys)
         if keyed.named and pool == answering(names):
-            least, most = keyed.outcomes["kept"], keyed.later - keyed.outcomes["moved"]
-        else:
-            least, most = kept_by_counters(seen, keyed, control, pool, own_keys=own_keys)
+            least = keyed.outcomes["kept"]
+            most = min(most, keyed.later - keyed.outcomes["moved"])
         known.append(Bounds(pool, least, most))
     return known
 

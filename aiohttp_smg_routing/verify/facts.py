@@ -34,11 +34,22 @@ NO_KEY_BRANCHES: Final = (
 #: Policies of vllm-router that route on a key, and do not count it.
 UNCOUNTED_POLICIES: Final = frozenset(("consistent_hash", "sticky_least_loaded", "kv_aware"))
 
+#: Those of them that follow nothing else; ``kv_aware`` follows the prompt, too.
+KEY_ONLY_POLICIES: Final = UNCOUNTED_POLICIES - {"kv_aware"}
+
 #: Each choice of a worker; ``policy`` names the policy, ``worker_type`` the kind of worker.
 SELECTIONS: Final = frozenset(("smg_worker_selection_total", "vllm_router_policy_decisions_total"))
 
 #: How many calls each ``worker`` got; vllm-router has that in its choices.
 WORKER_CALLS: Final = "smg_worker_cb_outcomes_total"
+
+#: What grows while a worker is in trouble, but for the label of those that show none. The set of
+#: workers may have changed then, and a call may have been tried again elsewhere.
+TROUBLES: Final[Mapping[str, str]] = {
+    "smg_worker_health_checks_total": "success",
+    "smg_worker_cb_transitions_total": "",
+    WORKER_CALLS: "success",
+}
 
 #: The kinds of workers that keep a session's KV cache; ``encode`` workers do not.
 CACHE_KEEPERS: Final = ("regular", "prefill", "decode")

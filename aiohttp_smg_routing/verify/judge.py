@@ -101,7 +101,8 @@ def _shares(seen: Seen, keyed: Summary, control: Summary) -> Iterator[str]:
         if key_use(seen, known.pool) == "not used":
             yield f"{by_counters} no {worker}"
         elif keyed.named and known.pool == answering(names):
-            continue
+            if known.most < keyed.outcomes["kept"]:
+                yield f"{by_counters} the {worker} of at most {known.most} of {later} later turns"
         elif known.least:
             yield f"{by_counters} the {worker} of {known.least} of {later} later turns"
         elif known.most < later:

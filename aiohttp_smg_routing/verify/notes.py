@@ -7,7 +7,7 @@ from ..gateway import VALID_KEY
 from .cause import Cause
 from .counting import worker_count
 from .facts import KV_USAGE_LIMIT
-from .seen import Answer, Seen
+from .seen import Answer, Counters, Seen
 from .summary import Summary
 
 
@@ -26,6 +26,13 @@ def notes(seen: Seen, keyed: Summary, answer: Answer) -> Iterator[Cause]:
             "no_counters",
             f"The gateway's counters could not be read at {seen.plan.metrics}: {seen.no_counters}.",
             "Give the address of its metrics with --metrics URL (the gateway's --prometheus-port).",
+        )
+    if answer == "could not tell" and (seen.has_changed or (seen.counters or Counters()).troubles):
+        yield Cause(
+            "workers_changed",
+            "Workers came, went, failed or were not healthy during the run: so some calls may have "
+            "gone elsewhere than the counters of the key say.",
+            "See GET /workers, and run this again when all of them are healthy.",
         )
     if len(keyed.workers) == 1 and keyed.sessions >= 8 and worker_count(seen) != 1:
         yield Cause(

@@ -86,6 +86,13 @@ def session_id(ctx: click.Context, param: click.Parameter, value: str) -> str:
     return value
 
 
+def model(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Refuse a name that can't be written out, such as one with bytes that are no UTF-8."""
+    if value is None or value.isprintable():
+        return value
+    raise click.BadParameter("it is no printable text.")
+
+
 def output_file(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
     """Refuse a file that can't be written now, not when the run is over."""
     if value is None:

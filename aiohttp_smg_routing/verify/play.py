@@ -17,6 +17,7 @@ from .seen import Counters, Failure, Outcome, Plan, Seen, Turn
 from .summary import with_cached_tokens
 
 PROBES = 4  # calls without any key, before the turns
+_BETWEEN_LOOKS = 2  # seconds
 _LAST = 1  # seconds at least for the counters at the end, without which the run may be in vain
 T = TypeVar("T")
 
@@ -60,6 +61,10 @@ class Play:
                     if before:
                         after = await self._in_time(self._counters(client), _LAST)
                         self._see(counters=ask.growth(before, after))
+                        if after and not self._seen.counters:
+                            anew = "they began anew, as when the gateway is restarted"
+                            self._see(no_counters=anew)
+                    await self._in_time(self._look_again(client), _LAST)
         finally:
             self._see(seconds=time.perf_counter() - begin)
         return self.seen
@@ -96,6 +101,21 @@ class Play:
             workers=await ask.healthy_workers(client, plan.gateway, model),
         )
         return True
+
+    async def _look_again(self, client: Client) -> None:
+        """See whether the workers are those of before: one may have come, or not been healthy."""
+        plan, before = self._seen.plan, self._seen.workers
+        after = await ask.healthy_workers(client, plan.gateway, plan.model or "")
+        if before is not None and after is not None and after != before:
+            kinds = {*before, *after}
+            most = {kind: max(before.get(kind, 0), after.get(kind, 0)) for kind in kinds}
+            self._see(workers=most, has_changed=True)
+
+    async def _watch(self, client: Client) -> None:
+        """Look now and then whether workers are overloaded, which may not last."""
+        while True:
+            await asyncio.sleep(_BETWEEN_LOOKS)
+            await self._counters(client)
 
     async def _counters(self, client: Client) -> Counters | None:
         self._see(no_counters="no answer in time")
@@ -147,15 +167,16 @@ class Play:
             asyncio.ensure_future(self._player(chain, turns, follow))
             for _ in range(plan.concurrency)
         ]
+        watch = asyncio.ensure_future(self._watch(client) if counters else asyncio.sleep(0))
         try:
             left = max(0.0, self._deadline - time.perf_counter())
             _, late = await asyncio.wait(players, timeout=left)
             if late:
                 self._see(stopped="time_limit")
         finally:
-            for player in players:
-                player.cancel()
-            await asyncio.gather(*players, return_exceptions=True)
+            for task in (watch, *players):
+                task.cancel()
+            await asyncio.gather(watch, *players, return_exceptions=True)
             await asyncio.gather(*map(chain.end, chain.open))
             self._see(sent_for_sessions=chain.extra)
         for player in players:

@@ -110,6 +110,8 @@ class Counters:
     """What each policy that knows the key did: ``{"manual": {"vacant": 2, "occupied_hit": 7}}``."""
     workers: Mapping[str, int] = field(default_factory=dict)
     """How many calls each worker got."""
+    troubles: int = 0
+    """How often a worker failed a health check or a call, or its circuit opened or closed."""
 
     @property
     def calls(self) -> int:
@@ -161,3 +163,5 @@ class Seen:
     stopped: Literal["", "time_limit", "failures"] = ""
     """Why it ended early."""
     seconds: float = 0
+    has_changed: bool = False
+    """Whether there were other healthy workers at the end than before the turns."""

@@ -101,6 +101,7 @@ async def test_reasoning_counts_as_the_first_token(client: Client) -> None:
         (("[1]",), "the stream says [1]"),
         (("{",), "Expecting property name"),
         ((100_000 * "[",), "maximum recursion depth exceeded"),
+        ((f'{{"x": "{600_000 * "x"}"}}',), ""),
         (20 * (f'{{"x": "{60_000 * "x"}"}}',), "the answer has more than"),
     ],
 )

@@ -122,7 +122,7 @@ async def test_id_may_be_a_number() -> None:
     assert spy.turns[0][1]["X-Sid"] == "7"
 
 
-@pytest.mark.parametrize("made", [None, {}, {"id": None}, {"id": True}, {"id": ""}, [1]])
+@pytest.mark.parametrize("made", [None, {}, {"id": None}, {"id": True}, {"id": ""}, [1], "\ud800"])
 async def test_answer_without_an_id_is_said_to_have_none(made: object) -> None:
     spy = Server(made)
     async with server(spy.app) as url, Client(5, None) as client:

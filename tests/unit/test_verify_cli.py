@@ -244,6 +244,7 @@ def test_unknown_model_lists_those_that_exist(capsys: pytest.CaptureFixture[str]
         ["verify", "http://10.0.0.1", "--metrics", "10.0.0.1:29000"],
         ["verify", "http://10.0.0.1", "--through", "10.0.0.1"],
         ["verify", "http://10.0.0.1", "--session-id", "all-the-same"],
+        ["verify", "http://10.0.0.1", "--model", "m\udcff"],
         ["verify", "http://10.0.0.1", "--through", "http://10.0.0.2?a=b"],
         ["verify", "http://10.0.0.1", "--through", f"http://h?k={SECRET}&s={{session_id}}"],
         ["verify", "http://10.0.0.1", "--session-header", "X-Session-Id"],

@@ -357,8 +357,38 @@ CASES = {
     ),
     "some keys not counted, yet all kept": (
         seen(counters=counted("manual", occupied_hit=50, no_routing_id=238)),
+        1,
+        ["key_lost"],
+    ),
+    "named by who makes each key unique": (
+        seen(counters=counted("manual", vacant=288)),
+        1,
+        ["pinned_again"],
+    ),
+    "by counters, and the workers have changed": (
+        replace(unnamed(HASHING), has_changed=True),
+        2,
+        ["no_worker_name", "workers_changed"],
+    ),
+    "by counters, hashing, and a worker was in trouble": (
+        unnamed(replace(HASHING, troubles=1)),
+        2,
+        ["no_worker_name", "workers_changed"],
+    ),
+    "by counters, pinned, and a call was tried again": (
+        unnamed(replace(MANUAL, troubles=2)),
+        2,
+        ["no_worker_name", "workers_changed"],
+    ),
+    "named by another gateway than that of the metrics": (
+        seen(counters=replace(counted("round_robin"), workers={"x": 288})),
         0,
         [],
+    ),
+    "through a server that sends one key in twenty calls": (
+        seen(counters=counted("cache_aware", vacant=15), plan=THROUGH),
+        1,
+        ["key_lost"],
     ),
     "replicas": (
         seen(arm("keyed", 80), counters=counted("manual", calls=144, vacant=100, occupied_hit=44)),
@@ -568,13 +598,13 @@ CASES = {
     "through a server": (seen(plan=THROUGH), 0, []),
     "through a server, and others call the gateway, too": (
         seen(counters=counted("manual", calls=900, vacant=60, occupied_hit=400), plan=THROUGH),
-        0,
-        ["other_calls"],
+        2,
+        ["other_calls", "keys_unseen"],
     ),
     "through a server before two replicas": (
         seen(counters=counted("consistent_hashing", calls=144, routing_key_hit=144), plan=THROUGH),
-        0,
-        [],
+        2,
+        ["replicas", "keys_unseen"],
     ),
     "by counters, hashing, while a worker is left out": (
         replace(unnamed(HASHING), load=Load("smg", True, 1, {"a": 0.95})),

@@ -380,6 +380,66 @@ async def test_run_tells_by_how_much_the_counters_grew() -> None:
     assert len(calls) == 16
 
 
+async def test_workers_are_counted_again_at_the_end() -> None:
+    """One may not have been healthy yet, or have gone."""
+    listed = [[{"is_healthy": True}], 3 * [{"is_healthy": True}]]
+
+    @web.middleware
+    async def workers(request: web.Request, handler: Any) -> web.StreamResponse:
+        if request.path == "/workers":
+            return web.json_response({"workers": listed.pop(0)})
+        answer: web.StreamResponse = await handler(request)
+        return answer
+
+    app = fake_gateway(recorder([]))
+    app.middlewares.append(workers)
+    async with server(app) as url:
+        seen = await Play(Plan(url, METRICS, sessions=2, turns=2), api_key=None).run()
+    assert (seen.workers, seen.has_changed) == ({"regular": 3}, True)
+
+
+async def test_workers_that_are_overloaded_for_a_while_are_seen() -> None:
+    reads = 0
+    has_been_read = asyncio.Event()
+
+    async def metrics(request: web.Request) -> web.Response:
+        nonlocal reads
+        reads += 1
+        if reads == 3:  # the first are before the turns, and after the probe
+            has_been_read.set()
+        overloaded = f"smg_workers_overloaded {int(reads == 3)}"
+        return web.Response(text=f"smg_tokio_workers 2\n{overloaded}\n")
+
+    async def chat(request: web.Request) -> web.StreamResponse:
+        if "X-SMG-Routing-Key" in request.headers:
+            await has_been_read.wait()
+        return await stream(request, "ok", USAGE)
+
+    app = web.Application()
+    app.router.add_get("/metrics", metrics)
+    async with server(fake_gateway(chat)) as url, server(app) as other:
+        plan = Plan(url, other / "metrics", sessions=2, turns=2)
+        seen = await Play(plan, api_key=None).run()
+    assert reads == 4
+    assert seen.load.overloaded == 1
+
+
+async def test_counters_that_began_anew_tell_nothing() -> None:
+    counts = [40, 44, 3]
+
+    async def metrics(request: web.Request) -> web.Response:
+        count = f'smg_worker_selection_total{{policy="manual"}} {counts.pop(0)}\n'
+        return web.Response(text=count)
+
+    app = web.Application()
+    app.router.add_get("/metrics", metrics)
+    async with server(fake_gateway(recorder([]))) as url, server(app) as other:
+        plan = Plan(url, other / "metrics", sessions=2, turns=2)
+        seen = await Play(plan, api_key=None).run()
+    assert (seen.counters, seen.probe) == (None, Counters({"regular": {"manual": 4}}))
+    assert seen.no_counters == "they began anew, as when the gateway is restarted"
+
+
 @pytest.mark.parametrize(
     ("concurrency", "policy", "alone"),
     [(1, "p", True), (2, "p", False), (2, "consistent_hash", True)],
@@ -528,13 +588,18 @@ smg_cache_aware_policy_branch_total{branch="tree_match"} 9
 smg_worker_selection_total{worker_type="prefill",policy="manual"} 5
 smg_worker_selection_total{worker_type="decode",policy="prefix_hash"} 5
 smg_worker_cb_outcomes_total{worker="http://w",outcome="success"} 7
+smg_worker_cb_outcomes_total{worker="http://w",outcome="failure"} 1
+smg_worker_cb_transitions_total{from="closed",to="open"} 2
+smg_worker_health_checks_total{result="failure"} 4
+smg_worker_health_checks_total{result="success"} 8
 other 1
 """
     )
     assert counters == Counters(
         {"prefill": {"manual": 5}, "decode": {"prefix_hash": 5}},
         {"manual": {"vacant": 3}, "prefix_hash": {"ring_hit": 5}},
-        {"http://w": 7},
+        {"http://w": 8},
+        troubles=7,
     )
     assert counters.calls == 5
     with pytest.raises(ValueError, match="no SMG gateway's metrics"):
@@ -577,6 +642,8 @@ def test_growth_is_what_came_in_between() -> None:
     assert ask.growth(before, after) == grown
     assert ask.growth(before, None) is ask.growth(None, after) is None
     assert ask.growth(after, after) == Counters()
+    assert ask.growth(after, before) is ask.growth(after, Counters(after.pools)) is None
+    assert ask.growth(before, replace(before, troubles=2)) == Counters(troubles=2)
 
 
 @pytest.mark.parametrize(
