@@ -2,6 +2,8 @@
 
 import asyncio
 import itertools
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -127,3 +129,11 @@ async def play_one(smg: SmgGateway, name: str) -> None:
         url = smg.url / "v1/chat/completions"
         async with session.post(url, json=chat(name), headers={KEY: name}) as response:
             assert response.status == 200
+
+
+def test_a_pin_is_forgotten_after_four_hours_without_a_call() -> None:
+    """By the word of the program: nobody waits for so long."""
+    argv = [sys.executable, "-m", "smg", "launch", "--help"]
+    told = subprocess.run(argv, capture_output=True, text=True, check=True).stdout  # noqa: S603
+    option = told.partition("\n  --max-idle-secs ")[2].partition("\n  --")[0]
+    assert "(default: 14400)" in option
