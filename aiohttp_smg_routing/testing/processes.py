@@ -74,6 +74,6 @@ async def _until_ready(
         try:
             if await ready():
                 return
-        except aiohttp.ClientConnectionError:
+        except aiohttp.ClientError:  # it may have begun to listen, and not yet to answer
             pass
         await asyncio.sleep(_POLL_SECONDS)

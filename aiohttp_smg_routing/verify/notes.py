@@ -111,7 +111,11 @@ def _keys(seen: Seen) -> Iterator[Cause]:
 def _load(seen: Seen) -> Iterator[Cause]:
     load = seen.load
     fullest = max(load.kv_usage.values(), default=0.0)
-    off = "Launch the gateway with --disable-worker-overload-protection"
+    off = (
+        "Launch the gateway with --disable-worker-overload-protection"
+        if load.can_protect
+        else "Launch the gateway without the options that limit its workers' load"
+    )
     if load.overloaded:
         yield Cause(
             "overloaded",

@@ -98,17 +98,24 @@ async def play(aiohttp_client: AiohttpClient, app: web.Application, models: Sequ
 
 @names_workers
 @pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize(
+    ("policy", "args"),
+    [("manual", []), ("round_robin", OVERRIDE), ("consistent_hashing", [])],
+)
 async def test_each_model_of_a_session_keeps_its_worker(
-    aiohttp_client: AiohttpClient, count: int
+    aiohttp_client: AiohttpClient, policy: str, args: list[str], count: int
 ) -> None:
     models = [f"model-{number}" for number in range(count)]
     pairs = len(SESSIONS) * count
-    async with cluster(models) as running:
+    async with cluster(models, policy, args) as running:
         app = session_server(running.smg.url, pin_by=BY_MODEL)
         await play(aiohttp_client, app, models)
         assert running.on_one_worker(models) == pairs
         branches = +await running.smg.branches()
-        assert branches == {"vacant": pairs, "occupied_hit": pairs * (TURNS - 1)}
+        if policy == "consistent_hashing":
+            assert branches == {"routing_key_hit": pairs * TURNS}
+        else:
+            assert branches == {"vacant": pairs, "occupied_hit": pairs * (TURNS - 1)}
     pins = app[ROUTING].pins
     summary = pins.summary()
     assert (summary.first, summary.kept, summary.moved) == (pairs, pairs * (TURNS - 1), 0)

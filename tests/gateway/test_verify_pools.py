@@ -37,7 +37,8 @@ async def pd_gateway(
             *("--host", "127.0.0.1", "--port", str(port), "--prometheus-host", "127.0.0.1"),
             *("--prometheus-port", str(metrics_port)),
             *(word.rstrip("/") for pair in pairs for word in pair),
-            *("--disable-tokenizer-autoload", "--log-level", "warn", *args),
+            *("--disable-tokenizer-autoload", "--disable-worker-overload-protection"),
+            *("--log-level", "warn", *args),
             ready=ready,
         ):
             yield url, URL(f"http://127.0.0.1:{metrics_port}/metrics")

@@ -85,3 +85,9 @@ def test_the_reference_has_every_public_name_and_no_other() -> None:
     page = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
     shown = re.findall(r"^\.\. auto\w+:: (?:[a-z_]+\.)*(\w+)", page, re.MULTILINE)
     assert sorted(shown) == sorted((*aiohttp_smg_routing.__all__, *testing.__all__))
+
+
+def test_the_core_is_few_files_that_are_short() -> None:
+    sizes = {path.name: len(path.read_text().splitlines()) for path in PACKAGE.glob("*.py")}
+    assert len(sizes) <= 16
+    assert max(sizes.values()) <= 250

@@ -689,6 +689,14 @@ CASES = {
         1,
         ["overloaded"],
     ),
+    "overloaded, by a gateway told so": (
+        replace(
+            seen(arm("keyed", 40), counters=counted("manual", no_healthy_workers=288)),
+            load=Load("smg", False, 3, {"a": 0.95}),
+        ),
+        1,
+        ["overloaded"],
+    ),
     "one worker overloaded": (
         replace(seen(), load=Load("smg", True, 1, {"a": 0.95, "b": 0.1})),
         0,
@@ -798,6 +806,7 @@ def test_verdict_and_causes(what: Seen, status: int, causes: list[str]) -> None:
         ("the server does not send the key", "key_lost", "does it call another host"),
         ("some keys lost", "key_lost", "--header NAME"),
         ("overloaded", "overloaded", "--disable-worker-overload-protection"),
+        ("overloaded, by a gateway told so", "overloaded", "without the options that limit"),
         ("prefill not pinned", "prefill_policy", "--prefill-policy manual"),
         ("decode not pinned", "decode_policy", "--decode-policy manual"),
     ],
