@@ -5,13 +5,13 @@ import itertools
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
 
 import pytest
 from aiohttp import ClientSession
 from yarl import URL
 
-from aiohttp_smg_routing.testing import SmgGateway, StartSmgGateway
+from aiohttp_smg_routing.testing import SmgGateway, StartSmgGateway, canned
 
 from ..workers import SMG, answer_when_all_are_there, chat
 
@@ -137,3 +137,23 @@ def test_a_pin_is_forgotten_after_four_hours_without_a_call() -> None:
     told = subprocess.run(argv, capture_output=True, text=True, check=True).stdout  # noqa: S603
     option = told.partition("\n  --max-idle-secs ")[2].partition("\n  --")[0]
     assert "(default: 14400)" in option
+
+
+async def test_the_answer_for_a_worker_that_hangs_up_has_its_address(
+    smg_gateway: StartSmgGateway,
+) -> None:
+    """What SECURITY.md warns of: ``hide_worker_ids`` takes off the header only."""
+
+    async def hang_up() -> AsyncGenerator[bytes, None]:
+        yield b"HTTP/1.1 "
+        raise ConnectionResetError
+
+    smg = await smg_gateway(1, policy="manual", args=("--disable-retries",))
+    [worker] = smg.workers
+    worker.answer = lambda call: hang_up() if call.method == "POST" else canned(call)
+    async with (
+        ClientSession() as session,
+        session.post(smg.url / "v1/chat/completions", json=chat("s")) as response,
+    ):
+        assert response.status >= 500
+        assert str(worker.url.origin()) in await response.text()

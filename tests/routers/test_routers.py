@@ -1,11 +1,14 @@
 """Each line of ``docs/gateways.md``, on the gateway of this environment."""
 
 import asyncio
+import functools
+import itertools
 import json
 import random
+import secrets
 import sys
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -174,3 +177,22 @@ async def test_verify_through_a_session_server(
         assert bool(by_key(gateway)) is enabled
         assert not enabled or is_pinned(by_key(gateway))
     assert [str(status)] == (FACTS[column] if column else ["1"])
+
+
+OTHER_KEYS: dict[str, Callable[[], str]] = {
+    "new each turn": lambda: secrets.token_hex(8),
+    "of 24 in turn": functools.partial(next, map("slot-{}".format, itertools.cycle(range(24)))),
+    "one for all": lambda: "all",
+}
+
+
+@pytest.mark.parametrize("key", OTHER_KEYS)
+async def test_verify_says_pinned_of_no_session_server_that_sends_other_keys_than_the_sessions(
+    aiohttp_client: AiohttpClient, tmp_path: Path, key: str
+) -> None:
+    async with launched(FACTS["policies that pin"][0]) as gateway:
+        app = session_server(gateway.url, session_id=lambda request: OTHER_KEYS[key]())
+        client = await aiohttp_client(app)
+        server = str(client.make_url("/")).rstrip("/")
+        assert await verify(tmp_path, gateway, "--through", server) != 0
+        assert any(call.values(HEADER) for worker in gateway.workers for call in worker.calls)
