@@ -203,13 +203,13 @@ class Rules(Owner):
     def note_request(self, scope: Scope) -> None:
         """Note a request that is over, and led to no call to the gateway that was seen."""
         what = "sessionless" if scope.session_id is None else "idle"
-        if not (scope.is_turn and self._is_noticed(what)):
+        is_no_turn = (what == "sessionless" and self._has_tagged) or not scope.is_turn
+        if is_no_turn or not self._is_noticed(what):
             return
         if scope.session_id is None:
             message = "%d POST requests, and no session: %s found none in route %s. Correct it."
             sources = named_sources(self.config.session_id)
-            if not self._has_tagged:
-                say(logger, logging.WARNING, message, self._runs[what], sources, scope.route)
+            say(logger, logging.WARNING, message, self._runs[what], sources, scope.route)
             return
         why = (
             "was made before the app started (use routing.attach(session))"

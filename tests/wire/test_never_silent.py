@@ -1091,6 +1091,25 @@ async def test_requests_none_of_which_has_a_session_are_said_where_no_call_is_se
     ]
 
 
+async def test_requests_that_have_no_session_beside_turns_that_are_tagged_say_nothing(
+    gateway: Recorder, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A server has other calls than turns."""
+
+    async def handler(request: web.Request) -> web.Response:
+        return web.Response()
+
+    app = session_server(gateway.url)
+    app.router.add_post("/metrics", handler)
+    client = await aiohttp_client(app)
+    async with client.post(PATH, json={}) as response:
+        assert response.status == 200
+    for _ in range(1010):
+        async with client.post("/metrics"):
+            pass
+    assert said(caplog) == []
+
+
 async def test_with_instrument_the_advice_is_not_to_set_it(
     gateway: Recorder, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
 ) -> None:
