@@ -135,7 +135,7 @@ def test_a_pin_is_forgotten_after_four_hours_without_a_call() -> None:
     """By the word of the program: nobody waits for so long."""
     argv = [sys.executable, "-m", "smg", "launch", "--help"]
     told = subprocess.run(argv, capture_output=True, text=True, check=True).stdout  # noqa: S603
-    option = told.partition("\n  --max-idle-secs ")[2].partition("\n  --")[0]
+    option = told.partition("\n  --max-idle-secs")[2].partition("\n  --")[0]
     assert "(default: 14400)" in option
 
 
