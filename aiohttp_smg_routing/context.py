@@ -45,7 +45,7 @@ class Scope:
     outer: "Scope | None" = None  # of an app around the owner, for the same request
     around: "Scope | None" = None  # of the request around a block
     before: "Scope | None" = None  # to return to after a block
-    is_block = is_left = is_turn = has_called = False
+    is_block = is_left = has_called = False
     task: "weakref.ref[Task] | None" = None  # that handles the request
     writer: "weakref.ref[AbstractStreamWriter] | None" = None  # of the request's answer
 

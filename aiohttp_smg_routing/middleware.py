@@ -54,7 +54,6 @@ def inbound(rules: Rules) -> Middleware:
         task = _current_task()  # None where a test runs the coroutine by hand
         scope.task = None if task is None else weakref.ref(task)
         scope.writer = compat.writer_of(request)
-        scope.is_turn = request.method == hdrs.METH_POST
         around = current_scope()
         if around is not None:
             scope.outer = _of_outer_app(scope, around.around if around.is_block else around)
@@ -68,14 +67,14 @@ def inbound(rules: Rules) -> Middleware:
             raise
         finally:
             if compat.is_to_be_sent(response):
-                _send_in_scope(response, scope, rules)
+                _send_in_scope(response, request.method, scope, rules)
             elif not scope.has_called:
-                rules.note_request(scope)
+                rules.note_request(request.method, scope)
 
     return middleware
 
 
-def _send_in_scope(response: web.Response, scope: Scope, rules: Rules) -> None:
+def _send_in_scope(response: web.Response, method: str, scope: Scope, rules: Rules) -> None:
     """Send the body of an answer in the scope of this code, whatever task does it.
 
     The request lasts as long. A middleware that runs the handler in a task, as ``wait_for()`` does
@@ -98,7 +97,7 @@ def _send_in_scope(response: web.Response, scope: Scope, rules: Rules) -> None:
         finally:
             enter_scope(before)
             if not scope.has_called:
-                rules.note_request(scope)
+                rules.note_request(method, scope)
 
     vars(response)["write_eof"] = write_in_scope
 

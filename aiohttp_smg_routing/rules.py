@@ -200,10 +200,10 @@ class Rules(Owner):
             message = "%s is redirected to %s, where the key does not follow. Is it in gateway?"
             say(logger, logging.WARNING, message, _shown(method, url), f"{origin(to)}{to.raw_path}")
 
-    def note_request(self, scope: Scope) -> None:
+    def note_request(self, method: str, scope: Scope) -> None:
         """Note a request that is over, and led to no call to the gateway that was seen."""
         what = "sessionless" if scope.session_id is None else "idle"
-        is_no_turn = (what == "sessionless" and self._has_tagged) or not scope.is_turn
+        is_no_turn = (what == "sessionless" and self._has_tagged) or method != hdrs.METH_POST
         if is_no_turn or not self._is_noticed(what):
             return
         if scope.session_id is None:

@@ -167,16 +167,16 @@ class Play:
             asyncio.ensure_future(self._player(chain, turns, follow))
             for _ in range(plan.concurrency)
         ]
-        watch = asyncio.ensure_future(self._watch(client) if counters else asyncio.sleep(0))
+        watchers = [asyncio.ensure_future(self._watch(client))] if counters else []
         try:
             left = max(0.0, self._deadline - time.perf_counter())
             _, late = await asyncio.wait(players, timeout=left)
             if late:
                 self._see(stopped="time_limit")
         finally:
-            for task in (watch, *players):
+            for task in (*watchers, *players):
                 task.cancel()
-            await asyncio.gather(watch, *players, return_exceptions=True)
+            await asyncio.gather(*watchers, *players, return_exceptions=True)
             await asyncio.gather(*map(chain.end, chain.open))
             self._see(sent_for_sessions=chain.extra)
         for player in players:
