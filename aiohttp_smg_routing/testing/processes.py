@@ -2,11 +2,14 @@
 
 import asyncio
 import os
+import random
 import signal
 import socket
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import ExitStack, asynccontextmanager, suppress
+from itertools import chain
+from pathlib import Path
 
 import aiohttp
 
@@ -14,18 +17,46 @@ _POLL_SECONDS = 0.05
 _START_SECONDS = 60
 
 
+def _own_ports() -> range:
+    # Documentation/networking/ip-sysctl.rst of Linux; other systems begin at 32768 or above.
+    try:
+        first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    except OSError:
+        first = 32768
+    return range(10_000, first)
+
+
+_OWN_PORTS = _own_ports()
+_random = random.SystemRandom()  # processes with one seed must not choose the same ports
+
+
 def free_port() -> int:
-    """Return a loopback TCP port that nobody listens on at this moment."""
+    """Return a loopback TCP port that nobody listens on; see :func:`free_ports`."""
     [port] = free_ports(1)
     return port
 
 
 def free_ports(count: int) -> list[int]:
-    """Return so many loopback TCP ports that nobody listens on, no two of them the same."""
+    """Return so many loopback TCP ports that nobody listens on, no two of them the same.
+
+    They lie outside the range from which the system gives a port to a program that asks for any.
+    So no such program takes one before the caller does.
+    """
+    ports: Iterable[int] = [0] * count  # any: where the system gives every port
+    if _OWN_PORTS:
+        begin = _random.randrange(len(_OWN_PORTS))
+        ports = chain(_OWN_PORTS[begin:], _OWN_PORTS[:begin])
+    held: list[socket.socket] = []
     with ExitStack() as stack:  # all are held until the last is there
-        held = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in held:
-            probe.bind(("127.0.0.1", 0))
+        for port in ports:
+            if len(held) == count:
+                break
+            probe = stack.enter_context(socket.socket())
+            with suppress(OSError):  # somebody has it: the next
+                probe.bind(("127.0.0.1", port))
+                held.append(probe)
+        if len(held) < count:
+            raise OSError(f"{count} free ports were asked for, and there are {len(held)}")
         return [probe.getsockname()[1] for probe in held]
 
 

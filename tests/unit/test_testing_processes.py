@@ -1,5 +1,7 @@
 import asyncio
+import socket
 import sys
+from contextlib import ExitStack
 
 import pytest
 
@@ -66,3 +68,30 @@ async def test_child_that_never_gets_ready_is_given_up(monkeypatch: pytest.Monke
 
 def test_no_two_free_ports_are_the_same() -> None:
     assert len(set(free_ports(500))) == 500
+
+
+def test_nobody_who_asks_for_any_port_gets_a_free_port() -> None:
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.socket()) for _ in range(500)]
+        for probe in probes:
+            probe.bind(("127.0.0.1", 0))
+        given = [probe.getsockname()[1] for probe in probes]
+    ours = free_ports(500)
+    assert max(ours) < min(given) or min(ours) > max(given)
+
+
+def test_a_port_that_somebody_has_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    [port] = free_ports(1)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", port))
+        monkeypatch.setattr(processes, "_OWN_PORTS", range(port, port + 1))
+        with pytest.raises(OSError, match="1 free ports were asked for, and there are 0"):
+            free_ports(1)
+    assert free_ports(1) == [port]
+
+
+def test_where_the_system_gives_every_port_it_gives_the_free_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(processes, "_OWN_PORTS", range(0))
+    assert len(set(free_ports(5))) == 5
