@@ -17,7 +17,7 @@ from .log import say
 from .sources import JSON_MAX_SIZE, SESSION_ID, PinBy, Source
 from .values import option
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 OnMissing = Literal["pass", "warn", "raise"]
 
@@ -26,7 +26,7 @@ class ConfigError(ValueError):
     """A wrong config; ``faults`` has ``(option, what is wrong with it)`` for every fault."""
 
     def __init__(self, faults: Iterable[tuple[str, str]]) -> None:
-        self.faults = tuple(faults)
+        self.faults: tuple[tuple[str, str], ...] = tuple(faults)
         super().__init__("\n".join(f"{name}: {problem}" for name, problem in self.faults))
 
     def __reduce__(self) -> tuple[type["ConfigError"], tuple[Any, ...]]:

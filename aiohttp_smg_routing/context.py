@@ -2,7 +2,7 @@
 
 import logging
 import weakref
-from collections.abc import Coroutine, Generator, Mapping
+from collections.abc import Callable, Coroutine, Generator, Mapping
 from contextlib import suppress
 from contextvars import ContextVar, Token
 from copy import copy
@@ -16,7 +16,7 @@ from .config import RoutingConfig, as_config
 from .keys import SessionId, as_session_id, routing_key
 from .log import Once, Task, running_code, running_task, say
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -77,12 +77,12 @@ class Scope:
 _scope: ContextVar[Scope | None] = ContextVar("aiohttp_smg_routing", default=None)
 
 #: Return the scope of the running code, or None.
-current_scope = _scope.get
+current_scope: Callable[[], Scope | None] = _scope.get
 
 #: Make a scope that of the current context. A request's is never taken back: aiohttp runs each
 #: request in a task, and so in a context, of its own, and sends a streamed body in there after the
 #: handler has returned.
-enter_scope = _scope.set
+enter_scope: Callable[[Scope | None], Token[Scope | None]] = _scope.set
 
 
 def session_scope() -> Scope | None:

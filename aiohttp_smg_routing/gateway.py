@@ -120,7 +120,7 @@ class Gateways:
     """
 
     def __init__(self, gateways: Iterable[URL]) -> None:
-        self.group = {str(gateway): str(gateway) for gateway in gateways}
+        self.group: dict[str, str] = {str(gateway): str(gateway) for gateway in gateways}
         self._of_worker: dict[str, str] = {}
 
     def named(self, gateway: str, worker: str) -> bool:

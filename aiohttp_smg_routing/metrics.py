@@ -71,28 +71,19 @@ class Move:
     turns: int  #: The session's answered calls before this one.
 
 
+@dataclass(slots=True, eq=False)
 class Row:
     """A ``SessionPin`` as the ledger keeps it."""
 
-    __slots__ = (
-        "first",
-        "gateway",
-        "into",
-        "is_over",
-        "key",
-        "moves",
-        "session",
-        "turns",
-        "worker",
-    )
-
-    def __init__(self, session: str, gateway: str, key: str) -> None:
-        self.session, self.gateway, self.key = session, gateway, key
-        self.first: str | None = None  # the worker of its first answer
-        self.worker: str | None = None
-        self.turns = self.moves = 0
-        self.is_over = False  # the session has ended, or was pushed out
-        self.into: Row | None = None  # the row that it was merged into
+    session: str
+    gateway: str
+    key: str
+    first: str | None = None  # the worker of its first answer
+    worker: str | None = None
+    turns: int = 0
+    moves: int = 0
+    is_over: bool = False  # the session has ended, or was pushed out
+    into: "Row | None" = None  # the row that it was merged into
 
     def absorb(self, other: "Row") -> None:
         """Become one with another row: their gateways count as one since."""

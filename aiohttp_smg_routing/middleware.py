@@ -20,7 +20,7 @@ from .log import Once, Task, say
 from .rules import NOTICED, Rules
 from .sources import SESSION_ID, JsonBody, Reader, Source, read_body_with, reader
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _current_task: Callable[[], Task | None] = asyncio.current_task
 

@@ -9,6 +9,7 @@ from weakref import WeakSet
 
 from aiohttp import TraceConfig, web
 from aiohttp.client import ClientSession
+from aiohttp.typedefs import Middleware
 from yarl import URL
 
 from . import client, compat
@@ -21,7 +22,7 @@ from .middleware import inbound
 from .rules import Rules
 from .sources import is_named, named_sources
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 class Routing:
@@ -32,12 +33,12 @@ class Routing:
     """
 
     def __init__(self, config: RoutingConfig | Mapping[str, Any]) -> None:
-        self.config = as_config(config)
+        self.config: RoutingConfig = as_config(config)
         """The config."""
-        self.pins = _ledger(self.config)
+        self.pins: PinLedger = _ledger(self.config)
         """The ledger: what the calls show of the pins."""
         self._rules = Rules(self.config, self.pins)
-        self.middleware = inbound(self._rules)
+        self.middleware: Middleware = inbound(self._rules)
         """The inbound half alone, for an app that does not use ``setup()``: it finds the session id
         in the request, and enters it in the context."""
         self._hook = client.Hook(self._rules)

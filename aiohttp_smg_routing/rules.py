@@ -21,14 +21,12 @@ from .ledger import Call, PinLedger
 from .log import Capped, Once, running_code, say
 from .sources import named_sources
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 #: So many in a row are no accident, before the first call that carries a key, and after one: calls
 #: without a session, near misses, those outside a session, requests without a call or a session.
 NOTICED = {"missing": 20, "unmatched": 20, "stray": 20, "idle": 50, "sessionless": 1000}
 NOTICED_LATER = 1000
-
-_NO_HOOK = "its ClientSession has no hook of this app: name it in client_session"
 
 
 class MissingSessionError(LookupError):
@@ -39,15 +37,16 @@ class Rules(Owner):
     """A config and its ledger: the calls that carry a key, and what is seen of them."""
 
     def __init__(self, config: RoutingConfig, pins: PinLedger) -> None:
-        self.config, self.pins = config, pins
-        self.header = istr(config.header)  # saves multidict the lower-casing
+        self.config: RoutingConfig = config
+        self.pins: PinLedger = pins
+        self.header: istr = istr(config.header)  # saves multidict the lower-casing
         places = [
             (gateway, gateway.raw_path.rstrip("/") + path)
             for gateway in (config.gateway if config.enabled else ())
             for path in config.paths
         ]
         # By the text of the URL, for nearly all calls: yarl works out host and port each time.
-        self.exact = {
+        self.exact: dict[tuple[str, str, str, str], str] = {
             (hdrs.METH_POST, url.scheme, url.raw_authority, path): str(url) for url, path in places
         }
         self._normalized = {
@@ -60,7 +59,7 @@ class Rules(Owner):
         self._has_tagged, self._once = False, Once()
         self._runs: Counter[str] = Counter()
         hint = "no source of session_id finds one, or the calls are made outside a request"
-        self.missing_log = Capped(logger, "calls without a session", hint)
+        self.missing_log: Capped = Capped(logger, "calls without a session", hint)
 
     def gateway_of(self, method: str, url: URL) -> str | None:
         """Return the gateway that a call goes to, where it is one that carries a key."""
@@ -191,7 +190,8 @@ class Rules(Owner):
             if rules._is_noticed("unmatched", origin(url)):
                 level = logging.WARNING
         if logger.isEnabledFor(level):
-            no_hook = f"{_shown(method, url)} goes out without a key: {_NO_HOOK}"
+            why = "its ClientSession has no hook of this app: name it in client_session"
+            no_hook = f"{_shown(method, url)} goes out without a key: {why}"
             say(logger, level, "%s", no_hook if is_own else rules.explain(method, url))
 
     def note_redirected(self, method: str, url: URL, to: URL) -> None:

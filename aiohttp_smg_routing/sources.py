@@ -16,7 +16,7 @@ from .gateway import is_header_name
 from .keys import SessionId
 from .log import Once, say
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 #: Where a session id is found: ``"header:X-Session-Id"``, or a function of the request.
 Source = str | Callable[[web.Request], SessionId | Awaitable[SessionId | None] | None]

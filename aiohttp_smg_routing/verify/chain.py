@@ -46,7 +46,7 @@ class Chain:
         self._made: dict[str, str] = {}  # the server's own id of each session
         self._create_url = _create_url(plan)
         self._makes = plan.create is not None
-        self.extra = 0
+        self.extra: int = 0
 
     async def send(self, session_id: str, body: dict[str, Any]) -> Reply:
         """Send a turn of the session. Raises ``CallError``."""
