@@ -1,4 +1,4 @@
-"""The ledger sees where each call went: the worker of every session, and every move."""
+"""The ledger records which worker answered which session, and every move."""
 
 import logging
 import sys
@@ -22,7 +22,7 @@ _HINT = "the policy may ignore the key (see verify), or a worker is overloaded o
 
 
 class Call:
-    """A call that is under way: what it carries, and where its session was when it began."""
+    """A call under way: what it carries, and which worker its session had when it began."""
 
     __slots__ = ("__weakref__", "gateway", "header", "key", "ledger", "row", "session", "worker")
 
@@ -43,12 +43,11 @@ class Call:
 
 
 class PinLedger:
-    """What an app's calls to its gateways show of the pins: ``app[ROUTING].pins``.
+    """Which worker answered which session of an app: ``app[ROUTING].pins``.
 
-    It keeps the ``config.track_sessions`` sessions that called last. It may be used from any
-    thread, and at any point: also by a finalizer or a signal handler that interrupts it.
-
-    >>> app[ROUTING].pins.summary().kept
+    It keeps the ``track_sessions`` sessions that called last. Any thread may use it at any point,
+    even a finalizer or a signal handler that interrupts it. ``count()``, ``answered()`` and
+    ``show()`` are for the plugin alone.
     """
 
     def __init__(self, config: RoutingConfig, metrics: Metrics | None = None) -> None:
@@ -62,33 +61,33 @@ class PinLedger:
         self._workers: Counter[str] = Counter()
         self._counts = dict.fromkeys((it.name for it in fields(PinSummary)), 0)
         self._lock, self._is_working, self._is_shown = threading.RLock(), False, True
-        self._waiting: deque[partial[None]] = deque()  # done under the lock, one after the other
+        self._waiting: deque[partial[None]] = deque()  # done under the lock, in order
         self._moves_log = Capped(logger, "moves", _HINT)
 
     def sessions(self) -> list[SessionPin]:
-        """Return the pins of the tracked sessions; the last one called last."""
+        """Return the pins of all tracked sessions; the session that called last comes last."""
         self._catch_up()
         return [row.pin() for rows in list(self._rows.values()) for row in rows]
 
     def of(self, session_id: SessionId) -> list[SessionPin]:
-        """Return the pins of one session: one, unless it has several keys or gateways."""
+        """Return a session's pins: one, unless it has several keys or gateways; none if unknown."""
         self._catch_up()
         return [row.pin() for row in self._rows.get(self._name(session_id), ())]
 
     def workers(self) -> dict[str, int]:
-        """Return how many of the tracked pins each worker has."""
+        """Return the number of tracked pins of each worker, as the gateway names it."""
         self._catch_up()
         return dict(self._workers)
 
     def summary(self) -> PinSummary:
-        """Return the counts of all calls so far, those of sessions that have ended among them."""
+        """Return the counts of all calls so far, including those of sessions that have ended."""
         self._catch_up()
         return PinSummary(**{**self._counts, "sessions": len(self._rows)})
 
     def end(self, session_id: SessionId) -> None:
-        """Forget a session that is over; answers to calls that began before leave no row."""
+        """Forget a session that is over, even if answers to its calls are still under way."""
         self._waiting.append(partial(self._end, self._name(session_id)))
-        # A finalizer may call this: it waits for nobody, and tells the metrics with the next call.
+        # A finalizer may call this, so it must not wait. The next call updates the metrics.
         if self._lock.acquire(blocking=False):
             try:
                 self._catch_up()
@@ -96,14 +95,14 @@ class PinLedger:
                 self._lock.release()
 
     def count(self, what: Outcome | Beside) -> None:
-        """Count a call that shows nothing of a pin, or what was seen beside an outcome."""
+        """Count a call that shows nothing about a pin, or something seen beside an outcome."""
         if self._is_on:
             self._waiting.append(partial(self._count, what))
             self._catch_up()
             self.news.tell()
 
     def answered(self, call: Call, worker: str | None) -> None:
-        """Enter the answer to a call that carried a key, by the ``worker`` that it names."""
+        """Enter the answer to a call that carried a key; ``worker`` is the one that it names."""
         if not self._is_on:
             return
         row = call.row
@@ -126,15 +125,15 @@ class PinLedger:
             self.news.tell()
 
     def show(self, is_shown: bool) -> None:
-        """Put the pins on the metrics when the app starts, and take them off when it ends."""
+        """Export the pins as metrics when the app starts, and stop that when it ends."""
         self._waiting.append(partial(self._show, is_shown))
         self._catch_up()
         self._moves_log.flush()
         self.news.tell()
 
     def _row_of(self, call: Call) -> Row | None:
-        """Return the row of the pin that a call is about, if there is one."""
-        if self._waiting:  # its session may have ended meanwhile
+        """Return the row of a call's pin, if there is one."""
+        if self._waiting:  # its session may have ended in the meantime
             self._catch_up()
         gateway = self._gateways.group[call.gateway]
         for row in self._rows.get(call.session, ()):
@@ -147,7 +146,7 @@ class PinLedger:
         return "" if text is None else self._config.routing_key(text)
 
     def _catch_up(self) -> None:
-        """Do the work that waits; what interrupts it leaves its own work to it."""
+        """Do the waiting work. Code that interrupts this leaves its work here."""
         with self._lock:
             if self._is_working:
                 return
@@ -237,7 +236,7 @@ class PinLedger:
         row.worker = worker
 
     def _merge(self) -> None:
-        """Make one row of those whose gateways count as one since."""
+        """Merge the rows whose gateways now count as one."""
         for session, rows in self._rows.items():
             kept: dict[tuple[str, str], Row] = {}
             for row in rows:
