@@ -1,4 +1,4 @@
-"""Why a gateway does not pin, or why that can't be told, and what to do about it."""
+"""Finds why a gateway does not pin, or why nobody can tell, and what to do about it."""
 
 from collections.abc import Iterator
 
@@ -14,9 +14,9 @@ from .summary import Summary
 def causes(
     seen: Seen, keyed: Summary, control: Summary, evidence: Evidence, answer: Answer
 ) -> Iterator[Cause]:
-    """Yield what explains that the sessions were not pinned, or that it can't be told.
+    """Yield why the sessions were not pinned, or why nobody can tell.
 
-    Where they are pinned, it yields only why the counters say something else.
+    If they were pinned, yield only why the counters disagree.
     """
     counters = seen.counters
     if evidence.played == "nothing":
@@ -72,7 +72,7 @@ def _by_moves(seen: Seen, *, better: bool) -> Cause:
 
 
 def _unclear(seen: Seen, keyed: Summary, control: Summary) -> Iterator[Cause]:
-    """Yield why nobody knows where turns went."""
+    """Yield why it is unknown where turns went."""
     names = pools(seen)
     if not names:
         yield Cause(

@@ -1,4 +1,4 @@
-"""Why calls fail, and what to do about it."""
+"""Finds why calls fail, and what to do about it."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ from .seen import Failure, Seen
 
 
 def failures(seen: Seen) -> Iterator[Cause]:
-    """Yield a cause for each kind of failure, the commonest first."""
+    """Yield a cause for each kind of failure, the most frequent one first."""
     counts: dict[Failure, int] = {}
     for failure in [seen.failure, *(turn.failure for turn in seen.turns)]:
         if failure:
@@ -59,7 +59,7 @@ def _failure(seen: Seen, failure: Failure) -> Cause:
 
 
 def _status(failure: Failure, said: str) -> Cause:
-    """Return the cause for an answer that is an error, or that nobody can read."""
+    """Return the cause for an answer that is an error or is unreadable."""
     answers = f"{failure.url} answers {failure.status}{said}."
     match failure.status:
         case None:

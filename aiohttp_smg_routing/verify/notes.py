@@ -1,4 +1,4 @@
-"""What is worth knowing whatever the verdict is."""
+"""Finds what is worth knowing, whatever the verdict is."""
 
 import re
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from .summary import Summary
 
 
 def notes(seen: Seen, keyed: Summary, answer: Answer) -> Iterator[Cause]:
-    """Yield them."""
+    """Yield what is worth knowing."""
     if seen.stopped:
         yield _stopped(seen)
     if not seen.plan.through:
