@@ -86,7 +86,7 @@ class RoutingConfig:
     ``digest``: always a digest. Default: ``session_id``."""
 
     secret: str | None = option(values.secret, None, hidden="any")
-    """Keys the digest (HMAC-SHA256), for ids that are credentials. It takes ``key = "digest"`` or
+    """Keys the digest (HMAC-SHA256), for ids that are credentials. It needs ``key = "digest"`` or
     ``pin_by``. Default: none."""
 
     prefix: str = option(as_prefix, "")
@@ -110,8 +110,8 @@ class RoutingConfig:
     those that the app has already. Default: false."""
 
     json_max_size: int = option(values.count, JSON_MAX_SIZE)
-    """How many bytes of a JSON body a ``json:`` source or ``peek_json()`` reads; of a longer body,
-    none. The app's ``client_max_size`` does not matter. Default: 16,777,216 (16 MiB)."""
+    """The largest JSON body, in bytes, that a ``json:`` source or ``peek_json()`` reads. The app's
+    ``client_max_size`` does not matter. Default: 16,777,216 (16 MiB)."""
 
     track_sessions: int = option(values.count, 100_000)
     """How many sessions the ledger keeps: those that called last, with up to 64 pins each. 0

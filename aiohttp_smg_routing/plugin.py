@@ -98,6 +98,8 @@ class Routing:
     def explain(self, method: str, url: str | URL) -> str:
         """Return a sentence: a call carries a key, or why it does not and what to change.
 
+        Raises ``ValueError`` for a text that is no URL.
+
         >>> routing.explain("GET", "http://10.0.0.1:30000/v1/chat/completions")
         'GET http://10.0.0.1:30000/v1/chat/completions goes out without a key: only a POST carries
         one'
@@ -132,9 +134,7 @@ def setup(app: web.Application, config: RoutingConfig | Mapping[str, Any]) -> Ro
     >>> routing = setup(app, {"gateway": "http://10.0.0.1:30000"})
     """
     if not isinstance(app, web.Application):
-        raise TypeError(
-            f"setup(app, config) takes the app first, and this is a {type(app).__name__}"
-        )
+        raise TypeError(f"setup(app, config) takes the app first, not a {type(app).__name__}")
     if ROUTING in app:
         raise RuntimeError("this app is set up already: one setup() takes several gateways")
     if app.on_startup.frozen:
