@@ -50,7 +50,9 @@ def failure(status: int = 503, message: str = "no worker is available") -> bytes
 
 
 def redirect(location: str | URL, status: int = 307) -> bytes:
-    """Return a redirect to ``location``, by default with 307, after which a POST stays a POST.
+    """Return a redirect to ``location``.
+
+    The default 307 keeps a POST a POST (RFC 9110, section 15.4.8).
 
     >>> recorder.answer_with(redirect("http://10.0.0.9:30000/v1/chat/completions"))
     """
