@@ -99,7 +99,7 @@ def _unclear(seen: Seen, keyed: Summary, control: Summary) -> Iterator[Cause]:
         elif seen.counters and not fresh_ids(seen):
             yield Cause(
                 "old_ids",
-                "Another run may have had these session ids: then its pins count as theirs.",
+                "Another run may have used these session ids. If so, they are pinned already.",
                 "Put {run} into --session-id.",
             )
         elif known.pool == "prefill":
@@ -134,7 +134,7 @@ def _no_difference(seen: Seen, keyed: Summary, control: Summary) -> Iterator[Cau
             advice = "Its counters do not tell here: see the cause before this one."
         yield Cause(
             "same_without_key",
-            "Turns stayed together in new sessions, too: the policy follows the prompt, as "
+            "Turns in new sessions stayed together too. The policy follows the prompt, as "
             "cache_aware does until workers are busy, or something else that all calls share.",
             advice,
         )

@@ -102,7 +102,7 @@ def _by_branches(
             "key_changes",
             f"The gateway met {vacant} new keys in {counters.calls} calls: the session server "
             "sends a session's turns under more than one key.",
-            "Let session_id name what is the same in each turn of a session, and no request's id.",
+            "Point session_id at an id that is the same in each turn of a session.",
         )
     elif vacant > pins:
         yield Cause(
@@ -202,7 +202,7 @@ def _not_used(seen: Seen, counters: Counters, unused: list[str]) -> Cause:
     if not counters.of(*NO_KEY_BRANCHES):
         text = f"The gateway's policy is {policies}: it does not route on the key."
         if counters.of("no_healthy_workers"):
-            text = f"The gateway's policy is {policies}, and finds no healthy worker for a call."
+            text = f"The gateway's policy is {policies}, but it finds no healthy worker for a call."
             return Cause("no_healthy_workers", text, _WORKER_ADVICE)
         return Cause("policy", text, POLICY_ADVICE[kind])
     return _key_lost(seen, policies, 0, counters.calls)
@@ -211,8 +211,8 @@ def _not_used(seen: Seen, counters: Counters, unused: list[str]) -> Cause:
 def _key_lost(seen: Seen, policies: str, used: int, calls: int) -> Cause:
     return Cause(
         "key_lost",
-        f"The policy is {policies}, but the gateway saw a key that it takes on {used} of {calls} "
-        "calls.",
+        f"The policy is {policies}, but only {used} of {calls} calls came with a key that the "
+        "gateway accepts.",
         _SERVER_ADVICE
         if seen.plan.through
         else "Look at what stands before the gateway: a proxy may drop the header. Give --header "

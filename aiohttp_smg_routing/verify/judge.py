@@ -64,14 +64,14 @@ def judge(seen: Seen, min_kept: float) -> Verdict:
 def _sentence(seen: Seen, keyed: Summary, control: Summary, evidence: Evidence) -> str:
     """Say what was seen, and nothing about workers that are unknown."""
     if evidence.played == "nothing":
-        return "no turn was answered of the sessions that keep their key"
+        return "no turn in a session that keeps its key was answered"
     if evidence.played == "too little":
         return (
-            f"{keyed.later} of {seen.plan.planned} later turns were played, which is too little to "
-            "say"
+            f"{keyed.later} of {seen.plan.planned} later turns were played, which is too few to "
+            "tell"
         )
     if evidence.one_worker:
-        return "one worker only is known, so every session stays on it"
+        return "only one worker is known, so every session stays on it"
     if evidence.key == "not used" and seen.counters and not seen.counters.calls:
         return "no call of the session server reached this gateway"
     said = "; ".join(_shares(seen, keyed, control))
@@ -80,10 +80,10 @@ def _sentence(seen: Seen, keyed: Summary, control: Summary, evidence: Evidence) 
     if evidence.key == "not used" or evidence.stayed != "kept":
         return said
     if evidence.shared:
-        return f"{said}; but not each session has a key of its own"
+        return f"{said}; but some sessions share a key"
     if evidence.better or (evidence.key == "used" and evidence.direct):
         return said
-    return f"{said}: that is no difference that shows the key at work"
+    return f"{said}; but nothing shows that the key did it"
 
 
 def _shares(seen: Seen, keyed: Summary, control: Summary) -> Iterator[str]:
