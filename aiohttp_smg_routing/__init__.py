@@ -1,9 +1,12 @@
 """Pin each session of an aiohttp session server to one worker behind an SMG gateway.
 
-A session id, found in the request, becomes a key; the key rides in the context; the hook puts it on
-the call; the ledger sees where it went.
+The middleware finds the session id in a request and turns it into a routing key. The key rides in
+the context, and the hook puts it on the call. The ledger records which worker answered.
 
-PYTEST_DONT_REWRITE: pytest, which loads the fixtures from here, is not to warn that it comes late.
+What ``__all__`` lists is public, here and in ``aiohttp_smg_routing.testing``. All else is private.
+
+PYTEST_DONT_REWRITE: pytest loads fixtures from this package, and would warn that it can't rewrite
+the asserts of modules that are imported already.
 """
 
 from .config import ConfigError, RoutingConfig

@@ -6,13 +6,13 @@ from importlib.util import find_spec
 
 _NEEDED = ("click", "matplotlib", "prometheus_client", "rich")
 _USAGE = 64  # EX_USAGE of sysexits.h
-_INTERRUPTED = 130  # 128 + SIGINT, as a shell has it
+_INTERRUPTED = 130  # 128 + SIGINT, as in a shell
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command that ``argv`` names (default: what the shell gave); return its exit status.
+    """Run the command that ``argv`` names, by default ``sys.argv[1:]``; return its exit status.
 
-    64 where the extra ``verify`` is not installed, 130 where Ctrl-C comes during the imports.
+    It is 64 if the extra ``verify`` is not installed, 130 if Ctrl-C comes during the imports.
     """
     try:
         return _run(sys.argv[1:] if argv is None else argv)

@@ -1,4 +1,4 @@
-"""The outbound half: the hook puts the key on the call, and tells the ledger where it went."""
+"""The outbound half: the hook puts the key on the call, and tells the ledger who answered."""
 
 import threading
 from collections.abc import Callable, Iterable
@@ -24,10 +24,10 @@ from .rules import Rules
 
 
 class Hook(TraceConfig):
-    """A ``TraceConfig`` that puts a key on the calls of its routings, and leaves all others alone.
+    """A ``TraceConfig`` that puts the key on calls to its gateways, and leaves others alone.
 
-    It must be the last that touches headers: what a later hook or a client middleware copies from
-    inbound headers stands beside the key, or in its place.
+    It must be the last to change headers. A later hook or client middleware that copies inbound
+    headers may add a second key, or replace this one.
     """
 
     def __init__(self, *targets: Rules) -> None:
@@ -46,7 +46,7 @@ class Hook(TraceConfig):
     ) -> None:
         context.call = None
         method, url = params.method, params.url
-        targets = self.targets  # one look: in another thread a routing may let go meanwhile
+        targets = self.targets  # read once: another thread may change it
         for rules in targets:
             gateway = rules.exact.get((method, url.scheme, url.raw_authority, url.raw_path))
             if gateway is None:
@@ -79,7 +79,7 @@ class Hook(TraceConfig):
         self, session: ClientSession, context: SimpleNamespace, params: TraceRequestEndParams
     ) -> None:
         call: Call | None = context.call
-        # Taken: another hook's error, after this one has run, is not a second outcome.
+        # Taken, so that an error of a later hook is not a second outcome.
         context.call = None
         if not call:
             return
@@ -100,7 +100,7 @@ class Hook(TraceConfig):
 
 
 class _Hop(SimpleNamespace):
-    """Where a redirect leads to, as a call of its own."""
+    """The call that a redirect leads to."""
 
     method: str
     url: URL
@@ -110,7 +110,7 @@ class _Hop(SimpleNamespace):
 def _claimed(
     there: Iterable[TraceConfig], method: str, url: URL, *, before: Hook | None = None
 ) -> bool:
-    """Tell whether a hook in the list, up to ``before``, has a call: it is tagged only once."""
+    """Tell whether a hook in the list, up to ``before``, takes a call: only one may tag it."""
     for hook in there:
         if hook is before:
             break
@@ -126,7 +126,7 @@ def _next_hop(
     response: ClientResponse,
     headers: "CIMultiDict[str]",
 ) -> _Hop | None:
-    """Return what a redirect leads to; None where it leads nowhere, and the caller gets it."""
+    """Return the call that a redirect leads to, or None if the caller gets the redirect."""
     location = response.headers.get(hdrs.LOCATION) or response.headers.get(hdrs.URI)
     if location is None:
         return None
@@ -134,19 +134,19 @@ def _next_hop(
         return _Hop(method=hdrs.METH_GET, url=url, headers=headers)
     try:
         url = url.join(URL(location, encoded=not session.requote_redirect_url))
-    except ValueError:  # aiohttp is about to raise for it
+    except ValueError:  # for which aiohttp is about to raise
         method = hdrs.METH_GET
     return _Hop(method=method, url=url, headers=headers)
 
 
 def attach(session: ClientSession, hook: Hook) -> None:
-    """Add a hook to a session that exists already, unless it is there."""
+    """Add a hook to a session that exists already, unless it has the hook."""
     if not any(there is hook for there in compat.hooks(session)):
         compat.add_hook(session, hook)
 
 
-# One hook on every session that is made, for all routings that ask for it: a session that a library
-# keeps for the whole process serves an app that starts later, too.
+# One hook for all routings that use instrument(). So a session that a library keeps for the whole
+# process also serves an app that starts later.
 _every = Hook()
 _lock = threading.RLock()
 _layer: Any = None
@@ -156,8 +156,8 @@ def instrument(rules: Rules) -> Callable[[], None]:
     """Put a hook on every ``ClientSession`` that is made from now on; return what undoes it."""
     global _layer
     with _lock:
-        # A new tuple: calls in other threads go through the old one. Outside of any request, a call
-        # fails for want of a session only where all routings ask for that.
+        # A new tuple, because calls in other threads iterate over the old one. Those that raise
+        # come last: a call outside any request raises only if all routings ask for that.
         targets = (*_every.targets, rules)
         _every.targets = tuple(sorted(targets, key=lambda it: it.config.on_missing == "raise"))
         _layer = compat.wrap_constructor(_made, _layer)

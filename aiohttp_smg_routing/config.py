@@ -1,4 +1,4 @@
-"""What the user says: which gateway, where the session id is found, which key it gives."""
+"""The config: which gateway, where the session id is, which key it gives."""
 
 import difflib
 import logging
@@ -14,123 +14,121 @@ from . import values
 from .gateway import CHAT_COMPLETIONS, ROUTED_WORKER_HEADER, ROUTING_KEY_HEADER
 from .keys import KeyForm, SessionId, as_prefix, routing_key, session_key, shared_key
 from .log import say
+from .metrics import Move
 from .sources import JSON_MAX_SIZE, SESSION_ID, PinBy, Source
 from .values import option
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 OnMissing = Literal["pass", "warn", "raise"]
 
 
 class ConfigError(ValueError):
-    """A wrong config; ``faults`` has ``(option, what is wrong with it)`` for every fault."""
+    """A wrong config; its text has a line for each fault."""
 
     def __init__(self, faults: Iterable[tuple[str, str]]) -> None:
-        self.faults = tuple(faults)
+        self.faults: tuple[tuple[str, str], ...] = tuple(faults)
+        """``(option, what is wrong with it)`` for every fault."""
         super().__init__("\n".join(f"{name}: {problem}" for name, problem in self.faults))
 
     def __reduce__(self) -> tuple[type["ConfigError"], tuple[Any, ...]]:
-        return type(self), (self.faults,)  # it comes whole out of another process
+        return type(self), (self.faults,)  # pickled whole, for another process
 
 
 @dataclass(frozen=True, slots=True, init=False)
 class RoutingConfig:
-    """Which calls carry a key, the key of which session, and what is kept of it.
+    """Which calls carry a key, which session's key it is, and what the ledger keeps.
 
-    Each option can be given as text, as an environment has it: a truth value is ``true``, ``yes``,
-    ``on`` or ``1``, or ``false``, ``no``, ``off`` or ``0``; several values stand between commas. An
-    option with several values takes one alone, too. Raises ``ConfigError`` with every fault.
+    Each option also takes a text, as an environment variable has it: a truth value is ``true``,
+    ``yes``, ``on`` or ``1``, or ``false``, ``no``, ``off`` or ``0``; commas separate several
+    values. Raises ``ConfigError`` with every fault.
 
-    >>> RoutingConfig("http://10.0.0.1:30000", session_id=["header:X-Session-Id", "cookie:sid"])
+    >>> config = RoutingConfig("http://10.0.0.1:30000", session_id=["cookie:sid", "query:sid"])
     """
 
     gateway: tuple[URL, ...] = option(values.gateway_url, (), several=True, hidden="@?#")
-    """The gateway's absolute http(s) URL, or several. Required. Its path is the base path of the
-    calls, without what ``paths`` begin with; credentials in it are dropped. A key goes nowhere
-    else."""
+    """The gateway's absolute http(s) URL, or several. Its path is the base path of the calls;
+    ``paths`` come below it. Credentials in it are dropped. A key goes nowhere else. Required."""
 
     enabled: bool = option(values.boolean, True)
-    """When false nothing is installed and no call carries a key. The config is checked all the
-    same. Default: true."""
+    """If false, nothing is installed and no call carries a key, but the config is still checked.
+    Default: true."""
 
     session_id: tuple[Source, ...] = option(values.source, "match_info:session_id", several=True)
-    """Where the session id is in the inbound request; the first source that has one counts.
-    ``match_info:NAME`` (the default is ``match_info:session_id``), ``header:NAME``
-    (``header:Authorization`` gives the bearer token), ``query:NAME``, ``cookie:NAME``,
-    ``json:PATH`` (a text or an integer in the JSON body, such as ``json:metadata.session_id``; the
-    handler can still read the body), ``request:NAME`` (what an earlier middleware stored on the
-    request), or a function of the request, sync or async."""
+    """Where the session id is in the inbound request. The first source that has one counts:
+    ``match_info:NAME``, ``header:NAME`` (``header:Authorization`` gives the bearer token),
+    ``query:NAME``, ``cookie:NAME``, ``json:PATH`` (a text or an integer in the JSON body, such as
+    ``json:metadata.session_id``; the handler can still read the body), ``request:NAME`` (stored by
+    an earlier middleware), or a function, sync or async. Default: ``match_info:session_id``."""
 
     ignore_ids: tuple[str, ...] = option(values.session_id, (), several=True)
-    """Session ids that count as none: placeholders, such as ``default``, that would bring every
-    anonymous caller to one worker. The next source is asked. Default: none."""
+    """Session ids that count as none, such as the placeholder ``default``, which would bring all
+    anonymous callers to one worker. The next source is asked. Default: none."""
 
     pin_by: PinBy = option(values.pin_by, "{session_id}")
-    """What shares a worker, where that is not the session: a text with sources in braces, such as
+    """What shares a worker, if not the session: a text with sources in braces, such as
     ``{session_id}/{json:model}`` or ``{header:X-Group-Id}``. They are read from the inbound
-    request. Where one finds nothing, the session alone is pinned. Default: ``{session_id}``."""
+    request. If one finds nothing, the session alone is pinned. Default: ``{session_id}``."""
 
     paths: tuple[str, ...] = option(values.call_path, (CHAT_COMPLETIONS,), several=True)
-    """The gateway calls that carry a key: paths below the gateway's base path, POST only. Default:
-    ``/v1/chat/completions``."""
+    """The paths of the calls that carry a key, below the gateway's base path. Only a POST carries
+    one. Default: ``/v1/chat/completions``."""
 
     header: str = option(values.header_name, str(ROUTING_KEY_HEADER))
     """The header that carries the key. Default: ``X-SMG-Routing-Key``."""
 
     worker_header: str = option(values.header_name, str(ROUTED_WORKER_HEADER))
-    """The header of an answer that names the worker, for gateways that have another one. Default:
-    ``X-SMG-Routed-Worker-Id``."""
+    """The header of the gateway's answer that names the worker. Default:
+    ``X-SMG-Routed-Worker-Id``, which SMG sends since 1.10."""
 
     key: KeyForm = option(values.one_of(get_args(KeyForm)), "session_id", hidden="any")
-    """``session_id`` (the default): the id itself, where the gateway takes it. ``digest``: always a
-    digest."""
+    """``session_id``: the id itself is the key, if the gateway takes it, else its digest.
+    ``digest``: always a digest. Default: ``session_id``."""
 
     secret: str | None = option(values.secret, None, hidden="any")
-    """Keys the digest, for ids that are credentials. Only with ``key = "digest"`` or ``pin_by``."""
+    """Keys the digest (HMAC-SHA256), for ids that are credentials. It needs ``key = "digest"`` or
+    ``pin_by``. Default: none."""
 
     prefix: str = option(as_prefix, "")
-    """Begins every key, so that jobs which share a gateway stay apart where their ids are the same:
+    """The beginning of every key, which keeps apart jobs that share a gateway and have equal ids:
     up to 52 visible ASCII characters, such as ``job-7/``. Default: empty."""
 
     on_missing: OnMissing = option(values.one_of(get_args(OnMissing)), "pass")
-    """What becomes of a call to the gateway that has no session: ``pass`` (the default) lets it go
+    """What happens to a call to the gateway without a session: ``pass`` (the default) sends it
     unchanged, ``warn`` also logs it, ``raise`` raises ``MissingSessionError`` in the caller."""
 
     on_late: OnMissing = option(values.one_of(get_args(OnMissing)), "warn")
-    """What becomes of a call in a request's session once the request has ended: ``warn`` (the
-    default) and ``pass`` keep the key, ``raise`` raises ``MissingSessionError`` in the caller."""
+    """What happens to a call in a request's session after the request has ended: ``pass`` sends it
+    with the key, ``warn`` (the default) also logs it, ``raise`` raises ``MissingSessionError``."""
 
     client_session: tuple[str | web.AppKey[Any], ...] = option(values.app_key, (), several=True)
-    """The app keys of the ``ClientSession`` objects to attach to at start-up. A text names a string
-    key, or a ``web.AppKey`` by its name with or without the module. Default: none."""
+    """The app keys of the ``ClientSession`` objects that get the hook at start-up. A text names a
+    string key, or a ``web.AppKey`` with or without its module. Default: none."""
 
     instrument: bool = option(values.boolean, False)
-    """Attach to every ``ClientSession`` that the process makes while the app runs, whoever makes
-    it, and to those that the app keeps already. Default: false."""
+    """If true, every ``ClientSession`` that the process makes while the app runs gets the hook, and
+    those that the app has already. Default: false."""
 
     json_max_size: int = option(values.count, JSON_MAX_SIZE)
-    """The bytes of a JSON body that are read for a ``json:`` source or ``peek_json()``; a longer
-    body has no session. The app's ``client_max_size`` does not matter. Default: 16 MiB."""
+    """The largest JSON body, in bytes, that a ``json:`` source or ``peek_json()`` reads. The app's
+    ``client_max_size`` does not matter. Default: 16,777,216 (16 MiB)."""
 
     track_sessions: int = option(values.count, 100_000)
-    """How many sessions the ledger keeps, each with up to 64 pins: those that called last. 0
+    """How many sessions the ledger keeps: those that called last, with up to 64 pins each. 0
     switches the ledger off. Default: 100,000."""
 
-    on_move: Callable[[Any], object] | None = option(values.function, None)
-    """A function that is called with each ``Move``, without a lock; what it raises is logged once.
-    Default: none."""
+    on_move: Callable[[Move], object] | None = option(values.function, None)
+    """A function that is called with each ``Move``. It must not be async. What it raises is logged
+    once. Default: none."""
 
     metrics: Literal["prometheus"] | None = option(values.metrics_kind, None)
-    """``prometheus`` keeps the ledger's counts as metrics; needs the extra ``metrics``. Default:
-    none."""
+    """``prometheus`` exports the ledger's counts. It needs the extra ``metrics``. Default: none."""
 
     metrics_registry: Any = option(values.registry, None)
-    """The ``prometheus_client.CollectorRegistry`` that takes the metrics. Default: that of
-    prometheus-client."""
+    """The ``prometheus_client.CollectorRegistry`` for the metrics. Default: the process's own."""
 
     hide_worker_ids: bool = option(values.boolean, False)
-    """Take the header that names the worker off the answers to agents. A body can name a worker all
-    the same. Default: false."""
+    """If true, answers to agents lose the header that names the worker. Default: false."""
 
     def __init__(self, /, gateway: str | URL | Sequence[str | URL] = (), **options: object) -> None:
         faults = _unknown(options)
@@ -144,7 +142,7 @@ class RoutingConfig:
             raise ConfigError(faults)
 
     def _conflicts(self, wrong: Container[str]) -> Iterable[tuple[str, str]]:
-        """Return what is wrong with values that are right each by itself."""
+        """Return the faults of values that are each right alone, but not together."""
         if not self.gateway:
             yield "gateway", "is required: the URL of the gateway, such as 'http://10.0.0.1:30000'"
         if not self.session_id:
@@ -153,20 +151,20 @@ class RoutingConfig:
             yield "paths", "is empty: name at least one path"
         for text, head, path in values.overlaps(self.gateway, self.paths):
             right = f"write {text.removesuffix(head)!r}"
-            yield "gateway", f"{text!r} ends in {head!r}, and so begins the path {path!r}: {right}"
+            yield "gateway", f"{text!r} ends in {head!r}, which {path!r} begins with: {right}"
         is_plain = self.key == "session_id" and ("pin_by" in wrong or self.pin_by.is_session)
         if self.secret is not None and is_plain:
-            yield "secret", "is used with key = 'digest' or pin_by only, and there is neither"
+            yield "secret", "needs key = 'digest' or pin_by, and there is neither"
         if self.metrics and not self.track_sessions:
             yield "metrics", "come from the ledger, and track_sessions = 0 switches it off"
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> "RoutingConfig":
-        """Build a config from the table that an app's YAML, TOML or JSON config has for it.
+        """Build a config from its table in an app's YAML, TOML or JSON config.
 
-        Raises ``ConfigError`` with every fault; an unknown option with the one that is near.
+        Raises ``ConfigError`` with every fault; that of an unknown option names the nearest one.
 
-        >>> RoutingConfig.from_mapping({"gateway": "http://10.0.0.1:30000", "enabled": "yes"})
+        >>> config = RoutingConfig.from_mapping({"gateway": "http://10.0.0.1:30000"})
         """
         if not isinstance(mapping, Mapping):
             raise ConfigError(  # it may hold a secret: its type alone is shown
@@ -182,12 +180,12 @@ class RoutingConfig:
     ) -> "RoutingConfig":
         """Build a config from environment variables such as ``SMG_ROUTING_GATEWAY``.
 
-        ``environ`` is ``os.environ`` unless given. An empty variable counts as not set, but for an
+        ``environ`` is ``os.environ`` by default. An empty variable counts as not set, except an
         empty secret. Raises ``ConfigError`` with every fault. A variable that is no option is a
-        fault where its name is near that of one; else it is logged, since it may not be ours:
-        Kubernetes sets ``SMG_ROUTING_PORT`` for a service called ``smg-routing``.
+        fault if it resembles one. Else it is logged: Kubernetes sets ``SMG_ROUTING_PORT`` for a
+        service called ``smg-routing``.
 
-        >>> RoutingConfig.from_env(environ={"SMG_ROUTING_GATEWAY": "http://10.0.0.1:30000"})
+        >>> config = RoutingConfig.from_env(environ={"SMG_ROUTING_GATEWAY": "http://10.0.0.1:30000"})
         """
         environ = os.environ if environ is None else environ
         variables = {
@@ -208,24 +206,8 @@ class RoutingConfig:
             raise ConfigError(faults) from None
 
     def routing_key(self, session_id: SessionId) -> str:
-        """Return the key that ``session_id`` has under this config, where it alone is pinned."""
+        """Return the key of ``session_id`` without ``pin_by``. Raises as ``routing_key()`` does."""
         return routing_key(session_id, key=self.key, secret=self.secret, prefix=self.prefix)
-
-    def name_and_key(self, session_id: str, parts: Mapping[str, str | None]) -> tuple[str, str]:
-        """Return how ledger and logs name a session, and its key.
-
-        The id has been through ``as_session_id()``; ``parts`` are what those of ``pin_by`` found.
-        """
-        name = session_key(session_id, self.key, self.secret, self.prefix)
-        if self.pin_by.is_session:
-            return name, name
-        found = [
-            session_id if part == SESSION_ID else parts.get(part) for part in self.pin_by.sources
-        ]
-        shared = [part for part in found if part is not None]
-        if len(shared) < len(found):
-            return name, name
-        return name, shared_key(self.pin_by.template, shared, self.secret, self.prefix)
 
 
 OPTIONS: Mapping[str, values.Option] = {
@@ -236,6 +218,24 @@ OPTIONS: Mapping[str, values.Option] = {
 def as_config(config: RoutingConfig | Mapping[str, Any]) -> RoutingConfig:
     """Return ``config``, built by ``from_mapping()`` where it is a mapping."""
     return config if isinstance(config, RoutingConfig) else RoutingConfig.from_mapping(config)
+
+
+def name_and_key(
+    config: RoutingConfig, session_id: str, parts: Mapping[str, str | None]
+) -> tuple[str, str]:
+    """Return the name of a session in ledger and logs, and its key.
+
+    The id comes from ``as_session_id()``. ``parts`` are what the sources of ``pin_by`` found.
+    """
+    name = session_key(session_id, config.key, config.secret, config.prefix)
+    if config.pin_by.is_session:
+        return name, name
+    sources = config.pin_by.sources
+    found = [session_id if part == SESSION_ID else parts.get(part) for part in sources]
+    shared = [part for part in found if part is not None]
+    if len(shared) < len(found):
+        return name, name
+    return name, shared_key(config.pin_by.template, shared, config.secret, config.prefix)
 
 
 def _near(name: str) -> list[str]:

@@ -1,8 +1,8 @@
-"""Whose code is running: the session rides in the context, through every task that is started."""
+"""Knows the session of the running code: it rides in the context, into every task."""
 
 import logging
 import weakref
-from collections.abc import Coroutine, Generator, Mapping
+from collections.abc import Callable, Coroutine, Generator, Mapping
 from contextlib import suppress
 from contextvars import ContextVar, Token
 from copy import copy
@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 from aiohttp.abc import AbstractStreamWriter
 
 from . import compat
-from .config import RoutingConfig, as_config
+from .config import RoutingConfig, as_config, name_and_key
 from .keys import SessionId, as_session_id, routing_key
 from .log import Once, Task, running_code, running_task, say
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -24,33 +24,33 @@ _NO_PARTS: Mapping[str, str | None] = MappingProxyType({})
 
 
 class Owner:
-    """What a request's session belongs to: the config of an app."""
+    """What a session belongs to: the config of the app that serves the request."""
 
     config: RoutingConfig
 
 
 class Scope:
-    """The session of the running code, and the owner of the request that it runs in.
+    """The session of the running code, and the owner of the request in which that runs.
 
-    A session that an app's middleware found goes to the gateways of its owner only. That of a
-    ``routing_session()`` block goes where the hook that carries the call says.
+    A session that an app's middleware found goes to the gateways of its owner alone. The hook
+    decides where the session of a ``routing_session()`` block goes.
     """
 
     session_id: str | None = None
     owner: Owner | None = None
-    name = ""  # how the owner's ledger and the logs call the session
-    key = ""  # what the owner's calls carry; empty without a session
+    name = ""  # of the session, in the owner's ledger and in the logs
+    key = ""  # of the owner's calls; empty without a session
     route = ""  # of a request without a session
     parts = _NO_PARTS  # what the sources in ``pin_by`` found
-    outer: "Scope | None" = None  # of an app around the owner, for the same request
+    outer: "Scope | None" = None  # of the app around the owner, for the same request
     around: "Scope | None" = None  # of the request around a block
-    before: "Scope | None" = None  # to return to after a block
+    before: "Scope | None" = None  # the one to return to after a block
     is_block = is_left = has_called = False
     task: "weakref.ref[Task] | None" = None  # that handles the request
     writer: "weakref.ref[AbstractStreamWriter] | None" = None  # of the request's answer
 
     def called(self) -> None:
-        """Note that the request led to a call, for each app that it is in."""
+        """Note for each app of the request that it led to a call."""
         scope: Scope | None = self
         while scope is not None:
             scope.has_called = True
@@ -61,12 +61,12 @@ class Scope:
         if self.task is None or self.writer is None:
             return False
         task, writer = self.task(), self.writer()
-        # After the handler a body may be streamed, or a middleware above a time limit be at work.
+        # After the handler, a body may still be streamed, or an outer middleware be at work.
         is_answered = writer is None or compat.is_answered(writer)
         return (task is None or task.done()) and is_answered
 
     def for_good(self) -> "Scope":
-        """Return this scope as one that does not end with the request."""
+        """Return a copy of this scope that does not end with the request."""
         scope = copy(self)
         scope.task = scope.before = None
         scope.outer = self.outer and self.outer.for_good()
@@ -76,13 +76,13 @@ class Scope:
 #: The scope of the code that runs now. Tasks and ``asyncio.to_thread`` inherit it.
 _scope: ContextVar[Scope | None] = ContextVar("aiohttp_smg_routing", default=None)
 
-#: Return the scope of the running code, or None.
-current_scope = _scope.get
+#: Returns the scope of the running code, or None.
+current_scope: Callable[[], Scope | None] = _scope.get
 
-#: Make a scope that of the current context. A request's is never taken back: aiohttp runs each
-#: request in a task, and so in a context, of its own, and sends a streamed body in there after the
-#: handler has returned.
-enter_scope = _scope.set
+#: Makes a scope the current one. That of a request is never taken back: aiohttp runs each request
+#: in a task of its own, and so in a context of its own. It sends a streamed body in that context
+#: after the handler has returned.
+enter_scope: Callable[[Scope | None], Token[Scope | None]] = _scope.set
 
 
 def session_scope() -> Scope | None:
@@ -96,14 +96,15 @@ def session_scope() -> Scope | None:
 def current_session_id() -> str | None:
     """Return the id of the session that the running code belongs to, or None.
 
-    >>> logger.info("turn done in session %s", current_session_id())
+    >>> current_session_id()
+    's-17'
     """
     scope = session_scope()
     return scope.session_id if scope else None
 
 
 class _InSession(Coroutine[Any, Any, T]):
-    """A coroutine that enters a scope when it starts, and is its inner one in all else."""
+    """A coroutine that enters a scope when it starts, and else behaves as the one in it."""
 
     def __init__(self, coroutine: Coroutine[Any, Any, T], scope: Scope | None) -> None:
         self._coroutine, self._scope = coroutine, scope
@@ -116,7 +117,7 @@ class _InSession(Coroutine[Any, Any, T]):
         try:
             return (yield from self._coroutine.__await__())
         finally:
-            with suppress(ValueError):  # collected as garbage, in whatever context
+            with suppress(ValueError):  # garbage collection runs in any context
                 _scope.reset(token)
 
     def send(self, value: Any) -> Any:
@@ -133,10 +134,11 @@ class _InSession(Coroutine[Any, Any, T]):
 def in_session(coroutine: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
     """Return a coroutine that runs ``coroutine`` in the session of this code.
 
-    For queues and job schedulers, which make a task of it in some other context. The session stays
-    when the request has ended; a coroutine that is made after that counts as late all the same.
+    Use it for queues and job schedulers, which run the coroutine in another context. It keeps the
+    session after the request has ended. A coroutine that is wrapped only then counts as late.
+    Raises ``TypeError`` for what is no coroutine.
 
-    >>> await scheduler.spawn(in_session(play_turn(body)))
+    >>> await queue.put(in_session(play_turn()))
     """
     if not isinstance(coroutine, Coroutine):
         raise TypeError(f"in_session() takes a coroutine, not a {type(coroutine).__name__}")
@@ -149,16 +151,16 @@ def in_session(coroutine: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
 class routing_session:  # noqa: N801 - used like a function, as contextlib.suppress is
     """Set the session for a block of code: a job, a queue consumer, a rollout.
 
-    Works as ``with`` and as ``async with``. It outranks the session of a request around it. An
-    empty or blank id, or None, means no session. Tasks that the block starts keep the session.
-    ``parts`` are what the sources in ``pin_by`` find, such as ``{"json:model": "judge"}``.
+    It works as ``with`` and as ``async with``, and outranks the session of a request around it.
+    None, or an empty or blank id, means no session. Tasks that the block starts keep the session.
+    ``parts`` stand for what the sources in ``pin_by`` find, such as ``{"json:model": "judge"}``.
 
-    Put it around the code that consumes a generator, and not around a ``yield``: what runs between
-    two values of the generator would be in its session. Make a new one for each block, else it
-    raises ``RuntimeError``. Raises ``TypeError`` for what is no id.
+    Put it around the code that consumes a generator, not around a ``yield``: code that runs between
+    two values would be in this session. Raises ``RuntimeError`` if it is used for a second block,
+    ``TypeError`` for an id that is no text, integer or ``UUID``.
 
     >>> with routing_session("rollout-7"):
-    ...     await client.post("http://gateway:30000/v1/chat/completions", json=turn)
+    ...     response = await session.post("http://10.0.0.1:30000/v1/chat/completions", json=turn)
     """
 
     __slots__ = ("_entered", "_parts", "_scope", "_session_id")
@@ -169,7 +171,7 @@ class routing_session:  # noqa: N801 - used like a function, as contextlib.suppr
         self._session_id = as_session_id(session_id)
         self._parts = {part: as_session_id(value) for part, value in parts.items()}
         self._scope: Scope | None = None
-        #: What takes the scope back, and the task that entered it.
+        #: The token that takes the scope back, and the task that entered it.
         self._entered: tuple[Token[Scope | None], Task | None] | None = None
 
     def __enter__(self) -> None:
@@ -185,7 +187,7 @@ class routing_session:  # noqa: N801 - used like a function, as contextlib.suppr
         self._scope.parts = around.parts if around and is_same and not self._parts else self._parts
         if owner and self._session_id is not None:
             config = owner.config
-            self._scope.name, key = config.name_and_key(self._session_id, self._scope.parts)
+            self._scope.name, key = name_and_key(config, self._session_id, self._scope.parts)
             self._scope.key = "" if self._session_id in config.ignore_ids else key
         self._entered = _scope.set(self._scope), running_task()
 
@@ -196,7 +198,7 @@ class routing_session:  # noqa: N801 - used like a function, as contextlib.suppr
         while before and before.is_left:
             before = before.before
         if _scope.get() is self._scope:
-            with suppress(ValueError):  # another context: of a task of the block, or of the loop
+            with suppress(ValueError):  # in another context, of a task or of the loop
                 _scope.reset(token)
                 _scope.set(before)
                 return
@@ -222,9 +224,9 @@ _left_elsewhere = Once()
 class SessionIdFilter(logging.Filter):
     """Puts the session of the running code on each log record as ``record.session_id``.
 
-    It is the id itself, unless that goes out as a digest: then it is the digest, and shows no
-    credential. Pass the ``config`` where ``routing_session()`` sets ids that are credentials.
-    Without a session it is ``-``. A record that has a ``session_id`` already keeps it.
+    It is the id, or its digest if that goes out in place of the id, or ``-`` without a session. A
+    record that has a ``session_id`` already keeps it. Pass the ``config`` if ``routing_session()``
+    sets ids that are credentials, and no log will show them. Raises ``ConfigError`` for its faults.
 
     >>> handler.addFilter(SessionIdFilter())
     >>> handler.setFormatter(logging.Formatter("%(session_id)s %(message)s"))

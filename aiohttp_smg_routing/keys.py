@@ -13,17 +13,17 @@ from .gateway import VALID_KEY
 SessionId = str | SupportsIndex | UUID
 KeyForm = Literal["session_id", "digest"]
 
-#: A prefix leaves room for the longest digest in the 128 bytes of a key.
+#: A prefix must leave room for the longest digest in the 128 bytes of a key.
 LONGEST_PREFIX = 128 - len("hmac-sha256-") - 64
 
-# The form of our digests. An id that looks like one is digested too: as its own key it would be
-# that of the session whose digest it is.
+# The form of our digests. An id that looks like one is digested too, or it would have the key of
+# the session whose digest it is.
 _DIGEST = re.compile(r"(?:hmac-)?sha256-[0-9a-f]{64}")
 _SHORTEST_DIGEST = len("sha256-") + 64
 
 
 def as_session_id(value: object) -> str | None:
-    """Return ``value`` as the text of a session id, or None where it is None, empty or blank.
+    """Return ``value`` as the text of a session id, or None if it is None, empty or blank.
 
     Raises ``TypeError`` unless it is a text, an integer or a ``UUID``.
     """
@@ -39,7 +39,7 @@ def as_session_id(value: object) -> str | None:
 
 
 def as_prefix(value: object) -> str:
-    """Return ``value`` where it can begin a routing key; ``ValueError`` says what can."""
+    """Return ``value`` if it can begin a routing key; ``ValueError`` says what can."""
     if value == "":
         return ""
     if isinstance(value, str) and len(value) <= LONGEST_PREFIX and VALID_KEY.fullmatch(value):
@@ -56,15 +56,15 @@ def routing_key(
 ) -> str:
     """Return the key that the gateway will see for ``session_id``.
 
-    With ``key="session_id"`` an id of 1 to 128 bytes of visible ASCII, the prefix included, is its
-    own key. Any other id gives ``sha256-`` and 64 hexadecimal digits, because the gateway drops
-    keys that it does not accept without a word. An id that looks like such a digest is digested
-    too, so that no two ids share a key. ``key="digest"`` digests every id, with HMAC-SHA256 if
-    there is a ``secret``. The key begins with the ``prefix``, up to 52 visible ASCII characters. An
-    id has the same key on every machine and in every process.
+    With ``key="session_id"``, an id is its own key if it has 1 to 128 bytes of visible ASCII, with
+    the prefix: SMG 1.9 to 1.13 silently drop other keys. Any other id is digested: its key is
+    ``sha256-`` and 64 hexadecimal digits. An id that looks like such a digest is digested too, so
+    that no two ids share a key. ``key="digest"`` digests every id. A ``secret`` makes the digest an
+    HMAC-SHA256. The key begins with ``prefix``: up to 52 visible ASCII characters, none by default.
+    An id has the same key on every machine and in every process.
 
-    Raises ``ValueError`` for an empty or blank id and for a wrong prefix, ``TypeError`` for what is
-    no id.
+    Raises ``ValueError`` for an empty or blank id and for a wrong prefix, ``TypeError`` for an id
+    that is no text, integer or ``UUID``.
 
     >>> routing_key("task-7")
     'task-7'
@@ -82,7 +82,7 @@ def routing_key(
 
 
 def session_key(text: str, key: KeyForm, secret: str | None, prefix: str) -> str:
-    """Return the key of a session whose id has been through ``as_session_id()``."""
+    """Return the key of a session; its id comes from ``as_session_id()``."""
     whole = prefix + text
     is_digest = len(text) >= _SHORTEST_DIGEST and _DIGEST.fullmatch(text)
     if key == "session_id" and not is_digest and VALID_KEY.fullmatch(whole):
@@ -91,10 +91,10 @@ def session_key(text: str, key: KeyForm, secret: str | None, prefix: str) -> str
 
 
 def shared_key(template: str, parts: Iterable[str], secret: str | None, prefix: str) -> str:
-    """Return the key of what shares a worker: a digest of the template and its filled-in parts.
+    """Return the key of what shares a worker: a digest of the template and the parts in it.
 
-    The length stands before each part, so that no two combinations share a key. The first byte is
-    in no UTF-8 text, so that none has the key of a session id.
+    The length of each part precedes it, so that no two combinations share a key. No UTF-8 text has
+    the first byte, so that none of them has the key of a session id.
     """
     data = [b"\xff"]
     for text in (template, *parts):
@@ -104,7 +104,7 @@ def shared_key(template: str, parts: Iterable[str], secret: str | None, prefix: 
 
 
 def _bytes(text: str) -> bytes:
-    # A path or a header can hold lone surrogates (bytes that were not UTF-8): they count as well.
+    # A path or a header can have lone surrogates (bytes that were not UTF-8): they count too.
     return text.encode("utf-8", "surrogatepass")
 
 

@@ -1,13 +1,12 @@
-"""The ledger sees where each call went: the worker of every session, and every move."""
+"""The ledger records which worker answered which session, and every move."""
 
 import logging
 import sys
 import threading
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import astuple, fields
 from functools import partial
-from typing import Any
 from weakref import WeakValueDictionary
 
 from multidict import istr
@@ -23,115 +22,120 @@ _HINT = "the policy may ignore the key (see verify), or a worker is overloaded o
 
 
 class Call:
-    """A call that is under way: what it carries, and where its session was when it began."""
+    """A call under way: what it carries, and which worker its session had when it began."""
 
     __slots__ = ("__weakref__", "gateway", "header", "key", "ledger", "row", "session", "worker")
 
     def __init__(self, ledger: "PinLedger", header: str, session: str, gateway: str, key: str):
-        self.ledger, self.header, self.gateway = ledger, header, gateway
-        self.session, self.key = session, key
-        self.row = self.worker = None
-        if header and ledger.is_on:
-            self.row = ledger.row_of(self)
+        self.ledger: PinLedger = ledger
+        self.header: str = header
+        self.session: str = session
+        self.gateway: str = gateway
+        self.key: str = key
+        self.row: Row | None = None
+        self.worker: str | None = None
+        if header and ledger._is_on:
+            self.row = ledger._row_of(self)
             if self.row is None:
-                ledger.beginning[id(self)] = self
+                ledger._beginning[id(self)] = self
             else:
                 self.worker = self.row.worker
 
 
 class PinLedger:
-    """What an app's calls to its gateways show of the pins: ``app[ROUTING].pins``.
+    """Which worker answered which session of an app: ``app[ROUTING].pins``.
 
-    It keeps the ``config.track_sessions`` sessions that called last. It may be used from any
-    thread, and at any point: also by a finalizer or a signal handler that interrupts it.
-
-    >>> app[ROUTING].pins.summary().kept
+    It keeps the ``track_sessions`` sessions that called last. Any thread may use it at any point,
+    even a finalizer or a signal handler that interrupts it. ``count()``, ``answered()`` and
+    ``show()`` are for the plugin alone.
     """
 
     def __init__(self, config: RoutingConfig, metrics: Metrics | None = None) -> None:
-        self.is_on = config.enabled and config.track_sessions > 0
-        self.worker_header = istr(config.worker_header)
-        self.gateways = Gateways(config.gateway)
-        self.beginning: WeakValueDictionary[int, Call] = WeakValueDictionary()  # without a row
-        self.news = News(logger := logging.getLogger(__name__))
+        self._is_on = config.enabled and config.track_sessions > 0
+        self.worker_header: istr = istr(config.worker_header)
+        self._gateways = Gateways(config.gateway)
+        self._beginning: WeakValueDictionary[int, Call] = WeakValueDictionary()  # without a row
+        self.news: News = News(logger := logging.getLogger(__name__))
         self._config, self._metrics = config, metrics
         self._rows: OrderedDict[str, tuple[Row, ...]] = OrderedDict()
         self._workers: Counter[str] = Counter()
         self._counts = dict.fromkeys((it.name for it in fields(PinSummary)), 0)
         self._lock, self._is_working, self._is_shown = threading.RLock(), False, True
-        self.waiting: deque[partial[None]] = deque()  # done under the lock, one after the other
+        self._waiting: deque[partial[None]] = deque()  # done under the lock, in order
         self._moves_log = Capped(logger, "moves", _HINT)
 
     def sessions(self) -> list[SessionPin]:
-        """Return the pins of the tracked sessions; the last one called last."""
-        self.catch_up()
+        """Return the pins of all tracked sessions; the session that called last comes last."""
+        self._catch_up()
         return [row.pin() for rows in list(self._rows.values()) for row in rows]
 
     def of(self, session_id: SessionId) -> list[SessionPin]:
-        """Return the pins of one session: one, unless it has several keys or gateways."""
-        self.catch_up()
+        """Return a session's pins: one, unless it has several keys or gateways; none if unknown."""
+        self._catch_up()
         return [row.pin() for row in self._rows.get(self._name(session_id), ())]
 
     def workers(self) -> dict[str, int]:
-        """Return how many of the tracked pins each worker has."""
-        self.catch_up()
+        """Return the number of tracked pins of each worker, as the gateway names it."""
+        self._catch_up()
         return dict(self._workers)
 
     def summary(self) -> PinSummary:
-        """Return the counts of all calls so far, those of sessions that have ended among them."""
-        self.catch_up()
+        """Return the counts of all calls so far, including those of sessions that have ended."""
+        self._catch_up()
         return PinSummary(**{**self._counts, "sessions": len(self._rows)})
 
     def end(self, session_id: SessionId) -> None:
-        """Forget a session that is over; answers to calls that began before leave no row."""
-        self.waiting.append(partial(self._end, self._name(session_id)))
-        # A finalizer may call this: it waits for nobody, and tells the metrics with the next call.
+        """Forget a session that is over, even if answers to its calls are still under way."""
+        self._waiting.append(partial(self._end, self._name(session_id)))
+        # A finalizer may call this, so it must not wait. The next call updates the metrics.
         if self._lock.acquire(blocking=False):
             try:
-                self.catch_up()
+                self._catch_up()
             finally:
                 self._lock.release()
 
     def count(self, what: Outcome | Beside) -> None:
-        """Count a call that shows nothing of a pin, or what was seen beside an outcome."""
-        if self.is_on:
-            self._do(self._count, what)
+        """Count a call that shows nothing about a pin, or something seen beside an outcome."""
+        if self._is_on:
+            self._waiting.append(partial(self._count, what))
+            self._catch_up()
             self.news.tell()
 
     def answered(self, call: Call, worker: str | None) -> None:
-        """Enter the answer to a call that carried a key, by the ``worker`` that it names."""
-        if not self.is_on:
+        """Enter the answer to a call that carried a key; ``worker`` is the one that it names."""
+        if not self._is_on:
             return
         row = call.row
         with self._lock:
             is_outer, self._is_working = not self._is_working, True
             try:
-                is_plain = is_outer and not (self.waiting or self._metrics)
+                is_plain = is_outer and not (self._waiting or self._metrics)
                 is_kept = row and worker and worker == call.worker == row.worker
                 if row and is_kept and is_plain:  # nearly every turn
                     row.turns += 1
                     self._rows.move_to_end(row.session)
                     self._counts["kept"] += 1
                 else:
-                    self.waiting.append(partial(self._answered, call, worker))
+                    self._waiting.append(partial(self._answered, call, worker))
             finally:
                 self._is_working = not is_outer
-        if self.waiting:
-            self.catch_up()
+        if self._waiting:
+            self._catch_up()
         if self.news.waiting:
             self.news.tell()
 
     def show(self, is_shown: bool) -> None:
-        """Put the pins on the metrics when the app starts, and take them off when it ends."""
-        self._do(self._show, is_shown)
+        """Export the pins as metrics when the app starts, and stop that when it ends."""
+        self._waiting.append(partial(self._show, is_shown))
+        self._catch_up()
         self._moves_log.flush()
         self.news.tell()
 
-    def row_of(self, call: Call) -> Row | None:
-        """Return the row of the pin that a call is about, if there is one."""
-        if self.waiting:  # its session may have ended meanwhile
-            self.catch_up()
-        gateway = self.gateways.group[call.gateway]
+    def _row_of(self, call: Call) -> Row | None:
+        """Return the row of a call's pin, if there is one."""
+        if self._waiting:  # its session may have ended in the meantime
+            self._catch_up()
+        gateway = self._gateways.group[call.gateway]
         for row in self._rows.get(call.session, ()):
             if row.key == call.key and row.gateway == gateway:
                 return row
@@ -141,19 +145,15 @@ class PinLedger:
         text = as_session_id(session_id)
         return "" if text is None else self._config.routing_key(text)
 
-    def _do(self, work: Callable[..., None], *args: Any) -> None:
-        self.waiting.append(partial(work, *args))
-        self.catch_up()
-
-    def catch_up(self) -> None:
-        """Do the work that waits; what interrupts it leaves its own work to it."""
+    def _catch_up(self) -> None:
+        """Do the waiting work. Code that interrupts this leaves its work here."""
         with self._lock:
             if self._is_working:
                 return
             self._is_working = True
             try:
-                while self.waiting:
-                    self.waiting.popleft()()
+                while self._waiting:
+                    self._waiting.popleft()()
             finally:
                 self._is_working = False
 
@@ -172,10 +172,10 @@ class PinLedger:
 
     def _end(self, session: str) -> None:
         rows = {(row.gateway, row.key): row for row in self._rows.pop(session, ())}
-        for it in self.beginning.valuerefs():  # copied in one step
+        for it in self._beginning.valuerefs():  # copied in one step
             call = it()
             if call is not None and call.session == session and call.row is None:
-                pin = self.gateways.group[call.gateway], call.key
+                pin = self._gateways.group[call.gateway], call.key
                 call.row = rows.setdefault(pin, Row(session, *pin))
         self._drop(rows.values())
 
@@ -196,9 +196,9 @@ class PinLedger:
         if worker is not None:
             if not worker.isascii():  # bytes that may not be UTF-8
                 worker = worker.encode("utf-8", "backslashreplace").decode()
-            if len(self.gateways.group) > 1 and self.gateways.named(call.gateway, worker):
+            if len(self._gateways.group) > 1 and self._gateways.named(call.gateway, worker):
                 self._merge()
-        row = call.row or self.row_of(call) or self._entered(call)
+        row = call.row or self._row_of(call) or self._entered(call)
         while row.into is not None:
             row = row.into
         was = call.worker or row.first
@@ -213,7 +213,7 @@ class PinLedger:
 
     def _entered(self, call: Call) -> Row:
         """Enter the row of a pin at its first answer."""
-        row = Row(call.session, self.gateways.group[call.gateway], call.key)
+        row = Row(call.session, self._gateways.group[call.gateway], call.key)
         there = self._rows.get(row.session, ())
         self._drop(there[: 1 - _MOST_PINS])
         self._rows[row.session] = (*there[1 - _MOST_PINS :], row)
@@ -236,15 +236,14 @@ class PinLedger:
         row.worker = worker
 
     def _merge(self) -> None:
-        """Make one row of those whose gateways count as one since."""
+        """Merge the rows whose gateways now count as one."""
         for session, rows in self._rows.items():
             kept: dict[tuple[str, str], Row] = {}
             for row in rows:
-                row.gateway = self.gateways.group[row.gateway]
+                row.gateway = self._gateways.group[row.gateway]
                 into = kept.setdefault((row.gateway, row.key), row)
-                if into is row:
-                    continue
-                if into.worker is not None:
-                    self._pinned(row.worker, -1)
-                into.absorb(row)
+                if into is not row:
+                    if into.worker is not None:
+                        self._pinned(row.worker, -1)
+                    into.absorb(row)
             self._rows[session] = tuple(kept.values())

@@ -1,4 +1,4 @@
-"""Log records that neither fill a log nor fail a turn: said once, or so many a minute."""
+"""Log records that neither flood a log nor fail a turn: logged once, or at most 60 a minute."""
 
 import asyncio
 import inspect
@@ -30,7 +30,7 @@ def say(
 ) -> None:
     """Log a record, with the traceback of an ``error``.
 
-    What a logging handler or filter of the user's raises is printed, and fails no call.
+    If a logging handler or filter of the user's raises, that is printed and fails no call.
     """
     try:
         logger.log(level, message, *args, exc_info=error)
@@ -48,22 +48,22 @@ def running_task() -> Task | None:
 
 
 def running_code(task: Task | None = None) -> str:
-    """Return how a log line names code: by the coroutine of its task, or of the running one."""
+    """Return the name of code for a log line: the coroutine of ``task``, or of the running one."""
     task = task or running_task()
     return getattr(task and task.get_coro(), "__qualname__", None) or "code outside a task"
 
 
 class Once:
-    """Tells what is new from what was said before.
+    """Tells new things from those that were logged before.
 
-    It remembers 1,000 things, and takes everything for old from then on.
+    It remembers 1,000 things. After these, it counts nothing as new.
     """
 
     def __init__(self) -> None:
         self._said: dict[Hashable, object] = {}
 
     def is_new(self, what: Hashable) -> bool:
-        """Tell whether this is the first time, in whichever thread."""
+        """Tell whether this is the first time in any thread."""
         if what in self._said or len(self._said) >= _MOST_REMEMBERED:
             return False
         mine = object()
@@ -71,9 +71,9 @@ class Once:
 
 
 class News:
-    """What is told to code of the user's, without a lock: what fails there is logged once.
+    """Calls to the user's code that wait until no lock is held. A failure there is logged once.
 
-    It may be added to from any thread, and at any point.
+    Any thread may add one at any point.
     """
 
     def __init__(self, logger: logging.Logger) -> None:
@@ -82,12 +82,12 @@ class News:
         self._failures = Once()
 
     def add(self, what: str, tell: Callable[[], object]) -> None:
-        """Add something to be told; ``what`` names it in the log, should it fail."""
+        """Add a call; ``what`` is its name in the log if it fails."""
         self.waiting.append((what, tell))
 
     def tell(self) -> None:
-        """Tell all of it."""
-        with suppress(IndexError):  # where another thread has told the last
+        """Make all waiting calls."""
+        with suppress(IndexError):  # if another thread has taken the last one
             while self.waiting:
                 what, tell = self.waiting.popleft()
                 try:
@@ -97,14 +97,14 @@ class News:
                         raise TypeError(f"{what} is async: nobody awaits it")
                 except (Exception, asyncio.CancelledError) as error:
                     if self._failures.is_new(what):
-                        message = "%s failed: the call goes on, and this is said once"
+                        message = "%s failed: the call goes on, and this is logged once"
                         say(self._logger, logging.ERROR, message, what, error=error)
 
 
 class Capped:
-    """Logs at most 60 warnings a minute, and when the minute is over how many it held back.
+    """Logs at most 60 warnings a minute, and after the minute how many more there were.
 
-    The ``hint`` follows the twentieth warning of a minute: what a run of them may mean.
+    The ``hint`` follows the twentieth warning of a minute. It says what so many may mean.
     """
 
     def __init__(self, logger: logging.Logger, what: str, hint: str) -> None:
@@ -126,7 +126,7 @@ class Capped:
             if self._logged == LOGGED_A_MINUTE:
                 self._held_back += 1
                 if self._held_back == 1:
-                    with suppress(RuntimeError):  # no loop runs here: the next minute says it
+                    with suppress(RuntimeError):  # no loop runs here: the next warning flushes
                         asyncio.get_running_loop().call_later(left, self.flush)
                 return
             self._logged += 1

@@ -1,4 +1,4 @@
-"""What is counted, and its export to Prometheus, which needs the extra ``metrics``."""
+"""What the ledger counts, and its export to Prometheus, which needs the extra ``metrics``."""
 
 import os
 import threading
@@ -14,47 +14,48 @@ if TYPE_CHECKING:
 
 Outcome = Literal["first", "kept", "moved", "unknown", "untagged", "failed"]
 Beside = Literal["missing", "late", "unmatched"]
-#: An outcome, what was seen beside it, or a change in the pins of a worker.
+#: An outcome, something seen beside it, or a change in the number of a worker's pins.
 Counted = Outcome | Beside | Literal["pinned"]
-#: Takes what was counted, the worker that it is about, and how much it is.
+#: Takes what was counted, the worker concerned, and the amount.
 Metrics = Callable[[Counted, str | None, int], None]
 
 
 @dataclass(frozen=True, slots=True)
 class PinSummary:
-    """How many calls to the gateway had which outcome, and what was counted beside it.
+    """How many calls to the gateway had each outcome, and what was counted beside it.
 
-    Each call has one of the first six outcomes. All are counts since the app was set up, but for
-    ``sessions``.
+    Each call has one of the first six outcomes. All but ``sessions`` count from the set-up on.
 
-    >>> routing.pins.summary().moved
-    0
+    >>> routing.pins.summary()
+    PinSummary(first=1, kept=5, moved=0, unknown=0, untagged=0, failed=0, missing=0, late=0,
+    unmatched=0, sessions=1)
     """
 
-    first: int = 0  #: The session was seen on a worker for the first time.
-    kept: int = 0  #: The call came to the worker where its session was when the call started.
-    moved: int = 0  #: The call came to another worker.
-    unknown: int = 0  #: The answer named no worker: see docs/gateways.md for which.
-    untagged: int = 0  #: The call was answered and had no session.
-    failed: int = 0  #: The call raised, or was answered with a status of 400 or more.
-    missing: int = 0  #: Calls that had no session when they were made, whatever became of them.
+    first: int = 0  #: Calls that showed a session on a worker for the first time.
+    kept: int = 0  #: Calls that came to the worker that the session had when the call started.
+    moved: int = 0  #: Calls that came to another worker.
+    unknown: int = 0  #: Answers that named no worker, as those of SMG before 1.10.
+    untagged: int = 0  #: Calls that were answered and had no session.
+    failed: int = 0  #: Calls that raised, or were answered with a status of 400 or more.
+    missing: int = 0  #: Calls that had no session when they were made, whatever their outcome.
     late: int = 0  #: Calls in a request's session that were made after the request had ended.
-    unmatched: int = 0  #: Calls in a session that look like ones to the gateway, without a key.
-    sessions: int = 0  #: The sessions that are tracked now.
+    unmatched: int = 0  #: Calls in a session that look like calls to the gateway but had no key.
+    sessions: int = 0  #: Sessions that are tracked now.
 
 
 class SessionPin(NamedTuple):
-    """Where a session is pinned: one for each of its keys, and for each gateway of its own.
+    """Where a session is pinned. A session has a pin for each key, and for each gateway.
 
-    >>> [(pin.worker, pin.turns) for pin in routing.pins.of("s-17")]
-    [('http://10.0.0.2:8000', 6)]
+    >>> routing.pins.of("s-17")
+    [SessionPin(session='s-17', gateway='http://10.0.0.1:30000', key='s-17',
+    worker='http://10.0.0.2:8000', turns=6, moves=0)]
     """
 
-    session: str  #: The session's name: its id, unless that goes out as a digest.
-    gateway: str  #: The gateway's URL; the first one of those that share workers.
-    key: str  #: The routing key; the same as ``session`` unless ``pin_by`` is set.
-    worker: str | None  #: Where it is, as the gateway names it; None where it never did.
-    turns: int  #: Its answered calls.
+    session: str  #: The session's name: its id, or its digest if that goes out in place of the id.
+    gateway: str  #: The gateway's URL; of gateways that share workers, the first one's.
+    key: str  #: The routing key. It equals ``session`` unless ``pin_by`` is set.
+    worker: str | None  #: The worker that has it, as the gateway names it. None if none was named.
+    turns: int  #: How many of its calls were answered.
     moves: int  #: How often it changed its worker.
 
 
@@ -62,47 +63,40 @@ class SessionPin(NamedTuple):
 class Move:
     """A session's calls went to one worker, and now go to another.
 
-    >>> RoutingConfig(gateway, on_move=lambda move: print(move.session, move.from_worker))
+    >>> def on_move(move):
+    ...     print(move.session, move.from_worker, move.to_worker, move.turns)
+    >>> routing = Routing({"gateway": "http://10.0.0.1:30000", "on_move": on_move})
     """
 
-    session: str  #: The session's name: its id, unless that goes out as a digest.
-    from_worker: str  #: Where the session was, as the gateway names it.
-    to_worker: str  #: Where it is now.
-    turns: int  #: The session's answered calls before this one.
+    session: str  #: The session's name: its id, or its digest if that goes out in place of the id.
+    from_worker: str  #: The worker that had the session, as the gateway names it.
+    to_worker: str  #: The worker that has it now.
+    turns: int  #: How many of the session's calls were answered before this one.
 
 
+@dataclass(slots=True, eq=False)
 class Row:
     """A ``SessionPin`` as the ledger keeps it."""
 
-    __slots__ = (
-        "first",
-        "gateway",
-        "into",
-        "is_over",
-        "key",
-        "moves",
-        "session",
-        "turns",
-        "worker",
-    )
-
-    def __init__(self, session: str, gateway: str, key: str) -> None:
-        self.session, self.gateway, self.key = session, gateway, key
-        self.first: str | None = None  # the worker of its first answer
-        self.worker: str | None = None
-        self.turns = self.moves = 0
-        self.is_over = False  # the session has ended, or was pushed out
-        self.into: Row | None = None  # the row that it was merged into
+    session: str
+    gateway: str
+    key: str
+    first: str | None = None  # the worker of its first answer
+    worker: str | None = None
+    turns: int = 0
+    moves: int = 0
+    is_over: bool = False  # the session has ended, or was pushed out
+    into: "Row | None" = None  # the row that it was merged into
 
     def absorb(self, other: "Row") -> None:
-        """Become one with another row: their gateways count as one since."""
+        """Take in another row, because the gateways of both now count as one."""
         self.turns, self.moves = self.turns + other.turns, self.moves + other.moves
         if self.worker is None:
             self.first, self.worker = other.first, other.worker
         other.worker, other.into = None, self
 
     def pin(self) -> SessionPin:
-        """Return what is shown of it."""
+        """Return what users see of it."""
         return SessionPin(self.session, self.gateway, self.key, self.worker, self.turns, self.moves)
 
 
@@ -125,10 +119,10 @@ _BESIDE = {
 
 
 class PrometheusMetrics:
-    """The metrics of one registry, which collects them from here. No label holds a session id.
+    """The metrics on one registry, which collects them from here. No label has a session id.
 
-    In prometheus-client's multi-process mode a series stays when its worker has gone: it can remove
-    none there.
+    In prometheus-client's multi-process mode, which can't remove series, the series of a worker
+    stays when the worker has gone.
     """
 
     def __init__(self) -> None:
@@ -145,7 +139,7 @@ class PrometheusMetrics:
             registry=None,
         )
         for outcome in get_args(Outcome):
-            self._calls.labels(outcome)  # from 0: rate() misses the value that a series begins with
+            self._calls.labels(outcome)  # from 0: rate() misses the first value of a series
         self._worker_calls = Counter(
             "smg_routing_worker_calls",
             "Calls that a worker answered in a session, while sessions are pinned to it.",
@@ -165,19 +159,19 @@ class PrometheusMetrics:
         self._all = (self._calls, self._worker_calls, self._sessions, *self._beside.values())
 
     def describe(self) -> Iterable["Metric"]:
-        """Return the names, for a registry that takes this."""
+        """Yield the metrics without values: a registry reads their names when it takes them."""
         for metric in self._all:
             yield from metric.describe()
 
     def collect(self) -> Iterator["Metric"]:
-        """Return the values, for a registry that is scraped."""
+        """Yield the metrics with their values, for a scrape of the registry."""
         for news in list(self.untold):
             news.tell()
         for metric in self._all:
             yield from metric.collect()
 
     def add(self, what: Counted, worker: str | None, change: int) -> None:
-        """Count what the ledger saw. The series of a worker end with its last pin."""
+        """Count what the ledger saw. A worker's series end with its last pin."""
         if what == "pinned":
             self._pinned(str(worker), change)
         elif what in self._beside:
@@ -205,7 +199,7 @@ class PrometheusMetrics:
 def prometheus_metrics(registry: Any) -> PrometheusMetrics:
     """Return the metrics on a registry, or on the default one.
 
-    They are put there again where somebody has emptied it. Raises ``ValueError`` where it has other
+    If somebody has emptied the registry, it gets them again. Raises ``ValueError`` if it has other
     metrics of these names.
     """
     from prometheus_client import REGISTRY

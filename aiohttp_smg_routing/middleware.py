@@ -1,4 +1,4 @@
-"""The inbound half: the session of a request is found, and enters the context."""
+"""The inbound half: the middleware finds the session of a request and enters it in the context."""
 
 import asyncio
 import logging
@@ -13,14 +13,14 @@ from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
 from . import compat
-from .config import RoutingConfig
+from .config import RoutingConfig, name_and_key
 from .context import Scope, current_scope, enter_scope
 from .keys import SessionId, as_session_id, session_key
 from .log import Once, Task, say
 from .rules import NOTICED, Rules
 from .sources import SESSION_ID, JsonBody, Reader, Source, read_body_with, reader
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _current_task: Callable[[], Task | None] = asyncio.current_task
 
@@ -28,7 +28,7 @@ _current_task: Callable[[], Task | None] = asyncio.current_task
 def inbound(rules: Rules) -> Middleware:
     """Return the middleware that finds the session of a request and enters it in the context.
 
-    A request without one passes unchanged, as does every request where the config is not enabled.
+    A request without one passes unchanged. So does every request if the config is not enabled.
     """
     config = rules.config
     finder = Finder(config)
@@ -50,8 +50,8 @@ def inbound(rules: Rules) -> Middleware:
             scope.name = scope.key = session_key(session_id, form, secret, prefix)
         else:
             scope.parts = await finder.find_parts(request)
-            scope.name, scope.key = config.name_and_key(session_id, scope.parts)
-        task = _current_task()  # None where a test runs the coroutine by hand
+            scope.name, scope.key = name_and_key(config, session_id, scope.parts)
+        task = _current_task()  # None if a test runs the coroutine by hand
         scope.task = None if task is None else weakref.ref(task)
         scope.writer = compat.writer_of(request)
         around = current_scope()
@@ -75,17 +75,17 @@ def inbound(rules: Rules) -> Middleware:
 
 
 def _send_in_scope(response: web.Response, method: str, scope: Scope, rules: Rules) -> None:
-    """Send the body of an answer in the scope of this code, whatever task does it.
+    """Make any task that sends the body of an answer do it in the scope of this code.
 
-    The request lasts as long. A middleware that runs the handler in a task, as ``wait_for()`` does
-    before Python 3.12, has the body sent outside of it.
+    The request lasts until then. If a middleware runs the handler in a task, as ``wait_for()`` does
+    before Python 3.12, aiohttp sends the body outside that task.
     """
     if "write_eof" in vars(response):  # by the middleware of an inner app
         return
     write_eof, current = response.write_eof, current_scope()
 
     async def write_in_scope(data: bytes = b"") -> None:
-        vars(response).pop("write_eof", None)  # it may be the answer to another request, too
+        vars(response).pop("write_eof", None)  # the response may answer another request, too
         before, task, sent = current_scope(), _current_task(), current
         while sent is not None:
             if sent.task is not None and task is not None:
@@ -103,10 +103,10 @@ def _send_in_scope(response: web.Response, method: str, scope: Scope, rules: Rul
 
 
 def _of_outer_app(scope: Scope, around: Scope | None) -> Scope | None:
-    """Return the scope of an app around that of ``scope``, where it is of the same request.
+    """Return the scope of an app around that of ``scope``, if it is of the same request.
 
-    It may be that of whoever started the server. Where a middleware tries a request again, those of
-    the try before are still there.
+    It may belong to the code that started the server. If a middleware tries a request again, the
+    scopes of the earlier try are still there.
     """
     if around is None or around.writer != scope.writer:  # two weakrefs to the same are equal
         return None
@@ -117,11 +117,11 @@ def _of_outer_app(scope: Scope, around: Scope | None) -> Scope | None:
 
 
 class Finder:
-    """Finds what a request says of its session: the first session id, and each part of ``pin_by``.
+    """Finds the session id of a request, and each part of ``pin_by``.
 
-    A source that raises, or gives what can't be a session id, counts as one without; the first
-    time it is logged with its traceback; without what the error says where ``conceal`` is set,
-    since that may quote an id which is a credential. An id of ``ignore_ids`` counts as none.
+    A source that raises, or returns what can't be a session id, counts as one that found nothing.
+    Its first failure is logged with the traceback. With ``key = "digest"`` the log leaves out the
+    error's text, which may quote a credential. An id in ``ignore_ids`` counts as none.
     """
 
     def __init__(self, config: RoutingConfig) -> None:
@@ -139,9 +139,9 @@ class Finder:
     def find(
         self, request: web.Request, readers: Iterator[tuple[Source, Reader]] | None = None
     ) -> str | Awaitable[str | None] | None:
-        """Return the session id; an awaitable of it only where a source returns an awaitable.
+        """Return the session id, or an awaitable of it if a source returns an awaitable.
 
-        ``readers`` are those that are left.
+        ``readers`` are the remaining ones.
         """
         if self._body:
             read_body_with(request, self._body)
@@ -149,7 +149,7 @@ class Finder:
         for source, read in readers:
             try:
                 found = read(request)
-                if type(found) is str:  # nearly always: as_session_id() without the call
+                if type(found) is str:  # nearly always; this inlines as_session_id()
                     session_id = found if found and not found.isspace() else None
                 elif isawaitable(found):
                     return self._find_later(request, source, found, readers)
@@ -199,7 +199,7 @@ class Finder:
     def _failed(self, source: Source, error: BaseException) -> None:
         if isinstance(error, asyncio.CancelledError) and _is_cancelled():
             raise error
-        if self._failures.is_new(id(source)):  # it may be one that has no hash
+        if self._failures.is_new(id(source)):  # the source may have no hash
             message = (
                 "session id source %r failed: it counts as no session, and further failures of it "
                 "are not logged%s"
@@ -211,9 +211,9 @@ class Finder:
 
 
 def _is_cancelled() -> bool:
-    """Tell whether the request is cancelled, and not just something that a source awaited.
+    """Tell whether the request is cancelled, and not only something that a source awaited.
 
-    Python 3.10 cannot tell: there every ``CancelledError`` counts as the request's own.
+    Python 3.10 can't tell them apart: there every ``CancelledError`` counts as the request's own.
     """
     task = asyncio.current_task()
     return sys.version_info < (3, 11) or (task is not None and task.cancelling() > 0)

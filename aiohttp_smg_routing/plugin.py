@@ -9,6 +9,7 @@ from weakref import WeakSet
 
 from aiohttp import TraceConfig, web
 from aiohttp.client import ClientSession
+from aiohttp.typedefs import Middleware
 from yarl import URL
 
 from . import client, compat
@@ -21,25 +22,28 @@ from .middleware import inbound
 from .rules import Rules
 from .sources import is_named, named_sources
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 class Routing:
-    """A config and its ledger, with both halves that use them; ``setup()`` joins it to an app.
+    """A config, its ledger, and the two halves that use them. ``setup()`` joins it to an app.
+
+    Raises ``ConfigError`` with every fault of the config.
 
     >>> routing = Routing({"gateway": "http://10.0.0.1:30000"})
-    >>> session = ClientSession(trace_configs=[routing.trace_config()])
+    >>> app = web.Application(middlewares=[routing.middleware])
+    >>> routing.pins.summary().first, routing.config.header
+    (0, 'X-SMG-Routing-Key')
     """
 
     def __init__(self, config: RoutingConfig | Mapping[str, Any]) -> None:
-        self.config = as_config(config)
-        """The config."""
-        self.pins = _ledger(self.config)
-        """The ledger: what the calls show of the pins."""
+        self.config: RoutingConfig = as_config(config)
+        """The config, checked."""
+        self.pins: PinLedger = _ledger(self.config)
+        """The ledger: which worker answered which session."""
         self._rules = Rules(self.config, self.pins)
-        self.middleware = inbound(self._rules)
-        """The inbound half alone, for an app that does not use ``setup()``: it finds the session id
-        in the request, and enters it in the context."""
+        self.middleware: Middleware = inbound(self._rules)
+        """The inbound half: it enters the session of a request in the context."""
         self._hook = client.Hook(self._rules)
         self._hooked = 0
         self._attached: WeakSet[ClientSession] = WeakSet()
@@ -47,11 +51,10 @@ class Routing:
     def trace_config(self) -> TraceConfig:
         """Return the hook, for a ``ClientSession`` that you make.
 
-        It puts the key on each call to the gateway, and judges each hop of a redirect anew. The
-        session is that of the request whose handler makes the call, or of ``routing_session()``. It
-        must be the last hook that touches headers. It does nothing where the config is not enabled.
+        It puts the key of the running code's session on each call to the gateway, and decides anew
+        at each hop of a redirect. It must be the last hook that changes headers.
 
-        >>> ClientSession(trace_configs=[routing.trace_config()])
+        >>> session = ClientSession(trace_configs=[routing.trace_config()])
         """
         if not self.config.enabled:
             return TraceConfig()
@@ -59,10 +62,9 @@ class Routing:
         return client.Hook(self._rules)
 
     def attach(self, session: ClientSession) -> None:
-        """Put the hook on a session that exists already, unless it is there.
+        """Put the hook on a session that exists already, unless it has the hook.
 
-        A mock in a test is left as it is, with a line in the log. Raises ``TypeError`` for what is
-        no ``ClientSession``.
+        A mock stays as it is, and a log line says so. Raises ``TypeError`` for anything else.
 
         >>> routing.attach(app[CLIENT])
         """
@@ -79,13 +81,13 @@ class Routing:
     def instrument(self) -> ExitStack:
         """Put the hook on every ``ClientSession`` that is made from now on, whoever makes it.
 
-        It wraps the constructor of ``aiohttp.ClientSession``, for subclasses and for whoever has
-        imported the class already, until the block ends, or ``close()`` of what is returned. Which
-        calls carry a key stays the same. A session that was made before has no hook. Several in
-        force at once work side by side. ``instrument = true`` does it as long as an app runs.
+        It wraps the constructor of ``aiohttp.ClientSession`` until the block ends, or until you
+        call ``close()`` on the stack. That reaches subclasses, and code that has imported the class
+        already, but no session made before. Several can be in force at once. The option
+        ``instrument`` does this while an app runs.
 
         >>> with routing.instrument():
-        ...     await rollout()
+        ...     session = ClientSession()
         """
         stack = ExitStack()
         if self.config.enabled:
@@ -94,16 +96,18 @@ class Routing:
         return stack
 
     def explain(self, method: str, url: str | URL) -> str:
-        """Return a sentence: that a call carries a key, or why it does not, and what to change.
+        """Return a sentence: a call carries a key, or why it does not and what to change.
 
-        >>> routing.explain("POST", "http://localhost:30000/v1/chat/completions")
-        'POST http://localhost:30000/v1/chat/completions goes out without a key: its host is
-        localhost, and the gateway is 127.0.0.1; add http://localhost:30000 to gateway'
+        Raises ``ValueError`` for a text that is no URL.
+
+        >>> routing.explain("GET", "http://10.0.0.1:30000/v1/chat/completions")
+        'GET http://10.0.0.1:30000/v1/chat/completions goes out without a key: only a POST carries
+        one'
         """
         return self._rules.explain(method, URL(url))
 
     def end(self, session_id: SessionId) -> None:
-        """Forget a session that is over; answers to calls that began before leave no row.
+        """Forget a session that is over, as ``pins.end()`` does.
 
         >>> routing.end("s-17")
         """
@@ -111,27 +115,26 @@ class Routing:
 
 
 ROUTING = web.AppKey("ROUTING", Routing)
-"""Where ``setup()`` keeps the ``Routing``: ``request.config_dict[ROUTING]`` in a handler."""
+"""The app key of the ``Routing`` that ``setup()`` makes."""
 
 
 def setup(app: web.Application, config: RoutingConfig | Mapping[str, Any]) -> Routing:
     """Pin each session of ``app`` to one worker behind the gateway.
 
-    Installs the middleware, innermost of those that ``app`` has at this moment, and keeps what it
-    returns under ``ROUTING``. At start-up it attaches the hook to each ``ClientSession`` that
-    ``config.client_session`` names, or with ``config.instrument`` to all that are made while the
-    app runs, and logs in a line what it will do. All of it is taken off when the app is cleaned up.
-    With a config that is not enabled nothing is installed.
+    It adds the middleware, innermost of those that ``app`` has now. When the app starts, it puts
+    the hook on each ``ClientSession`` that ``client_session`` names, or with ``instrument`` on all
+    that are made while the app runs, and logs a line about it. The hooks come off when the app is
+    cleaned up. If the config is not enabled, nothing is installed.
 
-    Raises ``ConfigError`` with every fault of the config, at start-up for a ``client_session`` that
-    is not there; ``RuntimeError`` when ``app`` is set up already, or frozen.
+    Raises ``ConfigError`` with every fault of the config (at start-up for a ``client_session`` that
+    is not there), ``RuntimeError`` if ``app`` is set up already or frozen, ``TypeError`` if it is
+    no ``web.Application``.
 
-    >>> setup(app, {"gateway": "http://10.0.0.1:30000", "client_session": "client"})
+    >>> app = web.Application()
+    >>> routing = setup(app, {"gateway": "http://10.0.0.1:30000"})
     """
     if not isinstance(app, web.Application):
-        raise TypeError(
-            f"setup(app, config) takes the app first, and this is: {type(app).__name__}"
-        )
+        raise TypeError(f"setup(app, config) takes the app first, not a {type(app).__name__}")
     if ROUTING in app:
         raise RuntimeError("this app is set up already: one setup() takes several gateways")
     if app.on_startup.frozen:
@@ -162,12 +165,12 @@ def _metrics(config: RoutingConfig) -> PrometheusMetrics | None:
         return None
     try:
         return prometheus_metrics(config.metrics_registry)
-    except ValueError as error:  # it has metrics of these names that are not ours
+    except ValueError as error:  # the registry has other metrics of these names
         raise ConfigError([("metrics_registry", str(error))]) from error
 
 
 def _takes_hook(value: object, place: str) -> bool:
-    """Tell whether a value is a ClientSession, or a mock of one in somebody's tests."""
+    """Tell whether a value is a ClientSession, or a mock of one in a user's tests."""
     if compat.is_client_session(value):
         return True
     is_mock = isinstance(value, ClientSession) or type(value).__module__ == "unittest.mock"
@@ -177,11 +180,11 @@ def _takes_hook(value: object, place: str) -> bool:
 
 
 async def _running(app: web.Application) -> AsyncIterator[None]:
-    """Show the pins, and reach every ClientSession where that is asked for, while the app runs."""
+    """Export the pins while the app runs, and hook every ClientSession if the config asks."""
     routing = app[ROUTING]
     _metrics(routing.config)  # the registry may have been emptied since
     routing.pins.show(True)
-    for session in routing._attached:  # before the app starts, or when it ran before
+    for session in routing._attached:  # by attach(), or in an earlier run of the app
         client.attach(session, routing._hook)
     with ExitStack() as stack:
         if routing.config.instrument:
@@ -197,7 +200,7 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
 
 
 async def _started(app: web.Application) -> None:
-    """Attach the hook to the sessions that the config names, and say what will happen."""
+    """Attach the hook to the sessions that the config names, and log what will happen."""
     routing = app[ROUTING]
     if not routing.config.enabled:
         say(logger, logging.INFO, "enabled is false: no call carries a key")
@@ -213,7 +216,7 @@ async def _started(app: web.Application) -> None:
             continue
         there = [key for key, value in app.items() if compat.is_client_session(value)]
         problem = (
-            f"{name!r} does not name one ClientSession of this app when it starts; there is "
+            f"{name!r} does not name one ClientSession of this app when it starts; it has "
             f"{there or 'none'}. Where the app makes its session in on_startup, call setup() after "
             "that is registered; for a session that is kept elsewhere, use routing.attach(session)"
         )

@@ -1,4 +1,4 @@
-"""Which calls are an app's own, whose key they carry, and why a call is not its own."""
+"""Decides which calls carry a key, and whose; explains why a call does not."""
 
 import logging
 from collections import Counter
@@ -7,7 +7,7 @@ from aiohttp import hdrs
 from multidict import CIMultiDict, istr
 from yarl import URL
 
-from .config import RoutingConfig
+from .config import RoutingConfig, name_and_key
 from .context import Owner, Scope, current_scope, session_scope
 from .gateway import (
     ROUTING_KEY_HEADER,
@@ -21,33 +21,32 @@ from .ledger import Call, PinLedger
 from .log import Capped, Once, running_code, say
 from .sources import named_sources
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
-#: So many in a row are no accident, before the first call that carries a key, and after one: calls
-#: without a session, near misses, those outside a session, requests without a call or a session.
+#: So many in a row are no accident. "missing": calls without a session. "unmatched" and "stray":
+#: near misses, in a session and outside one. "idle" and "sessionless": requests without a call.
 NOTICED = {"missing": 20, "unmatched": 20, "stray": 20, "idle": 50, "sessionless": 1000}
-NOTICED_LATER = 1000
-
-_NO_HOOK = "its ClientSession has no hook of this app: name it in client_session"
+NOTICED_LATER = 1000  # of each kind, once a call has carried a key
 
 
 class MissingSessionError(LookupError):
-    """A call to the gateway has no session, or a late one, and the config asks for an error."""
+    """A call has no session, or a late one, and ``on_missing`` or ``on_late`` is ``raise``."""
 
 
 class Rules(Owner):
-    """A config and its ledger: the calls that carry a key, and what is seen of them."""
+    """A config and its ledger, as rules: which calls carry a key, and what to note about them."""
 
     def __init__(self, config: RoutingConfig, pins: PinLedger) -> None:
-        self.config, self.pins = config, pins
-        self.header = istr(config.header)  # saves multidict the lower-casing
+        self.config: RoutingConfig = config
+        self.pins: PinLedger = pins
+        self.header: istr = istr(config.header)  # saves multidict the lower-casing
         places = [
             (gateway, gateway.raw_path.rstrip("/") + path)
             for gateway in (config.gateway if config.enabled else ())
             for path in config.paths
         ]
-        # By the text of the URL, for nearly all calls: yarl works out host and port each time.
-        self.exact = {
+        # By the parts of the URL's text, for nearly all calls: yarl computes host and port anew.
+        self.exact: dict[tuple[str, str, str, str], str] = {
             (hdrs.METH_POST, url.scheme, url.raw_authority, path): str(url) for url, path in places
         }
         self._normalized = {
@@ -60,22 +59,22 @@ class Rules(Owner):
         self._has_tagged, self._once = False, Once()
         self._runs: Counter[str] = Counter()
         hint = "no source of session_id finds one, or the calls are made outside a request"
-        self.missing_log = Capped(logger, "calls without a session", hint)
+        self.missing_log: Capped = Capped(logger, "calls without a session", hint)
 
     def gateway_of(self, method: str, url: URL) -> str | None:
-        """Return the gateway that a call goes to, where it is one that carries a key."""
-        # aiohttp before 3.14 shows the method, and any version an encoded URL, as it was passed.
+        """Return the gateway of a call that carries a key; None for any other call."""
+        # aiohttp before 3.14 passes the method on as given, and any version an encoded URL.
         if url.raw_path not in self._paths or method.upper() != hdrs.METH_POST:
             return None
         try:
             return self._normalized.get((url.scheme, host_of(url), url.port, url.raw_path))
-        except ValueError:  # an encoded URL is read only now: aiohttp is about to refuse it
+        except ValueError:  # aiohttp is about to refuse this encoded URL
             return None
 
     def begin(self, gateway: str, method: str, url: URL, headers: CIMultiDict[str]) -> Call:
-        """Put the key on the ``headers`` of a call to ``gateway``, where it has a session.
+        """Put the key on the ``headers`` of a call to ``gateway``, if the call has a session.
 
-        Raises ``MissingSessionError`` where the config asks for it.
+        Raises ``MissingSessionError`` if the config asks for it.
         """
         scope = current_scope()
         if scope is not None and scope.owner is self and scope.key:  # nearly every call
@@ -88,7 +87,7 @@ class Rules(Owner):
             owner._note_missing(method, url, scope)
             return Call(owner.pins, "", "", gateway, "")
         if scope.task is not None:
-            task = scope.task()  # nearly always it runs yet
+            task = scope.task()  # nearly always it still runs
             if (task is None or task.done()) and scope.is_late():
                 owner._note_late(method, url)
         owner._has_tagged = scope.has_called = True
@@ -96,8 +95,8 @@ class Rules(Owner):
             owner._runs.clear()
         if scope.outer is not None or scope.around is not None:
             scope.called()
-        # What a client sent, and a naive proxy copied, must not choose the worker: of two keys the
-        # gateway takes the first, and an index of a worker outranks them.
+        # Headers that a client sent and a naive proxy copied must not choose the worker. The
+        # gateway takes the first of two keys, and the index of a worker outranks both.
         headers.popall(ROUTING_KEY_HEADER, None)
         headers.popall(TARGET_WORKER_HEADER, None)
         header = owner.header
@@ -111,8 +110,8 @@ class Rules(Owner):
     def _whose(self, method: str, url: URL) -> "tuple[Rules, Scope | None]":
         """Return whose call it is, and the innermost scope whose session may go there, or None.
 
-        An app's session goes to that app's gateways. That of ``routing_session()`` goes anywhere,
-        by the rules of the app around it where these know the call, else by those of the hook.
+        An app's session goes to that app's gateways alone. That of ``routing_session()`` goes
+        anywhere: the rules of the app around it decide if they know the call, else the hook's.
         """
         sessionless: tuple[Rules, Scope | None] | None = None
         scope = current_scope()
@@ -132,7 +131,7 @@ class Rules(Owner):
             return "", ""
         if scope.owner is self:
             return scope.name, scope.key
-        return self.config.name_and_key(scope.session_id, scope.parts)
+        return name_and_key(self.config, scope.session_id, scope.parts)
 
     def _note_missing(self, method: str, url: URL, scope: Scope | None) -> None:
         self.pins.count("missing")
@@ -171,12 +170,12 @@ class Rules(Owner):
         if self.config.on_late == "raise":
             raise MissingSessionError(problem)
         if self._once.is_new(("late", code)):
-            say(logger, logging.WARNING, "%s. This is said once for that code.", problem)
+            say(logger, logging.WARNING, "%s. This is logged once for that code.", problem)
 
     def note_unmatched(self, method: str, url: URL) -> None:
-        """Note a POST that no hook tags, where it has a session and looks like one of ours."""
+        """Note a POST that no hook tags, if it has a session and resembles a call to a gateway."""
         scope = session_scope()
-        if scope is None:  # then two things are wrong, and neither shows the other
+        if scope is None:  # then two things are wrong, and each hides the other
             if not self._has_tagged and self._is_near(url) and self._is_noticed("stray"):
                 message = "%s. It has no session either: see session_id."
                 say(logger, logging.WARNING, message, self.explain(method, url))
@@ -191,17 +190,18 @@ class Rules(Owner):
             if rules._is_noticed("unmatched", origin(url)):
                 level = logging.WARNING
         if logger.isEnabledFor(level):
-            no_hook = f"{_shown(method, url)} goes out without a key: {_NO_HOOK}"
+            why = "its ClientSession has no hook of this app: name it in client_session"
+            no_hook = f"{_shown(method, url)} goes out without a key: {why}"
             say(logger, level, "%s", no_hook if is_own else rules.explain(method, url))
 
     def note_redirected(self, method: str, url: URL, to: URL) -> None:
-        """Say once where a call was sent on to, if the key does not follow it there."""
+        """Log once where a redirect leads that the key does not follow."""
         if self._once.is_new(("redirected", origin(to))):
-            message = "%s is redirected to %s, where the key does not follow. Is it in gateway?"
+            message = "%s is redirected to %s. That is not in gateway, so the key does not follow."
             say(logger, logging.WARNING, message, _shown(method, url), f"{origin(to)}{to.raw_path}")
 
     def note_request(self, method: str, scope: Scope) -> None:
-        """Note a request that is over, and led to no call to the gateway that was seen."""
+        """Note a request that is over and led to no call that was seen."""
         what = "sessionless" if scope.session_id is None else "idle"
         is_no_turn = (what == "sessionless" and self._has_tagged) or method != hdrs.METH_POST
         if is_no_turn or not self._is_noticed(what):
@@ -225,7 +225,7 @@ class Rules(Owner):
         say(logger, logging.WARNING, message, self._runs[what], why)
 
     def _is_noticed(self, what: str, where: str = "") -> bool:
-        """Count what has happened again; tell whether that is no accident, and not said yet."""
+        """Count one more; tell whether so many are no accident, and not logged yet."""
         self._runs[what] += 1
         is_run = self._runs[what] >= (NOTICED_LATER if self._has_tagged else NOTICED[what])
         return is_run and self._once.is_new((what, where, self._has_tagged))
@@ -235,7 +235,7 @@ class Rules(Owner):
         return is_like_ours or host_of(url) in self._hosts
 
     def explain(self, method: str, url: URL) -> str:
-        """Return a sentence: that a call carries a key, or why it does not, and what to change."""
+        """Return a sentence: a call carries a key, or why it does not and what to change."""
         if self.gateway_of(method, url):
             return f"{_shown(method, url)} carries {self.config.header}, where it has a session"
         why = difference(url, self.config.gateway, self.config.paths)

@@ -1,4 +1,4 @@
-"""Where the session id is in the request, the JSON body included."""
+"""Reads the session id from the request, or from its JSON body."""
 
 import asyncio
 import json
@@ -16,18 +16,18 @@ from .gateway import is_header_name
 from .keys import SessionId
 from .log import Once, say
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
-#: Where a session id is found: ``"header:X-Session-Id"``, or a function of the request.
+#: Where to find a session id: a text such as ``"header:X-Session-Id"``, or a function.
 Source = str | Callable[[web.Request], SessionId | Awaitable[SessionId | None] | None]
 
-#: The part of ``pin_by`` that is no source: the session id itself.
+#: The part of ``pin_by`` that is no source but the session id itself.
 SESSION_ID = "session_id"
 
 JSON_MAX_SIZE, SECONDS_WITHOUT_A_BYTE = 16 * 2**20, 5.0  # bytes
 
 Reader = Callable[[web.Request], Any]
-# Not any that Python knows: it takes hours to decode 16 MiB of punycode.
+# Not every charset that Python knows: it takes hours to decode 16 MiB of punycode.
 _UNICODE = re.compile("utf[-_]?(8|16|32)([-_]?(le|be|sig))?|(us-)?ascii")
 _OTHER_CHARSETS = frozenset(
     ("iso-8859-1", "latin-1", "latin1", "windows-1252", "gbk", "gb18030", "shift_jis", "euc-kr")
@@ -59,7 +59,7 @@ def _stored(name: str) -> Reader:
 
 def _json(path: str) -> Reader:
     if not all(path.split(".")):
-        raise ValueError("has an empty name in its path: one is 'json:metadata.session_id'")
+        raise ValueError("has an empty name in its path: use 'json:metadata.session_id'")
     return lambda request: _body_of(request).value(request, path)
 
 
@@ -77,7 +77,7 @@ _FORMS = ", ".join(f"'{kind}:{'PATH' if kind == 'json' else 'NAME'}'" for kind i
 def is_named(key: object, name: object) -> bool:
     """Tell whether a key of an app's or a request's storage is ``name``, or has that name.
 
-    An ``AppKey`` or ``RequestKey`` is found by its name with or without the module.
+    The name of an ``AppKey`` or ``RequestKey`` may come with its module or without.
     """
     if key == name or isinstance(key, str) or not isinstance(name, str):
         return key == name
@@ -86,48 +86,44 @@ def is_named(key: object, name: object) -> bool:
 
 
 def reader(source: object) -> Reader:
-    """Return the function that reads ``source`` from a request; ``ValueError`` says what is wrong.
-
-    >>> reader("header:X-Session-Id")(request)
-    's-17'
-    """
+    """Return the function that reads a source from a request; ``ValueError`` says what is wrong."""
     if callable(source):
         return source
     kind, _, name = source.partition(":") if isinstance(source, str) else ("", "", "")
     if kind in _GONE:
         raise ValueError(f"is gone: {_GONE[kind]}")
     if kind not in _KINDS or not name:
-        raise ValueError(f"is not a source: one is {_FORMS} or a function")
+        raise ValueError(f"is not a source: use {_FORMS} or a function")
     return _KINDS[kind](name)
 
 
 def named_sources(sources: Iterable[Source]) -> str:
-    """Return how a log line names sources."""
+    """Return the names of sources for a log line."""
     return ", ".join(str(getattr(source, "__qualname__", source)) for source in sources)
 
 
 class PinBy(NamedTuple):
-    """What shares a worker: a text, and the sources that stand in its braces."""
+    """What shares a worker: the ``pin_by`` text, and the sources in its braces."""
 
     template: str
     sources: tuple[str, ...]
 
     @property
     def is_session(self) -> bool:
-        """Whether each session is pinned by itself."""
+        """Whether each session is pinned alone."""
         return self.template == "{session_id}"
 
 
 class JsonBody:
-    """Reads the JSON body of a request, and puts it back for the handler to read in its own way.
+    """Reads the JSON body of a request, and puts it back for the handler to read.
 
-    A body that is no JSON by its ``Content-Type``, over ``max_size`` bytes, broken or not there
-    within time gives None, and is the handler's to answer as it would be without this.
+    It gives None for a body that is broken, late, over ``max_size`` bytes, or no JSON by its
+    ``Content-Type``. The handler answers such a request as it would without the plugin.
     """
 
     def __init__(self, max_size: int, paths: Iterable[str] = ()) -> None:
         self._max_size = max_size
-        self._paths = frozenset(paths)  # all that are asked for, so that it is parsed once
+        self._paths = frozenset(paths)  # of all sources, so that it is parsed once
         self._unread = compat.unreader()
         self._once = Once()
 
@@ -151,15 +147,15 @@ class JsonBody:
         found: dict[str, str | int | None] = request.get(_FOUND, {})
         if path not in found:
             document = await self.document(request)
-            # Nothing else of it is kept: the conversation need not be in memory twice.
+            # Only these are kept, or the conversation would be in memory twice.
             found = {**found, **{it: _at(document, it) for it in {path, *self._paths}}}
             request[_FOUND] = found
         return found[path]
 
     async def _peek(self, request: web.Request) -> bytes:
-        """Return the body, or the beginning of one that is too long; empty where there is none.
+        """Return the body, the beginning of one that is too long, or empty bytes if there is none.
 
-        It stays in ``request.content``; ``request.read()`` would take it off, and forbid a clone.
+        It stays in ``request.content``. ``request.read()`` would remove it, and forbid a clone.
         """
         content = request.content
         chunks: list[bytes] = []
@@ -172,7 +168,7 @@ class JsonBody:
                 if not chunk:
                     with suppress(asyncio.TimeoutError):
                         chunk = await asyncio.wait_for(content.readany(), SECONDS_WITHOUT_A_BYTE)
-                    # It may have come while the loop was busy for so long.
+                    # It may have arrived while the loop was busy.
                     chunk = chunk or content.read_nowait()
                     if not chunk and not content.at_eof():
                         raise asyncio.TimeoutError
@@ -181,7 +177,7 @@ class JsonBody:
             is_whole = True
         except asyncio.TimeoutError:
             self._say(f"did not send its body for {SECONDS_WITHOUT_A_BYTE:g} seconds")
-        except Exception:  # noqa: S110 - the same one is raised again when the handler reads
+        except Exception:  # noqa: S110 - the handler gets the same one when it reads
             pass
         finally:
             body = b"".join(chunks)
@@ -191,7 +187,7 @@ class JsonBody:
 
     def _say(self, what: str) -> None:
         if self._once.is_new(what):
-            message = "a request %s: it has no session from its body, and it is said only once"
+            message = "a request %s: its body gives no session. This is logged once."
             say(logger, logging.WARNING, message, what)
 
 
@@ -205,7 +201,7 @@ def _body_of(request: web.Request) -> JsonBody:
 
 @cache
 def _any_body() -> JsonBody:
-    return JsonBody(JSON_MAX_SIZE)  # one: it says once what is wrong
+    return JsonBody(JSON_MAX_SIZE)  # one for all, so that it logs a fault once
 
 
 def _at(document: Any, path: str) -> str | int | None:
@@ -218,33 +214,34 @@ def _at(document: Any, path: str) -> str | int | None:
 def _parsed(body: bytes, charset: str) -> Any:
     try:
         if _UNICODE.fullmatch(charset):
-            return json.loads(body)  # it finds out which it is, and takes a byte order mark
+            return json.loads(body)  # it detects the encoding, and takes a byte order mark
         return json.loads(body.decode(charset)) if charset in _OTHER_CHARSETS else None
     except (ValueError, RecursionError):
         return None
 
 
 def read_body_with(request: web.Request, body: JsonBody) -> None:
-    """Let the sources read the body of ``request`` by ``body``, with its limit."""
+    """Let the sources read the body of ``request`` with ``body`` and its limit."""
     request[_BODY] = body
 
 
 async def peek_json(request: web.Request) -> Any:
-    """Return what is in the JSON body of a request, for a source that is a function.
+    """Return the document in the JSON body of a request, for a source that is a function.
 
-    The handler can still read the body in whatever way. None where the body is no JSON by its
-    ``Content-Type``, is broken, does not arrive, or has more bytes than ``json_max_size``. It is
-    parsed at each call, and not kept.
+    It is None if the body is no JSON by its ``Content-Type``, is broken, does not arrive, or has
+    more bytes than ``json_max_size``. It raises nothing. The handler can still read the body. Each
+    call parses the body anew.
 
     >>> async def session_id(request):
     ...     return (await peek_json(request))["messages"][0]["name"]
+    >>> config = RoutingConfig("http://10.0.0.1:30000", session_id=session_id)
     """
     return await _body_of(request).document(request)
 
 
 def _may_be_read(request: web.Request) -> bool:
-    """Tell whether a body is JSON, and is there without an answer to wait for."""
+    """Tell whether a body is JSON, and arrives before the client sees any answer."""
     if hdrs.EXPECT in request.headers and compat.has_own_expect_handler(request):
-        return False  # the client may wait for the handler to ask for the body
-    kind = request.content_type  # a stream may wait for its answer to begin
+        return False  # the client may wait until the handler asks for the body
+    kind = request.content_type  # a stream may wait for the answer to begin
     return kind.endswith(("/json", "+json")) and kind != "application/stream+json"

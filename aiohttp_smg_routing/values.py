@@ -1,7 +1,7 @@
-"""The values of the config are checked and brought to one form.
+"""Checks the value of each option, and gives it the form that the config keeps.
 
-Each function returns its value, or raises ``ValueError`` with what is wrong and would be right. It
-does not quote the value: the option knows which values an error may show.
+Each function returns its value, or raises ``ValueError`` that says what is wrong and what would be
+right. It does not quote the value: the option knows which values an error may show.
 """
 
 import itertools
@@ -30,7 +30,7 @@ _PATH = re.compile(r"/[^/?#][^?#]*")
 
 
 def several(value: Any) -> tuple[Any, ...]:
-    """Return a list or a tuple as a tuple, a text as its parts between commas, else one alone."""
+    """Return the items of a list or tuple, the parts of a text between commas, or a lone value."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
@@ -38,15 +38,15 @@ def several(value: Any) -> tuple[Any, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """How a value is read, what stands where none is given, and what an error shows of it."""
+    """How to read a value, which one is the default, and how much of it an error shows."""
 
     parse: Callable[[Any], Any]
     default: Any
     several: bool
-    hidden: str  # the characters that make a value one that is not shown; "any" hides each
+    hidden: str  # a value with one of these characters is not shown; "any" hides all
 
     def read(self, name: str, value: Any, faults: list[tuple[str, str]]) -> Any:
-        """Return the value in the form that the config keeps; add to ``faults`` what is wrong."""
+        """Return the value in the form that the config keeps; add what is wrong to ``faults``."""
         given = several(value) if self.several else (value,)
         good = []
         for place, item in enumerate(given):
@@ -59,7 +59,7 @@ class Option:
     def _shown(self, given: Sequence[Any], place: int) -> str:
         value = given[place]
         texts = "".join(text for text in given if isinstance(text, str))
-        # A password with a comma is in two places, and stands before the "@" in the second one.
+        # A comma in a password splits it: the first item has no "@", and is not to be shown either.
         if self.hidden == "any" or not set(self.hidden).isdisjoint(texts):
             return f"number {place + 1} of {len(given)} " if len(given) > 1 else ""
         if value is None or isinstance(value, (str, float)):
@@ -74,7 +74,7 @@ class Option:
 def option(
     parse: Callable[[Any], Any], default: Any, *, several: bool = False, hidden: str = ""
 ) -> Any:
-    """Return the field of an option; an error shows no value with a character in ``hidden``."""
+    """Return the field of an option. An error shows no value that has a character of ``hidden``."""
     return field(
         metadata={"option": Option(parse, default, several, hidden)},
         repr=parse is not secret,
@@ -117,7 +117,7 @@ def call_path(value: Any) -> str:
 
 
 def overlaps(gateways: Iterable[URL], paths: Iterable[str]) -> Iterator[tuple[str, str, str]]:
-    """Return each gateway whose path ends in what a call's path begins with, that, and the path."""
+    """Yield each gateway whose path ends in the beginning of a call's path, with both."""
     for gateway, path in itertools.product(gateways, paths):
         segments = path.split("/")
         for count in range(len(segments), 1, -1):
@@ -128,14 +128,14 @@ def overlaps(gateways: Iterable[URL], paths: Iterable[str]) -> Iterator[tuple[st
 
 
 def header_name(value: Any) -> str:
-    """Return the name of a header that a call has no use of its own for."""
+    """Return the name of a header that a call does not use for anything else."""
     if is_header_name(value) and not _TAKEN.fullmatch(value.lower()):
         return str(value)
     raise ValueError(f"is not a header name such as {str(ROUTING_KEY_HEADER)!r}")
 
 
 def boolean(value: Any) -> bool:
-    """Return a truth value, or what a text such as ``yes`` or ``off`` says."""
+    """Return a truth value, also from a text such as ``yes`` or ``off``."""
     said = _BOOLS.get(value.strip().lower()) if isinstance(value, str) else value
     if isinstance(said, bool):
         return said
@@ -143,7 +143,7 @@ def boolean(value: Any) -> bool:
 
 
 def count(value: Any) -> int:
-    """Return a whole number of 0 or more, or what its text says."""
+    """Return a whole number of 0 or more, also from a text."""
     if isinstance(value, str) and re.fullmatch(r"\s*[0-9]{1,18}\s*", value):
         value = int(value)
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63:
@@ -169,20 +169,20 @@ def session_id(value: Any) -> str:
 
 
 def source(value: Any) -> Source:
-    """Return a source that can be read, as it was given; ``ValueError`` says what is wrong."""
+    """Return a source as it was given, if it can be read."""
     reader(value)
     return value  # type: ignore[no-any-return]
 
 
 def pin_by(value: Any) -> PinBy:
-    """Return a template with its sources; ``ValueError`` says what is wrong with it."""
+    """Return a template with its sources."""
     if isinstance(value, PinBy):
         return value
     if not isinstance(value, str):
         raise ValueError("is not a text such as '{session_id}/{json:model}'")
     names = tuple(re.findall(r"{([^{}]*)}", value))
     if not names or set(re.sub(r"{[^{}]*}", "", value)) & set("{}"):
-        raise ValueError("has no source in braces: one is '{session_id}/{json:model}'")
+        raise ValueError("has no source in braces, such as '{session_id}/{json:model}'")
     for name in names:
         if name != SESSION_ID:
             try:
@@ -231,7 +231,7 @@ def registry(value: Any) -> Any:
 
 
 def metrics_kind(value: Any) -> str | None:
-    """Return the kind of metrics to keep, where what it needs is there."""
+    """Return the kind of metrics to export, if its library is installed."""
     if value is None:
         return None
     kind = one_of(("prometheus",))(value)
@@ -241,7 +241,7 @@ def metrics_kind(value: Any) -> str | None:
 
 
 def table_in(mapping: Mapping[str, Any], depth: int = 3) -> str | None:
-    """Return where in a config file a table with a gateway is, as ``['tool']['routing']``."""
+    """Return where the table with a gateway is in a config file, as ``['tool']['routing']``."""
     for name, value in mapping.items():
         if isinstance(value, Mapping) and depth and "gateway" not in mapping:
             inner = "" if "gateway" in value else table_in(value, depth - 1)

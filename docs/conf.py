@@ -17,6 +17,7 @@ release = version = aiohttp_smg_routing.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode"]
 root_doc = "docs/index"
 include_patterns = ["*.md", "docs/*.md"]
+exclude_patterns = [".*", "build"]  # folders with many files, which Sphinx would search
 
 html_theme = "furo"
 html_title = project

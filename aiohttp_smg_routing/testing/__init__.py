@@ -6,9 +6,9 @@
             await client.post("/sessions/s-1/v1/chat/completions", json={"messages": []})
         recording_gateway.assert_pinned("s-1", turns=3)
 
-Where pytest-aiohttp is there, so are the fixtures ``recording_gateway`` and ``smg_gateway``; the
-latter starts the real gateway, and needs the extra ``gateway``. Both are async context managers
-here, for use without pytest. ``docs/testing.md`` has more.
+If pytest-aiohttp is installed, pytest has the fixtures ``recording_gateway`` and ``smg_gateway``.
+The latter starts the real gateway, and needs the extra ``gateway``. Here both are async context
+managers, for use without pytest. ``docs/testing.md`` has more.
 """
 
 from .answers import Answer, answer, canned, completion, failure, redirect, stream

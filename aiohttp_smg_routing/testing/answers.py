@@ -1,4 +1,4 @@
-"""What a gateway or an engine answers: canned, failing, streamed."""
+"""Answers of a gateway or an engine: canned, failing, streamed."""
 
 import json
 from collections.abc import AsyncGenerator, Mapping
@@ -13,19 +13,28 @@ from ..gateway import CHAT_COMPLETIONS, ROUTED_WORKER_HEADER
 from .call import Call
 
 MODEL = "stub"
-"""The model that ``GET /v1/models`` names, which the real gateway asks its workers for."""
+"""The model that ``GET /v1/models`` names: the real gateway asks its workers for it."""
 
 Answer = bytes | AsyncGenerator[bytes, None]
-"""A whole HTTP answer, or the pieces of one. An empty piece closes the connection, and a
-``ConnectionResetError`` resets it."""
+r"""A whole HTTP answer, or an async generator of its pieces.
+
+An empty piece closes the connection. If the generator raises ``ConnectionResetError``, it is reset.
+
+>>> async def breaks_off():
+...     yield b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{"
+...     yield b""
+>>> recorder.answer_with(breaks_off())
+"""
 
 
 def answer(
     body: object = b"", *, status: int = 200, headers: Mapping[str, str] = MappingProxyType({})
 ) -> bytes:
-    """Return a whole HTTP answer; ``body`` is bytes, or else goes out as JSON.
+    """Return a whole HTTP answer. A ``body`` that is not bytes goes out as JSON.
 
-    >>> answer({"error": "busy"}, status=503, headers={"Retry-After": "1"})
+    Raises ``TypeError`` if JSON can't express the body.
+
+    >>> recorder.answer_with(answer({"error": "busy"}, status=503, headers={"Retry-After": "1"}))
     """
     kind = {} if isinstance(body, bytes) else {"Content-Type": "application/json"}
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -33,17 +42,31 @@ def answer(
 
 
 def failure(status: int = 503, message: str = "no worker is available") -> bytes:
-    """Return an error as the OpenAI API words it."""
+    """Return an error in the form of the OpenAI API, by default with status 503.
+
+    >>> recorder.answer_with(failure(429, "too many requests"))
+    """
     return answer({"error": {"message": message, "type": "gateway_error"}}, status=status)
 
 
 def redirect(location: str | URL, status: int = 307) -> bytes:
-    """Return a redirect."""
+    """Return a redirect to ``location``.
+
+    The default 307 keeps a POST a POST (RFC 9110, section 15.4.8).
+
+    >>> recorder.answer_with(redirect("http://10.0.0.9:30000/v1/chat/completions"))
+    """
     return answer(status=status, headers={"Location": str(location)})
 
 
 def completion(text: str = "ok", *, model: str = MODEL, worker: str | None = None) -> bytes:
-    """Return a chat completion; ``worker`` is what the real gateway calls the one that gave it."""
+    """Return a chat completion that says ``text``.
+
+    If ``worker`` is given, the answer names it in ``X-SMG-Routed-Worker-Id``, as SMG 1.10 and newer
+    do for HTTP workers (``docs/gateways.md``).
+
+    >>> recorder.answer_with(completion("hello", worker="http://10.0.0.2:8000"))
+    """
     message = {"role": "assistant", "content": text}
     choice = {"index": 0, "message": message, "finish_reason": "stop"}
     document: dict[str, object] = {"id": "c", "object": "chat.completion", "created": 1}
@@ -53,7 +76,10 @@ def completion(text: str = "ok", *, model: str = MODEL, worker: str | None = Non
 
 
 async def stream(*texts: str, model: str = MODEL) -> AsyncGenerator[bytes, None]:
-    """Yield a streamed chat completion, each of the ``texts`` in a chunk of its own."""
+    """Yield a streamed chat completion, each of the ``texts`` in a chunk of its own.
+
+    >>> recorder.answer_with(stream("some", "pieces"))
+    """
     yield _head(200, {"Content-Type": "text/event-stream", "Transfer-Encoding": "chunked"})
     document = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": model}
     deltas = [{"role": "assistant", "content": ""}, *({"content": text} for text in texts), {}]
@@ -64,7 +90,10 @@ async def stream(*texts: str, model: str = MODEL) -> AsyncGenerator[bytes, None]
 
 
 def canned(call: Call) -> Answer:
-    """Return what an engine would answer: to a health check, or to any call that has a prompt."""
+    """Return what an engine would answer to a call: a health check, or a prompt in any API.
+
+    >>> recorder.answer = lambda call: failure() if len(recorder.calls) == 1 else canned(call)
+    """
     if call.path == "/v1/models":
         entry = {"id": MODEL, "object": "model", "owned_by": "vllm", "root": MODEL}
         return answer({"object": "list", "data": [{**entry, "max_model_len": 4096}]})

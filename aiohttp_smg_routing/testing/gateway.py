@@ -4,12 +4,12 @@ import asyncio
 import re
 import sys
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Protocol
 
 import aiohttp
 from yarl import URL
@@ -22,14 +22,20 @@ from .recorder import Recorder, assert_pinned, recording_gateway
 
 @dataclass(frozen=True, slots=True)
 class SmgGateway:
-    """A running gateway."""
+    """A running gateway.
+
+    >>> smg.url / "workers", smg.metrics_url, smg.process.pid, len(smg.workers)
+    (URL('http://127.0.0.1:.../workers'), URL('http://127.0.0.1:.../metrics'), ..., 3)
+    """
 
     url: URL
-    """Where it answers."""
+    """Its address."""
     metrics_url: URL
+    """The address of its Prometheus metrics."""
     process: asyncio.subprocess.Process
+    """Its process, which ends with the block or the test."""
     workers: tuple[Recorder, ...] = ()
-    """The workers that were started for it."""
+    """The workers that were started for it. Empty if it runs before workers of your own."""
 
     def assert_pinned(
         self,
@@ -38,9 +44,11 @@ class SmgGateway:
         turns: int | None = None,
         config: RoutingConfig | Mapping[str, Any] | None = None,
     ) -> None:
-        """Assert that the session's calls, ``turns`` of them, came to one of its ``workers``.
+        """Assert that ``turns`` calls of the session came to one of its ``workers``, with its key.
 
-        As ``Recorder.assert_pinned()``, over all the workers.
+        The arguments are those of ``Recorder.assert_pinned()``.
+
+        >>> smg.assert_pinned("s-17", turns=3)
         """
         __tracebackhide__ = True
         assert_pinned(self.workers, session_id, turns=turns, config=config)
@@ -48,7 +56,12 @@ class SmgGateway:
     async def branches(self) -> Counter[str]:
         """Return how often each branch of the ``manual`` or ``consistent_hashing`` policy ran.
 
-        ``{"vacant": 7, "occupied_hit": 35}``: seven sessions were pinned, 35 later calls followed.
+        ``vacant`` counts sessions that were pinned, ``occupied_hit`` calls that followed later. It
+        raises ``aiohttp.ClientError`` if the gateway does not answer.
+
+        >>> branches = await smg.branches()
+        >>> branches["vacant"], branches["occupied_hit"]
+        (1, 2)
         """
         from prometheus_client.parser import text_string_to_metric_families
 
@@ -65,9 +78,21 @@ class SmgGateway:
         return branches
 
 
-StartSmgGateway = Callable[..., Awaitable[SmgGateway]]
-"""What the fixture ``smg_gateway`` is: it takes what the context manager takes, and the gateway
-runs until the test ends."""
+class StartSmgGateway(Protocol):
+    """The type of the fixture ``smg_gateway``. The gateway that it starts runs until the test ends.
+
+    >>> smg = await smg_gateway(3, policy="manual")
+    """
+
+    def __call__(
+        self,
+        workers: int | Sequence[str | URL],
+        *,
+        policy: str,
+        args: Sequence[str] = (),
+        port: int | None = None,
+    ) -> Awaitable[SmgGateway]:
+        """Start the gateway; the arguments are those of the context manager."""
 
 
 @asynccontextmanager
@@ -80,16 +105,19 @@ async def smg_gateway(
 ) -> AsyncIterator[SmgGateway]:
     """Run the real gateway before ``workers``; enter the block once it finds them all healthy.
 
-    ``workers`` is how many are started for it, each a ``Recorder``, or the URLs of your own.
-    ``policy`` is the gateway's ``--policy``; ``args`` are further command-line arguments, such as
-    ``("--assignment-mode", "min_group")``; ``port`` is a free one unless it is given. Worker
-    overload protection, which moves the sessions of a worker whose KV cache is 80 % full and is on
-    by default from SMG 1.12 on, is off unless ``args`` name one of its options. Workers of
-    your own must answer ``/health`` already: one that is still loading costs the gateway 30 seconds
-    (measured on SMG 1.13.0). Raises ``ModuleNotFoundError`` where the gateway is not installed.
+    ``workers`` is the number of workers to start for it, each a ``Recorder``, or the URLs of your
+    own. These must answer ``/health`` already: one that is still loading costs the gateway 30
+    seconds (measured on SMG 1.13.0). ``policy`` is the gateway's ``--policy``. ``args`` are further
+    command-line arguments, such as ``("--assignment-mode", "min_group")``. By default ``port`` is a
+    free one. Worker overload protection is off unless ``args`` has one of its options: SMG 1.12 and
+    newer turn it on, and it moves the sessions of a worker whose KV cache is 80 % full.
+
+    Raises ``ModuleNotFoundError`` if the gateway is not installed, ``RuntimeError`` with the end of
+    its output if it does not start within 60 seconds.
 
     >>> async with smg_gateway(3, policy="manual") as smg:
-    ...     smg.assert_pinned("s-1", turns=3)
+    ...     await smg.branches()
+    Counter()
     """
     if find_spec("smg") is None:
         raise ModuleNotFoundError(
@@ -102,7 +130,7 @@ async def smg_gateway(
 
 
 def _protection(args: Sequence[str]) -> tuple[str, ...]:
-    """Return what switches worker overload protection off, where SMG has it on by default."""
+    """Return the option that turns worker overload protection off, if SMG has it on by default."""
     is_default = tuple(map(int, version("smg").split(".")[:2])) >= (1, 12)
     is_named = any("worker-overload-" in argument for argument in args)
     return ("--disable-worker-overload-protection",) if is_default and not is_named else ()
@@ -115,7 +143,7 @@ async def run_gateway(
     args: Sequence[str],
     port: int | None = None,
 ) -> AsyncIterator[SmgGateway]:
-    """Run SMG, or one of its relatives, whose command lines and lists of workers are the same."""
+    """Run SMG, or a relative that has the same options and the same list of workers."""
     async with AsyncExitStack() as stack:
         started: tuple[Recorder, ...] = ()
         if isinstance(workers, int):
@@ -123,10 +151,10 @@ async def run_gateway(
             started = tuple([await stack.enter_async_context(context) for context in contexts])
             workers = [worker.url for worker in started]
         urls = [str(worker) for worker in workers]
-        own_port, metrics_port = free_ports(2)  # now that none of them can be given to a worker
+        own_port, metrics_port = free_ports(2)  # last, or a worker could get one of them
         url = URL(f"http://127.0.0.1:{port or own_port}")
         metrics_url = URL(f"http://127.0.0.1:{metrics_port}/metrics")
-        # None of its connections stays, for a test that looks at those to the gateway.
+        # It keeps no connection open: a test may count those to the gateway.
         connector = aiohttp.TCPConnector(force_close=True)
         session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector))
 
@@ -147,5 +175,5 @@ async def run_gateway(
             yield SmgGateway(url, metrics_url, process, started)
 
 
-# What --dp-aware has behind the URL of a worker, for each of its data-parallel ranks.
+# With --dp-aware, this follows the URL of a worker, once for each data-parallel rank.
 _RANK = re.compile(r"@\d+$")

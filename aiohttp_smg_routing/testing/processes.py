@@ -31,16 +31,21 @@ _random = random.SystemRandom()  # processes with one seed must not choose the s
 
 
 def free_port() -> int:
-    """Return a loopback TCP port that nobody listens on; see :func:`free_ports`."""
+    """Return a TCP port of 127.0.0.1 that nobody listens on, as ``free_ports()`` does.
+
+    >>> url = f"http://127.0.0.1:{free_port()}"
+    """
     [port] = free_ports(1)
     return port
 
 
 def free_ports(count: int) -> list[int]:
-    """Return so many loopback TCP ports that nobody listens on, no two of them the same.
+    """Return ``count`` different TCP ports of 127.0.0.1 that nobody listens on.
 
     They lie outside the range from which the system gives a port to a program that asks for any.
-    So no such program takes one before the caller does.
+    So no such program takes one before the caller does. Raises ``OSError`` if there are too few.
+
+    >>> port, metrics_port = free_ports(2)
     """
     ports: Iterable[int] = [0] * count  # any: where the system gives every port
     if _OWN_PORTS:
@@ -66,10 +71,16 @@ async def child_process(
 ) -> AsyncIterator[asyncio.subprocess.Process]:
     """Run ``argv`` until the block ends; enter the block once ``ready()`` is true.
 
-    The child has a session of its own, so a Ctrl-C in the terminal reaches this process alone,
-    which then kills the child. Raises ``RuntimeError``, with the end of what the child printed,
-    when it exits early or is not ready within a minute. A connection that ``ready()`` is refused
-    counts as false.
+    A connection that ``ready()`` is refused counts as false. A Ctrl-C in the terminal reaches this
+    process alone, which then kills the child. Raises ``OSError`` if the program can't be run, and
+    ``RuntimeError`` with the end of the child's output if the child exits early or is not ready
+    within 60 seconds.
+
+    >>> async def ready():
+    ...     return True
+    >>> async with child_process("sleep", "60", ready=ready) as process:
+    ...     process.returncode is None
+    True
     """
     with tempfile.TemporaryFile() as output:
         process = await asyncio.create_subprocess_exec(
@@ -89,8 +100,8 @@ async def child_process(
             yield process
         finally:
             if process.returncode is None:
-                # Not process.kill(): that reaps a child which has just died, and asyncio, which
-                # then cannot, logs a warning.
+                # Not process.kill(): that reaps a child that has just died, and then asyncio, which
+                # can't reap it any more, logs a warning.
                 with suppress(ProcessLookupError):
                     os.kill(process.pid, signal.SIGKILL)
             await process.wait()
@@ -105,6 +116,6 @@ async def _until_ready(
         try:
             if await ready():
                 return
-        except aiohttp.ClientError:  # it may have begun to listen, and not yet to answer
+        except aiohttp.ClientError:  # it may listen already, and not answer yet
             pass
         await asyncio.sleep(_POLL_SECONDS)

@@ -1,4 +1,4 @@
-"""A gateway, or a worker behind one, that keeps each call as it arrived."""
+"""A gateway, or a worker behind one, that records each call as it arrived."""
 
 import asyncio
 import socket
@@ -22,35 +22,43 @@ _LARGEST_HEAD = 2**20
 
 @dataclass(slots=True, eq=False)
 class Recorder:
-    """A server's address, what it received, and what it answers.
+    """A server's address, the calls that it received, and its answers.
 
-    >>> recorder.answer = lambda call: answer(status=503)
+    >>> recorder.answer = lambda call: completion("hello", worker=f"http://{recorder.url.host}")
+    >>> response = await session.post(recorder.chat, json=turn)
+    >>> len(recorder.calls), recorder.last.method
+    (7, 'POST')
     """
 
     url: URL
+    """Its address, such as ``http://127.0.0.1:40123``."""
+
     calls: list[Call] = field(default_factory=list)
-    """What it received, the last one last. A worker is asked for its health, too."""
+    """The calls that it received, in order. Behind a gateway these include health checks."""
 
     answer: Callable[[Call], Answer] = field(default=canned)
-    """Gives the answer to a call; ``canned()`` unless set."""
+    """A function of the call that returns the answer. Default: ``canned()``."""
 
     _next: deque[Answer] = field(default_factory=deque)
 
     @property
     def chat(self) -> URL:
-        """Where it takes chat completions."""
+        """The URL of its chat completions."""
         return self.url / CHAT_COMPLETIONS[1:]
 
     @property
     def last(self) -> Call:
-        """The last call."""
+        """The last call. Raises ``IndexError`` if there was none."""
         return self.calls[-1]
 
     def answer_with(self, *answers: Answer) -> None:
-        """Give these to the next calls, one to each; ``answer`` has those after them."""
+        """Set the answers to the next calls, one for each; ``answer`` gives those after them.
+
+        >>> recorder.answer_with(failure(503), completion("at last"))
+        """
         self._next.extend(answers)
 
-    async def answer_to(self, call: Call) -> AsyncGenerator[bytes, None]:
+    async def _answer_to(self, call: Call) -> AsyncGenerator[bytes, None]:
         """Yield the pieces of the answer to a call."""
         answer = self._next.popleft() if self._next else self.answer(call)
         if isinstance(answer, bytes):
@@ -68,10 +76,13 @@ class Recorder:
         turns: int | None = None,
         config: RoutingConfig | Mapping[str, Any] | None = None,
     ) -> None:
-        """Assert that the session's calls, ``turns`` of them, carried its key and that key alone.
+        """Assert that ``turns`` calls carried the session's key, and no other key beside it.
 
-        The key is what ``config`` makes of the id: give the server's own where that sets ``key``,
-        ``secret``, ``prefix`` or ``header``. Without ``turns`` there must be one call or more.
+        Without ``turns`` there must be one call or more. If the server's config sets ``key``,
+        ``secret``, ``prefix`` or ``header``, pass it as ``config``. Raises ``AssertionError`` with
+        the keys that arrived.
+
+        >>> recorder.assert_pinned("s-17", turns=6)
         """
         __tracebackhide__ = True
         assert_pinned([self], session_id, turns=turns, config=config)
@@ -130,14 +141,16 @@ def _reset_where_an_answer_says_so(writer: asyncio.StreamWriter) -> Iterator[Non
 
 @asynccontextmanager
 async def recording_gateway(port: int = 0) -> AsyncIterator[Recorder]:
-    """Run a server that stands in for a gateway until the block ends, on a free port unless given.
+    """Run a server that stands in for a gateway until the block ends, by default on a free port.
 
-    It takes any call, keeps it in ``calls`` and answers what it is told to. It pins nothing: that
-    is for ``smg_gateway()``, which has recorders as its workers. What goes wrong in an answer is
-    raised at the end of the block.
+    It takes any call, records it in ``calls``, and answers with a chat completion unless told
+    otherwise. It pins nothing: ``smg_gateway()`` does. If an answer raises an error, the end of the
+    block raises it.
 
     >>> async with recording_gateway() as gateway:
-    ...     gateway.assert_pinned("s-1", turns=3)
+    ...     response = await session.post(gateway.chat, json=turn)
+    >>> gateway.last.keys  # the config of ``session`` names another gateway
+    []
     """
     writers: list[asyncio.StreamWriter] = []
     tasks: set[asyncio.Task[None]] = set()
@@ -154,7 +167,7 @@ async def recording_gateway(port: int = 0) -> AsyncIterator[Recorder]:
             while not is_over:
                 call = await read_call(reader, writer)
                 recorder.calls.append(call)
-                async with aclosing(recorder.answer_to(call)) as pieces:
+                async with aclosing(recorder._answer_to(call)) as pieces:
                     async for piece in pieces:
                         if not piece:
                             return

@@ -1,4 +1,4 @@
-"""What the gateway says about itself: its models, its workers, its counters, their load."""
+"""Asks the gateway about itself: its models, its workers and their load, its counters."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ async def models(client: Client, gateway: URL) -> tuple[str, ...]:
 
 
 def _model(entry: object) -> str | None:
-    """Return a model's name: OpenAI has it as ``id``, others in another field or as a mere text."""
+    """Return a model's name: the ``id`` as in OpenAI's API, another field, or the text itself."""
     if isinstance(entry, dict):
         fields = (entry.get(name) for name in ("id", "name", "model", "model_path"))
         entry = next((value for value in fields if value is not None), None)
@@ -40,15 +40,15 @@ def _model(entry: object) -> str | None:
 
 
 async def healthy_workers(client: Client, gateway: URL, model: str) -> dict[str, int] | None:
-    """Return how many healthy workers of each kind serve ``model``; None where it isn't said.
+    """Return how many healthy workers of each kind serve ``model``; None if the gateway won't say.
 
-    Where none is said to, as with an alias, the kinds of all healthy ones are there, each with 0.
+    If none is said to serve it, as with an alias, return all kinds of healthy ones, each with 0.
     """
     try:
         answer = await client.json(gateway / "workers", timeout=BRIEF)
     except CallError:
         return None
-    match answer:  # as SMG gives it; another gateway may have something else there
+    match answer:  # the form of SMG; another gateway may answer anything
         case {"workers": [{"is_healthy": _}, *_] as workers} if all(
             isinstance(worker, dict) for worker in workers
         ):
@@ -63,12 +63,12 @@ def _kind(client: Client, worker: Mapping[str, object]) -> str:
 
 
 def _serves(worker: Mapping[str, object], model: str) -> bool:
-    # sglang-router and vllm-router know no name: all their workers are of the model "unknown".
+    # sglang-router and vllm-router know no names: all their workers serve the model "unknown".
     return worker.get("model_id", model) in (model, "unknown")
 
 
 async def read_metrics(client: Client, metrics: URL) -> tuple[Counters, Load]:
-    """Return the gateway's counters as they stand, and what its metrics say of it.
+    """Return the gateway's counters as they are now, and its kind and load.
 
     Raises ``CallError``, and ``ValueError``.
     """
@@ -123,9 +123,9 @@ def _count(sample: Sample) -> int:
 
 
 def growth(before: Counters | None, after: Counters | None) -> Counters | None:
-    """Return by how much the counters grew; what did not grow is left out.
+    """Return how much the counters grew, without those that did not.
 
-    None where either is not known, or where one shrank: the gateway was started anew.
+    Return None if either is unknown, or if one shrank because the gateway was restarted.
     """
     if before is None or after is None or _shrank(before, after):
         return None
@@ -148,7 +148,7 @@ def growth(before: Counters | None, after: Counters | None) -> Counters | None:
 
 
 def _shrank(before: Counters, after: Counters) -> bool:
-    """Tell whether the gateway was started anew in between."""
+    """Tell whether the gateway was restarted in between."""
     pairs = (
         *((then, after.pools.get(name, {})) for name, then in before.pools.items()),
         *((then, after.branches.get(name, {})) for name, then in before.branches.items()),
@@ -157,7 +157,7 @@ def _shrank(before: Counters, after: Counters) -> bool:
 
 
 class Follower:
-    """Names the worker of the last call by the gateway's counters, where no other call is made."""
+    """Finds the worker of the last call in the gateway's counters, if nobody else calls."""
 
     def __init__(self, client: Client, metrics: URL, counters: Counters) -> None:
         self._client = client
@@ -165,7 +165,7 @@ class Follower:
         self._counters = counters
 
     async def worker(self) -> str | None:
-        """Return the worker whose count grew by the one call since the last time, else None."""
+        """Return the worker whose count alone grew, by one call, since the last time; else None."""
         try:
             now, _ = await read_metrics(self._client, self._metrics)
         except (CallError, ValueError, IndexError):

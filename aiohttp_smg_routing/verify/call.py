@@ -1,4 +1,4 @@
-"""One call: a streamed chat completion read to its end, or why there is no answer."""
+"""Makes one call: reads a streamed chat completion to its end, or finds why there is none."""
 
 import asyncio
 import json
@@ -16,8 +16,8 @@ from yarl import URL
 from ..gateway import ROUTED_WORKER_HEADER
 from .seen import Failure
 
-_SHOWN = 200  # characters of what a server says
-BRIEF = 5  # seconds at most for what a run can do without
+_SHOWN = 200  # characters of a server's text
+BRIEF = 5  # seconds for a call that the run does not depend on
 _LARGEST = 16 * 2**20  # bytes of one answer that are read; a gateway's metrics have some 100 kB
 _LARGEST_ERROR = 65536
 _TOO_LONG = f"the answer has more than {_LARGEST // 2**20} MiB"
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer: what was said, by which worker, how soon, and what its prompt cost."""
+    """An answer: its text, its worker, its first token's time, and its prompt's tokens."""
 
     text: str
     worker: str | None
@@ -48,11 +48,11 @@ class CallError(Exception):
 
 
 class Client:
-    """Sends to the URLs that it is given, and to nothing that they point at.
+    """Calls the URLs that it is given, and follows no redirect.
 
-    It follows no redirect, takes no proxy from the environment and keeps no cookie: that of a load
-    balancer would pin the sessions in the key's place. ``timeout`` is in seconds, for one turn.
-    The ``api_key`` goes with every call but those of ``text()``, and is in no ``Failure``.
+    It takes no proxy from the environment. It keeps no cookie: a load balancer's cookie would pin
+    the sessions instead of the key. ``timeout`` is in seconds, for one turn. The ``api_key`` goes
+    with every call except those of ``text()``, and no ``Failure`` shows it.
     """
 
     def __init__(self, timeout: float, api_key: str | None) -> None:
@@ -71,13 +71,13 @@ class Client:
         await self._session.close()
 
     async def text(self, url: URL) -> str:
-        """Return the text at ``url``, asked for without the API key. Raises ``CallError``."""
+        """Return the text at ``url``; send no API key. Raises ``CallError``."""
         return await self._call("GET", url, {}, _text, timeout=BRIEF)
 
     async def json(self, url: URL, *, timeout: float = inf) -> Any:
-        """Return the JSON at ``url``, asked for ``timeout`` seconds or those of a turn.
+        """Return the JSON at ``url``. Raises ``CallError``.
 
-        The lesser of the two counts. Raises ``CallError``.
+        The limit is ``timeout`` seconds, or that of a turn if it is shorter.
         """
         return await self._call("GET", url, self._auth, _json, timeout=timeout)
 
@@ -120,7 +120,7 @@ class Client:
         body: object = None,
         timeout: float = inf,
     ) -> T:
-        """Return what ``read`` makes of a good answer; all that can go wrong is a ``CallError``."""
+        """Return what ``read`` makes of a good answer. Whatever goes wrong is a ``CallError``."""
         limit = aiohttp.ClientTimeout(total=min(timeout, self._timeout))
         try:
             async with self._session.request(
@@ -139,34 +139,34 @@ class Client:
         except aiohttp.ClientConnectorError as error:
             failure = Failure("refused", url, text=self.clean(error.strerror or str(error)))
         except aiohttp.ClientResponseError:
-            # What a server sends that speaks TLS, gRPC or HTTP/2 is of no use to anybody.
+            # The bytes of a server that speaks TLS, gRPC or HTTP/2 would help nobody.
             failure = Failure("broken", url, text=_NO_HTTP)
         except (
-            *(aiohttp.ClientError, HttpProcessingError),  # the last one is of an overlong line
+            *(aiohttp.ClientError, HttpProcessingError),  # the last one is for an overlong line
             *(ValueError, RecursionError),
         ) as error:
             failure = Failure("broken", url, text=self.clean(str(error)))
         raise CallError(failure)
 
     def printable(self, text: str) -> str:
-        """Return ``text``, which a server said, without control codes and without the API key."""
+        """Return a server's ``text`` without control codes and without the API key."""
         for secret in self._secrets:
             text = text.replace(secret, "***")
         return "".join(char if char.isprintable() else " " for char in text)
 
     def clean(self, text: str) -> str:
-        """Return what may be shown of ``text``, which a server said: one short, printable line."""
+        """Return a server's ``text`` as one short, printable line without the API key."""
         return " ".join(self.printable(text).split())[:_SHOWN]
 
 
 def _spellings(api_key: str) -> list[str]:
-    """Return how a server may repeat the key: as it is, and as a JSON string has it."""
+    """Return the forms in which a server may repeat the key: plain, or within a JSON string."""
     escaped = json.dumps(api_key)[1:-1]
     return sorted({api_key, escaped, escaped.replace("/", "\\/")}, key=len, reverse=True)
 
 
 async def _beginning(response: aiohttp.ClientResponse, most: int) -> bytes:
-    """Read the body, but no more than ``most`` bytes of it."""
+    """Read at most ``most`` bytes of the body."""
     body = b""
     while chunk := await response.content.read(most - len(body)):
         body += chunk
@@ -185,7 +185,7 @@ async def _json(response: aiohttp.ClientResponse) -> Any:
 
 
 async def _events(content: aiohttp.StreamReader) -> AsyncIterator[Mapping[str, Any]]:
-    """Yield the events of an SSE stream. ``ValueError`` where it is none, or has no end."""
+    """Yield the events of an SSE stream. Raises ``ValueError`` if it is none, or has no end."""
     size = 0
     async for line in content:
         size += len(line)
@@ -219,7 +219,7 @@ def _count(value: object) -> int | None:
 
 
 def _message(said: str) -> str:
-    """Return the message in an error of OpenAI's form, else all that was said."""
+    """Return the message of an error in OpenAI's form, else the whole text."""
     with suppress(ValueError, RecursionError):
         match json.loads(said):
             case {"error": {"message": str() as message}} | {"message": str() as message}:

@@ -1,11 +1,11 @@
-"""A cause: the plain value that every other file about them shares."""
+"""A cause: the plain value that all files about causes share."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """What explains the verdict, or is worth knowing beside it, and what to do about it."""
+    """Something that explains the verdict or is worth knowing, and what to do about it."""
 
     name: str
     text: str

@@ -1,4 +1,4 @@
-"""Why a gateway does not pin, or why that can't be told, and what to do about it."""
+"""Finds why a gateway does not pin, or why nobody can tell, and what to do about it."""
 
 from collections.abc import Iterator
 
@@ -14,9 +14,9 @@ from .summary import Summary
 def causes(
     seen: Seen, keyed: Summary, control: Summary, evidence: Evidence, answer: Answer
 ) -> Iterator[Cause]:
-    """Yield what explains that the sessions were not pinned, or that it can't be told.
+    """Yield why the sessions were not pinned, or why nobody can tell.
 
-    Where they are pinned, it yields only why the counters say something else.
+    If they were pinned, yield only why the counters disagree.
     """
     counters = seen.counters
     if evidence.played == "nothing":
@@ -72,7 +72,7 @@ def _by_moves(seen: Seen, *, better: bool) -> Cause:
 
 
 def _unclear(seen: Seen, keyed: Summary, control: Summary) -> Iterator[Cause]:
-    """Yield why nobody knows where turns went."""
+    """Yield why it is unknown where turns went."""
     names = pools(seen)
     if not names:
         yield Cause(
@@ -99,7 +99,7 @@ def _unclear(seen: Seen, keyed: Summary, control: Summary) -> Iterator[Cause]:
         elif seen.counters and not fresh_ids(seen):
             yield Cause(
                 "old_ids",
-                "Another run may have had these session ids: then its pins count as theirs.",
+                "Another run may have used these session ids. If so, they are pinned already.",
                 "Put {run} into --session-id.",
             )
         elif known.pool == "prefill":
@@ -134,7 +134,7 @@ def _no_difference(seen: Seen, keyed: Summary, control: Summary) -> Iterator[Cau
             advice = "Its counters do not tell here: see the cause before this one."
         yield Cause(
             "same_without_key",
-            "Turns stayed together in new sessions, too: the policy follows the prompt, as "
+            "Turns in new sessions stayed together too. The policy follows the prompt, as "
             "cache_aware does until workers are busy, or something else that all calls share.",
             advice,
         )

@@ -1,4 +1,4 @@
-"""How a turn gets to the gateway: straight, with a key, or through a session server, with an id."""
+"""Sends a turn straight to the gateway with a key, or through a session server with an id."""
 
 import json
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ _ID_FIELDS = ("session_id", "id", "session")
 def endpoint(through: str) -> str:
     """Complete the URL of a session server to that of its chat completions.
 
-    What stands before the endpoint may be given: ``http://s/{session_id}``, or that with ``/v1``.
+    ``through`` may leave out the endpoint, or the ``/v1`` as well: ``http://s/{session_id}``.
     """
     path, mark, query = through.partition("?")
     path = path.rstrip("/")
@@ -30,14 +30,14 @@ def endpoint(through: str) -> str:
 
 
 def session_url(through: str, session_id: str) -> URL:
-    """Return ``through`` with the id in it; raises ``ValueError`` where that is no URL."""
+    """Return ``through`` with the id in it. Raises ``ValueError`` if that is no URL."""
     return URL(through.replace("{session_id}", quote(session_id, safe="")), encoded=True)
 
 
 class Chain:
-    """Sends turns as a plan says, and makes and deletes the sessions that a server wants made.
+    """Sends turns by a plan. If the server wants sessions made, it makes and deletes them.
 
-    ``extra`` is how many calls that took beyond the turns.
+    ``extra`` counts the calls that this took beyond the turns.
     """
 
     def __init__(self, client: Client, plan: Plan) -> None:
@@ -46,7 +46,7 @@ class Chain:
         self._made: dict[str, str] = {}  # the server's own id of each session
         self._create_url = _create_url(plan)
         self._makes = plan.create is not None
-        self.extra = 0
+        self.extra: int = 0
 
     async def send(self, session_id: str, body: dict[str, Any]) -> Reply:
         """Send a turn of the session. Raises ``CallError``."""
@@ -65,12 +65,12 @@ class Chain:
                 await self._make(self._create_url, session_id)
             except CallError:
                 raise error from None
-        self._makes = True  # it wants each of them made
+        self._makes = True  # the server wants each session made
         self.extra += 1
         return await self._turn(plan.through, session_id, body)
 
     async def end(self, session_id: str) -> None:
-        """Delete the session if it was made here. A server need not know how."""
+        """Delete the session if this made it. A server need not support that."""
         made = self._made.pop(session_id, None)
         if made is not None:
             self.extra += 1
@@ -79,7 +79,7 @@ class Chain:
 
     @property
     def open(self) -> tuple[str, ...]:
-        """The sessions that were made and are not deleted yet."""
+        """The sessions that were made and not yet deleted."""
         return tuple(self._made)
 
     async def _make(self, url: URL, session_id: str) -> None:
@@ -99,7 +99,7 @@ class Chain:
 
 
 def _create_url(plan: Plan) -> URL | None:
-    """Return the call that makes a session: as given, or the URL above that of a session."""
+    """Return the URL that makes a session: the given one, or the one above a session's."""
     if plan.create is not None or plan.through is None:
         return plan.create
     above, mark, below = plan.through.partition("/{session_id}/")

@@ -1,4 +1,4 @@
-"""The options of ``verify``, and the order in which its parts do their work."""
+"""The command ``verify``: its options, and the order in which its parts work."""
 
 import asyncio
 import signal
@@ -47,7 +47,7 @@ _SECONDS = FiniteRange(min=0, min_open=True)
 
 
 def run(argv: Sequence[str]) -> int:
-    """Run the command line ``argv`` and return its exit status, whatever becomes of the output."""
+    """Run the command line ``argv``; return its exit status even if the output can't be written."""
     with redirect_stdout(lasting(sys.stdout)), redirect_stderr(lasting(sys.stderr)):
         return _run(argv)
 
@@ -60,7 +60,7 @@ def _run(argv: Sequence[str]) -> int:
         error.show(text)
         print(without_urls(text.getvalue(), argv), end="", file=sys.stderr, flush=True)
         return USAGE
-    except click.Abort:  # Ctrl-C, before there was anything to stop
+    except click.Abort:  # Ctrl-C before the run began
         return 128 + signal.SIGINT
     except Exception:
         # Python would exit with 1, which is "not pinned" here.
@@ -81,28 +81,28 @@ def cli() -> None:
     "--through",
     metavar="URL",
     callback=through,
-    help="A session server: all turns go through it, to URL/sessions/{session_id}/v1/...; "
-    "put {session_id} where it has it, or name it as follows.",
+    help="A session server. All turns go through it, to URL/sessions/{session_id}/v1/...; "
+    "put {session_id} elsewhere in the URL, or use one of the next two options.",
 )
 @click.option(
     "--session-header",
     metavar="NAME",
     is_eager=True,
     callback=header_name,
-    help="With --through: the header that has the session id.",
+    help="With --through: the header that carries the session id.",
 )
 @click.option(
     "--session-json",
     metavar="PATH",
     is_eager=True,
     callback=json_path,
-    help="With --through: where the JSON body has it, such as metadata.session_id.",
+    help="With --through: the path of the session id in the JSON body: metadata.session_id.",
 )
 @click.option(
     "--create",
     metavar="URL",
     callback=url,
-    help="With --through: the server's own POST that makes a session, and answers its id.",
+    help="With --through: the URL of the POST that makes a session and answers with its id.",
 )
 @click.option(
     "--header",
@@ -141,13 +141,13 @@ def cli() -> None:
     metavar="PATTERN",
     callback=session_id,
     default=_DEFAULT.session_id,
-    help="Your own form of id, to try it: {n} is the session's number, {run} is new in each run.",
+    help="The form of the session ids: {n} is the session's number, {run} is new in each run.",
 )
 @click.option(
     "--api-key-file",
     metavar="FILE",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help=f"Has the API key.  [default: the environment variable {API_KEY_VARIABLE}]",
+    help=f"The file with the API key.  [default: the environment variable {API_KEY_VARIABLE}]",
 )
 @click.option(
     "--json",
@@ -155,7 +155,7 @@ def cli() -> None:
     metavar="FILE",
     type=click.Path(dir_okay=False, path_type=Path),
     callback=output_file,
-    help="Write all that was seen, for machines.",
+    help="Write all that was seen to a JSON file.",
 )
 @click.option(
     "--plot",
@@ -163,13 +163,13 @@ def cli() -> None:
     metavar="FILE",
     type=click.Path(dir_okay=False, path_type=Path),
     callback=picture_file,
-    help="Draw it: FILE.svg or FILE.png.",
+    help="Draw the picture: FILE.svg or FILE.png.",
 )
 def verify(**options: Any) -> int:
-    """Play sessions on the gateway, and turns in new sessions beside them, and judge the pin.
+    """Play sessions on the gateway, and turns in new sessions beside them, and judge the pins.
 
-    Exit status: 0 pinned, 1 not pinned, 2 could not tell, 64 wrong usage; 130 and 143 where
-    Ctrl-C and SIGTERM end it early.
+    Exit status: 0 pinned, 1 not pinned, 2 could not tell, 64 wrong usage, 130 ended by Ctrl-C,
+    143 ended by SIGTERM.
     """
     for name in ("session_header", "session_json", "create"):
         if options[name] is not None and options["through"] is None:
@@ -220,7 +220,7 @@ def _verify(
 
 
 def _write(file: Path | None, write: Callable[[Path], None]) -> None:
-    """Write ``file``; that it can't be written doesn't change the verdict."""
+    """Write ``file``. A failure doesn't change the verdict."""
     try:
         if file:
             write(file)
@@ -229,7 +229,7 @@ def _write(file: Path | None, write: Callable[[Path], None]) -> None:
 
 
 def _draw(seen: Seen, verdict: Verdict, file: Path) -> None:
-    from .plot import draw  # a second that only those pay who want the picture
+    from .plot import draw  # takes a second, so only if asked for
 
     draw(seen, verdict, file)
 

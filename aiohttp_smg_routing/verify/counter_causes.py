@@ -1,4 +1,4 @@
-"""What the gateway's counters explain."""
+"""Finds causes in the gateway's counters."""
 
 from collections.abc import Iterator
 
@@ -35,11 +35,11 @@ _SERVER_ADVICE = (
 def by_counters(
     seen: Seen, counters: Counters, keyed: Summary, control: Summary
 ) -> Iterator[Cause]:
-    """Yield what the gateway's counters explain."""
+    """Yield the causes that the gateway's counters show."""
     ours = keyed.answered + control.answered
     unused = [pool for pool in pools(seen) if key_use(seen, pool) == "not used"]
     if unused and seen.load.overloaded:
-        pass  # the notes say so: the policy is left aside then
+        pass  # the notes say so: an overloaded gateway leaves its policy aside
     elif unused:
         yield _not_used(seen, counters, unused)
     elif counters.calls < ours:
@@ -53,7 +53,7 @@ def by_counters(
 
 
 def _by_pool(seen: Seen, counters: Counters, ours: int) -> Iterator[Cause]:
-    """Yield why the counters do not tell, or that some keys are lost."""
+    """Yield why the counters can't tell, or that keys are lost."""
     for pool in pools(seen):
         policy, used = policy_of(counters, pool), keyed_calls(counters, pool)
         if policy in UNCOUNTED_POLICIES:
@@ -91,7 +91,7 @@ def _any_key(policy: str | None) -> Cause:
 def _by_branches(
     seen: Seen, counters: Counters, keyed: Summary, control: Summary
 ) -> Iterator[Cause]:
-    """Yield what the branches tell: pins that are made again, keys that are shared, or change."""
+    """Yield what the branches show: pins made again, shared keys, or keys that change."""
     manual = counters.branches.get("manual", {})
     vacant, hits = manual.get("vacant", 0), manual.get("occupied_hit", 0)
     share = max((sharing(counters, pool) for pool in pools(seen)), default=1)
@@ -102,7 +102,7 @@ def _by_branches(
             "key_changes",
             f"The gateway met {vacant} new keys in {counters.calls} calls: the session server "
             "sends a session's turns under more than one key.",
-            "Let session_id name what is the same in each turn of a session, and no request's id.",
+            "Point session_id at an id that is the same in each turn of a session.",
         )
     elif vacant > pins:
         yield Cause(
@@ -142,7 +142,7 @@ def _by_branches(
 
 
 def other_calls(seen: Seen, counters: Counters) -> Cause:
-    """Say that the counters have more than the calls of this run."""
+    """Return the cause for counters that have more calls than this run made."""
     return Cause(
         "other_calls",
         f"The gateway whose metrics are at {seen.plan.metrics} routed {counters.calls} calls, more "
@@ -167,7 +167,7 @@ def _replicas(seen: Seen, calls: int, ours: int) -> Cause:
 
 
 def _not_used(seen: Seen, counters: Counters, unused: list[str]) -> Cause:
-    """Say why the key chose no worker of the pools ``unused``."""
+    """Return why the key chose no worker in the pools ``unused``."""
     kind = seen.load.kind
     if counters.calls == 0:
         return Cause(
@@ -202,7 +202,7 @@ def _not_used(seen: Seen, counters: Counters, unused: list[str]) -> Cause:
     if not counters.of(*NO_KEY_BRANCHES):
         text = f"The gateway's policy is {policies}: it does not route on the key."
         if counters.of("no_healthy_workers"):
-            text = f"The gateway's policy is {policies}, and finds no healthy worker for a call."
+            text = f"The gateway's policy is {policies}, but it finds no healthy worker for a call."
             return Cause("no_healthy_workers", text, _WORKER_ADVICE)
         return Cause("policy", text, POLICY_ADVICE[kind])
     return _key_lost(seen, policies, 0, counters.calls)
@@ -211,8 +211,8 @@ def _not_used(seen: Seen, counters: Counters, unused: list[str]) -> Cause:
 def _key_lost(seen: Seen, policies: str, used: int, calls: int) -> Cause:
     return Cause(
         "key_lost",
-        f"The policy is {policies}, but the gateway saw a key that it takes on {used} of {calls} "
-        "calls.",
+        f"The policy is {policies}, but only {used} of {calls} calls came with a key that the "
+        "gateway accepts.",
         _SERVER_ADVICE
         if seen.plan.through
         else "Look at what stands before the gateway: a proxy may drop the header. Give --header "

@@ -1,4 +1,4 @@
-"""What the gateway's counters tell of a kind of worker, which is a pool here."""
+"""Reads the gateway's counters for each pool, which is a kind of worker."""
 
 import re
 from typing import Literal
@@ -7,15 +7,15 @@ from .facts import CACHE_KEEPERS, KEY_BRANCHES, KEY_ONLY_POLICIES, UNCOUNTED_POL
 from .seen import Counters, Seen
 from .summary import Summary
 
-CHANCE = 0.001  # less likely than this to be chance counts as seen
+CHANCE = 0.001  # what is less probable than this is no chance
 
 Use = Literal["used", "not used", "untold"]
 
 
 def pools(seen: Seen) -> tuple[str, ...]:
-    """Return the kinds of workers to judge: those that keep a cache and have a choice.
+    """Return the pools to judge: those that keep a cache and have several workers.
 
-    Nothing where neither the gateway's list of workers nor its counters say which there are.
+    Return nothing if neither the gateway's list of workers nor its counters name any.
     """
     if seen.workers is not None:
         keepers = [name for name in CACHE_KEEPERS if name in seen.workers]
@@ -25,48 +25,48 @@ def pools(seen: Seen) -> tuple[str, ...]:
 
 
 def answering(names: tuple[str, ...]) -> str:
-    """Return the kind of worker that an answer names: the decode worker, where there is one."""
+    """Return the pool of the worker that an answer names: "decode" if there is one."""
     return "decode" if "decode" in names else "regular"
 
 
 def worker_count(seen: Seen) -> int | None:
-    """Return how many workers the largest pool has as far as anyone tells, or None."""
+    """Return the size of the largest pool as far as it is known, or None."""
     named = {turn.worker for turn in seen.turns if turn.worker}
     listed = [seen.workers.get(name, 0) for name in CACHE_KEEPERS] if seen.workers else [0]
     return max(*listed, len(named)) or None
 
 
 def is_ours(seen: Seen) -> bool:
-    """Tell whether the counters are of our calls, of all and of no others."""
+    """Tell whether the counters have all of our calls and no others."""
     answered = sum(turn.outcome != "failed" for turn in seen.turns)
     return seen.counters is not None and answered <= seen.counters.calls <= seen.sent
 
 
 def knows_gateway(seen: Seen) -> bool:
-    """Tell whether the metrics are of the gateway that was called: the probe shows in them."""
+    """Tell whether the metrics belong to the called gateway: the probe then shows in them."""
     return seen.probe is not None and seen.probe.calls > 0
 
 
 def policy_of(counters: Counters, pool: str) -> str | None:
-    """Return the policy of a pool; None where it chose nothing, or several policies did."""
+    """Return the policy of a pool; None if it chose nothing, or if several policies did."""
     policies = [*counters.pools.get(pool, {})]
     return policies[0] if len(policies) == 1 else None
 
 
 def series_of(counters: Counters, policy: str) -> str:
-    """Return the policy in whose name calls with a key count: ``manual`` under the override."""
+    """Return the policy that counts the calls with a key: ``manual`` under the override."""
     return policy if policy in counters.branches else "manual"
 
 
 def _mates(counters: Counters, series: str) -> tuple[int, int]:
-    """Return how many pools count in a series by their policy's name, and how many may besides."""
+    """Return how many pools count in a series by policy name, and how many more may."""
     policies = [policy_of(counters, name) or "" for name in counters.pools if name in CACHE_KEEPERS]
     explicit = policies.count(series)
     return explicit, sum(series_of(counters, name) == series for name in policies) - explicit
 
 
 def sharing(counters: Counters, pool: str) -> int:
-    """Return how many pools count in the series of this one, itself included."""
+    """Return how many pools count in the same series as this one, including it."""
     series = series_of(counters, policy_of(counters, pool) or "")
     explicit, others = _mates(counters, series)
     return explicit + (others if _total(counters, series) > explicit * counters.calls else 0)
@@ -75,7 +75,7 @@ def sharing(counters: Counters, pool: str) -> int:
 def keyed_calls(counters: Counters, pool: str) -> int:
     """Return in how many calls the key chose the pool's worker.
 
-    Pools that count in one series share it; those that do so by their policy's name come first.
+    Pools with the same series share its count. Those whose policy has its name come first.
     """
     policy = policy_of(counters, pool) or ""
     series = series_of(counters, policy)
@@ -92,7 +92,7 @@ def _total(counters: Counters, series: str) -> int:
 
 
 def key_use(seen: Seen, pool: str) -> Use:
-    """Tell by the counters whether the key chose the pool's workers, in all calls or in none."""
+    """Tell from the counters whether the key chose the pool's worker in all calls, or in none."""
     counters = seen.counters
     if counters is None:
         return "untold"
@@ -117,7 +117,7 @@ def key_use(seen: Seen, pool: str) -> Use:
 
 
 def keys_arrive(seen: Seen) -> bool:
-    """Tell whether this gateway has seen keys, or has a policy that follows nothing else."""
+    """Tell whether this gateway has seen keys, or its policy follows nothing but keys."""
     counters, names = seen.counters, pools(seen)
     if counters is None or not names or not (is_ours(seen) and knows_gateway(seen)):
         return False
@@ -128,7 +128,7 @@ def keys_arrive(seen: Seen) -> bool:
 
 
 def counts_any_call(seen: Seen, pool: str) -> bool:
-    """Tell whether calls without a key count as routed by one, as the probe's few did."""
+    """Tell whether calls without a key count as routed by a key, as the probe shows."""
     policy = policy_of(seen.counters or Counters(), pool)
     if seen.probe is None or policy is None:
         return False
@@ -136,16 +136,16 @@ def counts_any_call(seen: Seen, pool: str) -> bool:
 
 
 def one_for_all(seen: Seen) -> bool:
-    """Tell whether one worker of several got every call, whatever its key: that is no chance."""
+    """Tell whether one of several workers got all calls of all keys, which is no chance."""
     got, there = seen.counters and seen.counters.workers, worker_count(seen)
     keys = len({(t.arm, t.session, t.arm == "control" and t.number) for t in seen.turns})
     return bool(got and there and len(got) == 1 < there and there ** (1.0 - keys) < CHANCE)
 
 
 def keys_shared(seen: Seen, keyed: Summary, control: Summary, pool: str) -> bool:
-    """Tell whether sessions must have had one key between them, by the pins or by the hash.
+    """Tell from the pins or the hash whether sessions must have shared a key.
 
-    Ids that another run may have had can be pinned from then: of those only the tail tells.
+    Ids of an earlier run may still be pinned. Then only the ends of the ids can tell.
     """
     counters = seen.counters
     if counters is None or key_use(seen, pool) != "used":
@@ -173,8 +173,8 @@ def kept_by_counters(
 ) -> tuple[int, int]:
     """Return how many later turns the key brought to their session's worker: at least, at most.
 
-    ``own_keys`` is whether each session is known to have a key of its own: the counters say that a
-    key was used, never whose. Where they tell nothing, anything from none to all is possible.
+    ``own_keys`` says whether each session surely has a key of its own: the counters show that a key
+    was used, never whose. If they show nothing, the answer is from none to all.
     """
     counters, later = seen.counters, keyed.later
     policy = policy_of(counters, pool) if counters else None
@@ -183,7 +183,7 @@ def kept_by_counters(
     series, count = series_of(counters, policy), sharing(counters, pool)
     is_stable = not (seen.load.overloaded or seen.has_changed or counters.troubles)
     if not keyed_calls(counters, pool) or (series != "manual" and not is_stable):
-        return 0, later  # a hash counts as such though the worker that it names is left out
+        return 0, later  # a hash is counted even if the worker that it names is left out
     answered = keyed.answered - keyed.sessions
     failed = seen.sent - keyed.answered - control.answered + max(0, counters.troubles)
     if series == "manual":

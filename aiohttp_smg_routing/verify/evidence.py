@@ -1,4 +1,4 @@
-"""What was seen, taken as evidence: each question that the rules of the verdict ask, answered."""
+"""Weighs what was seen: answers each question that the rules of the verdict ask."""
 
 from dataclasses import dataclass
 from math import exp, lgamma
@@ -18,7 +18,7 @@ from .counting import (
 from .seen import Seen
 from .summary import Summary
 
-FEWEST = 10  # later turns without which there is too little to say
+FEWEST = 10  # later turns; fewer are too little for a verdict
 
 Played = Literal["nothing", "too little", "enough"]
 Stayed = Literal["kept", "moved", "unclear"]
@@ -26,44 +26,44 @@ Stayed = Literal["kept", "moved", "unclear"]
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """The answers. ``judge.decide()`` needs nothing else."""
+    """The answers; ``judge.decide()`` needs nothing else."""
 
     played: Played
     """Whether enough later turns were played."""
     one_worker: bool
-    """Whether there is nothing to choose from."""
+    """Whether the gateway has only one worker to choose from."""
     key: Use
-    """Whether the key chose the worker, by the gateway's counters: in all calls, or in none."""
+    """Whether the key chose the worker of all calls or of none, by the gateway's counters."""
     stayed: Stayed
     """Whether the later turns stayed on their session's worker."""
     shared: bool
-    """Whether sessions had one key between them."""
+    """Whether sessions shared one key."""
     better: bool
-    """Whether sessions stayed more than turns did that were each in a new one, beyond chance.
+    """Whether sessions stayed together more than turns in new sessions did, beyond chance.
 
-    Through a session server it takes keys that the gateway saw: the server may write the session's
-    id into the prompt, which ``cache_aware`` follows.
+    Through a session server, the gateway must also have seen keys: the server may write the
+    session's id into the prompt, which ``cache_aware`` follows.
     """
     direct: bool
-    """Whether the keys are known to be the sessions' own, because ``verify`` chose them."""
+    """Whether ``verify`` itself chose the keys, so that each session surely has its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """How many later turns stayed in a pool of workers: ``least`` surely, and ``most``."""
+    """How many later turns stayed on their worker of a pool: at least, and at most."""
 
     pool: str
     least: int
     most: int
 
     def stayed(self, later: int, min_kept: float) -> Stayed:
-        """Return what that is, where ``min_kept`` of the ``later`` turns must stay."""
+        """Return what that means if the share ``min_kept`` of the ``later`` turns must stay."""
         bar = min_kept * later - 1e-9  # exactly so many are enough
         return "moved" if self.most < bar else "kept" if self.least >= bar else "unclear"
 
 
 def bounds(seen: Seen, keyed: Summary, control: Summary) -> list[Bounds]:
-    """Return what is known of each pool, by the workers that are named, else by the counters."""
+    """Return what is known about each pool, from the named workers, else from the counters."""
     direct = seen.plan.through is None
     names = pools(seen)
     own_keys = direct or more_than_chance(keyed, control)
@@ -78,12 +78,12 @@ def bounds(seen: Seen, keyed: Summary, control: Summary) -> list[Bounds]:
 
 
 def weigh(seen: Seen, keyed: Summary, control: Summary, min_kept: float) -> Evidence:
-    """Return the evidence in what was seen. Of several pools the worst one counts."""
+    """Return the evidence in what was seen. The worst of several pools counts."""
     names, direct = pools(seen), seen.plan.through is None
     uses = [key_use(seen, pool) for pool in names]
     stays = [known.stayed(keyed.later, min_kept) for known in bounds(seen, keyed, control)]
     if not names and keyed.named and keyed.outcomes["moved"] > (1 - min_kept) * keyed.later + 1e-9:
-        stays = ["moved"]  # whatever kinds of workers there are
+        stays = ["moved"]  # in any kind of worker
     return Evidence(
         _played(seen, keyed),
         worker_count(seen) == 1,

@@ -1,4 +1,4 @@
-"""Facts about gateways that only ``verify`` needs: their metrics, and what they can be told.
+"""Facts about gateways that only ``verify`` needs: their metrics, and their options.
 
 Measured on SMG 1.9 to 1.13, sglang-router 0.3.2 and vllm-router 0.1.17. ``docs/gateways.md`` and
 ``docs/verify.md`` have the tables.
@@ -19,32 +19,32 @@ POLICY_BRANCHES: Final[Mapping[str, str]] = {
     for policy in ("manual", "consistent_hashing", "prefix_hash")
 }
 
-#: The branches in which the key chose the worker. ``ring_hit`` has calls without a key as well,
-#: but for those of prefill workers: a probe tells.
+#: The branches in which the key chose the worker. ``ring_hit`` also counts calls without a key,
+#: except for prefill workers; a probe shows whether it does.
 KEY_BRANCHES: Final = (
     *("vacant", "occupied_hit", "occupied_miss", "cap_respill"),
     *("routing_key_hit", "ring_hit"),
 )
-#: Those of a call without a key that the policy takes.
+#: The branches of a call without a key that the policy accepts.
 NO_KEY_BRANCHES: Final = (
     *("no_routing_id", "random_fallback", "implicit_key_hit"),
     "no_routing_key",
 )
 
-#: Policies of vllm-router that route on a key, and do not count it.
+#: The policies of vllm-router that route on a key but do not count it.
 UNCOUNTED_POLICIES: Final = frozenset(("consistent_hash", "sticky_least_loaded", "kv_aware"))
 
-#: Those of them that follow nothing else; ``kv_aware`` follows the prompt, too.
+#: Those of them that follow nothing but the key. ``kv_aware`` also follows the prompt.
 KEY_ONLY_POLICIES: Final = UNCOUNTED_POLICIES - {"kv_aware"}
 
 #: Each choice of a worker; ``policy`` names the policy, ``worker_type`` the kind of worker.
 SELECTIONS: Final = frozenset(("smg_worker_selection_total", "vllm_router_policy_decisions_total"))
 
-#: How many calls each ``worker`` got; vllm-router has that in its choices.
+#: How many calls each ``worker`` got. vllm-router counts that in ``SELECTIONS``.
 WORKER_CALLS: Final = "smg_worker_cb_outcomes_total"
 
-#: What grows while a worker is in trouble, but for the label of those that show none. The set of
-#: workers may have changed then, and a call may have been tried again elsewhere.
+#: Counters that grow while a worker is in trouble, and the label value that shows no trouble. Then
+#: the set of workers may have changed, and a call may have been tried again elsewhere.
 TROUBLES: Final[Mapping[str, str]] = {
     "smg_worker_health_checks_total": "success",
     "smg_worker_cb_transitions_total": "",
@@ -54,22 +54,22 @@ TROUBLES: Final[Mapping[str, str]] = {
 #: The kinds of workers that keep a session's KV cache; ``encode`` workers do not.
 CACHE_KEEPERS: Final = ("regular", "prefill", "decode")
 
-#: How many workers overload protection leaves out: there while it is on and one is over its limit.
+#: How many workers overload protection leaves out. It exists while a worker is over its limit.
 OVERLOADED: Final = "smg_workers_overloaded"
 KV_USAGE: Final = "smg_engine_token_usage"
-#: SMG 1.12 and newer, whose workers' load is polled in any case.
+#: SMG 1.12 and newer have it: they always poll their workers' load.
 LOAD_POLLS: Final = "smg_engine_load_polls_total"
-#: From which share of its KV cache on a worker is left out, unless it is launched with another.
+#: The share of its KV cache from which a worker is left out by default.
 KV_USAGE_LIMIT: Final = 0.8
 
-#: Names of metrics, by which a gateway is known. The first that fits counts.
+#: The beginning of metric names that shows which gateway it is. The first match counts.
 KINDS: Final[tuple[tuple[str, Kind], ...]] = (
     ("vllm_router_", "vllm-router"),
     ("smg_tokio_", "smg"),
     ("smg_", "sglang-router"),
 )
 
-#: What makes each kind route on a key.
+#: How to make each kind of gateway route on a key.
 POLICY_ADVICE: Final[Mapping[Kind | None, str]] = {
     "smg": "Launch the gateway with --policy manual or --policy consistent_hashing, or keep its "
     "policy and add --routing-key-override.",
@@ -86,7 +86,7 @@ POOL_POLICIES: Final[Mapping[Kind | None, str]] = {
     "vllm-router": "consistent_hash",
     None: "manual",
 }
-#: What keeps pins where there are several gateways.
+#: How to keep pins with several gateways.
 REPLICAS_ADVICE: Final[Mapping[Kind | None, str]] = {
     "smg": "Run one gateway, or --policy consistent_hashing, on which replicas agree, or a "
     "balancer that hashes the key",

@@ -1,4 +1,4 @@
-"""Why calls fail, and what to do about it."""
+"""Finds why calls fail, and what to do about it."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ from .seen import Failure, Seen
 
 
 def failures(seen: Seen) -> Iterator[Cause]:
-    """Yield a cause for each kind of failure, the commonest first."""
+    """Yield a cause for each kind of failure, the most frequent one first."""
     counts: dict[Failure, int] = {}
     for failure in [seen.failure, *(turn.failure for turn in seen.turns)]:
         if failure:
@@ -38,7 +38,7 @@ def _failure(seen: Seen, failure: Failure) -> Cause:
             return Cause(
                 "timeout",
                 f"{failure.url} did not answer in time.",
-                "Look whether its workers are busy or stuck; allow more with --timeout SECONDS.",
+                "See whether its workers are busy or stuck, or allow more with --timeout SECONDS.",
             )
         case Failure(status=400 | 404) if unknown:
             advice = f"Name one that it has with --model: {', '.join(seen.models or ())}."
@@ -59,13 +59,13 @@ def _failure(seen: Seen, failure: Failure) -> Cause:
 
 
 def _status(failure: Failure, said: str) -> Cause:
-    """Return the cause for an answer that is an error, or that nobody can read."""
+    """Return the cause for an answer that is an error or is unreadable."""
     answers = f"{failure.url} answers {failure.status}{said}."
     match failure.status:
         case None:
             return Cause(
                 "broken",
-                f"{failure.url} gives no whole answer{said}.",
+                f"{failure.url} gives no complete answer{said}.",
                 "Call it by hand and read its log: it should stream chat completions.",
             )
         case 401 | 403:
@@ -73,7 +73,7 @@ def _status(failure: Failure, said: str) -> Cause:
         case 404 | 405:
             advice = _wrong_url(failure)
         case 503:
-            advice = "It has no worker to spare: see GET /workers and the log of the gateway."
+            advice = "It has no free worker: see GET /workers and the log of the gateway."
         case 300 | 301 | 302 | 303 | 307 | 308:
             advice = "Give the URL that it points to: no redirect is followed."
         case _:
@@ -87,6 +87,6 @@ def _wrong_url(failure: Failure) -> str:
         return "Leave /v1 out of the URL: the command adds it."
     return (
         "Check the URL, and the path that a proxy before it wants: the command adds "
-        "/v1/chat/completions. A session server can be told of a session in the URL, "
-        "--session-header, or --session-json, and may want it made first: --create URL."
+        "/v1/chat/completions. The session id can be in the URL, a header (--session-header) or "
+        "the body (--session-json). If the server wants sessions made first, give --create URL."
     )

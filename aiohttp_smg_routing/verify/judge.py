@@ -1,4 +1,4 @@
-"""From what was seen to a verdict: pure functions."""
+"""Judges what a run has seen. All functions here are pure."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ EXIT_STATUS: dict[Answer, int] = {"pinned": 0, "not pinned": 1, "could not tell"
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The judgement on a run, in one word and in one sentence, with its causes."""
+    """The judgement on a run, as an answer and as a sentence, with its causes."""
 
     answer: Answer
     sentence: str
@@ -30,7 +30,7 @@ class Verdict:
 
 
 def decide(evidence: Evidence) -> Answer:
-    """Return the verdict: the rules of ``docs/verify.md``, in their order; the first one counts."""
+    """Return the answer of the first rule that applies; ``docs/verify.md`` has the rules."""
     match evidence:
         case Evidence(played="nothing" | "too little") | Evidence(one_worker=True):
             return "could not tell"
@@ -44,10 +44,10 @@ def decide(evidence: Evidence) -> Answer:
 
 
 def judge(seen: Seen, min_kept: float) -> Verdict:
-    """Return the verdict on ``seen``: pinned needs ``min_kept`` of the later turns kept.
+    """Return the verdict on ``seen``. "Pinned" needs the share ``min_kept`` of later turns.
 
-    A later turn that failed, or whose worker nobody names, is neither kept nor moved: where such
-    turns could turn the verdict, there is none.
+    A later turn that failed, or whose worker is unknown, is neither kept nor moved. If such turns
+    could change the verdict, the answer is "could not tell".
     """
     keyed, control = (summarise(seen.turns, arm) for arm in ("keyed", "control"))
     evidence = weigh(seen, keyed, control, min_kept)
@@ -62,16 +62,16 @@ def judge(seen: Seen, min_kept: float) -> Verdict:
 
 
 def _sentence(seen: Seen, keyed: Summary, control: Summary, evidence: Evidence) -> str:
-    """Say what was seen, and nothing of a worker that nobody names."""
+    """Say what was seen, and nothing about workers that are unknown."""
     if evidence.played == "nothing":
-        return "no turn was answered of the sessions that keep their key"
+        return "no turn in a session that keeps its key was answered"
     if evidence.played == "too little":
         return (
-            f"{keyed.later} of {seen.plan.planned} later turns were played, which is too little to "
-            "say"
+            f"{keyed.later} of {seen.plan.planned} later turns were played, which is too few to "
+            "tell"
         )
     if evidence.one_worker:
-        return "one worker only is known, so every session stays on it"
+        return "only one worker is known, so every session stays on it"
     if evidence.key == "not used" and seen.counters and not seen.counters.calls:
         return "no call of the session server reached this gateway"
     said = "; ".join(_shares(seen, keyed, control))
@@ -80,14 +80,14 @@ def _sentence(seen: Seen, keyed: Summary, control: Summary, evidence: Evidence) 
     if evidence.key == "not used" or evidence.stayed != "kept":
         return said
     if evidence.shared:
-        return f"{said}; but not each session has a key of its own"
+        return f"{said}; but some sessions share a key"
     if evidence.better or (evidence.key == "used" and evidence.direct):
         return said
-    return f"{said}: that is no difference that shows the key at work"
+    return f"{said}; but nothing shows that the key did it"
 
 
 def _shares(seen: Seen, keyed: Summary, control: Summary) -> Iterator[str]:
-    """Yield what is known of each kind of worker: by the names that answers have, or counters."""
+    """Yield what answers or counters show about each kind of worker."""
     names, later = pools(seen), keyed.later
     by_counters = "by the gateway's counters, the key chose"
     for known in bounds(seen, keyed, control) or [Bounds("regular", 0, later)]:

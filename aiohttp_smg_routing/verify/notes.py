@@ -1,4 +1,4 @@
-"""What is worth knowing whatever the verdict is."""
+"""Finds what is worth knowing, whatever the verdict is."""
 
 import re
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from .summary import Summary
 
 
 def notes(seen: Seen, keyed: Summary, answer: Answer) -> Iterator[Cause]:
-    """Yield them."""
+    """Yield what is worth knowing."""
     if seen.stopped:
         yield _stopped(seen)
     if not seen.plan.through:
@@ -30,8 +30,8 @@ def notes(seen: Seen, keyed: Summary, answer: Answer) -> Iterator[Cause]:
     if answer == "could not tell" and (seen.has_changed or (seen.counters or Counters()).troubles):
         yield Cause(
             "workers_changed",
-            "Workers came, went, failed or were not healthy during the run: so some calls may have "
-            "gone elsewhere than the counters of the key say.",
+            "Workers came, went, failed or were not healthy during the run. So some calls may have "
+            "gone elsewhere than the key's counters say.",
             "See GET /workers, and run this again when all of them are healthy.",
         )
     if len(keyed.workers) == 1 and keyed.sessions >= 8 and worker_count(seen) != 1:
@@ -49,7 +49,7 @@ def _stopped(seen: Seen) -> Cause:
         return Cause(
             "time_limit",
             f"The run ended at its limit of {seen.plan.time_limit:g} s, after {len(seen.turns)} "
-            "calls: the verdict is on those.",
+            "calls: the verdict is about those.",
             "Play less with --sessions or --turns, or allow more with --time-limit SECONDS.",
         )
     return Cause(
@@ -70,8 +70,8 @@ def _unnamed(seen: Seen) -> Cause:
         )
     return Cause(
         "no_worker_name",
-        "The gateway does not name the worker that answered, like SMG before 1.10 or with gRPC "
-        "workers, sglang-router and vllm-router: where a turn went is unknown.",
+        "The gateway does not name the worker that answered, so nobody knows where a turn went. "
+        "SMG before 1.10 or with gRPC workers, sglang-router and vllm-router never name it.",
         follow if seen.load.kind not in ("smg", None) else f"Use SMG 1.10 or newer. {follow}",
     )
 
@@ -94,16 +94,15 @@ def _keys(seen: Seen) -> Iterator[Cause]:
         wrong = f"{size} bytes long" if size > 128 else "not visible ASCII"
         yield Cause(
             "bad_key",
-            f"Session ids such as {bad[0][:40]!r} are {wrong}: SMG drops such a key without a "
-            "word.",
+            f"Session ids such as {bad[0][:40]!r} are {wrong}: SMG silently drops such a key.",
             "Use 1 to 128 visible ASCII characters; the plugin sends a digest for any other id.",
         )
     if seen.load.kind in ("smg", None) and any(re.search(r"_[tr][0-9]+$", key) for key in keys):
         yield Cause(
             "key_tail",
             f"Session ids such as {keys[0][:40]!r} end like the number of a turn: under SMG's "
-            "--routing-key-override the gateway takes that off, and ids that differ in nothing "
-            "else share one pin.",
+            "--routing-key-override the gateway removes that number, and ids that differ only in "
+            "it share one pin.",
             "Put the number elsewhere in the id.",
         )
 
@@ -122,16 +121,16 @@ def _load(seen: Seen) -> Iterator[Cause]:
             f"The gateway leaves {load.overloaded} overloaded "
             f"worker{'s' * (load.overloaded != 1)} out of routing (the fullest KV cache is at "
             f"{fullest:.0%}): sessions that are pinned there move, and come back when the load "
-            "falls. With all workers overloaded it heeds no pin.",
+            "falls. If all workers are overloaded, it follows no pin.",
             f"{off}: then a session waits for its own worker. Or add workers.",
         )
     elif load.can_protect and fullest < KV_USAGE_LIMIT:
         yield Cause(
             "overload_protection",
-            "No worker is overloaded, so it can't be told whether overload protection is on, as it "
-            "is by default since SMG 1.12: it moves sessions off a worker that has 8 waiting calls "
-            f"or a KV cache that is {KV_USAGE_LIMIT:.0%} full.",
-            f"{off}, unless it is so already.",
+            "No worker is overloaded, so this run can't tell whether overload protection is on, as "
+            "it is by default since SMG 1.12. It moves sessions off a worker that has 8 waiting "
+            f"calls or a KV cache that is {KV_USAGE_LIMIT:.0%} full.",
+            f"{off}, unless you do already.",
         )
 
 

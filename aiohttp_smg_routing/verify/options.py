@@ -1,4 +1,4 @@
-"""What the options of the command line may be. No error shows a secret."""
+"""Checks the options of the command line. No error shows a secret."""
 
 import os
 import re
@@ -18,7 +18,7 @@ API_KEY_VARIABLE = "SMG_API_KEY"
 
 
 class FiniteRange(click.FloatRange):
-    """A range of numbers without ``nan`` and ``inf``: of these, no bound is ever reached."""
+    """A range of numbers without ``nan`` and ``inf``, which no bound excludes."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the number, or fail."""
@@ -29,7 +29,7 @@ class FiniteRange(click.FloatRange):
 
 
 def without_urls(message: str, argv: Sequence[str]) -> str:
-    """Return ``message`` without the URLs of the command line: they may have a password in them."""
+    """Return ``message`` without the URLs of the command line, which may have a password."""
     for argument in argv:
         for piece in (argument, argument.partition("=")[2]):
             if "://" in piece or "@" in piece:
@@ -38,7 +38,7 @@ def without_urls(message: str, argv: Sequence[str]) -> str:
 
 
 def url(ctx: click.Context, param: click.Parameter, value: str | None) -> URL | None:
-    """Read an absolute http(s) URL. It holds no password: a command line is no place for one."""
+    """Read an absolute http(s) URL without a password: other users can see a command line."""
     if value is None:
         return None
     with suppress(ValueError):
@@ -66,7 +66,7 @@ def through(ctx: click.Context, param: click.Parameter, value: str | None) -> st
 
 
 def header_name(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    """Refuse what can't be the name of a header."""
+    """Refuse a text that can't be the name of a header."""
     if value is None or is_header_name(value):
         return value
     raise click.BadParameter("it can't be the name of a header.")
@@ -87,14 +87,14 @@ def session_id(ctx: click.Context, param: click.Parameter, value: str) -> str:
 
 
 def model(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    """Refuse a name that can't be written out, such as one with bytes that are no UTF-8."""
+    """Refuse a name that can't be printed, such as one with bytes that are no UTF-8."""
     if value is None or value.isprintable():
         return value
     raise click.BadParameter("it is no printable text.")
 
 
 def output_file(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
-    """Refuse a file that can't be written now, not when the run is over."""
+    """Refuse a file that can't be written, before the run and not after it."""
     if value is None:
         return None
     place = value if value.exists() else value.parent
@@ -104,7 +104,7 @@ def output_file(ctx: click.Context, param: click.Parameter, value: Path | None) 
 
 
 def picture_file(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
-    """Refuse a file whose name does not say that it is an SVG or a PNG, too."""
+    """Refuse also a file whose name ends in neither ``.svg`` nor ``.png``."""
     if value is not None and value.suffix not in (".svg", ".png"):
         raise click.BadParameter(f"{str(value)!r} ends neither in .svg nor in .png.")
     return output_file(ctx, param, value)

@@ -18,16 +18,16 @@ from .summary import with_cached_tokens
 
 PROBES = 4  # calls without any key, before the turns
 _BETWEEN_LOOKS = 2  # seconds
-_LAST = 1  # seconds at least for the counters at the end, without which the run may be in vain
+_LAST = 1  # seconds at least to read the counters at the end, or the run may be in vain
 T = TypeVar("T")
 
 
 class Play:
-    """A run: ``seen`` is what it has seen so far, at any moment, also after it was cancelled.
+    """A run. ``seen`` has what it has seen so far, at any time, even after it was cancelled.
 
-    The two arms differ in the session's identity alone: one keeps a session for all its turns, the
-    other has a new one, and so a new key, for each. ``played`` is called with each turn. Calls go
-    to the plan's gateway, its metrics and its session server, and nowhere else.
+    The two arms differ only in the sessions: one keeps a session for all its turns, the other has a
+    new session, and so a new key, for each turn. It calls ``played`` with each turn. Calls go only
+    to the plan's gateway, its metrics and its session server.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Play:
         return replace(self._seen, turns=with_cached_tokens(self._turns))
 
     async def run(self, ready: Callable[[Seen], None] = lambda seen: None) -> Seen:
-        """Play the plan; ``ready`` is called when the gateway has answered and the calls begin."""
+        """Play the plan; call ``ready`` once the gateway has answered, before the turns."""
         begin = time.perf_counter()
         self._deadline = begin + self._seen.plan.time_limit
         try:
@@ -73,7 +73,7 @@ class Play:
         self._seen = replace(self._seen, **changes)
 
     async def _in_time(self, lookup: Awaitable[T], least: float = 0) -> T | None:
-        """Wait for ``lookup`` until the deadline, or ``least`` seconds; None where that is over."""
+        """Wait for ``lookup`` until the deadline, but at least ``least`` seconds; None if late."""
         try:
             left = self._deadline - time.perf_counter()
             return await asyncio.wait_for(lookup, max(least, left))
@@ -82,12 +82,12 @@ class Play:
             return None
 
     async def _prepare(self, client: Client) -> bool:
-        """Ask for the models and the workers; tell whether there is anything to play with."""
+        """Ask for the models and the workers; tell whether the run can start."""
         plan = self._seen.plan
         try:
             self._see(models=await ask.models(client, plan.gateway))
         except CallError as error:
-            # A gateway need not list its models: a name that the user gave is tried all the same.
+            # A gateway need not list its models: try a name that the user gave.
             if plan.model is None or error.failure.kind in ("refused", "timeout"):
                 self._see(failure=error.failure)
                 return False
@@ -103,7 +103,7 @@ class Play:
         return True
 
     async def _look_again(self, client: Client) -> None:
-        """See whether the workers are those of before: one may have come, or not been healthy."""
+        """See whether the workers have changed: one may have come, or been unhealthy."""
         plan, before = self._seen.plan, self._seen.workers
         after = await ask.healthy_workers(client, plan.gateway, plan.model or "")
         if before is not None and after is not None and after != before:
@@ -112,7 +112,7 @@ class Play:
             self._see(workers=most, has_changed=True)
 
     async def _watch(self, client: Client) -> None:
-        """Look now and then whether workers are overloaded, which may not last."""
+        """Look regularly whether workers are overloaded, because that may not last."""
         while True:
             await asyncio.sleep(_BETWEEN_LOOKS)
             await self._counters(client)
@@ -124,7 +124,7 @@ class Play:
         except CallError as error:
             self._see(no_counters=error.failure.text or self._seen.no_counters)
             return None
-        except (ValueError, IndexError) as error:  # the parser has both for odd lines
+        except (ValueError, IndexError) as error:  # the parser raises both for odd lines
             self._see(no_counters=client.clean(str(error)))
             return None
         before = self._seen.load
@@ -134,15 +134,15 @@ class Play:
         return counters
 
     async def _probe(self, client: Client, before: Counters) -> Counters | None:
-        """See what a few calls without any key make of the counters; return these as they are then.
+        """Make a few calls without any key; return the counters after them.
 
-        They tell whether the metrics are of this gateway, and whether it counts such calls, too, as
-        routed by a key.
+        They show whether the metrics belong to this gateway, and whether it counts even such calls
+        as routed by a key.
         """
         url = self._seen.plan.gateway / CHAT_COMPLETIONS[1:]
         words = (prompt([], seeded(f"{self._seen.plan.run} {n}"), "") for n in range(PROBES))
         calls = [client.chat(url, self._body([message(text)]), {}) for text in words]
-        # Why they fail, the turns will show.
+        # If they fail, the turns will show why.
         replies = await asyncio.gather(*calls, return_exceptions=True)
         after = await self._counters(client)
         probe = ask.growth(before, after) or Counters()
@@ -150,7 +150,7 @@ class Play:
         named = any(isinstance(reply, Reply) and reply.worker for reply in replies)
         policies = {policy for pool in probe.pools.values() for policy in pool}
         if self._seen.plan.through is None and not named and policies & UNCOUNTED_POLICIES:
-            # Nothing but the workers' own counts can tell, and they do so of one call at a time.
+            # Only the workers' own counts can tell, and only for one call at a time.
             self._see(plan=replace(self._seen.plan, concurrency=1))
         return after
 
@@ -181,7 +181,7 @@ class Play:
             self._see(sent_for_sessions=chain.extra)
         for player in players:
             if not player.cancelled():
-                player.result()  # a fault of this program is not to be passed over
+                player.result()  # a fault of this program must not pass unseen
 
     async def _player(
         self,
@@ -204,7 +204,7 @@ class Play:
     async def _turn(
         self, chain: Chain, session: Session, number: int, follow: ask.Follower | None
     ) -> Turn:
-        """Say something and hear the answer; a turn that fails leaves no trace in the session."""
+        """Play a turn. One that fails leaves no trace in the session."""
         plan = self._seen.plan
         said = message(prompt(session.messages, session.words, plan.run))
         keyed = session.arm == "keyed"

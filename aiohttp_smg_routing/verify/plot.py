@@ -1,4 +1,4 @@
-"""The picture: stripes where sessions stay on their worker, confetti where they don't."""
+"""Draws the picture: stripes if sessions stay on their worker, confetti if they don't."""
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -19,8 +19,8 @@ from .judge import Verdict
 from .seen import ARM_TITLES, ARMS, Arm, Seen, Turn
 from .summary import by_session, cached_share
 
-# Okabe and Ito's colours, then eight that stay apart from them for colour-blind eyes as well.
-# A letter goes with each, for everybody else's doubts.
+# Okabe and Ito's colours, then eight that colour-blind eyes can also tell from them. Each comes
+# with a letter, in case of doubt.
 PALETTE = (
     *("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#882255"),
     *("#1A1A80", "#A753FB", "#A7BC92", "#3E1414", "#FFB3A7", "#00525A", "#7A6A00", "#C00030"),
@@ -55,7 +55,7 @@ STYLE: dict[Any, Any] = {
 
 
 def draw(seen: Seen, verdict: Verdict, file: Path) -> None:
-    """Draw the picture into ``file``, as its suffix says: ``.svg`` or ``.png``."""
+    """Draw the picture into ``file``, in the format of its suffix: ``.svg`` or ``.png``."""
     row = min(0.17, 8 / seen.plan.sessions)  # inches
     workers = sorted({turn.worker for turn in seen.turns if turn.worker})
     patches = _patches(seen, workers)
@@ -112,7 +112,7 @@ def _title(figure: Figure, seen: Seen, verdict: Verdict, height: float) -> None:
 
 
 def _sessions(axes: Axes, seen: Seen, arm: Arm, workers: Sequence[str], row: float) -> None:
-    """Draw a row for each session and a cell for each turn; equal rows stand together."""
+    """Draw a row for each session and a cell for each turn, with equal rows together."""
     rows = by_session(seen.turns, arm)
     rows.sort(key=lambda turns: [turn.worker for turn in turns if turn.worker])
     answered: list[Rectangle] = []
@@ -121,7 +121,7 @@ def _sessions(axes: Axes, seen: Seen, arm: Arm, workers: Sequence[str], row: flo
             first, *others = same
             stripe = _stripe(first, 1 + len(others), line, workers)
             if first.outcome == "failed":
-                axes.add_patch(stripe)  # alone, as a collection has one hatch for all
+                axes.add_patch(stripe)  # alone, because a collection has one hatch for all
             else:
                 answered.append(stripe)
             if first.worker and row > 0.1:
@@ -144,7 +144,7 @@ def _sessions(axes: Axes, seen: Seen, arm: Arm, workers: Sequence[str], row: flo
 
 
 def _stripe(turn: Turn, length: int, line: int, workers: Sequence[str]) -> Rectangle:
-    """Return the stripe of ``length`` turns alike that begins with ``turn``."""
+    """Return the stripe of ``length`` equal turns that begins with ``turn``."""
     place, height = (turn.number - 1, line + 0.06), 0.88
     if turn.outcome == "failed":
         return Rectangle(place, length, height, facecolor=_FAILED, edgecolor=_EDGE, hatch="////")
@@ -235,7 +235,7 @@ def _finish(axes: Axes, seen: Seen, nothing: str) -> None:
 
 
 def _patches(seen: Seen, workers: Sequence[str]) -> list[Patch]:
-    """Say which colour is which worker."""
+    """Return the legend: which colour is which worker."""
     patches = [
         Patch(facecolor=_colour(worker, workers), label=f"{_name(index)}  {worker}")
         for index, worker in enumerate(workers)

@@ -1,4 +1,4 @@
-"""What the user reads: progress while it runs, then the table, the verdict and what to do."""
+"""Shows a run to the user: its progress, then the table, the verdict and what to do."""
 
 import json
 from collections import Counter
@@ -21,7 +21,7 @@ _COLOURS = {"pinned": "bold green", "not pinned": "bold red", "could not tell": 
 
 
 class Bars:
-    """A bar for each arm, with what became of its turns. A stream that is no terminal gets none."""
+    """A bar for each arm, with the outcomes of its turns. Only a terminal shows them."""
 
     def __init__(self, plan: Plan, console: Console) -> None:
         self._progress = Progress(
@@ -42,7 +42,7 @@ class Bars:
         }
 
     def start(self) -> None:
-        """Show the bars from now on."""
+        """Show the bars."""
         if self._shown:
             self._progress.start()
 
@@ -53,7 +53,7 @@ class Bars:
         self._progress.update(self._tasks[turn.arm], advance=1, state=_state(outcomes))
 
     def stop(self) -> None:
-        """Leave the bars as they are."""
+        """Stop moving the bars."""
         if self._shown:
             self._progress.stop()
 
@@ -70,7 +70,7 @@ _OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 
 
 def show_plan(seen: Seen, console: Console) -> None:
-    """Print what is about to be played."""
+    """Print what the run will play."""
     plan = seen.plan
     way = f" through {plan.through}" if plan.through else ""
     _print(
@@ -90,7 +90,7 @@ def _workers(listed: Mapping[str, int] | None) -> str:
 
 
 def show_seen(seen: Seen, console: Console) -> None:
-    """Print the table of both arms, and the gateway's counters; nothing where no call succeeded."""
+    """Print the table of both arms and the gateway's counters, if any call succeeded."""
     keyed, unkeyed = (summarise(seen.turns, arm) for arm in ARMS)
     if not keyed.answered + unkeyed.answered:
         return
@@ -152,7 +152,7 @@ _ROWS: dict[str, Callable[[Summary], str]] = {
 
 
 def show_verdict(verdict: Verdict, console: Console) -> None:
-    """Print the verdict in a sentence, its causes, and what to do about each."""
+    """Print the verdict in a sentence, then each cause and what to do about it."""
     console.print()
     _print(console, verdict.sentence, _COLOURS[verdict.answer])
     for cause in verdict.causes:
@@ -162,8 +162,8 @@ def show_verdict(verdict: Verdict, console: Console) -> None:
 
 
 def _print(console: Console, text: str, style: str = "", indent: str = "") -> None:
-    # Wrapped here, because rich leaves blanks at the ends of lines; and a Text, so that nothing
-    # that a server said is taken for markup.
+    # Wrapped here, because rich leaves blanks at the ends of lines. A Text, because what a server
+    # said must not count as markup.
     lines = wrap(
         text,
         console.width,
@@ -175,7 +175,7 @@ def _print(console: Console, text: str, style: str = "", indent: str = "") -> No
 
 
 def write_json(seen: Seen, verdict: Verdict, status: int, file: Path) -> None:
-    """Write everything that was seen and concluded, for machines. Raises ``OSError``."""
+    """Write everything that was seen and concluded as JSON. Raises ``OSError``."""
     document = {
         "verdict": verdict.answer,
         "exit_status": status,

@@ -1,4 +1,4 @@
-"""What is said, in which order: every turn of both arms."""
+"""The order of all turns of both arms, and their prompts."""
 
 import asyncio
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ _VOCABULARY = (
 
 @dataclass(slots=True)
 class Session:
-    """A session under way. A turn holds ``lock``, so that the turns come one after the other."""
+    """A session under way. A turn holds ``lock``, so that turns of a session never overlap."""
 
     arm: Arm
     number: int
@@ -30,10 +30,10 @@ class Session:
 
 
 def schedule(plan: Plan) -> Iterator[tuple[Session, int]]:
-    """Yield every turn of both arms: turn by turn, in pairs of one of each.
+    """Yield all turns of both arms, round by round, in pairs of a turn of each arm.
 
-    The order is another one in each round. In a fixed one ``round_robin`` would look pinned: where
-    the workers divide the calls of a round, each session meets the same worker every time.
+    Each round has a new order. In a fixed order ``round_robin`` would look pinned: if the number of
+    workers divides the calls of a round, each session meets the same worker every time.
     """
     random = seeded(plan.run)
     pairs = [
@@ -49,7 +49,7 @@ def schedule(plan: Plan) -> Iterator[tuple[Session, int]]:
 
 
 def seeded(seed: str) -> Random:
-    """Return what makes up words, the same for the same seed."""
+    """Return a random generator that makes the same words for the same seed."""
     return Random(seed)  # noqa: S311 - nothing here is a secret
 
 
@@ -59,7 +59,7 @@ def message(text: str) -> dict[str, str]:
 
 
 def prompt(before: list[dict[str, str]], words: Random, run: str) -> str:
-    """Return what the user says next. No two sessions begin alike: none warms another's cache."""
+    """Return the user's next message. No two sessions begin alike: none warms another's cache."""
     chosen = words.choices(_VOCABULARY.split(), k=_LATER_WORDS if before else _FIRST_WORDS)
     opening = "" if before else f"{words.getrandbits(64):x} {run}: "
     return f"{opening}{' '.join(chosen)}. Go on."

@@ -1,4 +1,4 @@
-"""What a run plans, and what it sees: plain values that every other file here shares."""
+"""The plan of a run and what it has seen: plain values that all other files here share."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,20 +23,20 @@ ARM_TITLES: Final[Mapping[Arm, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is played, and where: ``sessions`` of ``turns`` calls in each of the two arms."""
+    """What to play, and where: both arms have ``sessions`` sessions of ``turns`` turns."""
 
     gateway: URL
     metrics: URL
     through: str | None = None
-    """The URL of a session server, which all turns go through; it may have ``{session_id}``."""
+    """The URL of a session server for all turns; it may have ``{session_id}`` in it."""
     session_header: str | None = None
     """The header that names the session to the session server."""
     session_json: str | None = None
     """The dotted path in the JSON body at which the session server finds the session's id."""
     create: URL | None = None
-    """The session server's call that makes a session, and answers its id."""
+    """The URL of the session server's POST that makes a session and answers with its id."""
     header: str = str(ROUTING_KEY_HEADER)
-    """The header that carries the key, where the turns go straight to the gateway."""
+    """The header that carries the key if the turns go straight to the gateway."""
     model: str | None = None
     sessions: int = 24
     turns: int = 6
@@ -49,19 +49,19 @@ class Plan:
     session_id: str = "verify-{run}-{n}"
     """The id of session ``n``; it is the key as well."""
     run: str = ""
-    """Told apart from every other run by this, and so are its transcripts."""
+    """A text of this run alone, which also makes its transcripts different."""
 
     @property
     def planned(self) -> int:
-        """How many later turns each arm has if the run comes to its end."""
+        """How many later turns each arm has in a complete run."""
         return self.sessions * (self.turns - 1)
 
     def keyed_id(self, session: int) -> str:
-        """Return the id of a session of the arm that keeps its sessions."""
+        """Return the id of a session in the arm that keeps its sessions."""
         return self._id(session)
 
     def control_id(self, session: int, turn: int) -> str:
-        """Return the id of the new session that plays a turn of the other arm."""
+        """Return the id of the new session for a turn in the other arm."""
         return self._id(self.sessions + (session - 1) * self.turns + turn)
 
     def ids(self) -> list[str]:
@@ -74,7 +74,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a call has no answer: ``text`` is what the server, or the system, had to say."""
+    """Why a call has no answer; ``text`` comes from the server or the system."""
 
     kind: FailureKind
     url: URL
@@ -99,19 +99,19 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Counters:
-    """By how much the gateway's own counters grew."""
+    """How much the gateway's own counters grew."""
 
     pools: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """How many workers each policy chose, in each kind of worker: ``{"regular": {"manual": 9}}``.
+    """How often each policy chose a worker of each kind: ``{"regular": {"manual": 9}}``.
 
     Prefill and decode workers are two kinds, and a call has one of each.
     """
     branches: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
-    """What each policy that knows the key did: ``{"manual": {"vacant": 2, "occupied_hit": 7}}``."""
+    """The branches of each policy that reads the key: ``{"manual": {"occupied_hit": 7}}``."""
     workers: Mapping[str, int] = field(default_factory=dict)
     """How many calls each worker got."""
     troubles: int = 0
-    """How often a worker failed a health check or a call, or its circuit opened or closed."""
+    """How often a worker failed a health check or a call, or its circuit breaker changed state."""
 
     @property
     def calls(self) -> int:
@@ -119,49 +119,49 @@ class Counters:
         return max((sum(pool.values()) for pool in self.pools.values()), default=0)
 
     def of(self, *branches: str) -> int:
-        """Return how often one of ``branches`` was taken, by whichever policy."""
+        """Return how often any policy took one of ``branches``."""
         return sum(taken.get(name, 0) for taken in self.branches.values() for name in branches)
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What the gateway's metrics say of its kind, and of its workers' load."""
+    """What the gateway's metrics say about its kind and its workers' load."""
 
     kind: Kind | None = None
-    """Which program it is; None where its metrics are not read."""
+    """Which program it is; None if its metrics could not be read."""
     can_protect: bool = False
-    """Whether it leaves overloaded workers out unless it is told not to: SMG 1.12 and newer."""
+    """Whether it leaves out overloaded workers by default, as SMG 1.12 and newer do."""
     overloaded: int = 0
-    """The workers that it leaves out."""
+    """How many workers it leaves out."""
     kv_usage: Mapping[str, float] = field(default_factory=dict)
-    """How full each worker's KV cache is, 0 to 1, as the gateway has polled it."""
+    """How full each worker's KV cache is, from 0 to 1, when the gateway last polled it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """All that a run has seen."""
+    """Everything that a run has seen."""
 
     plan: Plan
     turns: tuple[Turn, ...] = ()
     sent: int = 0
-    """Turns that were begun, those that were cut off at the end included."""
+    """How many turns were begun, including those that the end of the run cut off."""
     sent_for_sessions: int = 0
-    """Calls beyond those: to make and delete sessions, and first turns again."""
+    """How many more calls made and deleted sessions, or repeated a first turn."""
     models: tuple[str, ...] | None = None
-    """The names of the gateway's models; None where it doesn't say."""
+    """The names of the gateway's models; None if it doesn't say."""
     workers: Mapping[str, int] | None = None
-    """How many healthy workers of each kind serve the model; None where the gateway doesn't say."""
+    """How many healthy workers of each kind serve the model; None if the gateway doesn't say."""
     counters: Counters | None = None
-    """What the turns made of the gateway's counters."""
+    """How much the turns raised the gateway's counters."""
     probe: Counters | None = None
-    """What a few calls without any key made of them, before."""
+    """How much a few earlier calls without a key raised them."""
     no_counters: str = ""
     """Why there are no counters."""
     load: Load = field(default_factory=Load)
     failure: Failure | None = None
-    """Why the run could not begin."""
+    """Why the run could not start."""
     stopped: Literal["", "time_limit", "failures"] = ""
     """Why it ended early."""
     seconds: float = 0
     has_changed: bool = False
-    """Whether there were other healthy workers at the end than before the turns."""
+    """Whether the healthy workers changed between the start of the turns and the end."""

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a run, not the report on it."""
+"""Makes Ctrl-C and SIGTERM end a run, but not the report on it."""
 
 import asyncio
 import signal
@@ -11,9 +11,9 @@ from .seen import Seen
 
 
 class Stop:
-    """Ctrl-C and SIGTERM, within its block: the first one ends the run, no other ends the report.
+    """In its block, the first Ctrl-C or SIGTERM ends the run. Later ones do not end the report.
 
-    A signal that is ignored when the block begins (as ``nohup`` has it) stays ignored.
+    A signal that is ignored when the block begins, as under ``nohup``, stays ignored.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Stop:
         loop = asyncio.get_running_loop()
         task = asyncio.ensure_future(play.run(ready))
         self._cancel = partial(loop.call_soon_threadsafe, task.cancel)
-        if self.received is not None:  # before there was anything to stop
+        if self.received is not None:  # it came before the run began
             task.cancel()
         try:
             await asyncio.wait({task})

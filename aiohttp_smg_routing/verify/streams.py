@@ -1,4 +1,4 @@
-"""Streams to write to that never fail, and consoles that put no control code into a file."""
+"""Output streams that never fail, and consoles that write no control code into a file."""
 
 import os
 from io import StringIO, TextIOWrapper
@@ -10,17 +10,17 @@ _WIDTH = 80
 
 
 def lasting(stream: TextIO | None) -> TextIO:
-    """Return ``stream`` such that it may break, fill up, or be None without an error.
+    """Return a stream that writes to ``stream`` without an error, even if that breaks or is None.
 
-    A reader that goes away (``| head``) or a full disk is no reason to end otherwise.
+    A reader that goes away (``| head``) or a full disk must not change the exit status.
     """
     if isinstance(stream, TextIOWrapper):
-        stream.reconfigure(errors="backslashreplace")  # what a server says fits no encoding surely
+        stream.reconfigure(errors="backslashreplace")  # a server may say anything
     return cast("TextIO", _Lasting(stream or StringIO()))
 
 
 class _Lasting:
-    """What ``lasting()`` returns: the stream, but for what can fail."""
+    """The stream that ``lasting()`` returns."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -37,23 +37,23 @@ class _Lasting:
         return len(text)
 
     def flush(self) -> None:
-        """Send on what was written, or drop it."""
+        """Flush what was written, or drop it."""
         try:
             self._stream.flush()
         except OSError:
             self._drop()
 
     def _drop(self) -> None:
-        """Let all go nowhere, what is buffered too: Python would try that again at its end."""
+        """Discard all output, even what is buffered: Python would try that again when it exits."""
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)
 
 
 def terminal(stream: TextIO) -> Console:
-    """Return a console of 80 columns at the most; no control code gets into a file or a pipe."""
+    """Return a console of at most 80 columns that writes no control code to a file or pipe."""
     is_terminal = stream.isatty()
-    # Given, because rich would let the environment put colours and moving bars into a file.
+    # Explicit, or the environment could make rich write colours and moving bars into a file.
     console = Console(
         file=stream, force_terminal=is_terminal, force_interactive=is_terminal, highlight=False
     )

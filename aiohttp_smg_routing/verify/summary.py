@@ -1,4 +1,4 @@
-"""An arm in figures."""
+"""Sums up each arm in figures."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ class Summary:
     outcomes: Counter[Outcome]
     sessions: int
     later: int
-    """The turns that had a worker to stay on: those after the first answer of their session."""
+    """How many turns had a worker to stay on: those after the first answer of their session."""
     workers: Counter[str] = field(default_factory=Counter)
     """How many sessions began on each worker."""
     cached_share: float | None = None
@@ -26,17 +26,17 @@ class Summary:
 
     @property
     def answered(self) -> int:
-        """The calls that were answered."""
+        """How many calls were answered."""
         return sum(self.outcomes.values()) - self.outcomes["failed"]
 
     @property
     def named(self) -> bool:
-        """Whether the worker of any turn is known: where it is not, nobody knows what was kept."""
+        """Whether the worker of any turn is known. If not, nobody knows which turns were kept."""
         return bool(self.workers)
 
     @property
     def kept_share(self) -> float | None:
-        """The share of the later turns known to have been kept, 0 to 1; None where unknown."""
+        """The share of later turns that are known to be kept, 0 to 1; None if unknown."""
         return self.outcomes["kept"] / self.later if self.later and self.named else None
 
 
@@ -73,7 +73,7 @@ def _later(sessions: Iterable[list[Turn]]) -> list[Turn]:
 
 
 def cached_share(turns: Iterable[Turn]) -> float | None:
-    """Return which share of the prompt tokens was cached, of the turns that tell; None if none."""
+    """Return the cached share of the prompt tokens, over the turns that report it, or None."""
     told = [
         (turn.cached_tokens, turn.prompt_tokens)
         for turn in turns
@@ -87,7 +87,7 @@ def cached_share(turns: Iterable[Turn]) -> float | None:
 def with_cached_tokens(turns: Iterable[Turn]) -> tuple[Turn, ...]:
     """Return ``turns`` with 0 cached tokens where an engine left the figure out.
 
-    SGLang and vLLM leave out a 0. Where no turn at all tells a figure, none is known.
+    SGLang and vLLM leave out a 0. If no turn at all has a figure, none is known.
     """
     turns = tuple(turns)
     if all(turn.cached_tokens is None for turn in turns):

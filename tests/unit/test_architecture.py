@@ -1,7 +1,4 @@
-"""The picture in CONTRIBUTING.md is that of the code: who imports whom, and in which direction.
-
-So is the list of public names in docs/reference.md.
-"""
+"""The picture in CONTRIBUTING.md is that of the code: who imports whom, and in which direction."""
 
 import ast
 import re
@@ -10,9 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-import aiohttp_smg_routing
-from aiohttp_smg_routing import testing
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "aiohttp_smg_routing"
@@ -79,12 +73,6 @@ def test_users_of_the_package_load_neither_testing_nor_verify() -> None:
 def test_the_core_needs_nothing_but_aiohttp() -> None:
     needed = {path[0] for name in CORE for path in imported(PACKAGE / f"{name}.py")}
     assert needed - sys.stdlib_module_names <= ALLOWED
-
-
-def test_the_reference_has_every_public_name_and_no_other() -> None:
-    page = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
-    shown = re.findall(r"^\.\. auto\w+:: (?:[a-z_]+\.)*(\w+)", page, re.MULTILINE)
-    assert sorted(shown) == sorted((*aiohttp_smg_routing.__all__, *testing.__all__))
 
 
 def test_the_core_is_few_files_that_are_short() -> None:

@@ -169,7 +169,7 @@ def test_a_config_is_made_again_of_its_own_values(again: Callable[[RoutingConfig
 
 def test_replace_checks_what_it_makes() -> None:
     config = RoutingConfig(GATEWAY, key="digest", secret="s")
-    with pytest.raises(ConfigError, match="secret: is used with"):
+    with pytest.raises(ConfigError, match="secret: needs key"):
         replace(config, key="session_id")
     with pytest.raises(ConfigError, match="gateway: 'localhost'"):
         replace(config, gateway="localhost")  # type: ignore[arg-type]
@@ -610,22 +610,22 @@ def test_swapped_arguments_of_setup_say_which_comes_first(config: Any) -> None:
         ("enabled", "perhaps", "'perhaps' is not true or false"),
         ("enabled", 1, "1 is not true or false"),
         ("session_id", "", "is empty: name at least one"),
-        ("session_id", "headers:X", "'headers:X' is not a source: one is 'match_info:NAME', "),
+        ("session_id", "headers:X", "'headers:X' is not a source: use 'match_info:NAME', "),
         ("session_id", "header:", "'header:' is not a source"),
         ("session_id", "header:X Y", "'header:X Y' does not name a header"),
         ("session_id", 5, "5 is not a source"),
-        ("session_id", "json:", "'json:' is not a source: one is "),
-        ("session_id", "json:a..b", "'json:a..b' has an empty name in its path: one is 'json:"),
+        ("session_id", "json:", "'json:' is not a source: use "),
+        ("session_id", "json:a..b", "'json:a..b' has an empty name in its path: use 'json:"),
         ("session_id", "{session_id}", "'{session_id}' is not a source"),
         ("ignore_ids", ["a", " "], "' ' is not a session id: a text that is not blank, or"),
         ("ignore_ids", [None], "None is not a session id"),
         ("ignore_ids", [True], "True is not a session id"),
-        ("pin_by", "", "'' has no source in braces: one is '{session_id}/{json:model}'"),
+        ("pin_by", "", "'' has no source in braces, such as '{session_id}/{json:model}'"),
         ("pin_by", "json:model", "'json:model' has no source in braces"),
         ("pin_by", "{session_id", "'{session_id' has no source in braces"),
         ("pin_by", "{{session_id}}", "'{{session_id}}' has no source in braces"),
         ("pin_by", "{}", "'{}' has {} in it, which is not a source"),
-        ("pin_by", "{session_id}/{model}", "has {model} in it, which is not a source: one is"),
+        ("pin_by", "{session_id}/{model}", "has {model} in it, which is not a source: use"),
         ("pin_by", "{header:a b}", "has {header:a b} in it, which does not name a header"),
         ("pin_by", "{json:a..b}", "has {json:a..b} in it, which has an empty name in its path"),
         ("pin_by", 5, "5 is not a text such as '{session_id}/{json:model}'"),
@@ -645,7 +645,7 @@ def test_swapped_arguments_of_setup_say_which_comes_first(config: Any) -> None:
         ("header", "Content-Length", "'Content-Length' is not a header name such as"),
         ("header", "host", "'host' is not a header name such as"),
         ("key", "hash", "is not one of 'session_id', 'digest'"),
-        ("secret", "s", "is used with key = 'digest' or pin_by only, and there is neither"),
+        ("secret", "s", "needs key = 'digest' or pin_by, and there is neither"),
         ("on_missing", "ignore", "'ignore' is not one of 'pass', 'warn', 'raise'"),
         ("on_late", True, "True is not one of 'pass', 'warn', 'raise'"),
         ("client_session", [5], "5 is not an app key: a text or a web.AppKey"),

@@ -59,7 +59,7 @@ def begun(
     pins: PinLedger, session_id: str, *, gateway: str | None = None, key: str | None = None
 ) -> Begun:
     """Return a call that has just started, as the hook starts it; ``gateway`` is the first."""
-    gateway = gateway or next(iter(pins.gateways.group))
+    gateway = gateway or next(iter(pins._gateways.group))
     return Begun(pins, "X-SMG-Routing-Key", session_id, gateway, key or session_id)
 
 

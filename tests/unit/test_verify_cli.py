@@ -107,7 +107,7 @@ def test_not_pinned_is_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_could_not_tell_is_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", f"http://127.0.0.1:{free_port()}"]) == 2
     out = capsys.readouterr().out
-    assert "Could not tell: no turn was answered of the sessions that keep their key." in out
+    assert "Could not tell: no turn in a session that keeps its key was answered." in out
     assert "No connection to http://127.0.0.1:" in out
 
 
@@ -160,7 +160,7 @@ def test_time_limit_that_leaves_too_few_turns_is_no_proof(
         assert verify(url, "--time-limit", "1", "--json", str(file)) == 2
     seen = json.loads(file.read_text())
     assert 0 < seen["arms"]["keyed"]["kept"] < 10
-    assert "too little to say" in seen["sentence"]
+    assert "too few to tell" in seen["sentence"]
     assert [cause["name"] for cause in seen["causes"]] == ["time_limit"]
 
 

@@ -861,7 +861,7 @@ def test_every_cause_is_in_the_docs() -> None:
     [
         (Failure("refused", GATEWAY, text="no route"), None, "refused", "(no route)"),
         (Failure("timeout", GATEWAY), None, "timeout", "--timeout"),
-        (Failure("broken", GATEWAY, text="[DONE]"), None, "broken", "no whole answer"),
+        (Failure("broken", GATEWAY, text="[DONE]"), None, "broken", "no complete answer"),
         (Failure("status", GATEWAY, 401), None, "http_401", "SMG_API_KEY"),
         (Failure("status", GATEWAY, 403), None, "http_403", "SMG_API_KEY"),
         (Failure("status", GATEWAY, 404), ("m",), "http_404", "Check the URL"),

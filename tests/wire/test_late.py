@@ -42,7 +42,7 @@ def remedy(gateway: Recorder, code: str) -> str:
     return (
         f"POST {gateway.chat} is made by {code} in the session of a request that has ended. If "
         "that code serves other sessions too, start it when the app starts; if it is a job of this "
-        "session, make it with in_session(...) or within routing_session(...). This is said once "
+        "session, make it with in_session(...) or within routing_session(...). This is logged once "
         "for that code."
     )
 

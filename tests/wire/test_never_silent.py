@@ -1030,8 +1030,8 @@ async def test_a_gateway_that_redirects_elsewhere_is_said_at_once_and_once(
                     pass
     assert elsewhere.last.keys == []
     assert said(caplog) == [
-        f"POST {gateway.chat} is redirected to {elsewhere.chat}, where the key does not follow. "
-        "Is it in gateway?"
+        f"POST {gateway.chat} is redirected to {elsewhere.chat}. That is not in gateway, so "
+        "the key does not follow."
     ]
 
 

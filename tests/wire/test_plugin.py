@@ -146,7 +146,7 @@ async def test_setup_of_an_app_that_starts_or_runs_says_where_to_call_it(when: s
 )
 def test_setup_with_swapped_arguments_says_what_comes_first(app: Any) -> None:
     config: Any = web.Application()
-    with pytest.raises(TypeError, match=r"setup\(app, config\) takes the app first, and this is"):
+    with pytest.raises(TypeError, match=r"setup\(app, config\) takes the app first, not a"):
         setup(app, config)
 
 
