@@ -63,11 +63,13 @@ docs: $(VENV)/docs.installed ## The documentation site, into build/docs; a warni
 	$(BIN)/sphinx-build -M html . build/docs -c docs --fail-on-warning --keep-going --quiet
 	@echo "file://$(CURDIR)/build/docs/html/index.html"
 
-lint: $(VENV)/lint.installed ## ruff, spelling, and mypy --strict with all packages
+lint: $(VENV)/lint.installed ## ruff, spelling, mypy --strict with all packages, the workflows of GitHub
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
 	$(BIN)/mypy
+	$(BIN)/actionlint .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 
 dist: $(VENV)/dist.installed ## The sdist and the wheel, checked; the sdist passes its own make check
 	rm -rf dist build/sdist
