@@ -12,7 +12,6 @@ import pytest
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # or it asks the internet, when imported
 
-MISSING = "ModuleNotFoundError: No module named"
 REMEDY = "These tests need packages that are not here: pip install -e . --group test"
 
 
@@ -36,6 +35,6 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Col
 def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
     """Name the remedy where a test file, or a page, needs a package that is not installed."""
     report = yield
-    if report.failed and MISSING in str(report.longrepr):
+    if report.failed and "ModuleNotFoundError" in str(report.longrepr):
         report.sections.append(("What to install", REMEDY))
     return report
