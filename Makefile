@@ -2,8 +2,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo bench micro fuzz soak test compat docs lint clean
+# What needs no gateway, no engine and no large package, and is quick.
+QUICK := tests/unit tests/wire -m 'not thorough' \
+	--ignore-glob 'tests/*/test_properties*.py' \
+	--ignore tests/unit/test_verify_cli.py --ignore tests/unit/test_verify_plot.py
+
+.PHONY: help check demo bench micro fuzz soak test compat docs lint dist programs clean
 
 help: ## Show this help
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -11,10 +17,19 @@ help: ## Show this help
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# One stamp per extra: what setup.cfg asks for is installed again when it changes.
-$(VENV)/%.installed: setup.cfg pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$*]'
+# One stamp per dependency group: what pyproject.toml asks for is installed again when it changes.
+# Python compiles what it imports: to compile all of it at once takes longer, and more space.
+$(VENV)/%.installed: pyproject.toml | $(BIN)/python
+	$(PIP) 'pip>=25.1'  # older ones know no groups
+	$(PIP) --no-compile -e . --group $*
 	@touch $@
+
+check: $(VENV)/check.installed ## In a minute and 150 MB: lint, types, and the tests that need no gateway
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/codespell
+	$(BIN)/mypy --disable-error-code import-not-found --exclude ^tests/recipes/  # without large packages
+	$(BIN)/python -m pytest -n auto --dist worksteal $(QUICK)
 
 demo: $(VENV)/demo.installed ## Real engines, the real gateway, a session server and agents: the plugin on and off
 	@exec $(BIN)/python examples/demo.py
@@ -31,8 +46,13 @@ fuzz: $(VENV)/fuzz.installed ## Inputs that a fuzzer makes up, against the laws 
 soak: $(VENV)/demo.installed ## 10,000 sessions while workers, the gateway and the server are killed: nothing is lost
 	@exec $(BIN)/python -m soak
 
-test: $(VENV)/test.installed ## All tests, the ones on the real gateway included, with branch coverage
-	$(BIN)/python -m coverage run -m pytest  # not pytest --cov: pytest itself imports the package
+# A machine that is not Debian's has them, or the tests say what is missing.
+programs: | $(BIN)/python
+	-@.ci/debian nginx nginx
+	-@.ci/debian prometheus promtool
+
+test: $(VENV)/test.installed programs ## All tests, the ones on the real gateway included, with branch coverage
+	$(BIN)/python -m coverage run -m pytest
 	$(BIN)/python -m coverage report --fail-under=100
 
 compat: ## Tests with old and new versions, and on each gateway, each in an environment of its own: ENVIRONMENTS="oldest uvloop" runs some
@@ -43,14 +63,23 @@ docs: $(VENV)/docs.installed ## The documentation site, into build/docs; a warni
 	$(BIN)/sphinx-build -M html . build/docs -c docs --fail-on-warning --keep-going --quiet
 	@echo "file://$(CURDIR)/build/docs/html/index.html"
 
-lint: $(VENV)/lint.installed ## ruff, mypy --strict, a wheel built and checked
+lint: $(VENV)/lint.installed ## ruff, spelling, mypy --strict with all packages, the workflows of GitHub
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/mypy
-	rm -rf build dist
-	$(BIN)/python -m build --outdir dist . > /dev/null
+	$(BIN)/actionlint .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+
+dist: $(VENV)/dist.installed ## The sdist and the wheel, checked; the sdist passes its own make check
+	rm -rf dist build/sdist
+	$(BIN)/check-manifest
+	$(BIN)/python -m build > /dev/null
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/check-wheel-contents dist/*.whl
+	mkdir -p build/sdist
+	tar -xf dist/*.tar.gz -C build/sdist --strip-components 1
+	$(MAKE) -C build/sdist check VENV=.venv
 
 clean: ## Remove what the other targets made
 	rm -rf $(VENV) build dist *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache

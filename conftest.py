@@ -1,298 +1,40 @@
-"""The pages that users read are run: each snippet of README.md and docs/*.md is a test.
+"""What pytest does from the root of the repository: the pages are tests as well.
 
-Those of docs/scaling.md that are not sh are what tests/scale runs.
-
-Addresses in them are made real: ``http://10.0.0.1:30000`` is a recording gateway while they run,
-and ``8080`` a free port.
-Names that a snippet takes for granted, such as ``app``, are those that ``Page`` sets.
-
-A snippet that begins with the name of a file, such as ``# server.py``, is also written to it. The
-lines ``smg launch`` and ``python server.py`` run the real gateway and that file, on free ports.
+Only a page brings what the snippets of the pages need, so a test file runs with what it needs
+itself.
 """
 
-import ast
-import asyncio
-import inspect
 import os
-import re
-import shlex
-import subprocess
-import sys
-import sysconfig
-import tempfile
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
-from importlib import import_module
-from importlib.metadata import metadata
+from collections.abc import Generator, Iterable
 from pathlib import Path
-from typing import Any
 
-from aiohttp import ClientSession, CookieJar, web
-from aiohttp.test_utils import TestClient, TestServer
-from sybil import Example, Sybil
-from sybil.parsers.markdown import CodeBlockParser
-from yarl import URL
-
-import aiohttp_smg_routing
-from aiohttp_smg_routing.testing import (
-    Recorder,
-    SmgGateway,
-    child_process,
-    free_port,
-    free_ports,
-    recording_gateway,
-)
-from aiohttp_smg_routing.testing.gateway import run_gateway
-
-tomllib = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
-sys.modules["tomllib"] = tomllib  # Python 3.10 has none, as a comment in README.md says
+import pytest
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # or it asks the internet, when imported
 
-ROOT = Path(__file__).parent
-GATEWAY = "http://10.0.0.1:30000"
-PORT = "8080"
-FILE = re.compile(r"# (\S+\.(?:py|toml))\n")  # the first line of a snippet that is a file
-TURN = {"messages": [{"role": "user", "content": "hello"}]}
-CHAT = "/sessions/{session_id}/v1/chat/completions"  # of the session server in README.md
+REMEDY = "These tests need packages that are not here: pip install -e . --group test"
 
 
-class Page:
-    """What the snippets of a page share: an event loop, a gateway, and the names that they set."""
+class Page(pytest.File):
+    """A page, whose snippets are tests."""
 
-    def __init__(self, namespace: dict[str, Any]) -> None:
-        self.loop = asyncio.new_event_loop()
-        self._programs = AsyncExitStack()
-        self._folder = self._programs.enter_context(tempfile.TemporaryDirectory())
-        self._ports = dict(zip(("30000", PORT), map(str, free_ports(2)), strict=True))
-        self.smg: SmgGateway
-        self._gateway = recording_gateway()
-        self.gateway: Recorder = self.loop.run_until_complete(self._gateway.__aenter__())
-        self._session = self.loop.run_until_complete(new_session())
-        namespace |= vars(aiohttp_smg_routing)
-        namespace |= {
-            "aiohttp_smg_routing": aiohttp_smg_routing,
-            "app": web.Application(),
-            "ClientSession": ClientSession,
-            "CookieJar": CookieJar,
-            "CLIENT": web.AppKey("client", ClientSession),
-            "config": {"smg_routing": {"gateway": str(self.gateway.url)}},
-            "gateway": self.gateway,
-            "page": self,
-            "play": self.play,
-            "serve": serve,
-            "session": self._session,
-            "turn": TURN,
-            "web": web,
-        }
+    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
+        """Import what the snippets need, now that somebody asks for them."""
+        from tests.pages import collect_page
 
-    async def play(
-        self,
-        app: web.Application,
-        call: Callable[[str], Mapping[str, Any]],
-        *,
-        sessions: tuple[str, ...] = ("s-1", "s-2"),
-        turns: int = 2,
-    ) -> None:
-        """Play ``turns`` of each session in turn, as ``call`` makes them; all must be pinned."""
-        self.gateway.calls.clear()
-        async with serve(app) as client:
-            for _ in range(turns):
-                for session_id in sessions:
-                    async with client.post(**call(session_id)) as response:
-                        assert response.status == 200, await response.text()
-                        await response.read()
-        for session_id in sessions:
-            routing = app.get(aiohttp_smg_routing.ROUTING)  # a sub-app may have it
-            config = routing.config if routing else None
-            self.gateway.assert_pinned(session_id, turns=turns, config=config)
-
-    def save(self, name: str, text: str) -> str:
-        """Write a snippet to its file, and return what is in it."""
-        text = self.here(text)
-        Path(self._folder, name).write_text(text)
-        return text
-
-    def here(self, text: str) -> str:
-        """Return a text with the ports of this page."""
-        return re.sub("|".join(self._ports), lambda port: self._ports[port[0]], text)
-
-    async def launch(self, words: Sequence[str]) -> None:
-        """Run ``smg launch``; for each of the workers that the line names a recorder stands in."""
-        end = words.index("--worker-urls")
-        smg = str(Path(sysconfig.get_path("scripts"), "smg"))
-        # The stand-ins have no tokenizer that could be fetched.
-        program = (smg, *words[:end], "--disable-tokenizer-autoload")
-        workers = len(words) - end - 1
-        running = run_gateway(program, workers, (), int(self._ports["30000"]))
-        self.smg = await self._programs.enter_async_context(running)
-
-    async def start(self, name: str) -> None:
-        """Run a file of this page as a program that listens at port 8080."""
-        code = (
-            f"import os, runpy; os.chdir({self._folder!r}); "
-            f"runpy.run_path({name!r}, run_name='__main__')"
-        )
-
-        async def ready() -> bool:
-            async with self._session.get(f"http://127.0.0.1:{self._ports[PORT]}/") as response:
-                return response.status == 404
-
-        program = child_process(sys.executable, "-c", code, ready=ready)
-        await self._programs.enter_async_context(program)
-
-    async def play_on_server(self, *, sessions: int, turns: int) -> None:
-        """Play through the program and the real gateway, every other turn streamed."""
-        url = f"http://127.0.0.1:{self._ports[PORT]}{CHAT}"
-        for number in range(turns):
-            for session in range(sessions):
-                body = {"model": "stub", **TURN, "stream": bool(number % 2)}
-                async with self._session.post(url.format(session_id=session), json=body) as answer:
-                    text = await answer.text()
-                    assert answer.status == 200, text
-                    assert ("data: [DONE]" in text) == body["stream"]
-        for session in range(sessions):
-            self.smg.assert_pinned(session, turns=turns)
-
-    async def verify(self, words: Sequence[str]) -> None:
-        """Run ``aiohttp-smg-routing verify`` on the real gateway, which pins."""
-        argv = (*words, "--metrics", str(self.smg.metrics_url))
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "aiohttp_smg_routing", *map(self.here, argv)),
-            cwd=self._folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        out, _ = await process.communicate()
-        assert process.returncode == 0, out.decode()
-
-    def run(self, coroutine: Awaitable[Any]) -> None:
-        """Run what a snippet awaits."""
-        self.loop.run_until_complete(coroutine)
-
-    def close(self) -> None:
-        """End with the page, and with the tasks that its snippets have left running."""
-        self.run(self._programs.aclose())
-        self.run(self._session.close())
-        self.run(self._gateway.__aexit__(None, None, None))
-        self.run(_cancel_tasks())
-        self.run(self.loop.shutdown_asyncgens())
-        self.run(self.loop.shutdown_default_executor())
-        self.loop.close()
+        page = collect_page(self.path, self.parent)
+        return page.collect() if page else []
 
 
-async def _cancel_tasks() -> None:
-    """Cancel every other task: on a closed loop it would fail a later test when it is collected."""
-    left = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in left:
-        task.cancel()
-    await asyncio.gather(*left, return_exceptions=True)
+def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+    """Take each page for a file of tests."""
+    return Page.from_parent(parent, path=file_path) if file_path.suffix == ".md" else None
 
 
-def serve(app: web.Application, **kwargs: Any) -> "TestClient[web.Request, web.Application]":
-    """Return a client of ``app``, which runs as long as the client is open."""
-    return TestClient(TestServer(app), **kwargs)
-
-
-async def new_session() -> ClientSession:
-    """Return a session; aiohttp wants a running loop for it."""
-    return ClientSession()
-
-
-def python(example: Example) -> None:
-    """Run a snippet, which may await."""
-    page: Page = example.namespace["page"]
-    source = "\n" * (example.line + example.parsed.line_offset) + saved(example)
-    flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
-    code = compile(source, example.path, "exec", flags=flags, dont_inherit=True)
-
-    async def run() -> None:
-        coroutine = eval(code, example.namespace)  # noqa: S307 - it is our own page
-        if inspect.iscoroutine(coroutine):
-            await coroutine
-
-    page.run(run())
-
-
-def toml(example: Example) -> None:
-    """Take a snippet as the config of the snippets below."""
-    table = tomllib.loads(saved(example))
-    config = {"gateway": str(example.namespace["gateway"].url)}
-    config |= table.get("smg_routing", table)
-    aiohttp_smg_routing.RoutingConfig.from_mapping(config)
-    example.namespace["config"] = {"smg_routing": config}
-
-
-def shell(example: Example) -> None:
-    """Run what starts a program; of all else look that it is there, and what it prints."""
-    page: Page | None = example.namespace.get("page")
-    for line in example.parsed.replace("\\\n", "").splitlines():
-        command, *words = shlex.split(line, comments=True)
-        command = command.removeprefix(".venv/bin/")
-        if command == "make":
-            subprocess.run(["make", "--dry-run", *words], cwd=ROOT, check=True, capture_output=True)  # noqa: S603, S607
-        elif command == "pip":
-            named = re.findall(r"(?:aiohttp_smg_routing|\.)\[([^\]]+)\]", line)
-            extras = ",".join(named).split(",") if named else []
-            known = metadata("aiohttp_smg_routing").get_all("Provides-Extra") or []
-            assert [extra for extra in extras if extra not in known] == []
-        elif page and command == "smg":
-            page.run(page.launch(words))
-        elif words[:2] == ["-m", "pytest"]:
-            assert all((ROOT / name).exists() for name in words[2:]), line
-        elif page and command == "python":
-            page.run(page.start(*words))
-        elif page and command == "aiohttp-smg-routing":
-            page.run(page.verify(words))
-        elif page and command == "curl":
-            page.run(prints(page, line, Path(example.path).read_text()))
-        elif command not in ("gunicorn", "python3", "ruff"):  # tests/recipes has the first one
-            raise AssertionError(f"nothing looks after {line!r}")
-
-
-async def prints(page: Page, line: str, text: str) -> None:
-    """Assert that a page has what ``curl -s METRICS | grep NAME`` prints."""
-    found = re.fullmatch(r"curl -s http://127.0.0.1:29000/metrics \| grep \^(\w+)", line)
-    assert found, line
-    async with ClientSession() as session, session.get(page.smg.metrics_url) as response:
-        lines = [it for it in (await response.text()).splitlines() if it.startswith(found[1])]
-    assert lines
-    assert set(lines) <= set(text.splitlines())  # the gateway has them in any order
-
-
-def saved(example: Example) -> str:
-    """Return a snippet as it is run; one that is a file is written to it."""
-    name = FILE.match(example.parsed)
-    page: Page = example.namespace["page"]
-    return page.save(name[1], str(example.parsed)) if name else real(example)
-
-
-def real(example: Example) -> str:
-    """Return a snippet with real addresses in it."""
-    url: URL = example.namespace["gateway"].url
-    return str(example.parsed).replace(GATEWAY, str(url)).replace(PORT, str(free_port()))
-
-
-def setup(namespace: dict[str, Any]) -> None:
-    """Begin a page."""
-    Page(namespace)
-
-
-def teardown(namespace: dict[str, Any]) -> None:
-    """End a page."""
-    namespace["page"].close()
-
-
-SHELL = CodeBlockParser("sh", shell)
-PAGES_ABOVE = ("README.md", "CONTRIBUTING.md", "SECURITY.md")
-PAGES_WITH_SNIPPETS = (
-    *("configuration", "monitoring", "pins", "recipes", "reliability", "testing"),
-    "troubleshooting",
-)
-PAGES = Sybil(
-    parsers=[CodeBlockParser("python", python), CodeBlockParser("toml", toml), SHELL],
-    patterns=[*PAGES_ABOVE, *(f"docs/{page}.md" for page in PAGES_WITH_SNIPPETS)],
-    setup=setup,
-    teardown=teardown,
-)
-pytest_collect_file = (PAGES + Sybil(parsers=[SHELL], patterns=["docs/scaling.md"])).pytest()
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Name the remedy where a test file, or a page, needs a package that is not installed."""
+    report = yield
+    if report.failed and "ModuleNotFoundError" in str(report.longrepr):
+        report.sections.append(("What to install", REMEDY))
+    return report

@@ -14,7 +14,7 @@ from stopping import FAILURES, run_until_signal
 
 from .figures import Part
 
-MISSING = "{}: pip install 'aiohttp_smg_routing[bench]'"
+MISSING = "{}: pip install -e . --group bench"
 
 try:
     import click

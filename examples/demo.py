@@ -19,7 +19,7 @@ try:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
 except ModuleNotFoundError as error:
-    sys.exit(f"{error}: pip install 'aiohttp_smg_routing[demo]'")
+    sys.exit(f"{error}: pip install -e . --group demo")
 
 
 async def play_arm(load: Load, *, plugin: bool, progress: Progress) -> Arm:

@@ -7,7 +7,7 @@ One worker by hand, on a model that :func:`write_model` wrote::
 
     python examples/engines.py MODEL.gguf PORT --slots 4 --context 4096 --threads 1
 
-Needs the extra ``engine``: ``pip install 'aiohttp_smg_routing[engine]'``.
+Needs the dependency group ``engine``: ``pip install -e . --group engine``.
 """
 
 import argparse
@@ -43,11 +43,11 @@ _CHAT_TEMPLATE = (
 
 
 def require_engine() -> None:
-    """Raise ``ModuleNotFoundError``, naming the extra to install, where an engine cannot run."""
+    """Raise ``ModuleNotFoundError``, naming what to install, where an engine cannot run."""
     missing = [name for name in ("xllamacpp", "gguf", "numpy") if find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(
-            f"the engines need {', '.join(missing)}: pip install 'aiohttp_smg_routing[engine]'"
+            f"the engines need {', '.join(missing)}: pip install -e . --group engine"
         )
 
 
@@ -67,7 +67,7 @@ async def engines(
     of text is one token), and keeps as many in its KV cache: a further conversation displaces the
     one that was idle longest. ``threads`` is the number of CPU threads of each worker; ``model`` is
     a file that :func:`write_model` wrote, or None to have one written. Raises
-    ``ModuleNotFoundError`` that names the extra to install, and ``RuntimeError`` when a worker
+    ``ModuleNotFoundError`` that names what to install, and ``RuntimeError`` when a worker
     does not start.
     """
     require_engine()

@@ -363,7 +363,7 @@ def read_settings(path: Path) -> dict[str, Any]:
     try:
         toml = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
     except ModuleNotFoundError as error:
-        raise ValueError(f"{error}: pip install 'aiohttp_smg_routing[demo]'") from error
+        raise ValueError(f"{error}: pip install tomli") from error
     settings: dict[str, Any] = toml.loads(path.read_text(encoding="utf-8"))
     return settings
 

@@ -16,7 +16,7 @@ try:
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
 except ModuleNotFoundError as error:
-    sys.exit(f"{error}: pip install 'aiohttp_smg_routing[demo]'")
+    sys.exit(f"{error}: pip install -e . --group demo")
 
 DEBUG_SHARE = 10  # with PYTHONASYNCIODEBUG=1 a turn takes several times as long
 MIB = 2**20

@@ -392,14 +392,14 @@ def test_the_exit_status_says_whether_it_measured(
     assert ("Traceback" in run.stderr) == isinstance(figure, KeyError)
 
 
-def test_a_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_names_the_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     error = ModuleNotFoundError("No module named 'uvloop'")
     monkeypatch.setitem(sys.modules, "benchmarks.call", part_module("call", error))
     run = CliRunner().invoke(main, ["call"])
     assert run.exit_code == 1
     assert run.stderr == (
-        "The benchmark failed: No module named 'uvloop': pip install 'aiohttp_smg_routing[bench]'\n"
+        "The benchmark failed: No module named 'uvloop': pip install -e . --group bench\n"
     )
     assert list(tmp_path.iterdir()) == []
 

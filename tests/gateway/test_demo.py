@@ -97,7 +97,7 @@ async def test_a_server_that_dies_fails_the_demo_and_ends_the_others(folder: Pat
     assert b"Traceback" not in out + err
 
 
-async def test_a_missing_engine_names_the_extra_to_install(folder: Path) -> None:
+async def test_a_missing_engine_names_what_to_install(folder: Path) -> None:
     script = (
         "import runpy, sys; sys.modules['xllamacpp'] = None; sys.argv[:] = ['demo.py'];"
         f"sys.path.insert(0, {str(EXAMPLES)!r});"
@@ -107,7 +107,7 @@ async def test_a_missing_engine_names_the_extra_to_install(folder: Path) -> None
         _, err = await process.communicate()
     assert process.returncode == 1
     assert err.decode() == (
-        "The demo failed: the engines need xllamacpp: pip install 'aiohttp_smg_routing[engine]'\n"
+        "The demo failed: the engines need xllamacpp: pip install -e . --group engine\n"
     )
 
 

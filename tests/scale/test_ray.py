@@ -67,7 +67,7 @@ async def test_ray_actors_keep_their_sessions_and_so_does_one_that_ray_made_agai
     tmp_path: Path,
 ) -> None:
     if find_spec("ray") is None:
-        absent("Ray is not installed: pip install 'aiohttp_smg_routing[ray]'")
+        absent("Ray is not installed: pip install -e . --group scale")
     # Ray has sockets in its folder, and their paths must be short.
     with TemporaryDirectory(prefix="ray-") as folder:
         async with (

@@ -287,7 +287,7 @@ class Interleavings(RuleBasedStateMachine):
 
 
 Interleavings.TestCase.settings = settings(LAW, stateful_step_count=30)
-TestInterleavings = Interleavings.TestCase
+TestInterleavings = pytest.mark.thorough(Interleavings.TestCase)
 
 
 async def test_calls_in_flight_on_the_wire_are_judged_by_where_the_session_was_at_their_start(
@@ -674,6 +674,7 @@ def grown(work: Callable[[int], None], times: int = 2_000) -> float:
     return min(end - size for size, end in zip(begin, sizes[2:], strict=True)) / times
 
 
+@pytest.mark.thorough
 def test_sessions_calls_and_workers_that_come_and_go_leave_nothing(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -1042,6 +1043,7 @@ def test_an_end_waits_for_no_other_thread_at_whatever_point_that_begins_its_work
     watched(check)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("prepare", PREPARED)
 @pytest.mark.parametrize("end", [lambda pins: pins.end("a"), end_in_a_thread])
 def test_a_session_may_be_ended_at_any_point(
@@ -1059,6 +1061,7 @@ def test_a_session_may_be_ended_at_any_point(
     watched(check)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("prepare", PREPARED)
 def test_the_ledger_may_be_read_at_any_point(
     prepare: Callable[[PinLedger], Callable[[], object]],
@@ -1072,6 +1075,7 @@ def test_the_ledger_may_be_read_at_any_point(
     watched(check)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("prepare", PREPARED)
 def test_a_turn_may_be_entered_at_any_point(
     prepare: Callable[[PinLedger], Callable[[], object]],
@@ -1085,6 +1089,7 @@ def test_a_turn_may_be_entered_at_any_point(
     watched(check)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("prepare", PREPARED)
 def test_a_turn_that_is_kept_may_be_entered_at_any_point(
     prepare: Callable[[PinLedger], Callable[[], object]],
@@ -1156,6 +1161,7 @@ def test_a_finalizer_may_end_and_read_sessions_wherever_the_collector_runs() -> 
     assert is_consistent(pins)
 
 
+@pytest.mark.thorough
 def test_a_signal_handler_may_end_and_read_sessions() -> None:
     program = """
         import faulthandler, signal

@@ -6,6 +6,7 @@ import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import pytest
 from aiohttp import web
 from prometheus_client.parser import text_string_to_metric_families
 from pytest_aiohttp.plugin import AiohttpClient
@@ -72,14 +73,17 @@ def label_values(label: str) -> set[str]:
     return {value for matcher in matchers for value in matcher.split("|")}
 
 
+@pytest.mark.thorough
 def test_promtool_takes_every_alert_rule() -> None:
     promtool("check", "rules", DOCS / "alerts.yml")
 
 
+@pytest.mark.thorough
 def test_every_alert_fires_when_it_should_and_not_otherwise() -> None:
     promtool("test", "rules", DOCS / "alerts_test.yml")
 
 
+@pytest.mark.thorough
 def test_clusters_stay_apart_where_the_rules_have_a_cluster_label(tmp_path: Path) -> None:
     """As the comment in the rules has it: one cluster has no gateway of SMG, one a wrong policy."""
     before, alerts = ALERTS.split("- record: job:")
@@ -125,6 +129,7 @@ def test_every_alert_has_a_test_each_way_and_says_what_to_do() -> None:
     assert [alert for alert in alerts if f"| `{alert}` | " not in PAGE] == []
 
 
+@pytest.mark.thorough
 def test_promtool_takes_every_expression_of_the_dashboard(tmp_path: Path) -> None:
     rules = [{"record": name, "expr": expr} for name, expr in expressions()]
     assert [rule for rule in rules if "$" in rule["expr"]] == []
@@ -133,6 +138,7 @@ def test_promtool_takes_every_expression_of_the_dashboard(tmp_path: Path) -> Non
     assert f"SUCCESS: {len(rules)} rules found" in promtool("check", "rules", file)
 
 
+@pytest.mark.thorough
 def test_figures_about_pins_say_that_workers_are_not_named_in_place_of_a_figure(
     tmp_path: Path,
 ) -> None:

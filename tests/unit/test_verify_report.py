@@ -139,6 +139,7 @@ def test_text_that_the_terminal_can_not_show_is_escaped() -> None:
     assert b"caf\\xe9" in raw.getvalue()
 
 
+@pytest.mark.thorough
 def test_real_terminal_shows_bars_and_stays_within_80_columns() -> None:
     pty = pytest.importorskip("pty")
     with in_background(server(engine())) as url:

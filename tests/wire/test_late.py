@@ -11,7 +11,6 @@ from contextvars import copy_context
 from typing import Any
 
 import pytest
-import trustme
 from aiohttp import ClientSession, MultipartWriter, Payload, WSMsgType, web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.test_utils import TestServer
@@ -642,7 +641,17 @@ async def test_a_client_that_disconnects_does_not_end_a_body_that_another_task_s
     assert app[ROUTING].pins.summary().late == 0
 
 
-@pytest.mark.parametrize("is_tls", [False, True])
+def tls_contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    import trustme
+
+    authority = trustme.CA()
+    servers, clients = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()
+    authority.issue_cert("127.0.0.1").configure_cert(servers)
+    authority.configure_trust(clients)
+    return servers, clients
+
+
+@pytest.mark.parametrize("is_tls", [False, pytest.param(True, marks=pytest.mark.thorough)])
 async def test_a_request_is_over_while_its_connection_closes(
     gateway: Recorder, is_tls: bool
 ) -> None:
@@ -666,14 +675,10 @@ async def test_a_request_is_over_while_its_connection_closes(
 
     app = session_server(gateway.url)
     app.router.add_post("/{session_id}", handler)
-    server, authority = TestServer(app), trustme.CA()
-    servers, clients = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()
-    authority.issue_cert("127.0.0.1").configure_cert(servers)
-    authority.configure_trust(clients)
-    await server.start_server(ssl=servers if is_tls else None)
-    _, writer = await asyncio.open_connection(
-        "127.0.0.1", server.port, ssl=clients if is_tls else None, limit=1
-    )
+    server = TestServer(app)
+    servers, clients = tls_contexts() if is_tls else (None, None)
+    await server.start_server(ssl=servers)
+    _, writer = await asyncio.open_connection("127.0.0.1", server.port, ssl=clients, limit=1)
     writer.write(b"POST /s-1 HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\n\r\n")
     await has_begun.wait()
     [(request, transport)] = requests

@@ -700,6 +700,7 @@ async def test_a_client_session_that_is_made_anew_at_run_time_is_said(
     assert "it was made later (set instrument = true)" in line
 
 
+@pytest.mark.thorough
 async def test_an_sdk_that_calls_by_httpx_is_said(
     gateway: Recorder, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
 ) -> None:
