@@ -549,7 +549,12 @@ def test_blocks_that_overlap_without_end_leave_nothing() -> None:
         with routing_session(number):
             yield number
 
+    def scopes() -> int:
+        gc.collect()
+        return sum(isinstance(it, Scope) for it in gc.get_objects())
+
     def run() -> int:
+        before = scopes()
         window = value(0)
         next(window)
         for number in range(1, 2000):
@@ -557,7 +562,6 @@ def test_blocks_that_overlap_without_end_leave_nothing() -> None:
             next(following)
             window.close()  # type: ignore[attr-defined]
             window = following
-        gc.collect()
-        return sum(isinstance(it, Scope) for it in gc.get_objects())
+        return scopes() - before
 
     assert contextvars.copy_context().run(run) < 20
