@@ -63,11 +63,12 @@ docs: $(VENV)/docs.installed ## The documentation site, into build/docs; a warni
 	$(BIN)/sphinx-build -M html . build/docs -c docs --fail-on-warning --keep-going --quiet
 	@echo "file://$(CURDIR)/build/docs/html/index.html"
 
-lint: $(VENV)/lint.installed ## ruff, spelling, mypy --strict with all packages, the workflows of GitHub
+lint: $(VENV)/lint.installed ## ruff, spelling, mypy --strict, public types, the workflows of GitHub
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
 	$(BIN)/mypy
+	PATH="$(abspath $(BIN)):$$PATH" pyright --ignoreexternal --verifytypes aiohttp_smg_routing
 	$(BIN)/actionlint .github/workflows/*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 
