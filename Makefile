@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo bench micro fuzz soak test compat docs lint clean
+.PHONY: help demo bench micro fuzz soak test compat docs figures lint clean
 
 help: ## Show this help
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -37,6 +37,9 @@ test: $(VENV)/test.installed ## All tests, the ones on the real gateway included
 
 compat: ## Tests with old and new versions, and on each gateway, each in an environment of its own: ENVIRONMENTS="oldest uvloop" runs some
 	@.ci/compat $(ENVIRONMENTS)
+
+figures: $(VENV)/test.installed ## Run what made the figures on the pages, and renew them: PAGES="docs/scaling.md" renews some
+	@exec $(BIN)/python -m benchmarks.pages $(PAGES)
 
 docs: $(VENV)/docs.installed ## The documentation site, into build/docs; a warning or a broken link is an error
 	rm -rf build/docs
