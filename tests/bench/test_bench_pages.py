@@ -13,6 +13,7 @@ from ..processes import processes_in, running
 from ..programs import ROOT
 
 STREAM = "python -m benchmarks stream --quick --markdown figures.md --picture stream.svg"
+BODY = "python -m benchmarks.body --quick"
 BEFORE = "old, by `{}`"
 
 
@@ -42,10 +43,10 @@ def test_each_figure_of_the_pages_names_a_command_that_is_there() -> None:
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        (block("python -m soak").replace("<!-- end", "<!-- en"), "no end"),
-        (block("python -m soak").replace("<!-- figures: ", "<!-- figures"), "no end"),
-        (2 * block("python -m soak").replace("<!-- end of figures -->\n", "", 1), "no end"),
-        (block("python -m soak", content="| a table |"), "does not say that 'python -m soak'"),
+        (block(BODY).replace("<!-- end", "<!-- en"), "no end"),
+        (block(BODY).replace("<!-- figures: ", "<!-- figures"), "no end"),
+        (2 * block(BODY).replace("<!-- end of figures -->\n", "", 1), "no end"),
+        (block(BODY, content="| a table |"), f"does not say that '{BODY}'"),
         (block("python -m soak.nothing"), "no command 'python -m soak.nothing'"),
         (block("python -m json"), "no command 'python -m json'"),
         (block(".ci/nothing"), "no command '.ci/nothing'"),
@@ -66,7 +67,7 @@ def test_a_broken_block_is_told_before_anything_runs(
 def test_one_run_renews_the_blocks_of_a_command_on_every_page(tmp_path: Path) -> None:
     for folder in ("docs/images", "elsewhere"):
         (tmp_path / folder).mkdir(parents=True)
-    other = block("python -m soak")
+    other = block(BODY)
     section = "A streamed answer"
     (tmp_path / "docs/page.md").write_text(f"Before.\n\n{block(STREAM, section)}After.\n")
     (tmp_path / "README.md").write_text(f"{block(STREAM)}{other}")
@@ -103,15 +104,15 @@ def test_one_run_renews_the_blocks_of_a_command_on_every_page(tmp_path: Path) ->
 def test_a_failure_leaves_the_pages_and_does_not_keep_the_others_from_being_renewed(
     tmp_path: Path,
 ) -> None:
-    failing, body = "python -m benchmarks frobnicate", "python -m benchmarks.body --quick"
+    failing = "python -m benchmarks frobnicate"
     bad, good = tmp_path / "bad.md", tmp_path / "good.md"
-    text = block(failing) + block(body, "Nothing")
+    text = block(failing) + block(BODY, "Nothing")
     bad.write_text(text)
-    good.write_text(block(f"{body} "))
+    good.write_text(block(f"{BODY} "))
     done = pages(tmp_path, "bad.md", "good.md")
     assert done.returncode == 1
     assert f"bad.md stays as it was: {failing!r}: it ended with status 2" in done.stderr
-    assert f"bad.md stays as it was: {body!r}: its output has no section 'Nothing'" in done.stderr
+    assert f"bad.md stays as it was: {BODY!r}: its output has no section 'Nothing'" in done.stderr
     assert bad.read_text() == text
     assert "| 1 MiB | " in good.read_text()
 
@@ -131,6 +132,7 @@ async def test_an_interrupted_command_leaves_its_page_and_no_process(
         process.send_signal(number)
         _, err = await process.communicate()
     assert process.returncode == 1
+    assert "Stopped by SIGTERM; all processes are gone." in err.decode()  # the command's own words
     assert f"page.md stays as it was: {command!r}: interrupted" in err.decode()
     assert page.read_text() == block(command)
     assert processes_in(tmp_path) == {}
