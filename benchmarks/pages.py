@@ -132,7 +132,7 @@ def renew(command: str, pages: Iterable[Path]) -> None:
         if block[1] != command:
             return block[0]
         first = block[0].partition("\n")[0]
-        return f"{first}\n\n{output.section(block[2])}\n\n{output.source}\n\n{END}"
+        return f"{first}\n\n{output.section(block[2])}\n\n*{output.source}*\n\n{END}"
 
     texts = {page: BLOCK.sub(renewed, page.read_text("utf-8")) for page in pages}
     for name, picture in output.pictures.items():

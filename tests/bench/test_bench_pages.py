@@ -79,8 +79,8 @@ def test_one_run_renews_the_blocks_of_a_command_on_every_page(tmp_path: Path) ->
     assert text.endswith("<!-- end of figures -->\nAfter.\n")
     assert "## How it was measured" not in text
     source = re.search(
-        rf"^`{STREAM}`, \d+ s; commit (\w+)(?: with changes)?; 20\d\d-.* UTC; "
-        r".+ cores, Linux .+, CPython 3[\d.]+, aiohttp [\d.]+, smg [\d.]+\.$",
+        rf"^\*`{STREAM}`, \d+ s; commit (\w+)(?: with changes)?; 20\d\d-.* UTC; "
+        r".+ cores, Linux .+, CPython 3[\d.]+, aiohttp [\d.]+, smg [\d.]+\.\*$",
         text,
         re.MULTILINE,
     )
