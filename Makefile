@@ -9,7 +9,7 @@ QUICK := tests/unit tests/wire -m 'not thorough' \
 	--ignore-glob 'tests/*/test_properties*.py' \
 	--ignore tests/unit/test_verify_cli.py --ignore tests/unit/test_verify_plot.py
 
-.PHONY: help check demo bench micro fuzz soak test compat docs lint dist programs clean
+.PHONY: help check demo bench micro fuzz soak test compat docs figures lint dist programs clean
 
 help: ## Show this help
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -57,6 +57,9 @@ test: $(VENV)/test.installed programs ## All tests, the ones on the real gateway
 
 compat: ## Tests with old and new versions, and on each gateway, each in an environment of its own: ENVIRONMENTS="oldest uvloop" runs some
 	@.ci/compat $(ENVIRONMENTS)
+
+figures: $(VENV)/test.installed ## Run what made the figures on the pages, and renew them: PAGES="docs/scaling.md" renews some
+	@exec $(BIN)/python -m benchmarks.pages $(PAGES)
 
 docs: $(VENV)/docs.installed ## The documentation site, into build/docs; a warning or a broken link is an error
 	rm -rf build/docs

@@ -139,7 +139,19 @@ async def run(progress: Progress, *, quick: bool = False) -> Part:
         write_model(model, blocks=BLOCKS)
         rounds = await play_rounds(played, 1 if quick else ROUNDS, model, progress)
     tables = [reach(played, rounds), *(comparison(scene, rounds) for scene in played)]
-    return Part(NAME, TITLE, tuple(tables), tuple(notes(played, rounds)))
+    return Part(
+        NAME, TITLE, tuple(tables), tuple(notes(played, rounds)), in_short(played[0], rounds)
+    )
+
+
+def in_short(scene: Scene, rounds: Sequence[Round]) -> str:
+    """Say what pinned sessions took from the cache in a scene, and others."""
+    most = median(allowed_share(arms[scene.name, PIN].turns) for arms in rounds)
+    pinned, others = (median(cached(scene, policy, rounds)) for policy in (PIN, RANDOM))
+    return (
+        f"Pinned sessions took {pinned:.1%} of their later prompt tokens from the KV cache. Their"
+        f" transcripts allow {most:.1%}. Under the policy `{RANDOM}` it was {others:.1%}."
+    ).replace("%", " %")
 
 
 async def play_rounds(

@@ -90,7 +90,7 @@ async def run(progress: Progress, *, quick: bool = False) -> Part:
             " in a client middleware avoids it.",
             "OpenTelemetry: its SDK records a span for each call, and exports none.",
             "A call is made within a request. The inbound half, which finds the session and works"
-            " out its key, once for all calls of the request, is in part 2 and not here.",
+            " out its key, once for all calls of the request, is in the table of a proxied turn.",
         ),
     )
 

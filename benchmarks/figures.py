@@ -114,6 +114,8 @@ class Part:
     title: str
     tables: tuple[Table, ...]
     notes: tuple[str, ...] = ()
+    headline: str = ""
+    """What a reader with one minute wants to know, in a sentence."""
 
 
 Progress = Callable[[float, str], None]

@@ -81,7 +81,7 @@ async def run(progress: Progress, *, quick: bool = False) -> Part:
                     ),
                     (
                         "CPU time / of that without the plugin",
-                        "see part 2",
+                        "see a proxied turn",
                         Figure(ratios(off, "disabled", "without"), "ratio", 1.01),
                     ),
                 ),

@@ -94,6 +94,8 @@ def show(results: Results, console: Console) -> None:
     """Print a table for each table of each part, what was missed, and the machine."""
     for part in results.parts:
         console.print(Text(f"\n{part.title}", "bold"))
+        if part.headline:
+            _print(console, part.headline)
         for table in part.tables:
             _print(console, table.title)
             console.print(_rich(table))
@@ -150,6 +152,9 @@ def conclusion(results: Results) -> list[str]:
 def markdown(results: Results) -> str:
     """Return the tables and the notes as Markdown."""
     blocks = []
+    for part in results.parts:
+        if part.headline:
+            blocks += [f"## In short: {part.name}", part.headline]
     for part in results.parts:
         blocks.append(f"## {part.title}")
         for table in part.tables:

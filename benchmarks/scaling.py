@@ -1,4 +1,6 @@
-"""What many sessions cost a gateway, how they spread, and what moves: docs/scaling.md has it.
+"""What many sessions cost a gateway, how they spread, and what moves, as Markdown.
+
+docs/scaling.md has it.
 
 python -m benchmarks.scaling [--quick]
 """
@@ -81,34 +83,34 @@ async def memory(urls: Sequence[URL], step: int) -> None:
             pinned.append(resident(gateway))
         branches = +await gateway.branches()
     calls = [number * step for number in range(STEPS + 1)]
-    print(f"Gateway: {known[0] / 2**20:.0f} MiB with {step:,} pinned keys of 36 bytes.")
-    for what, held in (("keys that it knows", known), ("new keys", pinned)):
-        slope = linear_regression(calls, held).slope
-        print(f"  {calls[-1]:,} calls of {what}: {slope:.0f} bytes each (slope), "
-              f"{(held[-1] - held[0]) / calls[-1]:.0f} from end to end")  # fmt: skip
-    each = (pinned[-1] - pinned[0]) / calls[-1]
-    print(f"  10⁶ pinned sessions: {each * MILLION / 2**20:.0f} MiB at {each:.0f} bytes each")
-    print(f"  it counts {dict(branches)}")
+    heading("Memory", f"{calls[-1]:,} calls under `manual`", "bytes each", "slope", "for 10⁶")
+    for what, held in (("new keys of 36 bytes", pinned), ("keys that it knows", known)):
+        each, slope = (held[-1] - held[0]) / calls[-1], linear_regression(calls, held).slope
+        row(what, f"{each:.0f}", f"{slope:.0f}", f"{each * MILLION / 2**20:.0f} MiB")
+    counted = ", ".join(f"{count:,} `{branch}`" for branch, count in branches.items())
+    print(
+        f"\nThe gateway held {known[0] / 2**20:.0f} MiB with {step:,} keys. It counted {counted}."
+    )
 
 
 async def spread(
     urls: Sequence[URL], sessions: int, launched: Sequence[tuple[str, Sequence[str]]] = SPREADS
 ) -> None:
     """Print how many sessions a worker gets, by policy, opened one by one or many at once."""
-    print(f"Sessions per worker, {sessions:,} sessions on {len(urls)} workers:")
     for policy, args in launched:
         for at_once in (1, AT_ONCE):
             async with smg_gateway(urls, policy=policy, args=args) as gateway:
                 found = await play([gateway], names(sessions), at_once=at_once)
             counts = sorted(Counter(found.values()).values())
             how, fullest = " ".join((policy, *args[1:])), counts[-1] * len(urls) / sessions
-            print(f"  {how}, {at_once} at once: {counts[0]} to {counts[-1]}, "
-                  f"the fullest {fullest:.2f} x the mean")  # fmt: skip
+            row(f"`{how}`", f"{sessions:,}", f"{at_once}", f"{counts[0]:,} to {counts[-1]:,}",
+                f"{fullest:.2f}")  # fmt: skip
 
 
 async def split(urls: Sequence[URL], sessions: int) -> None:
     """Print how many sessions two gateways that take turns bring to several workers."""
-    print(f"{sessions:,} sessions of {TURNS} turns, two gateways in turn, {len(urls)} workers:")
+    last = "came to several workers"
+    heading("Two gateways in turn", f"of {sessions:,} sessions of {TURNS} turns", last)
     for policy in ("manual", "consistent_hashing"):
         async with AsyncExitStack() as stack:
             contexts = [smg_gateway(urls, policy=policy) for _ in range(2)]
@@ -116,7 +118,7 @@ async def split(urls: Sequence[URL], sessions: int) -> None:
             keys = names(sessions)
             turns = [await play(both if turn % 2 else both[::-1], keys) for turn in range(TURNS)]
         several = sum(len({turn[key] for turn in turns}) > 1 for key in keys)
-        print(f"  {policy}: {several} of {len(keys)} sessions on several workers")
+        row(f"`{policy}`", f"{several:,}")
 
 
 async def restarts(urls: Sequence[URL], sessions: int) -> None:
@@ -128,20 +130,37 @@ async def restarts(urls: Sequence[URL], sessions: int) -> None:
         async with running as gateway:
             return await play([gateway], keys)
 
-    print(f"{sessions:,} sessions on {len(urls)} workers; how many move when the gateway")
-    for policy in ("manual", "consistent_hashing"):
-        before = await found(policy, urls)
-        for what, workers in (
-            ("starts again", urls),
-            ("starts again in another order of its workers", urls[::-1]),
-            ("starts again with one worker less", urls[:-1]),
-        ):
+    policies = ("manual", "consistent_hashing")
+    before = {policy: await found(policy, urls) for policy in policies}
+    what = f"{sessions:,} sessions, {len(urls)} workers: the gateway starts again"
+    heading("Restarts", what, *(f"moved under `{policy}`" for policy in policies))
+    for what, workers in (
+        ("with the same workers", urls),
+        ("with its workers in another order", urls[::-1]),
+        ("with one worker less", urls[:-1]),
+    ):
+        cells = []
+        for policy in policies:
             after = await found(policy, workers)
-            moved = [key for key in keys if after[key] != before[key]]
-            print(f"  {what}, {policy}: {len(moved)}")
-            if urls[-1] not in workers:
-                gone = sum(worker == str(urls[-1]) for worker in before.values())
-                print(f"    of which had been on that worker: {gone}")
+            moved = sum(after[key] != before[policy][key] for key in keys)
+            gone = sum(worker == str(urls[-1]) for worker in before[policy].values())
+            those = (
+                f", of those {gone:,} had been on that worker" if len(workers) < len(urls) else ""
+            )
+            cells.append(f"{moved:,}{those}")
+        row(what, *cells)
+
+
+def heading(title: str, *columns: str) -> None:
+    """Print a heading, and the head of its table."""
+    print(f"\n## {title}\n")
+    row(*columns)
+    row("---", *["---:"] * (len(columns) - 1))
+
+
+def row(*cells: str) -> None:
+    """Print a row of a table."""
+    print(f"| {' | '.join(cells)} |", flush=True)
 
 
 async def main(quick: bool) -> None:
@@ -149,13 +168,16 @@ async def main(quick: bool) -> None:
     sessions, step = (200, 200) if quick else (SESSIONS, STEP)
     async with stub_workers(WORKERS) as workers:
         await memory(workers.urls, step)
+        columns = ("sessions", "at once", "on a worker", "fullest / mean")
+        heading("Spread", f"{WORKERS} workers", *columns)
         await spread(workers.urls, sessions)
         await spread(workers.urls, 20 * sessions, SPREADS[-1:])  # is it the keys, or the ring?
         await split(workers.urls, sessions)
         await restarts(workers.urls, sessions)
     if quick:
-        print("A quick run: it shows that all of it works, and its figures mean nothing.")
-    print(f"Measured on: {', '.join(f'{name} {what}' for name, what in machine().items())}.")
+        print("\nA quick run: it shows that all of it works, and its figures mean nothing.")
+    print("\n## Machine\n")
+    print(f"{', '.join(f'{name} {what}' for name, what in machine().items())}.")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ The exit status is 1 where a law was broken. Then the input is shown, and kept i
 """
 
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,14 +17,19 @@ TARGETS = ("key", "matcher", "config")
 def main() -> int:
     """Fuzz each target in a process of its own, which is how libFuzzer wants it."""
     seconds = int(sys.argv[1]) if len(sys.argv) > 1 else 60
-    broken = [target for target in TARGETS if not holds(target, seconds)]
+    tried = {target: fuzz(target, seconds) for target in TARGETS}
+    broken = [target for target, (holds, _) in tried.items() if not holds]
+    print("| target | seconds | inputs |\n| --- | ---: | ---: |")
+    for target, (_, inputs) in tried.items():
+        print(f"| {target} | {seconds} | {inputs:,} |")
+    print()
     print(f"a law was broken: {', '.join(broken)}" if broken else "no law was broken")
     return 1 if broken else 0
 
 
-def holds(target: str, seconds: int) -> bool:
-    """Tell whether a target's laws hold for what libFuzzer makes up."""
-    print(f"{target}: {seconds} s", flush=True)
+def fuzz(target: str, seconds: int) -> tuple[bool, int]:
+    """Return whether a target's laws hold for what libFuzzer makes up, and for how many inputs."""
+    inputs = 0
     with TemporaryDirectory() as corpus:
         # It begins with long inputs: of short ones it makes few that are more than one field.
         for number in range(64):
@@ -31,7 +37,14 @@ def holds(target: str, seconds: int) -> bool:
         command = [sys.executable, "-m", "fuzz.run", target, corpus]
         options = [f"-max_total_time={seconds}", f"-artifact_prefix=fuzz-{target}-"]
         options += ["-max_len=1024", "-len_control=0", "-reduce_inputs=0", "-timeout=20"]
-        return subprocess.call([*command, *options, "-print_final_stats=1"]) == 0
+        options += ["-print_final_stats=1"]
+        with subprocess.Popen([*command, *options], stderr=subprocess.PIPE) as process:
+            for line in process.stderr or ():
+                sys.stderr.buffer.write(line)
+                sys.stderr.flush()
+                if found := re.match(rb"stat::number_of_executed_units: +(\d+)", line):
+                    inputs = int(found[1])
+        return process.returncode == 0, inputs
 
 
 if __name__ == "__main__":

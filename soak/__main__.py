@@ -12,6 +12,7 @@ from stopping import exit_status
 from .run import GATEWAY_KILLS, SERVER_KILLS, WORKER_KILLS, Load, Outcome, soak
 
 try:
+    from rich.box import MARKDOWN
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
@@ -78,7 +79,7 @@ def row_values(outcome: Outcome) -> dict[str, Any]:
 
 def report(console: Console, outcomes: list[Outcome]) -> int:
     """Print what came of the loads; return the exit status."""
-    table = Table("", *(name(outcome.load) for outcome in outcomes))
+    table = Table("", *(name(outcome.load) for outcome in outcomes), box=MARKDOWN)
     for column in table.columns[1:]:
         column.justify = "right"
     columns = [row_values(outcome) for outcome in outcomes]

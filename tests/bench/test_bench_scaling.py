@@ -23,19 +23,18 @@ def test_a_quick_run_has_what_each_policy_must_have() -> None:
         [line] = [found for line in said.splitlines() if (found := re.fullmatch(pattern, line))]
         return [int(number) for number in line.groups()]
 
-    several = r"  {}: (\d+) of (\d+) sessions on several workers"
-    split, played = figures(several.format("manual"))
-    assert (played, split > QUICK / 2) == (QUICK, True)  # 7 of 8 on average
-    assert figures(several.format("consistent_hashing")) == [0, QUICK]
+    [split] = figures(r"\| `manual` \| (\d+) \|")
+    assert split > QUICK / 2  # 7 of 8 on average
+    assert figures(r"\| `consistent_hashing` \| (\d+) \|") == [0]
 
-    moved = r"  starts again{}, {}: (\d+)"
-    assert figures(moved.format("", "manual"))[0] > QUICK / 2
-    for what in ("", " in another order of its workers"):
-        assert figures(moved.format(what, "consistent_hashing")) == [0]
-    [count] = figures(moved.format(" with one worker less", "consistent_hashing"))
-    assert 0 < count < QUICK / 2
-    assert f"{count}\n    of which had been on that worker: {count}\n" in said
+    for what in ("the same workers", "its workers in another order"):
+        manual, hashed = figures(rf"\| with {what} \| (\d+) \| (\d+) \|")
+        assert (manual > QUICK / 2, hashed) == (True, 0)
+    of_those = r"(\d+), of those (\d+) had been on that worker"
+    *_, count, gone = figures(rf"\| with one worker less \| {of_those} \| {of_those} \|")
+    assert 0 < count == gone < QUICK / 2
 
     # Memory: as many calls of known keys as of new ones, beside the 200 of the first round.
-    assert ("'occupied_hit': 2000" in said, "'vacant': 2200" in said) == (True, True)
-    assert said.count("at once: ") == 2 * (4 + 1)  # four policies, and the last with more sessions
+    assert ("2,000 `occupied_hit`" in said, "2,200 `vacant`" in said) == (True, True)
+    # Four policies, one session at a time and many, and the last one with more sessions.
+    assert len(re.findall(r"^\| `\w+[^|]*` \| [0-9,]+ \| (?:1|32) \| ", said, re.MULTILINE)) == 10

@@ -1,0 +1,139 @@
+"""``make figures``: it writes the block of a command, and nothing where the command fails."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ..processes import processes_in, running
+from ..programs import ROOT
+
+STREAM = "python -m benchmarks stream --quick --markdown figures.md --picture stream.svg"
+BODY = "python -m benchmarks.body --quick"
+BEFORE = "old, by `{}`"
+
+
+def block(command: str, section: str | None = None, content: str | None = None) -> str:
+    of = f"; section: {section}" if section else ""
+    content = BEFORE.format(command) if content is None else content
+    return f"<!-- figures: {command}{of} -->\n{content}\n<!-- end of figures -->\n"
+
+
+def pages(folder: Path, *argv: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(  # noqa: S603
+        [sys.executable, "-m", "benchmarks.pages", *argv],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_each_figure_of_the_pages_names_a_command_that_is_there() -> None:
+    listed = pages(ROOT, "--list")
+    assert (listed.returncode, listed.stderr) == (0, "")
+    with_figures = {"README.md", "docs/performance.md", "docs/reliability.md", "docs/scaling.md"}
+    assert with_figures <= set(re.findall(r"[\w/]+\.md(?=, |$)", listed.stdout, re.MULTILINE))
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        (block(BODY).replace("<!-- end", "<!-- en"), "no end"),
+        (block(BODY).replace("<!-- figures: ", "<!-- figures"), "no end"),
+        (2 * block(BODY).replace("<!-- end of figures -->\n", "", 1), "no end"),
+        (block(BODY, content="| a table |"), f"does not say that '{BODY}'"),
+        (block("python -m soak.nothing"), "no command 'python -m soak.nothing'"),
+        (block("python -m json"), "no command 'python -m json'"),
+        (block(".ci/nothing"), "no command '.ci/nothing'"),
+        (block("setup.cfg"), "no command 'setup.cfg'"),
+    ],
+)
+def test_a_broken_block_is_told_before_anything_runs(
+    text: str, complaint: str, tmp_path: Path
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(text)
+    told = pages(tmp_path, "page.md")
+    assert told.returncode == 2
+    assert complaint in told.stderr
+    assert page.read_text() == text
+
+
+def test_one_run_renews_the_blocks_of_a_command_on_every_page(tmp_path: Path) -> None:
+    for folder in ("docs/images", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+    other = block(BODY)
+    section = "A streamed answer"
+    (tmp_path / "docs/page.md").write_text(f"Before.\n\n{block(STREAM, section)}After.\n")
+    (tmp_path / "README.md").write_text(f"{block(STREAM)}{other}")
+    (tmp_path / "elsewhere/page.md").write_text(block(STREAM))
+    done = pages(tmp_path, "docs/page.md")
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "docs/page.md").read_text()
+    assert text.startswith(f"Before.\n\n<!-- figures: {STREAM}; section: {section} -->\n\n**CPU ")
+    assert text.endswith("<!-- end of figures -->\nAfter.\n")
+    assert "## How it was measured" not in text
+    source = re.search(
+        rf"^\*`{STREAM}`, \d+ s; commit (\w+)(?: with changes)?; 20\d\d-.* UTC; "
+        r".+ cores, Linux .+, CPython 3[\d.]+, aiohttp [\d.]+, smg [\d.]+\.\*$",
+        text,
+        re.MULTILINE,
+    )
+    assert source, text
+    argv = ("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
+    head = subprocess.run(argv, capture_output=True, text=True).stdout  # noqa: S603
+    assert source[1] == (head.strip() or "unknown")
+    everything = (tmp_path / "README.md").read_text()
+    assert everything.endswith(other)  # another command's, which was not asked for
+    assert "## How it was measured" in everything
+    assert source[0] in everything
+    assert (tmp_path / "docs/images/stream.svg").read_text().startswith("<?xml")
+    # A page outside of docs is one only where it is named.
+    assert (tmp_path / "elsewhere/page.md").read_text() == block(STREAM)
+    assert pages(tmp_path, "--list", "docs/page.md").returncode == 0
+    assert sorted(each.name for each in tmp_path.rglob("*") if each.is_file()) == [
+        *("README.md", "page.md", "page.md", "stream.svg")
+    ]
+
+
+def test_a_failure_leaves_the_pages_and_does_not_keep_the_others_from_being_renewed(
+    tmp_path: Path,
+) -> None:
+    failing = "python -m benchmarks frobnicate"
+    bad, good = tmp_path / "bad.md", tmp_path / "good.md"
+    text = block(failing) + block(BODY, "Nothing")
+    bad.write_text(text)
+    good.write_text(block(f"{BODY} "))
+    done = pages(tmp_path, "bad.md", "good.md")
+    assert done.returncode == 1
+    assert f"bad.md stays as it was: {failing!r}: it ended with status 2" in done.stderr
+    assert f"bad.md stays as it was: {BODY!r}: its output has no section 'Nothing'" in done.stderr
+    assert bad.read_text() == text
+    assert "| 1 MiB | " in good.read_text()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_an_interrupted_command_leaves_its_page_and_no_process(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    command = "python -m benchmarks sessions"
+    page = tmp_path / "page.md"
+    page.write_text(block(command))
+    argv = ("-m", "benchmarks.pages", "page.md")
+    async with running(tmp_path, *argv, PYTHONPATH=str(ROOT)) as process:
+        assert process.stdout is not None
+        while b"agents at once" not in (line := await process.stdout.readline()):
+            assert line, (await process.communicate())[1].decode()
+        process.send_signal(number)
+        _, err = await process.communicate()
+    assert process.returncode == 1
+    assert "Stopped by SIGTERM; all processes are gone." in err.decode()  # the command's own words
+    assert f"page.md stays as it was: {command!r}: interrupted" in err.decode()
+    assert page.read_text() == block(command)
+    assert processes_in(tmp_path) == {}
+    assert os.listdir(tmp_path) == ["page.md"]
