@@ -51,9 +51,11 @@ programs: | $(BIN)/python
 	-@.ci/debian nginx nginx
 	-@.ci/debian prometheus promtool
 
+# Half of what a test takes it waits: for a gateway to start, or a worker to be asked.
+JOBS ?= $(shell expr 2 '*' $$(nproc 2> /dev/null || echo 2))
+
 test: $(VENV)/test.installed programs ## All tests, the ones on the real gateway included, with branch coverage
-	$(BIN)/python -m coverage run -m pytest
-	$(BIN)/python -m coverage report --fail-under=100
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cov --cov-report=term --cov-fail-under=100
 
 compat: ## Tests with old and new versions, and on each gateway, each in an environment of its own: ENVIRONMENTS="oldest uvloop" runs some
 	@.ci/compat $(ENVIRONMENTS)
