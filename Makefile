@@ -73,7 +73,7 @@ lint: $(VENV)/lint.installed ## ruff, spelling, mypy --strict, public types, the
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
 	$(BIN)/mypy
-	PATH="$(abspath $(BIN)):$$PATH" pyright --ignoreexternal --verifytypes aiohttp_smg_routing
+	PYTHONPATH="$(CURDIR)" PATH="$(abspath $(BIN)):$$PATH" basedpyright --ignoreexternal --verifytypes aiohttp_smg_routing
 	$(BIN)/actionlint .github/workflows/*.yml
 	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 
