@@ -17,7 +17,7 @@ $(VENV)/%.installed: setup.cfg pyproject.toml | $(BIN)/python
 	@touch $@
 
 demo: $(VENV)/demo.installed ## Real engines, the real gateway, a session server and agents: the plugin on and off
-	@exec $(BIN)/python examples/demo.py
+	@exec $(BIN)/python -m demo
 
 bench: $(VENV)/bench.installed ## What the plugin costs and what pinning gains: PARTS="call cache" runs some of it
 	@exec $(BIN)/python -m benchmarks $(PARTS)

@@ -33,15 +33,14 @@ from benchmarks.figures import Figure, Part, Progress, Table, Verdict, ratios
 from benchmarks.picture import draw, panels
 from benchmarks.report import Results, markdown, show, write_json
 from benchmarks.rounds import added_up, interleave, on_one_cpu
-from benchmarks.server_under_test import KEY, Arm, Kind, Loop, session_server
-from benchmarks.servers import Received, stub_workers, upstream
+from benchmarks.server_under_test import KEY, Arm, Kind, Loop, server_under_test
+from benchmarks.servers import Counted, stub_workers, upstream
 from benchmarks.sessions import TURNS, Play, pins
 from benchmarks.stream import PIECE, Chat, calls_of_a_stream, with_their_share
-from benchmarks.turn import ARMS, Agent, chat, connected, conversation
+from benchmarks.turn import ARMS, Caller, connected, conversation, long_turn
+from harness.proc import HAS_PROC, processes_in
+from harness.processes import running
 
-from ..processes import HAS_PROC, processes_in, running
-
-ROOT = Path(__file__).resolve().parents[2]
 REACHED = Figure((1.0, 1.01, 1.02), "ratio", at_most=1.05)
 MISSED = Figure((1.1, 1.2, 1.3), "ratio", at_most=1.05)
 NOISY = Figure((0.9, 1.04, 1.2), "ratio", at_most=1.05)
@@ -173,11 +172,11 @@ def test_a_piece_of_a_stream_has_its_share_of_the_beginning() -> None:
 
 async def test_the_arms_send_the_key_that_they_say() -> None:
     arms: tuple[Arm, ...] = get_args(Arm)
-    async with stub_workers(1) as workers, session_server(workers.urls[0], arms) as server:
+    async with stub_workers(1) as workers, server_under_test(workers.urls[0], arms) as server:
         for arm, url in server.urls.items():
-            agent = Agent()
+            agent = Caller()
             async with connected([agent], url):
-                await agent.turn(f"s-{arms.index(arm)}", chat(arm, 10))
+                await agent.turn(f"s-{arms.index(arm)}", long_turn(arm, 10))
         received = await workers.received()
         assert await server.cpu_seconds() > 0
         assert await workers.received() == []
@@ -190,16 +189,16 @@ async def test_the_arms_send_the_key_that_they_say() -> None:
 async def test_the_arms_of_the_whole_server_send_the_key_that_they_say() -> None:
     async with (
         stub_workers(1) as workers,
-        session_server(workers.urls[0], ("nothing", *ARMS["whole"]), kind="whole") as server,
+        server_under_test(workers.urls[0], ("nothing", *ARMS["whole"]), kind="whole") as server,
     ):
         for arm, url in server.urls.items():
-            agent, headers = Agent(), f"{KEY}: s\r\n" if arm in ("by hand", "floor") else ""
+            agent, headers = Caller(), f"{KEY}: s\r\n" if arm in ("by hand", "floor") else ""
             async with connected([agent], url):
                 await agent.begin("s")
-                await agent.turn("s", chat(arm, 10), headers)
+                await agent.turn("s", long_turn(arm, 10), headers)
                 await agent.end("s")
                 with pytest.raises(RuntimeError, match="404"):
-                    await agent.turn("s", chat(arm, 10), headers)
+                    await agent.turn("s", long_turn(arm, 10), headers)
         received = await workers.received()
     keys = {line.user: line.key for line in received}
     assert keys == {**dict.fromkeys(ARMS["whole"], "s"), "nothing": None}
@@ -215,15 +214,15 @@ def test_a_conversation_repeats_what_was_said() -> None:
 @pytest.mark.parametrize("kind", ["whole", "barest"])
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 async def test_both_event_loops_serve(loop: Loop, kind: Kind) -> None:
-    agent = Agent()
+    agent = Caller()
     async with (
         upstream() as gateway,
-        session_server(gateway, ["plugin"], kind=kind, loop=loop) as server,
+        server_under_test(gateway, ["plugin"], kind=kind, loop=loop) as server,
         connected([agent], server.urls["plugin"]),
     ):
         if kind == "whole":
             await agent.begin("s-1")
-        await agent.turn("s-1", chat("s-1", 10))
+        await agent.turn("s-1", long_turn("s-1", 10))
 
 
 async def test_a_turn_that_fails_stops_the_measurement() -> None:
@@ -240,7 +239,7 @@ async def test_a_turn_that_fails_stops_the_measurement() -> None:
     app.router.add_post("/sessions/ends/{path:.*}", hang_up)
     async with TestServer(app) as server:
         for session_id, error in (("fails", RuntimeError), ("ends", ConnectionError)):
-            agent, stream = Agent(), Chat("s", session_id)
+            agent, stream = Caller(), Chat("s", session_id)
             async with connected([agent, stream], server.make_url("/")):
                 with pytest.raises(error):
                     await agent.turn(session_id, b"{}")
@@ -251,11 +250,11 @@ async def test_a_turn_that_fails_stops_the_measurement() -> None:
 def test_a_session_counts_as_pinned_when_one_worker_had_all_its_turns() -> None:
     play = Play("plugin", [], sessions=4, branches=Counter({"vacant": 4, "cap_respill": 1}))
     received = [
-        Received(1, "plugin-0", "plugin-0", TURNS),  # the only one that is pinned
-        Received(1, "plugin-1", "plugin-1", TURNS - 1),
-        Received(2, "plugin-1", "plugin-1", 1),
-        Received(1, "plugin-2", "plugin-2", TURNS - 1),  # a turn is missing
-        Received(2, "plugin-3", "plugin-0", TURNS),  # another session's key
+        Counted(1, "plugin-0", "plugin-0", TURNS),  # the only one that is pinned
+        Counted(1, "plugin-1", "plugin-1", TURNS - 1),
+        Counted(2, "plugin-1", "plugin-1", 1),
+        Counted(1, "plugin-2", "plugin-2", TURNS - 1),  # a turn is missing
+        Counted(2, "plugin-3", "plugin-0", TURNS),  # another session's key
     ]
     rows = {row[0]: row[1] for row in pins({"plugin": play}, received).rows}
     pinned, keyed = (
@@ -445,7 +444,7 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 
 
 def benchmark(folder: Path, *argv: str) -> AbstractAsyncContextManager[Process]:
-    return running(folder, "-m", "benchmarks", *argv, PYTHONPATH=str(ROOT))
+    return running(folder, "-m", "benchmarks", *argv)
 
 
 async def test_a_quick_run_shows_and_writes_the_same(folder: Path) -> None:

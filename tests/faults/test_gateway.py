@@ -6,18 +6,20 @@ from contextlib import AsyncExitStack
 from yarl import URL
 
 from aiohttp_smg_routing.testing import Recorder, free_port, recording_gateway, smg_gateway
+from harness.agents import Reply
 
-from .serving import SESSIONS, Got, assert_keys, holding, session_server, turns_of
+from ..turns import assert_keys, turns_of
+from .serving import SESSIONS, holding, watched_server
 
 
 async def kill_and_restart(
     workers: list[Recorder], release: asyncio.Event, *, plugin: bool
-) -> list[list[Got]]:
+) -> list[list[Reply]]:
     """Play four turns: the second is cut by the kill, the third finds no gateway."""
     port = free_port()
     urls = [worker.url for worker in workers]
     gateway = URL(f"http://127.0.0.1:{port}")
-    async with session_server(gateway, plugin=plugin, retries=1) as server:
+    async with watched_server(gateway, plugin=plugin, retries=1) as server:
         agents = server.agents
         async with smg_gateway(urls, policy="manual", port=port) as smg:
             turns = [await agents.all(1, stream=True)]

@@ -24,9 +24,11 @@ from aiohttp_smg_routing.testing import (
     recording_gateway,
     smg_gateway,
 )
+from harness.agents import chat
+from harness.proxies import CLIENT, pinned_server
 
-from ..conftest import CLIENT, session_server
-from ..workers import SMG, answer_when_all_are_there, chat, names_workers
+from ..smg import SMG, answer_when_all_are_there, names_workers
+from ..turns import turn, turns_of
 
 SESSIONS = [f"s-{number}" for number in range(8)]
 TURNS = 4
@@ -53,10 +55,9 @@ class Cluster:
         """Return the workers that served each session and model, by the bodies they received."""
         found = defaultdict(set)
         for worker in self.workers:
-            for call in worker.calls:
-                if call.method == "POST":
-                    body = call.json()
-                    found[body["user"], body["model"]].add(worker.url)
+            for call in turns_of(worker):
+                body = call.json()
+                found[body["user"], body["model"]].add(worker.url)
         return found
 
     def on_one_worker(self, models: Sequence[str]) -> int:
@@ -86,12 +87,9 @@ async def play(aiohttp_client: AiohttpClient, app: web.Application, models: Sequ
     client = await aiohttp_client(app)
 
     async def session(session_id: str) -> None:
-        for turn in range(1, TURNS + 1):
+        for number in range(1, TURNS + 1):
             for model in models:
-                body = {**chat(session_id, turn), "model": model}
-                path = f"/sessions/{session_id}/v1/chat/completions"
-                async with client.post(path, json=body) as response:
-                    assert response.status == 200, await response.text()
+                await turn(client, session_id, number, model=model)
 
     await asyncio.gather(*map(session, SESSIONS))
 
@@ -108,7 +106,7 @@ async def test_each_model_of_a_session_keeps_its_worker(
     models = [f"model-{number}" for number in range(count)]
     pairs = len(SESSIONS) * count
     async with cluster(models, policy, args) as running:
-        app = session_server(running.smg.url, pin_by=BY_MODEL)
+        app = pinned_server(running.smg.url, pin_by=BY_MODEL)
         await play(aiohttp_client, app, models)
         assert running.on_one_worker(models) == pairs
         branches = +await running.smg.branches()
@@ -134,7 +132,7 @@ async def test_without_it_two_models_on_one_key_stay_but_look_as_if_they_moved(
 ) -> None:
     models = ["model-0", "model-1"]
     async with cluster(models) as running:
-        app = session_server(running.smg.url)
+        app = pinned_server(running.smg.url)
         await play(aiohttp_client, app, models)
         assert running.on_one_worker(models) == len(SESSIONS) * len(models)
     summary = app[ROUTING].pins.summary()
@@ -157,7 +155,7 @@ async def test_without_it_three_models_on_one_key_lose_their_pins_under_manual(
 ) -> None:
     models = [f"model-{number}" for number in range(count)]
     async with cluster(models, policy, args) as running:
-        await play(aiohttp_client, session_server(running.smg.url), models)
+        await play(aiohttp_client, pinned_server(running.smg.url), models)
         kept = running.on_one_worker(models)
         hits = (await running.smg.branches())["occupied_hit"]
     assert (kept == len(SESSIONS) * len(models)) is (count == 2 or keeps_three)
@@ -171,7 +169,7 @@ async def test_a_turn_that_calls_a_second_model_says_so_and_each_keeps_its_worke
     """The inbound body names one model: the handler itself asks the judge."""
     models = ["policy", "judge"]
     async with cluster(models) as running:
-        app = session_server(running.smg.url, pin_by=BY_MODEL)
+        app = pinned_server(running.smg.url, pin_by=BY_MODEL)
         url = running.smg.url / "v1/chat/completions"
 
         async def turn_and_verdict(request: web.Request) -> web.Response:
@@ -198,7 +196,7 @@ async def test_a_turn_that_calls_a_second_model_says_so_and_each_keeps_its_worke
 
 
 def server_of_groups(smg: SmgGateway) -> web.Application:
-    return session_server(
+    return pinned_server(
         smg.url, session_id="json:user", pin_by="{header:X-Group-Id}", prefix="job-7/"
     )
 
@@ -261,7 +259,7 @@ async def test_many_calls_of_one_group_at_once_do_not_stay_together_under_the_ov
 
     async with ClientSession(trace_configs=[routing.trace_config()]) as session:
         await asyncio.gather(*(call() for _ in range(16)))
-    served = [sum(call.method == "POST" for call in worker.calls) for worker in smg.workers]
+    served = [len(turns_of(worker)) for worker in smg.workers]
     branches = await smg.branches()
     has_cap = bool(args) and SMG >= (1, 10)
     assert sorted(served) == ([4, 4, 4, 4] if has_cap else [0, 0, 0, 16])

@@ -18,8 +18,9 @@ from aiohttp_smg_routing.testing import (
     recording_gateway,
     smg_gateway,
 )
+from harness.agents import chat
 
-from ..workers import SMG, chat
+from ..smg import SMG
 
 SESSIONS = [f"s-{number}" for number in range(24)]
 

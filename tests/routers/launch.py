@@ -75,7 +75,7 @@ def prompt(session: object) -> str:
     return f"{secrets.token_hex(16)} <{session}>"
 
 
-def chat(session: object) -> Mapping[str, object]:
+def random_turn(session: object) -> Mapping[str, object]:
     """Return the body of a turn of that session, as the workers can read whose it is."""
     return {"model": "stub", "messages": [{"role": "user", "content": prompt(session)}]}
 

@@ -11,7 +11,7 @@ from aiohttp_smg_routing import Routing, RoutingConfig, routing_session
 from aiohttp_smg_routing.gateway import CHAT_COMPLETIONS
 from aiohttp_smg_routing.testing import Answer, Call, SmgGateway, canned, failure
 
-from .launch import FACTS, HEADER, chat, is_pinned, launched, prompt, served
+from .launch import FACTS, HEADER, is_pinned, launched, prompt, random_turn, served
 
 POLICIES = [launch for launch in FACTS["policies that pin"] if " " not in launch]
 
@@ -51,7 +51,7 @@ async def one(session: ClientSession, gateway: SmgGateway, key: str | None) -> i
     """Make a call as a client does that has no plugin, with that key; return the status."""
     headers = {HEADER: key} if key is not None else {}
     url = gateway.url.with_path(CHAT_COMPLETIONS)
-    async with session.post(url, json=chat(key), headers=headers) as response:
+    async with session.post(url, json=random_turn(key), headers=headers) as response:
         await response.read()
         return response.status
 

@@ -8,7 +8,7 @@ import random
 import secrets
 import sys
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,52 +18,36 @@ from pytest_aiohttp.plugin import AiohttpClient
 from yarl import URL
 
 from aiohttp_smg_routing import ROUTING, PinSummary, setup
-from aiohttp_smg_routing.gateway import CHAT_COMPLETIONS
 from aiohttp_smg_routing.testing import SmgGateway
+from harness.agents import WORKER_HEADER
+from harness.proxies import proxy_server
 
-from .launch import FACTS, HEADER, chat, is_pinned, launched, served
+from .launch import FACTS, HEADER, is_pinned, launched, random_turn, served
 
 SESSIONS = [f"s-{number}" for number in range(24)]
 TURNS = 4
 CALLS = len(SESSIONS) * TURNS
 
 
-CLIENT = web.AppKey("client", ClientSession)
-
-
-def session_server(upstream: URL, **config: object) -> web.Application:
+def router_server(upstream: URL, **config: object) -> web.Application:
     """Return a session server with the plugin, which passes on what the gateway answers."""
-
-    async def handler(request: web.Request) -> web.Response:
-        body, url = await request.read(), upstream.with_path(CHAT_COMPLETIONS)
-        headers = {"Content-Type": "application/json"}
-        async with request.app[CLIENT].post(url, data=body, headers=headers) as response:
-            passed = {"Content-Type", "X-SMG-Routed-Worker-Id"} & response.headers.keys()
-            return web.Response(
-                body=await response.read(),
-                status=response.status,
-                headers={name: response.headers[name] for name in passed},
-            )
-
-    async def client(app: web.Application) -> AsyncIterator[None]:
-        async with ClientSession() as app[CLIENT]:
-            yield
-
-    app = web.Application()
-    app.cleanup_ctx.append(client)
-    app.router.add_post("/sessions/{session_id}" + CHAT_COMPLETIONS, handler)
+    app = proxy_server(
+        upstream,
+        lambda request: {"Content-Type": "application/json"},
+        frozenset({"Content-Type", WORKER_HEADER}),
+    )
     setup(app, {"gateway": str(upstream), "client_session": "client", "header": HEADER, **config})
     return app
 
 
 async def play(aiohttp_client: AiohttpClient, gateway: SmgGateway) -> PinSummary:
     """Play the sessions through a session server that has the plugin; return what it counted."""
-    app = session_server(gateway.url)
+    app = router_server(gateway.url)
     client = await aiohttp_client(app)
 
     async def one(session_id: str) -> None:
         path = f"/sessions/{session_id}/v1/chat/completions"
-        async with client.post(path, json=chat(session_id)) as response:
+        async with client.post(path, json=random_turn(session_id)) as response:
             assert response.status == 200, await response.text()
 
     for _ in range(TURNS):  # in an order that round_robin can't follow
@@ -171,7 +155,7 @@ async def test_verify_through_a_session_server(
     column: str | None,
 ) -> None:
     async with launched(FACTS["policies that pin"][0]) as gateway:
-        client = await aiohttp_client(session_server(gateway.url, enabled=enabled))
+        client = await aiohttp_client(router_server(gateway.url, enabled=enabled))
         server = str(client.make_url("/")).rstrip("/")
         status = await verify(tmp_path, gateway, "--through", server, *options)
         assert bool(by_key(gateway)) is enabled
@@ -191,7 +175,7 @@ async def test_verify_says_pinned_of_no_session_server_that_sends_other_keys_tha
     aiohttp_client: AiohttpClient, tmp_path: Path, key: str
 ) -> None:
     async with launched(FACTS["policies that pin"][0]) as gateway:
-        app = session_server(gateway.url, session_id=lambda request: OTHER_KEYS[key]())
+        app = router_server(gateway.url, session_id=lambda request: OTHER_KEYS[key]())
         client = await aiohttp_client(app)
         server = str(client.make_url("/")).rstrip("/")
         assert await verify(tmp_path, gateway, "--through", server) != 0

@@ -7,7 +7,7 @@ from aiohttp import ClientSession
 from aiohttp_smg_routing.gateway import CHAT_COMPLETIONS
 from aiohttp_smg_routing.testing import Answer, Call, SmgGateway, canned, failure
 
-from .launch import HEADER, chat, launched, served
+from .launch import HEADER, launched, random_turn, served
 
 SESSIONS = [f"s-{number}" for number in range(24)]
 
@@ -17,7 +17,7 @@ def refuse_the_bad(call: Call) -> Answer:
 
 
 async def turn(session: ClientSession, gateway: SmgGateway, name: str) -> int:
-    url, body = gateway.url.with_path(CHAT_COMPLETIONS), {**chat(name), "user": name}
+    url, body = gateway.url.with_path(CHAT_COMPLETIONS), {**random_turn(name), "user": name}
     async with session.post(url, json=body, headers={HEADER: name}) as response:
         return response.status
 

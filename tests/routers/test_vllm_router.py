@@ -14,7 +14,7 @@ from aiohttp_smg_routing import Routing, RoutingConfig, routing_session
 from aiohttp_smg_routing.gateway import CHAT_COMPLETIONS, ROUTING_KEY_HEADER
 from aiohttp_smg_routing.testing import SmgGateway
 
-from .launch import HEADER, chat, is_pinned, launched, served
+from .launch import HEADER, is_pinned, launched, random_turn, served
 
 POLICIES = ["consistent_hash", "sticky_least_loaded"]
 SESSIONS = [f"s-{number}" for number in range(24)]
@@ -27,7 +27,7 @@ async def play(gateway: SmgGateway, header: str, **extra: object) -> None:
     async with ClientSession(trace_configs=[routing.trace_config()]) as session:
         for _, name in itertools.product(range(4), SESSIONS):
             with routing_session(name):
-                async with session.post(url, json={**chat(name), **extra}) as response:
+                async with session.post(url, json={**random_turn(name), **extra}) as response:
                     assert response.status == 200
 
 
@@ -56,7 +56,7 @@ async def test_without_its_header_others_choose_the_worker(policy: str, name: st
     async with launched(policy) as gateway, ClientSession() as session:
 
         async def call(whose: str, headers: Mapping[str, str]) -> None:
-            body = chat(whose)
+            body = random_turn(whose)
             async with session.post(gateway.url.with_path(url), json=body, headers=headers) as r:
                 assert r.status == 200
 
@@ -82,7 +82,7 @@ async def test_of_two_headers_the_last_one_counts() -> None:
         url = gateway.url.with_path(CHAT_COMPLETIONS)
         for number, name in itertools.product(range(4), SESSIONS):
             for headers in ([(HEADER, f"{number}"), (HEADER, name)],):
-                async with session.post(url, json=chat(name), headers=headers) as response:
+                async with session.post(url, json=random_turn(name), headers=headers) as response:
                     assert response.status == 200
         assert is_pinned(served(gateway.workers))
 
@@ -92,7 +92,9 @@ async def test_finish_session_frees_its_place() -> None:
 
         async def worker_of(name: str) -> URL:
             url = gateway.url.with_path(CHAT_COMPLETIONS)
-            async with session.post(url, json=chat(name), headers={HEADER: name}) as response:
+            async with session.post(
+                url, json=random_turn(name), headers={HEADER: name}
+            ) as response:
                 assert response.status == 200
             return served(gateway.workers)[name][-1]
 

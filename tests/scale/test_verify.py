@@ -8,10 +8,11 @@ import pytest
 from yarl import URL
 
 from aiohttp_smg_routing.testing import smg_gateway
+from harness.proxies import pinned_server
+from harness.servers import serve
 
-from ..conftest import session_server
 from ..gateway.test_verify_gateway import verify
-from ..verify_servers import in_background, proxy, server, stub_engines
+from ..verify_servers import in_background, proxy, stub_engines
 from .cluster import GATEWAYS, WORKERS
 from .front import Balancer
 
@@ -57,9 +58,9 @@ def test_verify_names_the_replicas_when_each_session_server_has_a_gateway_of_its
     async def servers() -> AsyncIterator[tuple[URL, URL, URL]]:
         async with (
             gateways() as ((first, metrics), (second, _)),
-            server(session_server(first)) as one,
-            server(session_server(second)) as other,
-            server(proxy(one, other)) as front,
+            serve(pinned_server(first)) as one,
+            serve(pinned_server(second)) as other,
+            serve(proxy(one, other)) as front,
         ):
             yield first, metrics, front
 

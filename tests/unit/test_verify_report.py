@@ -19,8 +19,9 @@ from aiohttp_smg_routing.verify.report import (
 )
 from aiohttp_smg_routing.verify.seen import Counters, Failure, Outcome, Plan, Seen, Turn
 from aiohttp_smg_routing.verify.streams import lasting, terminal
+from harness.servers import serve
 
-from ..verify_servers import engine, in_background, server
+from ..verify_servers import engine, in_background
 
 PLAN = Plan(URL("http://10.0.0.1:30000"), URL("http://10.0.0.1:29000/metrics"), model="m")
 
@@ -141,7 +142,7 @@ def test_text_that_the_terminal_can_not_show_is_escaped() -> None:
 
 def test_real_terminal_shows_bars_and_stays_within_80_columns() -> None:
     pty = pytest.importorskip("pty")
-    with in_background(server(engine())) as url:
+    with in_background(serve(engine())) as url:
         leader, follower = pty.openpty()
         argv = [sys.executable, "-m", "aiohttp_smg_routing", "verify", str(url)]
         with subprocess.Popen(  # noqa: S603

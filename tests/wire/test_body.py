@@ -31,8 +31,7 @@ from aiohttp_smg_routing import (
 from aiohttp_smg_routing.sources import Source
 from aiohttp_smg_routing.testing import Recorder
 from fuzz.laws import Shared
-
-from ..conftest import CLIENT, session_server
+from harness.proxies import CLIENT, pinned_server
 
 JSON = {"Content-Type": "application/json"}
 LIMIT = 2**20  # client_max_size: how much of a body the handler takes
@@ -427,7 +426,7 @@ async def test_pin_by_reads_its_parts_from_the_body_and_the_proxy_sends_it_on(
         return response
 
     pin_by = "{session_id}/{json:model}"
-    app = session_server(
+    app = pinned_server(
         gateway.url, session_id=["json:metadata.session", "header:X-Sid"], pin_by=pin_by
     )
     app.middlewares.append(look)

@@ -29,8 +29,8 @@ from aiohttp_smg_routing import (
     setup,
 )
 from aiohttp_smg_routing.testing import Recorder, completion
+from harness.proxies import CLIENT, pinned_server, proxy_server
 
-from ..conftest import CLIENT, proxy_server, session_server
 from .test_middleware import assert_no_crosstalk, call
 from .test_never_silent import said
 
@@ -91,7 +91,7 @@ def batching(gateway: Recorder, batcher: Batcher, **config: object) -> web.Appli
             return web.Response(status=500, text=str(error))
         return web.Response()
 
-    app = session_server(gateway.url, **config)
+    app = pinned_server(gateway.url, **config)
     app.router.add_post("/{session_id}", handler)
     return app
 
@@ -181,7 +181,7 @@ async def test_whatever_a_request_starts_is_late_when_it_has_ended(
         return web.Response(status=202)
 
     ended: asyncio.Future[None] = loop.create_future()
-    app = session_server(gateway.url)
+    app = pinned_server(gateway.url)
     app.router.add_post("/{session_id}", handler)
     client = await aiohttp_client(app)
     async with client.post("/s-1") as response:
@@ -214,7 +214,7 @@ async def test_it_is_said_once_for_each_coroutine(
         tasks.extend(asyncio.create_task(started()) for started in (limiter, refresher))
         return web.Response(status=202)
 
-    app = session_server(gateway.url)
+    app = pinned_server(gateway.url)
     app.router.add_post("/{session_id}", handler)
     client = await aiohttp_client(app)
     for number in range(4):
@@ -268,7 +268,7 @@ async def test_a_thread_that_has_inherited_the_context_is_late_for_all_others(
         await worker.ask(request.match_info["session_id"])
         return web.Response()
 
-    app = session_server(gateway.url)
+    app = pinned_server(gateway.url)
     app.router.add_post("/{session_id}", handler)
     worker = Worker(app[ROUTING], gateway)
     client = await aiohttp_client(app)
@@ -496,7 +496,7 @@ async def test_what_belongs_to_the_request_is_not_late(
     async def handle(request: web.Request) -> web.StreamResponse:
         return await handler(request, gateway)  # type: ignore[no-any-return]
 
-    app = session_server(gateway.url, on_late="raise", on_missing="raise")
+    app = pinned_server(gateway.url, on_late="raise", on_missing="raise")
     app.middlewares[:0] = middlewares
     app.router.add_post("/{session_id}", handle)
     client = await aiohttp_client(app)
@@ -536,7 +536,7 @@ async def test_the_next_request_on_a_connection_does_not_prolong_the_last_one(
         return web.Response()
 
     tasks: list[asyncio.Task[None]] = []
-    app = session_server(gateway.url)
+    app = pinned_server(gateway.url)
     app.router.add_post("/{session_id}", handler)
     client = await aiohttp_client(app)
     for number in range(2):
@@ -568,7 +568,7 @@ async def test_a_websocket_is_a_request_that_lasts(
                 await socket.send_str("done")
         return socket
 
-    app = session_server(gateway.url)
+    app = pinned_server(gateway.url)
     app.router.add_get("/{session_id}", handler)
     client = await aiohttp_client(app)
     async with client.ws_connect("/s-1") as socket:
@@ -601,7 +601,7 @@ async def test_a_client_that_disconnects_does_not_end_a_request_whose_handler_ru
             finished.set_result(None)
         return response
 
-    app = session_server(gateway.url, on_late="raise")
+    app = pinned_server(gateway.url, on_late="raise")
     app.router.add_post("/{session_id}", handler)
     client = await aiohttp_client(app)
     response = await client.post("/s-1")
@@ -664,7 +664,7 @@ async def test_a_request_is_over_while_its_connection_closes(
         has_begun.set()
         raise ZeroDivisionError
 
-    app = session_server(gateway.url)
+    app = pinned_server(gateway.url)
     app.router.add_post("/{session_id}", handler)
     server, authority = TestServer(app), trustme.CA()
     servers, clients = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()
@@ -712,7 +712,7 @@ async def test_a_handler_that_is_cancelled_when_its_client_disconnects_leaves_la
             raise
         return web.Response()
 
-    app = session_server(gateway.url)
+    app = pinned_server(gateway.url)
     app.router.add_post("/{session_id}", handler)
     server = TestServer(app)  # with handler_cancellation
     await server.start_server()
@@ -736,7 +736,7 @@ async def test_a_streamed_body_that_another_task_sends_has_the_session(
     gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
     """A time limit above the plugin runs the handler in a task; the body is sent outside of it."""
-    app = session_server(gateway.url, on_late="raise", on_missing="raise")
+    app = pinned_server(gateway.url, on_late="raise", on_missing="raise")
     app.middlewares.insert(0, with_a_time_limit)
     senders, handlers = [], []
 
@@ -782,7 +782,7 @@ async def test_a_block_above_a_time_limit_that_answers_in_it_keeps_its_session(
     async def handler(request: web.Request) -> web.StreamResponse:
         return await in_streamed_body(request, gateway)
 
-    app = session_server(gateway.url, on_late="raise")
+    app = pinned_server(gateway.url, on_late="raise")
     app.middlewares[:0] = [judging, with_a_time_limit]
     app.router.add_post("/{session_id}", handler)
     client = await aiohttp_client(app)
@@ -808,7 +808,7 @@ async def test_a_request_under_a_time_limit_ends_when_its_answer_is_sent(
         tasks.append(asyncio.create_task(straggler(request)))
         return web.Response()
 
-    app = session_server(gateway.url)
+    app = pinned_server(gateway.url)
     app.middlewares.insert(0, with_a_time_limit)
     app.router.add_post("/{session_id}", handler)
     client = await aiohttp_client(app)
@@ -855,7 +855,7 @@ async def test_a_pump_is_not_late_between_a_time_limit_and_the_answer(
         task = asyncio.create_task(pump())
         return web.Response(body=body())
 
-    app = session_server(gateway.url)
+    app = pinned_server(gateway.url)
     app.middlewares[:0] = [save_session, time_limit]
     app.router.add_post("/{session_id}", handler)
     client = await aiohttp_client(app)
@@ -891,7 +891,7 @@ async def test_what_a_middleware_above_a_time_limit_waits_for_is_not_late(
         await response.write_eof(b"chunk")
         return response
 
-    app = session_server(gateway.url)
+    app = pinned_server(gateway.url)
     app.middlewares[:0] = [waiting, with_a_time_limit]
     app.router.add_post("/{session_id}", handler)
     client = await aiohttp_client(app)
@@ -921,7 +921,7 @@ async def test_nested_apps_end_with_the_one_request_that_they_handle(
         tasks.append(asyncio.create_task(straggler(request)))
         return web.Response()
 
-    app, inner = session_server(gateway.url, session_id="query:outer"), web.Application()
+    app, inner = pinned_server(gateway.url, session_id="query:outer"), web.Application()
     inner.router.add_post("/", handler)
     setup(inner, RoutingConfig(gateway.url, session_id="query:inner"))
     app.add_subapp("/inner", inner)
@@ -939,7 +939,7 @@ async def test_nested_apps_end_with_the_one_request_that_they_handle(
 
 def nested(gateway: Recorder, handler: Handler, *middlewares: Any) -> web.Application:
     """Return an app with another one in it; both have the plugin, and only the outer finds ids."""
-    app = session_server(gateway.url, session_id="query:outer", on_late="raise")
+    app = pinned_server(gateway.url, session_id="query:outer", on_late="raise")
     app.middlewares[:0] = middlewares
     inner = web.Application()
     inner.router.add_post("/{session_id}", handler)
@@ -1002,7 +1002,7 @@ async def test_what_has_no_session_is_missing_and_not_late(
         tasks.append(asyncio.create_task(straggler(request)))
         return web.Response()
 
-    app = session_server(gateway.url)
+    app = pinned_server(gateway.url)
     app.router.add_post("/", handler)
     client = await aiohttp_client(app)
     async with client.post("/"):
@@ -1027,7 +1027,7 @@ async def test_a_late_call_to_somewhere_else_is_not_counted(
         tasks.append(asyncio.create_task(straggler(request)))
         return web.Response()
 
-    app = session_server(gateway.url, on_late="raise")
+    app = pinned_server(gateway.url, on_late="raise")
     app.router.add_post("/{session_id}", handler)
     client = await aiohttp_client(app)
     async with client.post("/s-1"):
@@ -1087,7 +1087,7 @@ async def jobs(
         tasks.append(asyncio.create_task(start(job)))
         return web.Response(status=202)
 
-    app = session_server(gateway.url, on_missing="raise")
+    app = pinned_server(gateway.url, on_missing="raise")
     app.router.add_post("/{session_id}", handler)
     client = await aiohttp_client(app)
     for number in range(3):
@@ -1138,7 +1138,7 @@ async def test_in_session_of_code_that_is_late_stays_late(
         tasks.append(asyncio.create_task(late(request)))
         return web.Response()
 
-    app = session_server(gateway.url)
+    app = pinned_server(gateway.url)
     app.router.add_post("/{session_id}", handler)
     client = await aiohttp_client(app)
     async with client.post("/s-1"):
@@ -1155,7 +1155,7 @@ async def test_a_routing_session_names_the_session_of_a_job(
     """One that late code enters itself, for each job."""
     go_on = asyncio.Event()
     tasks: list[asyncio.Task[None]] = []
-    app = session_server(gateway.url, on_late="raise")
+    app = pinned_server(gateway.url, on_late="raise")
 
     async def batcher() -> None:
         await go_on.wait()
@@ -1194,7 +1194,7 @@ async def test_a_task_that_is_made_within_a_block_has_its_session_named(
             tasks.append(asyncio.create_task(job(request)))
         return web.Response()
 
-    app = session_server(gateway.url, on_late="raise")
+    app = pinned_server(gateway.url, on_late="raise")
     app.router.add_post("/{session_id}", handler)
     client = await aiohttp_client(app)
     for number in range(3):
@@ -1229,7 +1229,7 @@ async def test_a_worker_that_is_started_when_the_app_starts_has_no_request_to_ou
         await done
         return web.Response()
 
-    app = session_server(gateway.url, on_late="raise", on_missing="raise")
+    app = pinned_server(gateway.url, on_late="raise", on_missing="raise")
     app.cleanup_ctx.append(worker)
     app.router.add_post("/{session_id}", handler)
     client = await aiohttp_client(app)
@@ -1264,7 +1264,7 @@ async def test_a_task_that_prepares_the_answers_of_others_has_none_of_their_sess
         response: web.StreamResponse = await answered
         return response
 
-    app = session_server(gateway.url)
+    app = pinned_server(gateway.url)
     app.cleanup_ctx.append(hub)
     app.router.add_post("/{session_id}", handler)
     client = await aiohttp_client(app)
@@ -1309,7 +1309,7 @@ async def test_a_request_that_was_cloned_on_the_way_is_one_request(
         await response.write(b"chunk")
         return response
 
-    app = session_server(gateway.url, on_late="raise")
+    app = pinned_server(gateway.url, on_late="raise")
     app.middlewares[:0] = middlewares
     app.router.add_post("/{session_id}/streams", streams)
     app.router.add_post("/{session_id}/prepares", prepares_elsewhere)
