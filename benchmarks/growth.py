@@ -12,13 +12,7 @@ from uuid import UUID
 from aiohttp import ClientSession, web
 from yarl import URL
 
-from aiohttp_smg_routing import (
-    ROUTING_KEY_HEADER,
-    Routing,
-    RoutingConfig,
-    routing_session,
-    setup,
-)
+from aiohttp_smg_routing import ROUTING_KEY_HEADER, Routing, RoutingConfig, routing_session, setup
 from aiohttp_smg_routing.ledger import Call
 from harness.agents import CHAT
 from harness.servers import serve

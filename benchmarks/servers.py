@@ -17,11 +17,10 @@ from yarl import URL
 
 from aiohttp_smg_routing.testing import free_ports
 from harness.processes import answering, command, local_url
+from harness.workers import models
 
 REPLY = "It is 42. " * 20
 
-_MODEL = {"id": "stub", "object": "model", "owned_by": "vllm", "root": "stub"}
-_MODELS = {"object": "list", "data": [{**_MODEL, "max_model_len": 4096}]}
 _COMPLETION = {
     "id": "chatcmpl-1",
     "object": "chat.completion",
@@ -136,7 +135,7 @@ class _Worker(asyncio.Protocol):
             lines = [[*key, turns] for key, turns in self._received.items()]
             self._received.clear()
             return _answer(lines)
-        return _answer(_MODELS)
+        return _answer(models())
 
 
 def _answer(document: object, headers: str = "") -> bytes:

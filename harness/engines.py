@@ -6,12 +6,11 @@
 Needs the extra ``engine``: ``pip install 'aiohttp_smg_routing[engine]'``.
 """
 
-import asyncio
 import os
 import signal
 import tempfile
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from yarl import URL
 
 from aiohttp_smg_routing.testing import free_ports
 
-from .processes import answering, command, local_url
+from .processes import answering, command, local_url, together
 
 # About 25 million parameters: 27 MB that a CPU core reads fast enough to chat with.
 _WIDTH, _BLOCKS, _HEADS, _KV_HEADS, _FEED_FORWARD = 512, 8, 8, 4, 1536
@@ -57,7 +56,7 @@ async def engines(
     does not start.
     """
     require_engine()
-    async with AsyncExitStack() as stack:
+    with ExitStack() as stack:
         if model is None:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="engines-"))
             model = Path(folder, "model.gguf")
@@ -70,13 +69,8 @@ async def engines(
             answering(url / "health", *command(serve, model=str(model), port=url.port, **size))
             for url in urls
         ]
-        # They start side by side. Where one fails, the others are waited for: a worker that came
-        # up after the end of the stack would be left behind.
-        starts = map(stack.enter_async_context, workers)
-        for outcome in await asyncio.gather(*starts, return_exceptions=True):
-            if isinstance(outcome, BaseException):
-                raise outcome
-        yield urls
+        async with together(workers):
+            yield urls
 
 
 def write_model(path: Path, *, seed: int = 7, blocks: int = _BLOCKS) -> None:

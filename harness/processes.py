@@ -10,7 +10,7 @@ import socket
 import sys
 import time
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import (
     AbstractAsyncContextManager,
     AsyncExitStack,
@@ -62,6 +62,22 @@ async def answering(url: URL, *argv: str) -> AsyncIterator[Process]:
 
         async with child_process(*argv, ready=ready) as process:
             yield process
+
+
+@asynccontextmanager
+async def together(contexts: Iterable[AbstractAsyncContextManager[T]]) -> AsyncIterator[list[T]]:
+    """Enter contexts side by side, and leave them at the end of the block.
+
+    Where one fails, the others are waited for: what came up after that would be left behind.
+    """
+    async with AsyncExitStack() as stack:
+        starts = map(stack.enter_async_context, contexts)
+        entered = []
+        for outcome in await asyncio.gather(*starts, return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                raise outcome
+            entered.append(outcome)
+        yield entered
 
 
 @asynccontextmanager

@@ -24,6 +24,12 @@ def copied(request: web.Request) -> Headers:
     return [pair for pair in request.headers.items() if pair[0].lower() not in _FRAMING]
 
 
+async def client_session(app: web.Application) -> AsyncIterator[None]:
+    """Keep a ``ClientSession`` under ``CLIENT`` for as long as the app runs."""
+    async with ClientSession() as app[CLIENT]:
+        yield
+
+
 def naive_proxy(
     upstream: URL, forward: Forward = copied, back: frozenset[str] = frozenset()
 ) -> Callable[[web.Request], Awaitable[web.Response]]:
@@ -49,11 +55,6 @@ def proxy_server(
 ) -> web.Application:
     """Return a session server in front of ``upstream`` that knows nothing of the plugin."""
     app = web.Application()
-
-    async def client_session(app: web.Application) -> AsyncIterator[None]:
-        async with ClientSession() as app[CLIENT]:
-            yield
-
     app.cleanup_ctx.append(client_session)
     for path in (f"/sessions/{{session_id}}/{CHAT}", f"/{CHAT}"):
         app.router.add_post(path, naive_proxy(upstream, forward, back))

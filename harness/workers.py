@@ -22,6 +22,7 @@ from yarl import URL
 from aiohttp_smg_routing.testing import (
     Answer,
     Call,
+    Recorder,
     canned,
     completion,
     failure,
@@ -31,10 +32,24 @@ from aiohttp_smg_routing.testing import (
 )
 
 from .agents import CHAT, Message
-from .processes import Restartable, answering, command, local_url
+from .processes import Restartable, answering, command, local_url, together
 
+MODEL = "stub"
 Fault = Literal["503", "cut off"]
 FAULTS: tuple[Fault, ...] = ("503", "cut off")
+
+
+def models(name: str = MODEL, owned_by: str = "vllm") -> dict[str, object]:
+    """Return what an engine answers to ``GET /v1/models``: SMG reads there which engine it is."""
+    model = {"id": name, "object": "model", "owned_by": owned_by, "root": name}
+    return {"object": "list", "data": [{**model, "max_model_len": 4096}]}
+
+
+@asynccontextmanager
+async def recorders(count: int) -> AsyncIterator[list[Recorder]]:
+    """Run workers in this process that keep what they receive, until the block ends."""
+    async with together(recording_gateway() for _ in range(count)) as started:
+        yield started
 
 
 class Received(NamedTuple):

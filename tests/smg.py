@@ -6,12 +6,7 @@ from importlib.metadata import version
 
 import pytest
 
-from aiohttp_smg_routing.testing import (
-    Call,
-    Recorder,
-    canned,
-    completion,
-)
+from aiohttp_smg_routing.testing import Call, Recorder, canned, completion
 
 SMG = tuple(map(int, version("smg").split(".")[:2]))
 

@@ -4,10 +4,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from aiohttp import web
+from aiohttp import ClientSession, web
 from aiohttp.test_utils import TestClient
 from yarl import URL
 
+from aiohttp_smg_routing import routing_session
 from aiohttp_smg_routing.testing import Call, Recorder
 from harness.agents import CHAT, chat
 
@@ -20,6 +21,15 @@ async def turn(client: "Client", session_id: str, turns: int = 1, **fields: obje
     body = chat(session_id, turns, **fields)
     async with client.post(f"/sessions/{session_id}/{CHAT}", json=body) as response:
         assert response.status == 200, await response.text()
+
+
+async def keys(
+    session: ClientSession, gateway: Recorder, session_id: str | None = "s-1"
+) -> list[bytes]:
+    """Call the gateway in a session; return the keys that arrived."""
+    with routing_session(session_id):
+        async with session.post(gateway.chat):
+            return gateway.last.keys
 
 
 def turns_of(*recorders: Recorder) -> list[Call]:

@@ -3,12 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import (
-    AbstractAsyncContextManager,
-    AsyncExitStack,
-    asynccontextmanager,
-    contextmanager,
-)
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from itertools import accumulate, cycle
 from threading import Thread
 from typing import TypeVar
@@ -17,9 +12,11 @@ from aiohttp import ClientSession, web
 from multidict import CIMultiDict
 from yarl import URL
 
+from harness import workers
+from harness.processes import together
 from harness.servers import serve
+from harness.workers import MODEL
 
-MODEL = "stub"
 CLIENT = web.AppKey("client", ClientSession)
 
 T = TypeVar("T")
@@ -35,11 +32,11 @@ async def stub_engines(
 
     ``kv_usage`` is how full the KV cache of each is, 0 to 1, in its metrics.
     """
-    async with AsyncExitStack() as stack:
-        apps = [engine(report=report) for _ in range(count)]
-        for app, usage in zip(apps, kv_usage, strict=False):
-            app.router.add_get("/metrics", _load(usage))
-        yield [await stack.enter_async_context(serve(app)) for app in apps]
+    apps = [engine(report=report) for _ in range(count)]
+    for app, usage in zip(apps, kv_usage, strict=False):
+        app.router.add_get("/metrics", _load(usage))
+    async with together(map(serve, apps)) as urls:
+        yield urls
 
 
 def engine(*, report: bool = True) -> web.Application:
@@ -75,8 +72,7 @@ def _load(kv_usage: float) -> Handler:
 
 
 async def models(request: web.Request) -> web.Response:
-    model = {"id": MODEL, "object": "model", "owned_by": "vllm", "root": MODEL}
-    return web.json_response({"object": "list", "data": [{**model, "max_model_len": 4096}]})
+    return web.json_response(workers.models())
 
 
 async def stream(request: web.Request, reply: str, usage: dict[str, object]) -> web.StreamResponse:

@@ -10,7 +10,6 @@ import signal
 import sys
 from asyncio.subprocess import Process
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from importlib.util import find_spec
@@ -40,6 +39,8 @@ from benchmarks.stream import PIECE, Chat, calls_of_a_stream, with_their_share
 from benchmarks.turn import ARMS, Caller, connected, conversation, long_turn
 from harness.proc import HAS_PROC, processes_in
 from harness.processes import running
+
+from ..stopping import SIGNALS, assert_stopped, until_it_says
 
 REACHED = Figure((1.0, 1.01, 1.02), "ratio", at_most=1.05)
 MISSED = Figure((1.1, 1.2, 1.3), "ratio", at_most=1.05)
@@ -436,13 +437,6 @@ def test_every_part_is_there(part: str) -> None:
 # The whole of it
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    """Yield a folder to run the benchmark in; nothing may be at work in it afterwards."""
-    yield tmp_path.resolve()
-    assert processes_in(tmp_path.resolve()) == {}
-
-
 def benchmark(folder: Path, *argv: str) -> AbstractAsyncContextManager[Process]:
     return running(folder, "-m", "benchmarks", *argv)
 
@@ -482,20 +476,13 @@ async def test_a_quick_run_shows_and_writes_the_same(folder: Path) -> None:
     assert [cells[0]["verdict"] for _, *cells in sessions[1:3]] == ["reached", "reached"]
 
 
-@pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
-)
+@SIGNALS
 async def test_a_signal_stops_it_and_all_that_it_started(
     number: signal.Signals, status: int, folder: Path
 ) -> None:
     async with benchmark(folder, "sessions") as process:
-        assert process.stdout is not None
-        while b"agents at once" not in (line := await process.stdout.readline()):
-            assert line, (await process.communicate())[1].decode()
+        await until_it_says(process, b"agents at once")
         if HAS_PROC:  # itself, the workers, the gateway and the session server
             assert len(processes_in(folder)) >= 4
-        process.send_signal(number)
-        _, err = await process.communicate()
-    assert process.returncode == status
-    assert err.decode() == f"Stopped by {number.name}; all processes are gone.\n"
+        await assert_stopped(process, number, status)
     assert os.listdir(folder) == []

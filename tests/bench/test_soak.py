@@ -25,13 +25,14 @@ from soak.agents import ErrorKind, Player, Report, Tally
 from soak.causes import causes
 from soak.run import Load, Outcome, alongside, compare_keys, descriptors_left
 
+from ..stopping import assert_stopped
+
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
+def folder(folder: Path) -> Iterator[Path]:
     """Yield a folder to run the soak in; nothing but its results may be left there afterwards."""
-    yield tmp_path.resolve()
-    assert processes_in(tmp_path.resolve()) == {}
-    assert {file.name for file in tmp_path.iterdir()} <= {"soak.json"}
+    yield folder
+    assert {file.name for file in folder.iterdir()} <= {"soak.json"}
 
 
 async def test_a_short_soak_loses_nothing(folder: Path) -> None:
@@ -62,10 +63,7 @@ async def test_a_soak_that_is_stopped_leaves_nothing_behind(folder: Path) -> Non
                 await asyncio.sleep(0.05)
 
         await asyncio.wait_for(until_it_serves(), 60)
-        process.send_signal(signal.SIGTERM)
-        _, err = await process.communicate()
-    assert process.returncode == 128 + signal.SIGTERM
-    assert b"Stopped by SIGTERM" in err
+        await assert_stopped(process, signal.SIGTERM, 143)
 
 
 def nothing_but_outages(outcome: Outcome) -> None:

@@ -5,14 +5,14 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
 import pytest
-from aiohttp import ClientSession, ClientTimeout, web
+from aiohttp import ClientTimeout, web
 from aiohttp.test_utils import TestClient, TestServer
 from yarl import URL
 
 from aiohttp_smg_routing import ROUTING, setup
 from aiohttp_smg_routing.testing import Answer, Call, SmgGateway, smg_gateway
 from harness.agents import Reply, chat
-from harness.proxies import CLIENT
+from harness.proxies import CLIENT, client_session
 
 from ..turns import assert_keys, turns_of
 from ..waiting import soon, until
@@ -96,10 +96,6 @@ def impatient_server(gateway: URL, **config: object) -> web.Application:
     The second call is made after the first was cancelled, in the same request.
     """
     app = web.Application()
-
-    async def client_session(app: web.Application) -> AsyncIterator[None]:
-        async with ClientSession() as app[CLIENT]:
-            yield
 
     async def handler(request: web.Request) -> web.Response:
         session_id, way = request.match_info["session_id"], request.match_info["way"]

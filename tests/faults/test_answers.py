@@ -12,15 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
-from aiohttp_smg_routing.testing import (
-    Answer,
-    Call,
-    Recorder,
-    answer,
-    completion,
-    redirect,
-    stream,
-)
+from aiohttp_smg_routing.testing import Answer, Call, Recorder, answer, completion, redirect, stream
 from harness.agents import Reply, chat
 from harness.proxies import pinned_server
 

@@ -1,12 +1,12 @@
 """The real gateway is killed in the midst of streams, and restarted with an empty sticky map."""
 
 import asyncio
-from contextlib import AsyncExitStack
 
 from yarl import URL
 
-from aiohttp_smg_routing.testing import Recorder, free_port, recording_gateway, smg_gateway
+from aiohttp_smg_routing.testing import Recorder, free_port, smg_gateway
 from harness.agents import Reply
+from harness.workers import recorders
 
 from ..turns import assert_keys, turns_of
 from .serving import SESSIONS, holding, watched_server
@@ -45,10 +45,9 @@ async def kill_and_restart(
 async def test_the_gateway_is_killed_in_the_midst_of_streams() -> None:
     outcomes = []
     for plugin in (True, False):
-        async with AsyncExitStack() as stack:
-            workers = [await stack.enter_async_context(recording_gateway()) for _ in range(3)]
-            release = stack.enter_context(holding(*workers))
-            turns = await kill_and_restart(workers, release, plugin=plugin)
+        async with recorders(3) as workers:
+            with holding(*workers) as release:
+                turns = await kill_and_restart(workers, release, plugin=plugin)
             assert_keys(turns_of(*workers), plugin=plugin)
         outcomes.append([[(got.status, got.whole) for got in turn] for turn in turns])
     assert outcomes[0] == outcomes[1]

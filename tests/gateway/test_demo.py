@@ -17,25 +17,24 @@ from harness.arms import Load, moved_sessions
 from harness.proc import HAS_PROC, processes_in
 from harness.processes import running
 
+from ..stopping import SIGNALS, assert_stopped, until_it_says
+
 SESSIONS, TURNS, WORKERS = 5, 3, 3
 OPTIONS = [f"--sessions={SESSIONS}", f"--turns={TURNS}", f"--workers={WORKERS}"]
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
+def folder(folder: Path) -> Iterator[Path]:
     """Yield a folder to run the demo in; nothing may be left in it or at work in it afterwards."""
-    yield tmp_path.resolve()
-    assert processes_in(tmp_path.resolve()) == {}
-    assert list(tmp_path.iterdir()) == []
+    yield folder
+    assert list(folder.iterdir()) == []
 
 
 @asynccontextmanager
 async def halfway(folder: Path) -> AsyncIterator[Process]:
     """Run the demo and enter the block once the agents are at work, with every server running."""
     async with running(folder, "-m", "demo", *OPTIONS) as process:
-        assert process.stdout is not None
-        while b"agents begin" not in (line := await process.stdout.readline()):
-            assert line, (await process.communicate())[1].decode()
+        await until_it_says(process, b"agents begin")
         yield process
 
 
@@ -63,9 +62,7 @@ async def test_the_demo_compares_both_arms(folder: Path) -> None:
     assert f"{SESSIONS} of {SESSIONS} sessions stayed on one worker" in " ".join(out.split())
 
 
-@pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
-)
+@SIGNALS
 async def test_a_signal_stops_the_demo_and_all_that_it_started(
     number: signal.Signals, status: int, folder: Path
 ) -> None:
@@ -73,10 +70,7 @@ async def test_a_signal_stops_the_demo_and_all_that_it_started(
         if HAS_PROC:
             # The demo, the engines, the gateway and the session server: else nothing is proven.
             assert len(processes_in(folder)) >= WORKERS + 3
-        process.send_signal(number)
-        _, err = await process.communicate()
-    assert process.returncode == status
-    assert err.decode() == f"Stopped by {number.name}; all processes are gone.\n"
+        await assert_stopped(process, number, status)
 
 
 @pytest.mark.skipif(not HAS_PROC, reason="there is no /proc")

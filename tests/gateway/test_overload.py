@@ -8,14 +8,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 import pytest
-from aiohttp import ClientSession
-from prometheus_client.parser import text_string_to_metric_families
 from pytest_aiohttp.plugin import AiohttpClient
 
 from aiohttp_smg_routing import ROUTING, PinLedger
 from aiohttp_smg_routing.testing import SmgGateway, smg_gateway
 from harness.proxies import pinned_server
 
+from ..series import samples_of
 from ..smg import SMG, names_workers
 from ..turns import forget, served, turn
 from .loaded import POLLS, Kind, LoadedWorker, loaded_workers, report
@@ -47,9 +46,7 @@ class Sessions:
 
     async def counts(self, name: str) -> float | None:
         """Return what a series of the gateway says, summed over its labels; None without it."""
-        async with ClientSession() as session, session.get(self.smg.metrics_url) as response:
-            families = text_string_to_metric_families(await response.text())
-        samples = [sample for family in families for sample in family.samples]
+        samples = await samples_of(self.smg.metrics_url)
         values = [sample.value for sample in samples if sample.name == name]
         return sum(values) if values else None
 

@@ -3,7 +3,7 @@
 import asyncio
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +21,11 @@ from aiohttp_smg_routing.testing import (
     StartSmgGateway,
     answer,
     canned,
-    recording_gateway,
     smg_gateway,
 )
 from harness.agents import chat
 from harness.proxies import CLIENT, pinned_server
+from harness.workers import models, recorders
 
 from ..smg import SMG, answer_when_all_are_there, names_workers
 from ..turns import turn, turns_of
@@ -41,9 +41,8 @@ def engine_of(model: str) -> Callable[[Call], Answer]:
 
     The gateway takes the first model alone that a worker names: none can serve two.
     """
-    entry = {"id": model, "object": "model", "owned_by": "vllm", "root": model}
-    models = answer({"object": "list", "data": [{**entry, "max_model_len": 4096}]})
-    return lambda call: models if call.path == "/v1/models" else canned(call)
+    named = answer(models(model))
+    return lambda call: named if call.path == "/v1/models" else canned(call)
 
 
 @dataclass
@@ -72,14 +71,12 @@ async def cluster(
     models: Sequence[str], policy: str = "manual", args: Sequence[str] = ()
 ) -> AsyncIterator[Cluster]:
     """Run the real gateway before two workers for each model."""
-    async with AsyncExitStack() as stack:
-        workers = []
-        for model in [*models, *models]:
-            workers.append(await stack.enter_async_context(recording_gateway()))
-            workers[-1].answer = engine_of(model)
+    async with recorders(2 * len(models)) as workers:
+        for worker, model in zip(workers, [*models, *models], strict=True):
+            worker.answer = engine_of(model)
         urls = [worker.url for worker in workers]
-        smg = await stack.enter_async_context(smg_gateway(urls, policy=policy, args=args))
-        yield Cluster(smg, workers)
+        async with smg_gateway(urls, policy=policy, args=args) as smg:
+            yield Cluster(smg, workers)
 
 
 async def play(aiohttp_client: AiohttpClient, app: web.Application, models: Sequence[str]) -> None:

@@ -14,12 +14,7 @@ from pytest_aiohttp.plugin import AiohttpClient
 from yarl import URL
 
 from aiohttp_smg_routing import ROUTING, PinSummary, Routing, RoutingConfig, routing_session
-from aiohttp_smg_routing.testing import (
-    SmgGateway,
-    StartSmgGateway,
-    free_port,
-    recording_gateway,
-)
+from aiohttp_smg_routing.testing import SmgGateway, StartSmgGateway, free_port, recording_gateway
 from aiohttp_smg_routing.testing import smg_gateway as run_smg_gateway
 from harness.agents import chat
 from harness.proxies import pinned_server

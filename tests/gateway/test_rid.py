@@ -5,14 +5,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
-from aiohttp import ClientSession
-from prometheus_client.parser import text_string_to_metric_families
 from pytest_aiohttp.plugin import AiohttpClient
 from yarl import URL
 
 from aiohttp_smg_routing.testing import SmgGateway, StartSmgGateway
 from harness.proxies import pinned_server
 
+from ..series import samples_of
 from ..smg import SMG
 from ..turns import assert_keys, forget, served, turn, turns_of
 
@@ -38,12 +37,9 @@ async def play(client: "Client", rid: Callable[[str, int], str]) -> None:
 
 async def key_sources(smg: SmgGateway) -> dict[str, int]:
     """Return what the gateway says that it took the key from, how often."""
-    async with ClientSession() as session, session.get(smg.metrics_url) as response:
-        families = text_string_to_metric_families(await response.text())
     return {
         sample.labels["source"]: int(sample.value)
-        for family in families
-        for sample in family.samples
+        for sample in await samples_of(smg.metrics_url)
         if sample.name == "smg_routing_key_source_total"
     }
 

@@ -2,14 +2,16 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 
 import pytest
 from aiohttp import ClientSession
 
 from aiohttp_smg_routing import PinSummary, Routing, routing_session
-from aiohttp_smg_routing.testing import Recorder, SmgGateway, recording_gateway, smg_gateway
+from aiohttp_smg_routing.testing import Recorder, SmgGateway, smg_gateway
 from harness.agents import chat
+from harness.processes import together
+from harness.workers import recorders
 
 from ..smg import names_workers
 from ..turns import assert_keys, served, turns_of
@@ -23,15 +25,9 @@ async def gateways(
     *workers: Sequence[Recorder], policy: str = "manual"
 ) -> AsyncIterator[list[SmgGateway]]:
     """Run a gateway before each of those lists of workers."""
-    async with AsyncExitStack() as stack:
-        contexts = [smg_gateway([worker.url for worker in its], policy=policy) for its in workers]
-        yield await asyncio.gather(*map(stack.enter_async_context, contexts))
-
-
-@asynccontextmanager
-async def recorders(count: int) -> AsyncIterator[list[Recorder]]:
-    async with AsyncExitStack() as stack:
-        yield [await stack.enter_async_context(recording_gateway()) for _ in range(count)]
+    urls = [[worker.url for worker in its] for its in workers]
+    async with together(smg_gateway(its, policy=policy) for its in urls) as started:
+        yield started
 
 
 async def play(both: Sequence[SmgGateway], *, turns: int = TURNS) -> Routing:

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from yarl import URL
 
 from aiohttp_smg_routing.testing import SmgGateway, smg_gateway
 from harness.engines import engines
+from harness.processes import together
 from harness.servers import serve, session_server
 
 from ..verify_servers import in_background, proxy, stub_engines
@@ -187,14 +188,12 @@ def test_proxy_that_drops_the_key_is_named(tmp_path: Path) -> None:
 def test_replicas_that_do_not_share_their_pins_are_seen(tmp_path: Path) -> None:
     @asynccontextmanager
     async def replicas() -> AsyncIterator[tuple[URL, SmgGateway]]:
-        async with AsyncExitStack() as stack:
-            urls = await stack.enter_async_context(stub_engines(3))
-            first, second = [
-                await stack.enter_async_context(smg_gateway(urls, policy="manual"))
-                for _ in range(2)
-            ]
-            app = proxy(first.url, second.url)
-            yield await stack.enter_async_context(serve(app)), first
+        async with (
+            stub_engines(3) as urls,
+            together(smg_gateway(urls, policy="manual") for _ in range(2)) as (first, second),
+            serve(proxy(first.url, second.url)) as url,
+        ):
+            yield url, first
 
     with in_background(replicas()) as (url, smg):
         run = verify(tmp_path, url, "--metrics", smg.metrics_url)

@@ -12,8 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from aiohttp import ClientSession, web
-from prometheus_client.parser import text_string_to_metric_families
+from aiohttp import web
 from pytest_aiohttp.plugin import AiohttpClient
 from yarl import URL
 
@@ -22,6 +21,7 @@ from aiohttp_smg_routing.testing import SmgGateway
 from harness.agents import WORKER_HEADER
 from harness.proxies import proxy_server
 
+from ..series import samples_of
 from .launch import FACTS, HEADER, is_pinned, launched, random_turn, served
 
 SESSIONS = [f"s-{number}" for number in range(24)]
@@ -58,13 +58,10 @@ async def play(aiohttp_client: AiohttpClient, gateway: SmgGateway) -> PinSummary
 async def choices(gateway: SmgGateway) -> Counter[str]:
     """Return how many choices of a worker the gateway counts for each policy."""
     [series] = FACTS["counts its choices in"]
-    async with ClientSession() as session, session.get(gateway.metrics_url) as response:
-        families = text_string_to_metric_families(await response.text())
     found: Counter[str] = Counter()
-    for family in families:
-        for sample in family.samples:
-            if sample.name == series:
-                found[sample.labels["policy"]] += int(sample.value)
+    for sample in await samples_of(gateway.metrics_url):
+        if sample.name == series:
+            found[sample.labels["policy"]] += int(sample.value)
     return found
 
 

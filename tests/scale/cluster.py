@@ -6,20 +6,15 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from itertools import cycle, islice
 
 from aiohttp import ClientSession, TCPConnector
 from yarl import URL
 
-from aiohttp_smg_routing.testing import (
-    Recorder,
-    SmgGateway,
-    recording_gateway,
-    smg_gateway,
-)
+from aiohttp_smg_routing.testing import Recorder, SmgGateway, smg_gateway
 from harness.agents import chat
-from harness.processes import answering, held_port, local_url
+from harness.processes import answering, held_port, local_url, together
 
 from ..turns import assert_keys, served, turns_of
 
@@ -29,20 +24,15 @@ AT_A_TIME = 15  # odd: sessions in step would meet the same of two gateways ever
 
 
 @asynccontextmanager
-async def workers() -> AsyncIterator[list[Recorder]]:
-    async with AsyncExitStack() as stack:
-        yield [await stack.enter_async_context(recording_gateway()) for _ in range(WORKERS)]
-
-
-@asynccontextmanager
 async def gateways(
     workers: Sequence[Recorder], policy: str, *args: str
 ) -> AsyncIterator[list[SmgGateway]]:
     """Run the gateways, all of them before all workers."""
     urls = [worker.url for worker in workers]
-    async with AsyncExitStack() as stack:
-        contexts = [smg_gateway(urls, policy=policy, args=args) for _ in range(GATEWAYS)]
-        yield await asyncio.gather(*map(stack.enter_async_context, contexts))
+    async with together(
+        smg_gateway(urls, policy=policy, args=args) for _ in range(GATEWAYS)
+    ) as started:
+        yield started
 
 
 async def kill(gateway: SmgGateway) -> None:
@@ -53,9 +43,8 @@ async def kill(gateway: SmgGateway) -> None:
 @asynccontextmanager
 async def server_processes(*told: URL) -> AsyncIterator[list[URL]]:
     """Run the session servers, each a process; ``told`` in turn are whom they call."""
-    async with AsyncExitStack() as stack:
-        contexts = [server_process(gateway) for gateway in islice(cycle(told), SERVERS)]
-        yield await asyncio.gather(*map(stack.enter_async_context, contexts))
+    async with together(map(server_process, islice(cycle(told), SERVERS))) as started:
+        yield started
 
 
 @asynccontextmanager

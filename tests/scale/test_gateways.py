@@ -9,9 +9,11 @@ import pytest
 
 from aiohttp_smg_routing.testing import smg_gateway
 from harness.proc import until_refused
+from harness.workers import recorders
 
 from .cluster import (
     SESSIONS,
+    WORKERS,
     branches,
     gateways,
     on_one_worker,
@@ -20,7 +22,6 @@ from .cluster import (
     served_with_keys,
     server_process,
     server_processes,
-    workers,
 )
 from .front import Balancer, before_gateways
 
@@ -29,7 +30,7 @@ TURNS = 6
 
 async def test_consistent_hashing_any_server_and_any_gateway_find_the_worker() -> None:
     async with (
-        workers() as behind,
+        recorders(WORKERS) as behind,
         gateways(behind, "consistent_hashing") as (first, second),
         server_processes(first.url, second.url) as servers,
     ):
@@ -58,7 +59,7 @@ async def test_manual_behind_a_hash_of_the_key_keeps_a_session_on_one_gateway_an
 
 async def test_manual_on_two_gateways_splits_sessions_when_each_server_has_its_own() -> None:
     async with (
-        workers() as behind,
+        recorders(WORKERS) as behind,
         gateways(behind, "manual") as both,
         server_processes(*(gateway.url for gateway in both)) as servers,
     ):
@@ -90,7 +91,7 @@ async def test_manual_on_two_gateways_splits_sessions_behind_round_robin(
 @pytest.mark.parametrize("policy", ["manual", "consistent_hashing"])
 async def test_a_session_server_that_is_killed_and_starts_again_moves_nothing(policy: str) -> None:
     async with (
-        workers() as behind,
+        recorders(WORKERS) as behind,
         smg_gateway([worker.url for worker in behind], policy=policy) as gateway,
         server_processes(gateway.url) as servers,
     ):

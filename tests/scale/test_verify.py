@@ -1,13 +1,14 @@
 """``verify`` before several gateways: a front that hashes the key, or one that does not."""
 
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 from yarl import URL
 
 from aiohttp_smg_routing.testing import smg_gateway
+from harness.processes import together
 from harness.proxies import pinned_server
 from harness.servers import serve
 
@@ -20,10 +21,10 @@ from .front import Balancer
 @asynccontextmanager
 async def gateways() -> AsyncIterator[list[tuple[URL, URL]]]:
     """Run them under ``manual``; each has its address, and that of its metrics."""
-    async with AsyncExitStack() as stack:
-        urls = await stack.enter_async_context(stub_engines(WORKERS))
-        contexts = [smg_gateway(urls, policy="manual") for _ in range(GATEWAYS)]
-        smgs = [await stack.enter_async_context(context) for context in contexts]
+    async with (
+        stub_engines(WORKERS) as urls,
+        together(smg_gateway(urls, policy="manual") for _ in range(GATEWAYS)) as smgs,
+    ):
         yield [(smg.url, smg.metrics_url) for smg in smgs]
 
 

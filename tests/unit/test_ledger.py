@@ -12,7 +12,7 @@ import textwrap
 import threading
 import tracemalloc
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,12 +78,6 @@ def by_worker(*workers: str) -> Callable[[Call], bytes]:
 def pin_of(pins: PinLedger, session_id: str) -> SessionPin:
     [pin] = pins.of(session_id)
     return pin
-
-
-@pytest.fixture
-async def outgoing() -> AsyncIterator[ClientSession]:
-    async with ClientSession() as session:
-        yield session
 
 
 async def turn(client: Any, session_id: str = "s-1") -> int:

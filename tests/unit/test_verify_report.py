@@ -11,12 +11,7 @@ from yarl import URL
 
 from aiohttp_smg_routing.verify.cause import Cause
 from aiohttp_smg_routing.verify.judge import Verdict, judge
-from aiohttp_smg_routing.verify.report import (
-    Bars,
-    show_plan,
-    show_seen,
-    show_verdict,
-)
+from aiohttp_smg_routing.verify.report import Bars, show_plan, show_seen, show_verdict
 from aiohttp_smg_routing.verify.seen import Counters, Failure, Outcome, Plan, Seen, Turn
 from aiohttp_smg_routing.verify.streams import lasting, terminal
 from harness.servers import serve

@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
 
 import pytest
-from aiohttp import ClientSession, web
+from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from pytest_aiohttp.plugin import AiohttpClient
 
@@ -31,7 +31,7 @@ from aiohttp_smg_routing import (
 from aiohttp_smg_routing.sources import Source
 from aiohttp_smg_routing.testing import Recorder
 from fuzz.laws import Shared
-from harness.proxies import CLIENT, pinned_server
+from harness.proxies import CLIENT, client_session, pinned_server
 
 JSON = {"Content-Type": "application/json"}
 LIMIT = 2**20  # client_max_size: how much of a body the handler takes
@@ -326,10 +326,6 @@ async def test_a_turn_that_grows_keeps_its_pin(
         session = request.config_dict[CLIENT]
         async with session.post(gateway.chat, data=request.content) as response:
             return web.Response(body=await response.read(), status=response.status)
-
-    async def client_session(app: web.Application) -> AsyncIterator[None]:
-        async with ClientSession() as app[CLIENT]:
-            yield
 
     app = web.Application(client_max_size=client_max_size)
     app.router.add_post("/", stream)

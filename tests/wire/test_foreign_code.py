@@ -28,17 +28,11 @@ from aiohttp_smg_routing import (
 from aiohttp_smg_routing.testing import Recorder, completion, redirect
 from harness.proxies import CLIENT, pinned_server
 
+from ..turns import keys
 from .test_never_silent import said
 
 PATH = "/sessions/s-1/v1/chat/completions"
 PLAIN: Any = ClientSession.__init__
-
-
-async def keys(session: ClientSession, wire: Recorder) -> list[bytes]:
-    """Call the gateway in a session; return the keys that arrived."""
-    with routing_session("s-1"):
-        async with session.post(wire.chat):
-            return wire.last.keys
 
 
 # What others put in the place of the constructor

@@ -53,6 +53,23 @@ async def post(session: ClientSession, wire: Recorder, session_id: str = "") -> 
         await response.read()
 
 
+class Late:
+    """Code that outlives the requests that start it."""
+
+    def __init__(self) -> None:
+        self.go_on = asyncio.Event()
+        self.tasks: list[asyncio.Task[None]] = []
+
+    def start(self, work: Coroutine[Any, Any, None]) -> None:
+        """Start a task, which is to wait for ``go_on``."""
+        self.tasks.append(asyncio.create_task(work))
+
+    async def finish(self) -> None:
+        """Let all of it come to its end."""
+        self.go_on.set()
+        await asyncio.gather(*self.tasks)
+
+
 class Batcher:
     """Makes the calls of all sessions in one task, which the first request starts."""
 
@@ -797,15 +814,14 @@ async def test_a_block_above_a_time_limit_that_answers_in_it_keeps_its_session(
 async def test_a_request_under_a_time_limit_ends_when_its_answer_is_sent(
     gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    go_on = asyncio.Event()
-    tasks: list[asyncio.Task[None]] = []
+    late = Late()
 
     async def straggler(request: web.Request) -> None:
-        await go_on.wait()
+        await late.go_on.wait()
         await call(request, gateway)
 
     async def handler(request: web.Request) -> web.Response:
-        tasks.append(asyncio.create_task(straggler(request)))
+        late.start(straggler(request))
         return web.Response()
 
     app = pinned_server(gateway.url)
@@ -815,8 +831,7 @@ async def test_a_request_under_a_time_limit_ends_when_its_answer_is_sent(
     for number in range(2):
         async with client.post(f"/s-{number}") as response:
             assert response.status == 200
-    go_on.set()
-    await asyncio.gather(*tasks)
+    await late.finish()
     assert_no_crosstalk(gateway, 2)
     assert app[ROUTING].pins.summary().late == 2
 
@@ -907,18 +922,17 @@ async def test_what_a_middleware_above_a_time_limit_waits_for_is_not_late(
 async def test_nested_apps_end_with_the_one_request_that_they_handle(
     gateway: Recorder, aiohttp_client: AiohttpClient, inner_has: bool
 ) -> None:
-    go_on = asyncio.Event()
-    tasks: list[asyncio.Task[None]] = []
+    late = Late()
 
     async def straggler(request: web.Request) -> None:
-        await go_on.wait()
+        await late.go_on.wait()
         async with request.config_dict[CLIENT].post(gateway.chat):
             pass
 
     async def handler(request: web.Request) -> web.Response:
         async with request.config_dict[CLIENT].post(gateway.chat):
             pass
-        tasks.append(asyncio.create_task(straggler(request)))
+        late.start(straggler(request))
         return web.Response()
 
     app, inner = pinned_server(gateway.url, session_id="query:outer"), web.Application()
@@ -929,8 +943,7 @@ async def test_nested_apps_end_with_the_one_request_that_they_handle(
     query = {"outer": "o", "inner": "i"} if inner_has else {"outer": "o"}
     async with client.post("/inner/", params=query) as response:
         assert response.status == 200
-    go_on.set()
-    await asyncio.gather(*tasks)
+    await late.finish()
     theirs, others = (inner, app) if inner_has else (app, inner)
     assert [sent.keys for sent in gateway.calls] == [[b"i" if inner_has else b"o"]] * 2
     assert theirs[ROUTING].pins.summary() == PinSummary(unknown=2, late=1, sessions=1)
@@ -966,15 +979,14 @@ async def test_nested_apps_under_a_time_limit_end_when_the_answer_is_sent(
 async def test_in_session_names_the_session_of_an_outer_app(
     gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    go_on = asyncio.Event()
-    tasks: list[asyncio.Task[None]] = []
+    late = Late()
 
     async def job(request: web.Request) -> None:
-        await go_on.wait()
+        await late.go_on.wait()
         await call(request, gateway)
 
     async def handler(request: web.Request) -> web.Response:
-        tasks.append(asyncio.create_task(in_session(job(request))))
+        late.start(in_session(job(request)))
         return web.Response()
 
     app = nested(gateway, handler)
@@ -982,8 +994,7 @@ async def test_in_session_names_the_session_of_an_outer_app(
     for number in range(3):
         async with client.post(f"/inner/s-{number}?outer=s-{number}"):
             pass
-    go_on.set()
-    await asyncio.gather(*tasks)
+    await late.finish()
     assert_no_crosstalk(gateway, 3)
     assert app[ROUTING].pins.summary() == PinSummary(unknown=3, sessions=3)
 
@@ -991,15 +1002,14 @@ async def test_in_session_names_the_session_of_an_outer_app(
 async def test_what_has_no_session_is_missing_and_not_late(
     gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    go_on = asyncio.Event()
-    tasks: list[asyncio.Task[None]] = []
+    late = Late()
 
     async def straggler(request: web.Request) -> None:
-        await go_on.wait()
+        await late.go_on.wait()
         await post(request.app[CLIENT], gateway)
 
     async def handler(request: web.Request) -> web.Response:
-        tasks.append(asyncio.create_task(straggler(request)))
+        late.start(straggler(request))
         return web.Response()
 
     app = pinned_server(gateway.url)
@@ -1007,24 +1017,22 @@ async def test_what_has_no_session_is_missing_and_not_late(
     client = await aiohttp_client(app)
     async with client.post("/"):
         pass
-    go_on.set()
-    await asyncio.gather(*tasks)
+    await late.finish()
     assert app[ROUTING].pins.summary() == PinSummary(untagged=1, missing=1)
 
 
 async def test_a_late_call_to_somewhere_else_is_not_counted(
     gateway: Recorder, elsewhere: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    go_on = asyncio.Event()
-    tasks: list[asyncio.Task[None]] = []
+    late = Late()
 
     async def straggler(request: web.Request) -> None:
-        await go_on.wait()
+        await late.go_on.wait()
         async with request.app[CLIENT].post(elsewhere.url / "telemetry"):
             pass
 
     async def handler(request: web.Request) -> web.Response:
-        tasks.append(asyncio.create_task(straggler(request)))
+        late.start(straggler(request))
         return web.Response()
 
     app = pinned_server(gateway.url, on_late="raise")
@@ -1032,8 +1040,7 @@ async def test_a_late_call_to_somewhere_else_is_not_counted(
     client = await aiohttp_client(app)
     async with client.post("/s-1"):
         pass
-    go_on.set()
-    await asyncio.gather(*tasks)
+    await late.finish()
     assert elsewhere.last.keys == []
     assert app[ROUTING].pins.summary().late == 0
 
@@ -1041,16 +1048,15 @@ async def test_a_late_call_to_somewhere_else_is_not_counted(
 async def test_a_middleware_alone_tells_late_code_from_other_code_too(
     gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    go_on = asyncio.Event()
-    tasks: list[asyncio.Task[None]] = []
+    late = Late()
     routing = Routing(RoutingConfig(gateway.url))
 
     async def straggler(request: web.Request) -> None:
-        await go_on.wait()
+        await late.go_on.wait()
         await call(request, gateway)
 
     async def handler(request: web.Request) -> web.StreamResponse:
-        tasks.append(asyncio.create_task(straggler(request)))
+        late.start(straggler(request))
         return await in_streamed_body(request, gateway)
 
     app = proxy_server(gateway.url)
@@ -1061,8 +1067,7 @@ async def test_a_middleware_alone_tells_late_code_from_other_code_too(
     async with client.post("/s-1") as response:
         await response.read()
     assert routing.pins.summary().late == 0
-    go_on.set()
-    await asyncio.gather(*tasks)
+    await late.finish()
     assert_no_crosstalk(gateway, 3)
     assert routing.pins.summary().late == 1
 
@@ -1076,15 +1081,14 @@ async def jobs(
     start: Callable[[Callable[[], Coroutine[Any, Any, None]]], Coroutine[Any, Any, None]],
 ) -> PinSummary:
     """Play three requests that each start a job, which calls when they have ended."""
-    go_on = asyncio.Event()
-    tasks: list[asyncio.Task[None]] = []
+    late = Late()
 
     async def handler(request: web.Request) -> web.Response:
         async def job() -> None:
-            await go_on.wait()
+            await late.go_on.wait()
             await call(request, gateway)
 
-        tasks.append(asyncio.create_task(start(job)))
+        late.start(start(job))
         return web.Response(status=202)
 
     app = pinned_server(gateway.url, on_missing="raise")
@@ -1093,8 +1097,7 @@ async def jobs(
     for number in range(3):
         async with client.post(f"/s-{number}") as response:
             assert response.status == 202
-    go_on.set()
-    await asyncio.gather(*tasks)
+    await late.finish()
     return app[ROUTING].pins.summary()
 
 
@@ -1126,16 +1129,15 @@ async def test_in_session_of_code_that_is_late_stays_late(
     gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
     """Else a batcher that wraps each call would name the first request's session for all."""
-    go_on = asyncio.Event()
-    tasks: list[asyncio.Task[None]] = []
+    late = Late()
 
-    async def late(request: web.Request) -> None:
-        await go_on.wait()
+    async def job(request: web.Request) -> None:
+        await late.go_on.wait()
         await in_session(call(request, gateway))
         await asyncio.create_task(in_session(in_session(call(request, gateway))))
 
     async def handler(request: web.Request) -> web.Response:
-        tasks.append(asyncio.create_task(late(request)))
+        late.start(job(request))
         return web.Response()
 
     app = pinned_server(gateway.url)
@@ -1143,8 +1145,7 @@ async def test_in_session_of_code_that_is_late_stays_late(
     client = await aiohttp_client(app)
     async with client.post("/s-1"):
         pass
-    go_on.set()
-    await asyncio.gather(*tasks)
+    await late.finish()
     assert_no_crosstalk(gateway, 2)
     assert app[ROUTING].pins.summary().late == 2
 
@@ -1153,19 +1154,18 @@ async def test_a_routing_session_names_the_session_of_a_job(
     gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
     """One that late code enters itself, for each job."""
-    go_on = asyncio.Event()
-    tasks: list[asyncio.Task[None]] = []
+    late = Late()
     app = pinned_server(gateway.url, on_late="raise")
 
     async def batcher() -> None:
-        await go_on.wait()
+        await late.go_on.wait()
         for number in range(3):
             async with routing_session(f"job-{number}"):
                 await post(app[CLIENT], gateway, f"job-{number}")
 
     async def handler(request: web.Request) -> web.Response:
-        if not tasks:
-            tasks.append(asyncio.create_task(batcher()))
+        if not late.tasks:
+            late.start(batcher())
         return web.Response()
 
     app.router.add_post("/{session_id}", handler)
@@ -1173,8 +1173,7 @@ async def test_a_routing_session_names_the_session_of_a_job(
     for number in range(2):
         async with client.post(f"/s-{number}"):
             pass
-    go_on.set()
-    await asyncio.gather(*tasks)
+    await late.finish()
     assert_no_crosstalk(gateway, 3)
     assert app[ROUTING].pins.summary() == PinSummary(unknown=3, sessions=3)
 
@@ -1182,16 +1181,15 @@ async def test_a_routing_session_names_the_session_of_a_job(
 async def test_a_task_that_is_made_within_a_block_has_its_session_named(
     gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    go_on = asyncio.Event()
-    tasks: list[asyncio.Task[None]] = []
+    late = Late()
 
     async def job(request: web.Request) -> None:
-        await go_on.wait()
+        await late.go_on.wait()
         await call(request, gateway)
 
     async def handler(request: web.Request) -> web.Response:
         with routing_session(request.match_info["session_id"]):
-            tasks.append(asyncio.create_task(job(request)))
+            late.start(job(request))
         return web.Response()
 
     app = pinned_server(gateway.url, on_late="raise")
@@ -1200,8 +1198,7 @@ async def test_a_task_that_is_made_within_a_block_has_its_session_named(
     for number in range(3):
         async with client.post(f"/s-{number}"):
             pass
-    go_on.set()
-    await asyncio.gather(*tasks)
+    await late.finish()
     assert_no_crosstalk(gateway, 3)
 
 

@@ -13,13 +13,7 @@ from aiohttp.abc import AbstractStreamWriter
 from aiohttp.test_utils import make_mocked_request
 from pytest_aiohttp.plugin import AiohttpClient
 
-from aiohttp_smg_routing import (
-    Routing,
-    RoutingConfig,
-    current_session_id,
-    routing_session,
-    setup,
-)
+from aiohttp_smg_routing import Routing, RoutingConfig, current_session_id, routing_session, setup
 from aiohttp_smg_routing.testing import Recorder
 from harness.proxies import CLIENT, pinned_server
 
@@ -322,12 +316,6 @@ def calling(*wires: Recorder) -> Handler:
         return web.Response(text=str(current_session_id()))
 
     return handler
-
-
-@pytest.fixture
-async def outgoing() -> AsyncIterator[ClientSession]:
-    async with ClientSession() as session:
-        yield session
 
 
 NESTED = {

@@ -27,7 +27,7 @@ from aiohttp_smg_routing import (
     setup,
 )
 from aiohttp_smg_routing.testing import Recorder, free_port, redirect
-from harness.proxies import CLIENT, pinned_server
+from harness.proxies import CLIENT, client_session, pinned_server
 
 PATH = "/sessions/s-1/v1/chat/completions"
 CHAT = "/v1/chat/completions"
@@ -53,12 +53,6 @@ async def started(app: web.Application) -> AsyncIterator[None]:
         yield
     finally:
         await runner.cleanup()
-
-
-@pytest.fixture
-async def outgoing() -> AsyncIterator[ClientSession]:
-    async with ClientSession() as session:
-        yield session
 
 
 def other_source(request: web.Request) -> str | None:
@@ -639,10 +633,6 @@ def without_hook(url: URL) -> web.Application:
     """Return a server whose own ClientSession has no hook."""
     app = web.Application()
     app.router.add_route("*", "/{session_id}", calling(url))
-
-    async def client_session(app: web.Application) -> AsyncIterator[None]:
-        async with ClientSession() as app[CLIENT]:
-            yield
 
     app.cleanup_ctx.append(client_session)
     return app

@@ -8,29 +8,17 @@ import pytest
 from aiohttp import ClientSession, web
 from pytest_aiohttp.plugin import AiohttpClient
 
-from aiohttp_smg_routing import (
-    ROUTING,
-    ConfigError,
-    PinSummary,
-    Routing,
-    RoutingConfig,
-    routing_session,
-    setup,
-)
+from aiohttp_smg_routing import ROUTING, ConfigError, PinSummary, Routing, RoutingConfig, setup
 from aiohttp_smg_routing.testing import Recorder, completion
 from benchmarks.counting import calls_into_plugin
 from harness.proxies import CLIENT, naive_proxy, pinned_server
+
+from ..turns import keys
 
 MOST_FUNCTIONS_OF_A_TURN = 12
 
 PATH = "/sessions/s-1/v1/chat/completions"
 WORKER = "http://10.0.0.1:8000"
-
-
-@pytest.fixture
-async def outgoing() -> AsyncIterator[ClientSession]:
-    async with ClientSession() as session:
-        yield session
 
 
 async def test_one_line_pins_a_session(gateway: Recorder, aiohttp_client: AiohttpClient) -> None:
@@ -196,13 +184,6 @@ async def test_client_session_may_name_several(
         await aiohttp_client(app)
         for session in (outgoing, other):
             assert await keys(session, gateway) == [b"s-1"]
-
-
-async def keys(session: ClientSession, wire: Recorder) -> list[bytes]:
-    """Call the gateway in a session; return the keys that arrived."""
-    with routing_session("s-1"):
-        async with session.post(wire.chat):
-            return wire.last.keys
 
 
 async def test_an_app_that_is_cleaned_up_leaves_no_hook(
