@@ -9,8 +9,7 @@ import pytest
 from aiohttp import ClientSession
 from yarl import URL
 
-from aiohttp_smg_routing.testing import child_process
-from aiohttp_smg_routing.testing.processes import free_ports
+from aiohttp_smg_routing.testing import child_process, free_ports
 from harness.servers import session_server
 
 from ..verify_servers import in_background, stub_engines

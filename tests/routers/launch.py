@@ -12,10 +12,11 @@ from typing import Any
 
 from yarl import URL
 
-from aiohttp_smg_routing.gateway import CHAT_COMPLETIONS
 from aiohttp_smg_routing.testing import Recorder, SmgGateway
 from aiohttp_smg_routing.testing.gateway import run_gateway
+from harness.agents import CHAT
 
+CHAT_PATH = f"/{CHAT}"
 PAGE = Path(__file__).parents[2] / "docs" / "gateways.md"
 
 _PROGRAMS = {
@@ -80,7 +81,7 @@ def random_turn(session: object) -> Mapping[str, object]:
     return {"model": "stub", "messages": [{"role": "user", "content": prompt(session)}]}
 
 
-def served(workers: Sequence[Recorder], path: str = CHAT_COMPLETIONS) -> dict[str, list[URL]]:
+def served_by_prompt(workers: Sequence[Recorder], path: str = CHAT_PATH) -> dict[str, list[URL]]:
     """Return the workers that received the calls of each session, by the prompts."""
     found = defaultdict(list)
     for worker in workers:

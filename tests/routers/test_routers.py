@@ -22,7 +22,7 @@ from harness.agents import WORKER_HEADER
 from harness.proxies import proxy_server
 
 from ..series import samples_of
-from .launch import FACTS, HEADER, is_pinned, launched, random_turn, served
+from .launch import FACTS, HEADER, is_pinned, launched, random_turn, served_by_prompt
 
 SESSIONS = [f"s-{number}" for number in range(24)]
 TURNS = 4
@@ -101,7 +101,7 @@ async def test_policy_pins_each_session(
 ) -> None:
     async with launched(launch) as gateway:
         summary = await play(aiohttp_client, gateway)
-        assert is_pinned(served(gateway.workers))
+        assert is_pinned(served_by_prompt(gateway.workers))
         assert is_pinned(by_key(gateway))
         assert {name: len(urls) for name, urls in by_key(gateway).items()} == {
             session_id.encode(): TURNS for session_id in SESSIONS
@@ -125,7 +125,7 @@ async def test_policy_does_not_pin(
 ) -> None:
     async with launched(launch) as gateway:
         summary = await play(aiohttp_client, gateway)
-        assert not is_pinned(served(gateway.workers))
+        assert not is_pinned(served_by_prompt(gateway.workers))
         if FACTS["names its worker in"]:
             later = summary.kept + summary.moved
             assert (summary.first, later) == (len(SESSIONS), CALLS - len(SESSIONS))

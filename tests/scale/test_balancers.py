@@ -14,17 +14,17 @@ from yarl import URL
 from aiohttp_smg_routing.testing import (
     Call,
     SmgGateway,
+    canned,
     failure,
     recording_gateway,
     smg_gateway,
     stream,
 )
-from aiohttp_smg_routing.testing.answers import canned
 from harness.agents import chat
 from harness.processes import held_port
 from harness.proxies import pinned_server
 
-from ..turns import forget
+from ..turns import assert_keys, forget, served, turns_of
 from .cluster import (
     SESSIONS,
     branches,
@@ -121,8 +121,9 @@ async def test_envoy_takes_a_gateway_out_that_says_that_it_is_ill_until_it_is_we
             for key in SESSIONS:
                 async with client.post(front.url / CHAT, json=chat(key), headers={KEY: key}):
                     pass
-            assert sorted([*served_with_keys(ill), *served_with_keys(well)]) == sorted(SESSIONS)
-            return list(served_with_keys(ill))
+            assert_keys(turns_of(ill, well))
+            assert sorted([*served(ill), *served(well)]) == sorted(SESSIONS)
+            return list(served(ill))
 
         async def until(wanted: Sequence[str]) -> None:
             while await came() != wanted:
