@@ -945,7 +945,7 @@ async def test_without_its_table_there_is_no_plugin(start: Start, upstream: Gate
 # The command line
 
 
-def write_settings(folder: Path, text: str) -> Path:
+def settings_file(folder: Path, text: str) -> Path:
     file = folder / "settings.toml"
     file.write_text(text)
     return file
@@ -991,7 +991,7 @@ def test_a_fault_in_the_settings_is_one_line_and_status_2(
     text: str,
     fault: str,
 ) -> None:
-    file = write_settings(tmp_path, text)
+    file = settings_file(tmp_path, text)
     assert run(monkeypatch, file) == 2
     output = capsys.readouterr()
     assert output.out == ""
@@ -1007,7 +1007,7 @@ def test_a_port_that_is_taken_is_one_line_and_status_2(
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        file = write_settings(tmp_path, f"{GATEWAY}[server]\nport = {port}")
+        file = settings_file(tmp_path, f"{GATEWAY}[server]\nport = {port}")
         assert run(monkeypatch, file) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"[server] cannot listen on 127.0.0.1:{port}: " in line
@@ -1020,7 +1020,7 @@ def test_a_missing_toml_reader_names_the_extra(
 ) -> None:
     name = "tomllib" if sys.version_info >= (3, 11) else "tomli"
     monkeypatch.setitem(sys.modules, name, None)
-    assert run(monkeypatch, write_settings(tmp_path, GATEWAY)) == 2
+    assert run(monkeypatch, settings_file(tmp_path, GATEWAY)) == 2
     assert "pip install 'aiohttp_smg_routing[demo]'" in capsys.readouterr().err
 
 
@@ -1051,7 +1051,7 @@ async def running(folder: Path, gateway: URL) -> AsyncIterator[tuple[Process, UR
         smg_routing = {{gateway = "{gateway}", client_session = "client_session"}}
     """
     program = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-W", "error", str(PROGRAM), str(write_settings(folder, text))),
+        *(sys.executable, "-W", "error", str(PROGRAM), str(settings_file(folder, text))),
         env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
         stdout=PIPE,
         stderr=PIPE,
