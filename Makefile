@@ -32,7 +32,7 @@ check: $(VENV)/check.installed ## In a minute and 150 MB: lint, types, and the t
 	$(BIN)/python -m pytest -n auto --dist worksteal $(QUICK)
 
 demo: $(VENV)/demo.installed ## Real engines, the real gateway, a session server and agents: the plugin on and off
-	@exec $(BIN)/python examples/demo.py
+	@exec $(BIN)/python -m demo
 
 bench: $(VENV)/bench.installed ## What the plugin costs and what pinning gains: PARTS="call cache" runs some of it
 	@exec $(BIN)/python -m benchmarks $(PARTS)

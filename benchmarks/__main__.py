@@ -10,7 +10,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from stopping import FAILURES, run_until_signal
+from harness.stopping import FAILURES, run_until_signal
 
 from .figures import Part
 
@@ -19,10 +19,11 @@ MISSING = "{}: pip install -e . --group bench"
 try:
     import click
     from rich.console import Console
-    from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bars
+    from rich.progress import TaskID, TextColumn
 
     from aiohttp_smg_routing.verify.options import output_file, picture_file
+    from harness import tables
 
     from .report import Results, machine, markdown, show, write_json
 except ModuleNotFoundError as error:
@@ -45,16 +46,9 @@ class Run:
 
     async def work(self, console: Console) -> None:
         """Measure part by part. A file gets a line for each, a terminal gets bars."""
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.percentage:>3.0f} %"),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[state]}"),
-        )
-        hidden = not console.is_interactive
+        columns = TextColumn("{task.percentage:>3.0f} %"), TextColumn("{task.fields[state]}")
         # No refresh from a thread: its CPU time would be one of what is measured in this process.
-        with Bars(*columns, console=console, disable=hidden, auto_refresh=False) as bars:
+        with tables.bars(console, *columns, auto_refresh=False) as bars:
             waiting = {
                 name: bars.add_task(f"{name:8}", start=False, total=1, state="")
                 for name in self.names
@@ -151,8 +145,7 @@ def main(
     Exit status: 0 it measured, whatever came out, 1 it failed, 2 it was called wrongly; 129, 130
     and 143 where a signal ended it.
     """
-    # rich would let FORCE_COLOR put control codes and moving bars into a file.
-    console = Console(force_terminal=sys.stdout.isatty(), highlight=False)
+    console = tables.console()
     if not console.is_terminal:
         console.width = WIDTH
     run = Run(list(dict.fromkeys(parts or PARTS)), quick)

@@ -22,10 +22,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
 
-from agents import PINNED, Arm, Load, Policy, Turn, play
-from engines import write_model
-
 from benchmarks.figures import Figure, Part, Progress, Table, Unit, ratios, shuffled
+from harness.arms import PINNED, Arm, Load, Policy, Turn, play
+from harness.engines import write_model
 
 NAME = "cache"
 TITLE = "The KV cache: pinned sessions against the gateway's other policies"

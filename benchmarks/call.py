@@ -20,11 +20,12 @@ from opentelemetry.sdk.trace import TracerProvider
 from yarl import URL
 
 from aiohttp_smg_routing import ROUTING_KEY_HEADER, Routing, RoutingConfig
+from harness.agents import CHAT
+from harness.servers import serve
 
 from .figures import Figure, Part, Progress, Table, Unit, ratios, step
 from .rounds import interleave
-from .server_under_test import serve
-from .servers import CHAT, upstream
+from .servers import upstream
 
 NAME = "call"
 TITLE = "An outgoing call"
@@ -141,7 +142,7 @@ async def _server(
         return web.Response(text=str((time.process_time() - begin) / CALLS))
 
     app.router.add_post("/sessions/{session_id}", handler)
-    return await serve(stack, app) / "sessions" / SESSION_ID
+    return await stack.enter_async_context(serve(app)) / "sessions" / SESSION_ID
 
 
 async def _cost(client: ClientSession, url: URL) -> float:

@@ -12,16 +12,16 @@ from uuid import UUID
 from aiohttp import ClientSession, web
 from yarl import URL
 
-from aiohttp_smg_routing import Routing, RoutingConfig, routing_session, setup
-from aiohttp_smg_routing.gateway import ROUTING_KEY_HEADER
+from aiohttp_smg_routing import ROUTING_KEY_HEADER, Routing, RoutingConfig, routing_session, setup
 from aiohttp_smg_routing.ledger import Call
+from harness.agents import CHAT
+from harness.servers import serve
 
 from .call import Arm, post
 from .counting import calls_into_plugin
 from .figures import Figure, Part, Progress, Table, ratios, step
 from .rounds import interleave
-from .server_under_test import serve
-from .servers import CHAT, upstream
+from .servers import upstream
 
 NAME = "growth"
 TITLE = "Many sessions, and a plugin that is off"
@@ -177,7 +177,7 @@ async def _disabled(
         agent = await stack.enter_async_context(ClientSession())
         arms: dict[str, Arm] = {}
         for arm in ("without", "disabled"):
-            url = await serve(stack, _app(gateway, arm)) / "sessions/s-1"
+            url = await stack.enter_async_context(serve(_app(gateway, arm))) / "sessions/s-1"
             arms[arm] = partial(_turns, agent, url)
         return await interleave(arms, rounds, told)
 
@@ -193,6 +193,6 @@ async def _calls_of_a_turn(gateway: URL, arm: str) -> int:
     """Return how many calls of the plugin's functions a turn makes, once all is warm."""
     async with AsyncExitStack() as stack:
         agent = await stack.enter_async_context(ClientSession())
-        url = await serve(stack, _app(gateway, arm)) / "sessions/s-1"
+        url = await stack.enter_async_context(serve(_app(gateway, arm))) / "sessions/s-1"
         await post(agent, url)
         return await calls_into_plugin(partial(post, agent, url))

@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from harness import tables
+
 from .figures import Figure, Part, Table, Verdict
 
 _PACKAGES = ("aiohttp_smg_routing", "aiohttp", "uvloop", "smg", "xllamacpp")
@@ -114,9 +116,7 @@ def _print(console: Console, text: str) -> None:
 
 
 def _rich(table: Table) -> RichTable:
-    shown = RichTable()
-    for place, column in enumerate(table.columns):
-        shown.add_column(column, justify="right" if place else "left")
+    shown = tables.table(*table.columns)
     for row in table.rows:
         shown.add_row(*map(_rich_cell, row))
     return shown

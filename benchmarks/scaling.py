@@ -11,17 +11,18 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from itertools import cycle
-from pathlib import Path
 from statistics import linear_regression
 
 from aiohttp import ClientSession, TCPConnector
 from yarl import URL
 
-from aiohttp_smg_routing.gateway import ROUTED_WORKER_HEADER, ROUTING_KEY_HEADER
+from aiohttp_smg_routing import ROUTING_KEY_HEADER
 from aiohttp_smg_routing.testing import SmgGateway, smg_gateway
+from harness.agents import CHAT, WORKER_HEADER
+from harness.proc import memory as memory_of
 
 from .report import machine
-from .servers import CHAT, stub_workers
+from .servers import stub_workers
 
 WORKERS = 8
 STEPS, STEP = 10, 5_000  # keys for the memory
@@ -49,7 +50,7 @@ async def play(
             headers = {ROUTING_KEY_HEADER: key}
             async with client.post(url / CHAT, json=BODY, headers=headers) as response:
                 await response.read()
-                found[key] = response.headers[ROUTED_WORKER_HEADER]
+                found[key] = response.headers[WORKER_HEADER]
 
     connector = TCPConnector(limit=0)
     async with ClientSession(connector=connector, raise_for_status=True) as client:
@@ -59,9 +60,10 @@ async def play(
 
 def resident(gateway: SmgGateway) -> int:
     """Return how many bytes of memory the gateway's process holds."""
-    status = Path(f"/proc/{gateway.process.pid}/status").read_text()
-    [line] = [line for line in status.splitlines() if line.startswith("VmRSS:")]
-    return int(line.split()[1]) * 1024
+    held = memory_of(gateway.process.pid)
+    if held is None:
+        raise RuntimeError("this system does not tell what memory a process holds")
+    return held
 
 
 def names(count: int, first: int = 0) -> list[str]:

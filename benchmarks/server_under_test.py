@@ -16,13 +16,14 @@ from typing import Any, Literal, cast
 import aiohttp
 from aiohttp import web
 from aiohttp.typedefs import Handler
-from session_server import CLIENT, make_app
 from yarl import URL
 
-from aiohttp_smg_routing import setup
-from aiohttp_smg_routing.testing import free_ports
-
-from .servers import CHAT, child
+from aiohttp_smg_routing import ROUTING_KEY_HEADER, setup
+from aiohttp_smg_routing.testing import child_process, free_ports
+from examples.session_server import CLIENT, make_app
+from harness.agents import CHAT
+from harness.processes import command, local_url
+from harness.servers import serve
 
 Loop = Literal["asyncio", "uvloop"]
 Kind = Literal["whole", "barest"]
@@ -33,14 +34,14 @@ Arm = Literal[
     "plugin",
 ]
 
-KEY = "X-SMG-Routing-Key"
+KEY = str(ROUTING_KEY_HEADER)
 SSE = "text/event-stream"
 
 _CLIENT = web.AppKey("client_session", aiohttp.ClientSession)
 
 
 @dataclass(frozen=True, slots=True)
-class SessionServer:
+class ServerUnderTest:
     """A session server in another process: where each of its arms listens."""
 
     urls: dict[Arm, URL]
@@ -54,9 +55,9 @@ class SessionServer:
 
 
 @asynccontextmanager
-async def session_server(
+async def server_under_test(
     gateway: URL, arms: Sequence[Arm], *, kind: Kind = "barest", loop: Loop = "asyncio"
-) -> AsyncIterator[SessionServer]:
+) -> AsyncIterator[ServerUnderTest]:
     """Run a session server before ``gateway``, with all ``arms``; enter the block once they listen.
 
     An arm answers ``POST /sessions/{session_id}/v1/chat/completions``; the whole server wants
@@ -73,13 +74,12 @@ async def session_server(
             return False
         return True
 
-    spec = {"gateway": str(gateway), "ports": ports, "control": control, "kind": kind}
-    async with child(__name__, ready, loop=loop, **spec):
-        (reader, writer), urls = connected[-1], {}
-        for arm, port in ports.items():
-            urls[arm] = URL(f"http://127.0.0.1:{port}")
+    told = {"gateway": str(gateway), "ports": ports, "control": control, "kind": kind}
+    async with child_process(*command(main, loop=loop, **told), ready=ready):
+        reader, writer = connected[-1]
+        urls = {arm: local_url(port) for arm, port in ports.items()}
         try:
-            yield SessionServer(urls, reader, writer)
+            yield ServerUnderTest(urls, reader, writer)
         finally:
             writer.close()
 
@@ -167,29 +167,17 @@ class _Control(asyncio.Protocol):
         self._transport.write(f"{time.process_time():.9f}\n".encode())
 
 
-async def serve(stack: AsyncExitStack, app: web.Application) -> URL:
-    """Run ``app`` in this process until ``stack`` ends; return where it listens."""
-    runner = web.AppRunner(app, access_log=None)
-    await runner.setup()
-    stack.push_async_callback(runner.cleanup)
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    host, port = runner.addresses[0]
-    return URL(f"http://{host}:{port}")
-
-
 async def _run(gateway: str, ports: dict[Arm, int], control: int, kind: Kind) -> None:
     app = whole_app if kind == "whole" else barest_app
-    runners = []  # kept: uvloop closes a server that nobody holds
-    for arm, port in ports.items():
-        runner = web.AppRunner(app(URL(gateway), arm), access_log=None, handler_cancellation=True)
-        runners.append(runner)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", port, backlog=1024).start()
-    gc.collect()
-    gc.freeze()
-    loop = asyncio.get_running_loop()
-    server = await loop.create_server(_Control, "127.0.0.1", control)
-    await server.serve_forever()  # until it is killed
+    async with AsyncExitStack() as stack:
+        for arm, port in ports.items():
+            running = serve(app(URL(gateway), arm), port, handler_cancellation=True)
+            await stack.enter_async_context(running)
+        gc.collect()
+        gc.freeze()
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(_Control, "127.0.0.1", control)
+        await server.serve_forever()  # until it is killed
 
 
 def main(loop: Loop, gateway: str, ports: dict[Arm, int], control: int, kind: Kind) -> None:

@@ -6,25 +6,21 @@ They are another process, and bare protocols, so that the machine's time goes to
 import asyncio
 import json
 import re
-import sys
-from asyncio.subprocess import Process
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import cast
 
 import aiohttp
 from yarl import URL
 
-from aiohttp_smg_routing.testing import child_process, free_ports
+from aiohttp_smg_routing.testing import free_ports
+from harness.processes import answering, command, local_url
+from harness.workers import models
 
-CHAT = "v1/chat/completions"
 REPLY = "It is 42. " * 20
 
-_MODEL = {"id": "stub", "object": "model", "owned_by": "vllm", "root": "stub"}
-_MODELS = {"object": "list", "data": [{**_MODEL, "max_model_len": 4096}]}
 _COMPLETION = {
     "id": "chatcmpl-1",
     "object": "chat.completion",
@@ -43,18 +39,10 @@ _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 _ROUTING_KEY = re.compile(rb"\r\nx-smg-routing-key: *([^\r]*)", re.IGNORECASE)
 _USER = re.compile(rb'"user": ?"([^"]*)"')
 
-# Not by -m alone: the folder that the benchmark was started in must not matter.
-_RUN = f"""\
-import json, sys
-sys.path.insert(0, {str(Path(__file__).resolve().parents[1])!r})
-from importlib import import_module
-import_module(sys.argv[1]).main(**json.loads(sys.argv[2]))
-"""
-
 
 @dataclass(frozen=True, slots=True)
-class Received:
-    """Turns that a worker received from one session: ``user`` is what the body says it is."""
+class Counted:
+    """How many turns a worker received from one session; ``user`` is what the body says it is."""
 
     worker: int
     user: str
@@ -68,13 +56,13 @@ class Workers:
 
     urls: tuple[URL, ...]
 
-    async def received(self) -> list[Received]:
+    async def received(self) -> list[Counted]:
         """Return what the workers have received since they were last asked."""
         async with (
             aiohttp.ClientSession(raise_for_status=True) as session,
             session.get(self.urls[0] / "received") as response,
         ):
-            return [Received(*line) for line in await response.json()]
+            return [Counted(*line) for line in await response.json()]
 
 
 def content_length(head: bytes) -> int:
@@ -103,22 +91,9 @@ async def stub_workers(count: int) -> AsyncIterator[Workers]:
 @asynccontextmanager
 async def _workers(count: int, *, record: bool) -> AsyncIterator[Workers]:
     ports = free_ports(count)
-    urls = tuple(URL(f"http://127.0.0.1:{port}") for port in ports)
-    async with aiohttp.ClientSession() as session:
-
-        async def ready() -> bool:
-            async with session.get(urls[-1] / "health") as response:
-                return response.ok
-
-        async with child(__name__, ready, ports=ports, record=record):
-            yield Workers(urls)
-
-
-def child(
-    module: str, ready: Callable[[], Awaitable[bool]], **spec: object
-) -> AbstractAsyncContextManager[Process]:
-    """Run ``main(**spec)`` of a module in another process until the block ends."""
-    return child_process(sys.executable, "-c", _RUN, module, json.dumps(spec), ready=ready)
+    urls = tuple(map(local_url, ports))
+    async with answering(urls[-1] / "health", *command(main, ports=ports, record=record)):
+        yield Workers(urls)
 
 
 class _Worker(asyncio.Protocol):
@@ -160,7 +135,7 @@ class _Worker(asyncio.Protocol):
             lines = [[*key, turns] for key, turns in self._received.items()]
             self._received.clear()
             return _answer(lines)
-        return _answer(_MODELS)
+        return _answer(models())
 
 
 def _answer(document: object, headers: str = "") -> bytes:

@@ -14,9 +14,9 @@ from aiohttp_smg_routing.testing import SmgGateway, smg_gateway
 
 from .figures import Figure, Part, Progress, Table, Unit, ratios, step
 from .rounds import interleave
-from .server_under_test import Arm, session_server
-from .servers import Received, Workers, stub_workers
-from .turn import Agent, connected
+from .server_under_test import Arm, server_under_test
+from .servers import Counted, Workers, stub_workers
+from .turn import Caller, connected
 
 NAME = "sessions"
 TITLE = "Many sessions on the real gateway"
@@ -47,7 +47,7 @@ class Play:
     """One arm: its agents, the sessions that they have played, what the gateway counted."""
 
     arm: Arm
-    agents: Sequence[Agent]
+    agents: Sequence[Caller]
     sessions: int = 0
     branches: Counter[str] = field(default_factory=Counter)
 
@@ -72,7 +72,7 @@ class Play:
         return seconds / (len(names) * TURNS)
 
 
-async def play(agent: Agent, session_id: str) -> None:
+async def play(agent: Caller, session_id: str) -> None:
     """Play a session; its name in the body tells the worker whose turn it is, key or not."""
     messages = []
     for turn in range(TURNS):
@@ -108,10 +108,10 @@ async def bench() -> AsyncIterator[Bench]:
         smg_gateway(
             workers.urls, policy="manual", args=("--assignment-mode", "min_group")
         ) as gateway,
-        session_server(gateway.url, ARMS) as server,
+        server_under_test(gateway.url, ARMS) as server,
         AsyncExitStack() as stack,
     ):
-        plays = {arm: Play(arm, [Agent() for _ in range(AT_ONCE)]) for arm in ARMS}
+        plays = {arm: Play(arm, [Caller() for _ in range(AT_ONCE)]) for arm in ARMS}
         for arm, url in server.urls.items():
             await stack.enter_async_context(connected(plays[arm].agents, url))
         yield Bench(workers, gateway, plays, await gateway.branches())
@@ -146,7 +146,7 @@ def speed(costs: Sequence[Mapping[str, float]]) -> Table:
     return Table("Turns per second", ("", "turns/s", "plugin / this"), tuple(rows))
 
 
-def pins(plays: Mapping[Arm, Play], received: Sequence[Received]) -> Table:
+def pins(plays: Mapping[Arm, Play], received: Sequence[Counted]) -> Table:
     """Return what the workers received and the gateway counted; the plugin's has to be perfect."""
     workers: defaultdict[str, set[int]] = defaultdict(set)
     turns: Counter[str] = Counter()

@@ -12,10 +12,12 @@ from typing import cast
 
 from yarl import URL
 
+from harness.servers import serve
+
 from .counting import calls_into_plugin
 from .figures import Figure, Part, Progress, Table, ratios, step
 from .rounds import interleave, on_one_cpu
-from .server_under_test import SSE, Arm, Loop, SessionServer, barest_app, serve, session_server
+from .server_under_test import SSE, Arm, Loop, ServerUnderTest, barest_app, server_under_test
 from .servers import content_length
 from .turn import Connection, connected
 
@@ -154,7 +156,7 @@ async def engine(chats: Mapping[str, Chat]) -> AsyncIterator[URL]:
         server.close()
 
 
-def arm_of(server: SessionServer, chat: Chat, chunks: int) -> Callable[[], Awaitable[float]]:
+def arm_of(server: ServerUnderTest, chat: Chat, chunks: int) -> Callable[[], Awaitable[float]]:
     """Return what plays the next piece of a stream, and returns the server's CPU seconds.
 
     The piece that begins a stream ends the one before, too.
@@ -178,7 +180,7 @@ async def measure(
     chats: dict[str, Chat] = {arm: Chat(arm) for arm in ARMS}
     async with (
         engine(chats) as gateway,
-        session_server(gateway, ARMS, loop=loop) as server,
+        server_under_test(gateway, ARMS, loop=loop) as server,
         AsyncExitStack() as stack,
     ):
         arms: dict[str, Callable[[], Awaitable[float]]] = {}
@@ -202,7 +204,7 @@ async def calls_of_a_stream(chunks: int) -> int:
         await chat.end()
 
     async with engine({"plugin": chat}) as gateway, AsyncExitStack() as stack:
-        url = await serve(stack, barest_app(gateway, "plugin"))
+        url = await stack.enter_async_context(serve(barest_app(gateway, "plugin")))
         async with connected([chat], url):
             await turn(1)
             return await calls_into_plugin(partial(turn, chunks))

@@ -13,10 +13,12 @@ from typing import cast
 
 from yarl import URL
 
+from harness.agents import CHAT
+
 from .figures import Figure, Part, Progress, Table, ratios, step
 from .rounds import added_up, interleave
-from .server_under_test import KEY, Arm, Kind, Loop, SessionServer, session_server
-from .servers import CHAT, REPLY, content_length, upstream
+from .server_under_test import KEY, Arm, Kind, Loop, ServerUnderTest, server_under_test
+from .servers import REPLY, content_length, upstream
 
 NAME = "turn"
 TITLE = "A proxied turn through a session server"
@@ -97,7 +99,7 @@ class Connection(asyncio.Protocol):
         self._transport.close()
 
 
-class Agent(Connection):
+class Caller(Connection):
     """An agent that spends as little time as it can on an answer."""
 
     def __init__(self) -> None:
@@ -153,7 +155,7 @@ async def connected(agents: Sequence[Connection], server: URL) -> AsyncIterator[
             agent.close()
 
 
-def chat(user: str, characters: int) -> bytes:
+def long_turn(user: str, characters: int) -> bytes:
     """Return the body of a turn whose conversation is so long by now."""
     messages = [{"role": "user", "content": "x" * characters}]
     return json.dumps({"model": "stub", "user": user, "messages": messages}).encode()
@@ -185,8 +187,8 @@ class Play:
 
     arm: Arm
     kind: Kind
-    server: SessionServer
-    agents: Sequence[Agent]
+    server: ServerUnderTest
+    agents: Sequence[Caller]
     bodies: Sequence[bytes]
 
     def chunk(self) -> Callable[[], Awaitable[float]]:
@@ -200,7 +202,7 @@ class Play:
             place = next(places)
             if place == 0:
                 names[:] = [f"rollout-{next(sessions):06}" for _ in self.agents]
-                await self._all(Agent.begin, names)
+                await self._all(Caller.begin, names)
             before = await self.server.cpu_seconds()
             await asyncio.gather(
                 *(
@@ -210,7 +212,7 @@ class Play:
             )
             cost = await self.server.cpu_seconds() - before
             if place == len(self.bodies) - 1:
-                await self._all(Agent.end, names)
+                await self._all(Caller.end, names)
             return cost / len(self.agents)
 
         return turn
@@ -222,7 +224,7 @@ class Play:
         return OPENAI_HEADERS + (f"{KEY}: {name}\r\n" if by_hand else "")
 
     async def _all(
-        self, request: Callable[[Agent, str], Awaitable[None]], names: Sequence[str]
+        self, request: Callable[[Caller, str], Awaitable[None]], names: Sequence[str]
     ) -> None:
         if self.kind == "whole":
             await asyncio.gather(*map(request, self.agents, names))
@@ -232,15 +234,15 @@ async def measure(
     kind: Kind, loop: Loop, sessions: int, step: Callable[[float], None]
 ) -> list[dict[str, float]]:
     """Return what a turn cost, for each of ``sessions`` of an agent, on that event loop."""
-    bodies = conversation(TURNS) if kind == "whole" else [chat("s", SHORT)] * TURNS
+    bodies = conversation(TURNS) if kind == "whole" else [long_turn("s", SHORT)] * TURNS
     async with (
         upstream() as gateway,
-        session_server(gateway, ARMS[kind], kind=kind, loop=loop) as server,
+        server_under_test(gateway, ARMS[kind], kind=kind, loop=loop) as server,
         AsyncExitStack() as stack,
     ):
         arms: dict[str, Callable[[], Awaitable[float]]] = {}
         for arm, url in server.urls.items():
-            agents = [Agent() for _ in range(AGENTS)]
+            agents = [Caller() for _ in range(AGENTS)]
             await stack.enter_async_context(connected(agents, url))
             arms[arm] = Play(arm, kind, server, agents, bodies).chunk()
         # Wherever a session begins in them: so many rounds in a row are a turn of each kind.

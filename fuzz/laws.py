@@ -135,19 +135,16 @@ def config(mapping: Mapping[str, Any]) -> None:
         law(again == made and hash(again) == hash(made), mapping)
     routing = Routing(replace(made, metrics=None, metrics_registry=None))
     for url in (URL("http://gw"), URL("http://gw/")):
-        law(routing._rules.gateway_of("POST", url) is None, mapping)
+        law(not carries(routing, "POST", url), mapping)
     for gateway in made.gateway:
         for path in made.paths:
             url = URL(f"{gateway}{path}", encoded=True)
-            tagged = routing._rules.gateway_of("POST", url) is not None
-            law(tagged == made.enabled, mapping)
+            law(carries(routing, "POST", url) == made.enabled, mapping)
 
 
 def matcher(method: str, url: URL, session_id: str, headers: Sequence[tuple[str, str]]) -> None:
     """Ask that a call to the gateway has one key, and that no other call is tagged."""
-    tagged = ROUTING._rules.gateway_of(method, url) is not None
-    explained = ROUTING.explain(method, url)
-    law((" carries X-SMG-Routing-Key" in explained) == tagged, method, url, explained)
+    tagged, explained = carries(ROUTING, method, url), ROUTING.explain(method, url)
     law((" goes out without a key: " in explained) != tagged, method, url, explained)
     with routing_session(session_id):
         arrived = sent(ROUTING, method, url, headers)
@@ -173,6 +170,11 @@ def matcher(method: str, url: URL, session_id: str, headers: Sequence[tuple[str,
     if text.isprintable() and " " not in text and read.port != 0:
         law(tagged == meant, method, url)
     law(meant or not tagged, method, url)
+
+
+def carries(routing: Routing, method: str, url: URL) -> bool:
+    """Tell whether the plugin says that such a call carries a key."""
+    return f" carries {routing.config.header}," in routing.explain(method, url)
 
 
 def sent(

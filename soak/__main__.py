@@ -7,15 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from stopping import exit_status
+from harness.stopping import exit_status
 
 from .run import GATEWAY_KILLS, SERVER_KILLS, WORKER_KILLS, Load, Outcome, soak
 
 try:
     from rich.box import MARKDOWN
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.table import Table
+
+    from harness import tables
 except ModuleNotFoundError as error:
     sys.exit(f"{error}: pip install -e . --group demo")
 
@@ -25,9 +25,8 @@ MIB = 2**20
 
 async def run(loads: list[Load], console: Console) -> list[Outcome]:
     """Play one load after the other. A terminal gets a bar for each."""
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), TimeElapsedColumn())
     outcomes = []
-    with Progress(*columns, console=console, disable=not console.is_interactive) as bars:
+    with tables.bars(console) as bars:
         for load in loads:
             bar = bars.add_task(name(load), total=load.all_turns)
 
@@ -79,9 +78,7 @@ def row_values(outcome: Outcome) -> dict[str, Any]:
 
 def report(console: Console, outcomes: list[Outcome]) -> int:
     """Print what came of the loads; return the exit status."""
-    table = Table("", *(name(outcome.load) for outcome in outcomes), box=MARKDOWN)
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = tables.table("", *(name(outcome.load) for outcome in outcomes), box=MARKDOWN)
     columns = [row_values(outcome) for outcome in outcomes]
     for label in columns[0]:
         values = (column[label] for column in columns)
@@ -119,14 +116,6 @@ async def play(loads: list[Load], console: Console, file: Path | None) -> int:
     return report(console, outcomes)
 
 
-def at_least_one(text: str) -> int:
-    """Read an option."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is less than 1")
-    return number
-
-
 def main() -> int:
     """Run the soak that the command line asks for; return its exit status."""
     parser = argparse.ArgumentParser(
@@ -139,16 +128,16 @@ def main() -> int:
         "its connections are closed at the end.",
     )
     for option, default in (("sessions", 10_000), ("turns", 10), ("at-a-time", 256)):
-        parser.add_argument(f"--{option}", type=at_least_one, default=default, help="(%(default)s)")
+        read = tables.at_least(1)
+        parser.add_argument(f"--{option}", type=read, default=default, help="(%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="of all that is random (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="has all that was counted")
     options = vars(parser.parse_args())
     file: Path | None = options.pop("json")
     load = Load(**options)
     smaller = options | {"sessions": -(-load.sessions // DEBUG_SHARE)}
-    # rich would let FORCE_COLOR put control codes and moving bars into a file.
-    console = Console(force_terminal=sys.stdout.isatty(), highlight=False)
-    return exit_status("soak", play([load, Load(**smaller, debug=True)], console, file))
+    loads = [load, Load(**smaller, debug=True)]
+    return exit_status("soak", play(loads, tables.console(), file))
 
 
 if __name__ == "__main__":

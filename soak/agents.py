@@ -1,20 +1,20 @@
 """Agents that play sessions, hang up now and then, and check what the session server kept."""
 
 import asyncio
-import json
 import time
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from random import Random
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import aiohttp
-from yarl import URL
 
-from .servers import Restartable
-from .worker import reply_text
+from harness.agents import Agent, Message, Reply, Transcript
+from harness.processes import Restartable
+from harness.workers import reply_text
 
-Message = dict[str, str]
+T = TypeVar("T")
 Outcome = Literal["answered", "reported", "hung up", "lost", "crosstalk"]
 ErrorKind = Literal["cut off", "gateway's", "other"]
 
@@ -25,6 +25,7 @@ HANG_UPS = 0.02  # the share of the turns that an agent hangs up in
 PAUSE_SECONDS = 1  # of an agent that was told of an error: else it would play on into an outage
 STREAMED = 0.5  # the share of the turns that are streamed
 GATEWAYS_OWN = "X-SMG-Error-Code"  # a header of the errors that come from no worker
+NOTHING = Transcript(0, [])
 
 
 class Report(NamedTuple):
@@ -77,33 +78,24 @@ class Tally:
 
 
 @dataclass(slots=True)
-class Agent:
-    """One session's agent; each of its turns repeats all that was said before."""
+class Player:
+    """Plays a session with its agent, hangs up now and then, and checks what was kept."""
 
-    client: aiohttp.ClientSession
+    agent: Agent
     server: Restartable[Any]
-    session_id: str
     random: Random
     tally: Tally
     said: list[Message] = field(default_factory=list)
     """The conversation up to the last turn that was answered."""
 
-    kept: list[Message] = field(default_factory=list)
-    """The conversation as the session server must have it: after a kill it begins with none."""
-
-    turns: int = 0
-    """How many turns the session server must have kept."""
+    kept: Transcript = NOTHING
+    """What the session server must have: after a kill it begins with nothing."""
 
     left: list[Message] | None = None
     """The conversation of the turn just hung up in, with its reply: it may be kept, too."""
 
     kills: int = 0
-    """How often the session server had been killed when it made the session."""
-
-    @property
-    def url(self) -> URL:
-        """Where its session is."""
-        return self.server.url / "sessions" / self.session_id
+    """How often the session server had been killed when the session was made."""
 
     async def play(self, turns: int) -> None:
         """Play a session from its beginning to its end."""
@@ -117,82 +109,71 @@ class Agent:
             if outcome != "answered":
                 await self.check()
         await self.check()
-        await self.call("DELETE", self.url)
+        await self.through_kills(self.agent.end)
 
     async def begin(self) -> None:
         """Make the session; the session server has nothing of it."""
-        self.kept, self.turns, self.left = [], 0, None
+        self.kept, self.left = NOTHING, None
         self.kills = self.server.kills
-        await self.call("POST", self.server.url / "sessions", {"session_id": self.session_id})
+        await self.through_kills(self.agent.begin)
 
     async def turn(self, text: str) -> Outcome:
         """Play a turn; return what came of it."""
         messages = [*self.said, {"role": "user", "content": text}]
-        expected = reply_text(self.session_id, messages)
+        expected = reply_text(self.agent.session_id, messages)
         whole = [*messages, {"role": "assistant", "content": expected}]
         wait = WAIT_SECONDS * 1.0
         if hangs_up := self.random.random() < HANG_UPS:
             wait = self.random.uniform(0, HANG_UP_SECONDS)
+        streamed, since = self.random.random() < STREAMED, time.monotonic()
         try:
-            outcome, got = await asyncio.wait_for(self.ask(messages), wait)
+            got = await asyncio.wait_for(self.agent.turn(messages, stream=streamed), wait)
         except asyncio.TimeoutError:
             if not hangs_up:
                 return "lost"
             self.left = whole
             return "hung up"
-        if outcome != "answered":
-            return outcome
-        if got != expected:
-            return "crosstalk"
-        self.said, self.kept, self.turns = whole, whole, self.turns + 1
+        if not got.answered:
+            return self.failed(got, text, since)
+        if got.text != expected:
+            return "lost" if got.text is None else "crosstalk"
+        self.said, self.kept = whole, Transcript(self.kept.turns + 1, whole)
         return "answered"
 
-    async def ask(self, messages: list[Message]) -> tuple[Outcome, str]:
-        """Send the conversation; return what came of it, and the reply."""
-        streamed = self.random.random() < STREAMED
-        body = {"model": "stub", "user": self.session_id, "messages": messages, "stream": streamed}
-        status, since = None, time.monotonic()
-        try:
-            async with self.client.post(self.url / "v1/chat/completions", json=body) as response:
-                status = response.status
-                content = await response.read()
-        except aiohttp.ClientError as error:
+    def failed(self, got: Reply, text: str, since: float) -> Outcome:
+        """Note the error that the agent was told of, if it was told of one."""
+        until = time.monotonic()
+        kind: ErrorKind = "other"
+        if got.whole:
+            said = got.error.get("code") or got.error.get("message")
+            told = f"{got.status} {said or got.body.decode(errors='replace')[:60]}"
+            if GATEWAYS_OWN in got.headers:
+                kind = "gateway's"
+        elif got.status == 200:
+            told = kind = "cut off"
+        elif self.server.was_down(since, until):
+            told = got.broke
+        else:
             # A connection that breaks without a word tells an agent only that the server is gone.
-            if status != 200 and not self.server.was_down(since, time.monotonic()):
-                return "lost", ""
-            if status == 200:
-                return self.report(messages, since, "cut off", "cut off")
-            return self.report(messages, since, "other", type(error).__name__)
-        if status != 200:
-            kind: ErrorKind = "gateway's" if GATEWAYS_OWN in response.headers else "other"
-            return self.report(messages, since, kind, f"{status} {_error(content)}")
-        reply = _streamed(content) if streamed else _whole(content)
-        return ("lost", "") if reply is None else ("answered", reply)
+            return "lost"
+        self.tally.reported_as[told] += 1
+        self.tally.reports.append(Report(self.agent.session_id, text, kind, since, until))
+        return "reported"
 
-    def report(
-        self, messages: list[Message], since: float, error: ErrorKind, text: str
-    ) -> tuple[Outcome, str]:
-        """Note an error that the agent was told of."""
-        self.tally.reported_as[text] += 1
-        turn, until = messages[-1]["content"], time.monotonic()
-        self.tally.reports.append(Report(self.session_id, turn, error, since, until))
-        return "reported", ""
+    async def through_kills(self, request: Callable[[], Awaitable[T]]) -> T | None:
+        """Return what the session server says of the session, None where a kill took that with it.
 
-    async def call(self, method: str, url: URL, body: object = None) -> Any:
-        """Return what the session server says of a session, None where a kill took that with it.
-
-        A call that a kill breaks is made again.
+        A request that a kill breaks is made again.
         """
         while True:
             await self.server.up.wait()
             since = time.monotonic()
             try:
-                async with self.client.request(method, url, json=body) as response:
-                    if response.status == 404 and self.kills < self.server.kills:
-                        return None
-                    response.raise_for_status()
-                    return json.loads(await response.read() or b"{}")
-            except aiohttp.ClientError:
+                return await request()
+            except aiohttp.ClientError as error:
+                is_gone = isinstance(error, aiohttp.ClientResponseError) and error.status == 404
+                if is_gone and self.kills < self.server.kills:
+                    return None
                 if not self.server.was_down(since, time.monotonic()):
                     raise
 
@@ -206,50 +187,20 @@ class Agent:
         patience = SETTLE_SECONDS if len(self.tally.wrong) < 3 else 0
         deadline = asyncio.get_running_loop().time() + patience
         while True:
-            document = await self.call("GET", self.url)
-            if document is None:
+            found = await self.through_kills(self.agent.transcript)
+            if found is None:
                 await self.begin()
                 return
-            turns, messages = document["turns"], document["messages"]
-            if messages == self.left and turns == self.turns + 1:
-                self.kept, self.turns = messages, turns
-            if messages == self.kept and turns == self.turns:
+            if found == (self.kept.turns + 1, self.left):
+                self.kept = found
+            if found == self.kept:
                 self.left = None
                 return
             if asyncio.get_running_loop().time() > deadline:
                 self.tally.wrong.append(
-                    f"{self.session_id}: {turns} turns instead of {self.turns}, or one more if it "
-                    f"was just hung up in; the last messages are {messages[-2:]}"
+                    f"{self.agent.session_id}: {found.turns} turns instead of {self.kept.turns}, or"
+                    " one more if it was just hung up in; the last messages are"
+                    f" {found.messages[-2:]}"
                 )
                 return
             await asyncio.sleep(0.02)
-
-
-def _whole(content: bytes) -> str | None:
-    try:
-        text: str = json.loads(content)["choices"][0]["message"]["content"]
-    except (LookupError, TypeError, ValueError):
-        return None
-    return text
-
-
-def _streamed(content: bytes) -> str | None:
-    """Return the text of a stream, None where its end is not there."""
-    text = ""
-    try:
-        for line in content.splitlines():
-            if line == b"data: [DONE]":
-                return text
-            if line.startswith(b"data: "):
-                text += json.loads(line[6:])["choices"][0]["delta"].get("content") or ""
-    except (LookupError, TypeError, ValueError):
-        pass
-    return None
-
-
-def _error(content: bytes) -> str:
-    try:
-        error = json.loads(content)["error"]
-        return str(error.get("code") or error.get("message"))
-    except (LookupError, TypeError, ValueError):
-        return content.decode(errors="replace")[:60]

@@ -4,8 +4,10 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from harness.processes import Restartable
+from harness.workers import Received, Worker
+
 from .agents import Report
-from .servers import Received, Restartable, Worker
 
 TRIES = 3  # of the example session server, for a turn whose answer has not begun
 BREAKER_SECONDS = 2  # for which the gateway does not ask a worker that refused, back or not

@@ -12,21 +12,15 @@ from statistics import median
 from typing import Any
 
 import aiohttp
-from yarl import URL
 
 from aiohttp_smg_routing.testing import SmgGateway, free_ports, smg_gateway
+from harness.agents import Agent
+from harness.processes import Restartable, local_url, restartable
+from harness.servers import SessionServer, complaints, session_server
+from harness.workers import Worker, worker_processes
 
-from .agents import SETTLE_SECONDS, Agent, Report, Tally
+from .agents import SETTLE_SECONDS, Player, Report, Tally
 from .causes import BREAKER_SECONDS, causes
-from .servers import (
-    Restartable,
-    SessionServer,
-    Worker,
-    complaints,
-    restartable,
-    session_server,
-    worker_processes,
-)
 
 WORKERS = 4
 WORKER_KILLS = 40  # spread over the run
@@ -156,7 +150,7 @@ async def soak(load: Load, progress: Callable[[Outcome], None]) -> Outcome:
     """Play a load while all is killed in turn; ``progress`` is called now and then."""
     outcome = Outcome(load)
     ports = free_ports(2)
-    gateway_url, server_url = (URL(f"http://127.0.0.1:{port}") for port in ports)
+    gateway_url, server_url = map(local_url, ports)
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
         folder = Path(name)
 
@@ -165,9 +159,13 @@ async def soak(load: Load, progress: Callable[[Outcome], None]) -> Outcome:
             return smg_gateway(urls, policy="manual", port=ports[0], args=GATEWAY_ARGS)
 
         def run_server() -> AbstractAsyncContextManager[SessionServer]:
-            env = {"PYTHONASYNCIODEBUG": "1"} if load.debug else {}
+            debug = {"PYTHONASYNCIODEBUG": "1"} if load.debug else {}
             return session_server(
-                folder, gateway_url, port=ports[1], env=env, track_sessions=TRACKED
+                gateway_url,
+                folder=folder,
+                port=ports[1],
+                env={"PYTHONWARNINGS": "error", **debug},
+                track_sessions=TRACKED,
             )
 
         async with (
@@ -219,8 +217,9 @@ async def play(load: Load, server: Restartable[Any], tally: Tally) -> None:
 
         async def one_after_another() -> None:
             for number in numbers:
+                agent = Agent(client, server.url / "sessions" / f"s-{number}")
                 random = Random(f"{load.seed}-{number}")
-                await Agent(client, server, f"s-{number}", random, tally).play(load.turns)
+                await Player(agent, server, random, tally).play(load.turns)
 
         await asyncio.gather(*(one_after_another() for _ in range(load.at_a_time)))
 

@@ -12,8 +12,8 @@ import trustme
 from aiohttp import ClientError, ClientRequest, ClientResponse, ClientSession, TCPConnector
 from aiohttp.connector import Connection
 
-from aiohttp_smg_routing import Routing, RoutingConfig, routing_session
-from aiohttp_smg_routing.gateway import ROUTING_KEY_HEADER, TARGET_WORKER_HEADER
+from aiohttp_smg_routing import ROUTING_KEY_HEADER, Routing, RoutingConfig, routing_session
+from aiohttp_smg_routing.gateway import TARGET_WORKER_HEADER
 from aiohttp_smg_routing.testing import Answer, Call, Recorder, answer, recording_gateway
 
 #: How a call is refused before it leaves; aiohttp 3.9 asserts that a URL has a scheme of its own.

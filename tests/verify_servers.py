@@ -1,18 +1,10 @@
-"""Servers for the tests of ``verify``: engines that stream and remember, proxies, sessions."""
+"""Servers for the tests of ``verify``: engines that stream and remember, gateways, proxies."""
 
 import asyncio
 import json
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import (
-    AbstractAsyncContextManager,
-    AsyncExitStack,
-    asynccontextmanager,
-    contextmanager,
-)
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from itertools import accumulate, cycle
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from threading import Thread
 from typing import TypeVar
 
@@ -20,27 +12,16 @@ from aiohttp import ClientSession, web
 from multidict import CIMultiDict
 from yarl import URL
 
-from aiohttp_smg_routing.testing import child_process, free_port
+from harness import workers
+from harness.processes import together
+from harness.servers import serve
+from harness.workers import MODEL
 
-MODEL = "stub"
 CLIENT = web.AppKey("client", ClientSession)
 
 T = TypeVar("T")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-@asynccontextmanager
-async def server(app: web.Application) -> AsyncIterator[URL]:
-    """Run ``app`` on a free loopback port until the block ends."""
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1)
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        host, port = runner.addresses[0]
-        yield URL(f"http://{host}:{port}")
-    finally:
-        await runner.cleanup()
 
 
 @asynccontextmanager
@@ -51,11 +32,11 @@ async def stub_engines(
 
     ``kv_usage`` is how full the KV cache of each is, 0 to 1, in its metrics.
     """
-    async with AsyncExitStack() as stack:
-        apps = [engine(report=report) for _ in range(count)]
-        for app, usage in zip(apps, kv_usage, strict=False):
-            app.router.add_get("/metrics", _load(usage))
-        yield [await stack.enter_async_context(server(app)) for app in apps]
+    apps = [engine(report=report) for _ in range(count)]
+    for app, usage in zip(apps, kv_usage, strict=False):
+        app.router.add_get("/metrics", _load(usage))
+    async with together(map(serve, apps)) as urls:
+        yield urls
 
 
 def engine(*, report: bool = True) -> web.Application:
@@ -91,8 +72,7 @@ def _load(kv_usage: float) -> Handler:
 
 
 async def models(request: web.Request) -> web.Response:
-    model = {"id": MODEL, "object": "model", "owned_by": "vllm", "root": MODEL}
-    return web.json_response({"object": "list", "data": [{**model, "max_model_len": 4096}]})
+    return web.json_response(workers.models())
 
 
 async def stream(request: web.Request, reply: str, usage: dict[str, object]) -> web.StreamResponse:
@@ -178,48 +158,6 @@ def proxy(
     app.cleanup_ctx.append(client)
     app.router.add_route("*", "/{path:.*}", forward)
     return app
-
-
-@asynccontextmanager
-async def session_server(
-    gateway: URL, *, plugin: bool = True, calls: URL | None = None
-) -> AsyncIterator[URL]:
-    """Run the example session server before ``gateway`` until the block ends.
-
-    ``calls`` is the gateway that it calls, where its config names another one.
-    """
-    url = URL(f"http://127.0.0.1:{free_port()}")
-    settings = f"""
-        [server]
-        host = "127.0.0.1"
-        port = {url.port}
-        [gateway]
-        url = "{calls or gateway}"
-        [smg_routing]
-        enabled = {str(plugin).lower()}
-        gateway = "{gateway}"
-        client_session = "client_session"
-    """
-
-    async def ready() -> bool:
-        async with client.get(url / "health") as response:
-            return response.status == 200
-
-    program = Path(__file__).parents[1] / "examples" / "session_server.py"
-    with text_file(settings) as file:
-        async with (
-            ClientSession() as client,
-            child_process(sys.executable, str(program), str(file), ready=ready),
-        ):
-            yield url
-
-
-@contextmanager
-def text_file(text: str) -> Iterator[Path]:
-    with TemporaryDirectory() as folder:
-        file = Path(folder, "text")
-        file.write_text(text, encoding="utf-8")
-        yield file
 
 
 @contextmanager

@@ -59,7 +59,8 @@ class Chain:
         try:
             return await self._turn(plan.through, session_id, body)
         except CallError as error:
-            if error.failure.status != 404 or self._create_url is None or self._makes:
+            is_made = session_id in self._made
+            if error.failure.status != 404 or self._create_url is None or is_made:
                 raise
             try:
                 await self._make(self._create_url, session_id)

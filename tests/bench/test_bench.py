@@ -10,7 +10,6 @@ import signal
 import sys
 from asyncio.subprocess import Process
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager
 from functools import partial
 from importlib.util import find_spec
@@ -33,15 +32,16 @@ from benchmarks.figures import Figure, Part, Progress, Table, Verdict, ratios
 from benchmarks.picture import draw, panels
 from benchmarks.report import Results, markdown, show, write_json
 from benchmarks.rounds import added_up, interleave, on_one_cpu
-from benchmarks.server_under_test import KEY, Arm, Kind, Loop, session_server
-from benchmarks.servers import Received, stub_workers, upstream
+from benchmarks.server_under_test import KEY, Arm, Kind, Loop, server_under_test
+from benchmarks.servers import Counted, stub_workers, upstream
 from benchmarks.sessions import TURNS, Play, pins
 from benchmarks.stream import PIECE, Chat, calls_of_a_stream, with_their_share
-from benchmarks.turn import ARMS, Agent, chat, connected, conversation
+from benchmarks.turn import ARMS, Caller, connected, conversation, long_turn
+from harness.proc import HAS_PROC, processes_in
+from harness.processes import running
 
-from ..processes import HAS_PROC, processes_in, running
+from ..stopping import SIGNALS, assert_stopped, until_it_says
 
-ROOT = Path(__file__).resolve().parents[2]
 REACHED = Figure((1.0, 1.01, 1.02), "ratio", at_most=1.05)
 MISSED = Figure((1.1, 1.2, 1.3), "ratio", at_most=1.05)
 NOISY = Figure((0.9, 1.04, 1.2), "ratio", at_most=1.05)
@@ -173,11 +173,11 @@ def test_a_piece_of_a_stream_has_its_share_of_the_beginning() -> None:
 
 async def test_the_arms_send_the_key_that_they_say() -> None:
     arms: tuple[Arm, ...] = get_args(Arm)
-    async with stub_workers(1) as workers, session_server(workers.urls[0], arms) as server:
+    async with stub_workers(1) as workers, server_under_test(workers.urls[0], arms) as server:
         for arm, url in server.urls.items():
-            agent = Agent()
+            agent = Caller()
             async with connected([agent], url):
-                await agent.turn(f"s-{arms.index(arm)}", chat(arm, 10))
+                await agent.turn(f"s-{arms.index(arm)}", long_turn(arm, 10))
         received = await workers.received()
         assert await server.cpu_seconds() > 0
         assert await workers.received() == []
@@ -190,16 +190,16 @@ async def test_the_arms_send_the_key_that_they_say() -> None:
 async def test_the_arms_of_the_whole_server_send_the_key_that_they_say() -> None:
     async with (
         stub_workers(1) as workers,
-        session_server(workers.urls[0], ("nothing", *ARMS["whole"]), kind="whole") as server,
+        server_under_test(workers.urls[0], ("nothing", *ARMS["whole"]), kind="whole") as server,
     ):
         for arm, url in server.urls.items():
-            agent, headers = Agent(), f"{KEY}: s\r\n" if arm in ("by hand", "floor") else ""
+            agent, headers = Caller(), f"{KEY}: s\r\n" if arm in ("by hand", "floor") else ""
             async with connected([agent], url):
                 await agent.begin("s")
-                await agent.turn("s", chat(arm, 10), headers)
+                await agent.turn("s", long_turn(arm, 10), headers)
                 await agent.end("s")
                 with pytest.raises(RuntimeError, match="404"):
-                    await agent.turn("s", chat(arm, 10), headers)
+                    await agent.turn("s", long_turn(arm, 10), headers)
         received = await workers.received()
     keys = {line.user: line.key for line in received}
     assert keys == {**dict.fromkeys(ARMS["whole"], "s"), "nothing": None}
@@ -215,15 +215,15 @@ def test_a_conversation_repeats_what_was_said() -> None:
 @pytest.mark.parametrize("kind", ["whole", "barest"])
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 async def test_both_event_loops_serve(loop: Loop, kind: Kind) -> None:
-    agent = Agent()
+    agent = Caller()
     async with (
         upstream() as gateway,
-        session_server(gateway, ["plugin"], kind=kind, loop=loop) as server,
+        server_under_test(gateway, ["plugin"], kind=kind, loop=loop) as server,
         connected([agent], server.urls["plugin"]),
     ):
         if kind == "whole":
             await agent.begin("s-1")
-        await agent.turn("s-1", chat("s-1", 10))
+        await agent.turn("s-1", long_turn("s-1", 10))
 
 
 async def test_a_turn_that_fails_stops_the_measurement() -> None:
@@ -240,7 +240,7 @@ async def test_a_turn_that_fails_stops_the_measurement() -> None:
     app.router.add_post("/sessions/ends/{path:.*}", hang_up)
     async with TestServer(app) as server:
         for session_id, error in (("fails", RuntimeError), ("ends", ConnectionError)):
-            agent, stream = Agent(), Chat("s", session_id)
+            agent, stream = Caller(), Chat("s", session_id)
             async with connected([agent, stream], server.make_url("/")):
                 with pytest.raises(error):
                     await agent.turn(session_id, b"{}")
@@ -251,11 +251,11 @@ async def test_a_turn_that_fails_stops_the_measurement() -> None:
 def test_a_session_counts_as_pinned_when_one_worker_had_all_its_turns() -> None:
     play = Play("plugin", [], sessions=4, branches=Counter({"vacant": 4, "cap_respill": 1}))
     received = [
-        Received(1, "plugin-0", "plugin-0", TURNS),  # the only one that is pinned
-        Received(1, "plugin-1", "plugin-1", TURNS - 1),
-        Received(2, "plugin-1", "plugin-1", 1),
-        Received(1, "plugin-2", "plugin-2", TURNS - 1),  # a turn is missing
-        Received(2, "plugin-3", "plugin-0", TURNS),  # another session's key
+        Counted(1, "plugin-0", "plugin-0", TURNS),  # the only one that is pinned
+        Counted(1, "plugin-1", "plugin-1", TURNS - 1),
+        Counted(2, "plugin-1", "plugin-1", 1),
+        Counted(1, "plugin-2", "plugin-2", TURNS - 1),  # a turn is missing
+        Counted(2, "plugin-3", "plugin-0", TURNS),  # another session's key
     ]
     rows = {row[0]: row[1] for row in pins({"plugin": play}, received).rows}
     pinned, keyed = (
@@ -437,15 +437,8 @@ def test_every_part_is_there(part: str) -> None:
 # The whole of it
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    """Yield a folder to run the benchmark in; nothing may be at work in it afterwards."""
-    yield tmp_path.resolve()
-    assert processes_in(tmp_path.resolve()) == {}
-
-
 def benchmark(folder: Path, *argv: str) -> AbstractAsyncContextManager[Process]:
-    return running(folder, "-m", "benchmarks", *argv, PYTHONPATH=str(ROOT))
+    return running(folder, "-m", "benchmarks", *argv)
 
 
 async def test_a_quick_run_shows_and_writes_the_same(folder: Path) -> None:
@@ -483,20 +476,13 @@ async def test_a_quick_run_shows_and_writes_the_same(folder: Path) -> None:
     assert [cells[0]["verdict"] for _, *cells in sessions[1:3]] == ["reached", "reached"]
 
 
-@pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
-)
+@SIGNALS
 async def test_a_signal_stops_it_and_all_that_it_started(
     number: signal.Signals, status: int, folder: Path
 ) -> None:
     async with benchmark(folder, "sessions") as process:
-        assert process.stdout is not None
-        while b"agents at once" not in (line := await process.stdout.readline()):
-            assert line, (await process.communicate())[1].decode()
+        await until_it_says(process, b"agents at once")
         if HAS_PROC:  # itself, the workers, the gateway and the session server
             assert len(processes_in(folder)) >= 4
-        process.send_signal(number)
-        _, err = await process.communicate()
-    assert process.returncode == status
-    assert err.decode() == f"Stopped by {number.name}; all processes are gone.\n"
+        await assert_stopped(process, number, status)
     assert os.listdir(folder) == []

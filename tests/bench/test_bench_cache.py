@@ -1,9 +1,7 @@
 """The benchmark of the KV cache: the most that the transcripts allow, on a real engine too."""
 
 from benchmarks.cache import ENOUGH, PIN, RANDOM, SHARED, allowed_share, run
-
-# isort: split
-from agents import Turn  # importing benchmarks has made it findable
+from harness.arms import Turn
 
 
 def turn(session_id: str, number: int, prompt_tokens: int, reply_tokens: int) -> Turn:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from ..processes import processes_in, running
+from harness.proc import processes_in
+from harness.processes import running
+
 from ..programs import ROOT
 
 STREAM = "python -m benchmarks stream --quick --markdown figures.md --picture stream.svg"

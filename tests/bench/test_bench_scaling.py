@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from ..processes import HAS_PROC
-from ..programs import ROOT
+from harness.proc import HAS_PROC
+from harness.processes import ROOT
 
 QUICK = 200  # sessions
 

@@ -15,28 +15,29 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from yarl import URL
 
+from harness.agents import Agent
+from harness.proc import HAS_PROC, processes_in
+from harness.processes import Restartable, restartable, running
+from harness.servers import complaints, session_server
+from harness.workers import Worker
 from soak import agents, run
-from soak.agents import Agent, ErrorKind, Report, Tally
+from soak.agents import ErrorKind, Player, Report, Tally
 from soak.causes import causes
 from soak.run import Load, Outcome, alongside, compare_keys, descriptors_left
-from soak.servers import Restartable, Worker, complaints, restartable, session_server
 
-from ..processes import HAS_PROC, processes_in, running
-
-ROOT = Path(__file__).resolve().parents[2]
+from ..stopping import assert_stopped
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
+def folder(folder: Path) -> Iterator[Path]:
     """Yield a folder to run the soak in; nothing but its results may be left there afterwards."""
-    yield tmp_path.resolve()
-    assert processes_in(tmp_path.resolve()) == {}
-    assert {file.name for file in tmp_path.iterdir()} <= {"soak.json"}
+    yield folder
+    assert {file.name for file in folder.iterdir()} <= {"soak.json"}
 
 
 async def test_a_short_soak_loses_nothing(folder: Path) -> None:
     argv = ("-m", "soak", "--sessions=200", "--turns=5", "--at-a-time=32", "--json=soak.json")
-    async with running(folder, *argv, PYTHONPATH=str(ROOT)) as process:
+    async with running(folder, *argv) as process:
         out, err = (text.decode() for text in await process.communicate())
     assert (process.returncode, err) == (0, ""), out
     soak, debug = json.loads((folder / "soak.json").read_text("utf-8"))
@@ -55,17 +56,14 @@ async def test_a_short_soak_loses_nothing(folder: Path) -> None:
 
 @pytest.mark.skipif(not HAS_PROC, reason="it is told by /proc that the session server runs")
 async def test_a_soak_that_is_stopped_leaves_nothing_behind(folder: Path) -> None:
-    async with running(folder, "-m", "soak", PYTHONPATH=str(ROOT)) as process:
+    async with running(folder, "-m", "soak") as process:
 
         async def until_it_serves() -> None:
             while "session_server.py" not in " ".join(processes_in(folder).values()):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
 
         await asyncio.wait_for(until_it_serves(), 60)
-        process.send_signal(signal.SIGTERM)
-        _, err = await process.communicate()
-    assert process.returncode == 128 + signal.SIGTERM
-    assert b"Stopped by SIGTERM" in err
+        await assert_stopped(process, signal.SIGTERM, 143)
 
 
 def nothing_but_outages(outcome: Outcome) -> None:
@@ -122,14 +120,12 @@ def test_a_ledger_that_forgets_nothing_is_seen_in_a_full_run() -> None:
 
 
 @pytest.mark.parametrize("keys", [[], ["s-2"], ["s-1", "s-1"]])
-async def test_a_wrong_key_is_found_in_what_a_worker_received(
-    tmp_path: Path, client: aiohttp.ClientSession, keys: list[str]
-) -> None:
+def test_a_wrong_key_is_found_in_what_a_worker_received(tmp_path: Path, keys: list[str]) -> None:
     file = tmp_path / "received"
     lines = [["s-1", "turn 0", ["s-1"], None, 0], ["s-1", "turn 1", keys, "503", 1]]
     file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
     outcome = Outcome(Load(1, 1, 1, 1))
-    compare_keys(outcome, [Worker(1, file, client)])
+    compare_keys(outcome, [Worker(1, file)])
     assert outcome.wrong_keys == [f"s-1 came with {keys}"]
     assert (outcome.received, outcome.faults["503"]) == (2, 1)
 
@@ -182,15 +178,14 @@ SINCE, UNTIL = 10, 20  # when the turn was under way
         ({"session server": [2, 3]}, [], "other", None),
     ],
 )
-async def test_each_report_must_have_met_a_fault(
+def test_each_report_must_have_met_a_fault(
     tmp_path: Path,
-    client: aiohttp.ClientSession,
     down: dict[str, list[float]],
     tries: list[str | None],
     error: ErrorKind,
     cause: str | None,
 ) -> None:
-    worker = Worker(1, tmp_path / "received", client)
+    worker = Worker(1, tmp_path / "received")
     lines = [["s-1", "turn 0", ["s-1"], fault, 14] for fault in tries]
     others = [["s-1", "turn 1", ["s-1"], "503", 14], ["s-2", "turn 0", ["s-2"], None, 14]]
     worker.file.write_text("".join(f"{json.dumps(line)}\n" for line in lines + others))
@@ -206,7 +201,7 @@ async def test_each_report_must_have_met_a_fault(
 async def test_a_descriptor_that_stays_open_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with session_server(tmp_path, URL("http://127.0.0.1:9"), env={}) as server:
+    async with session_server(URL("http://127.0.0.1:9"), folder=tmp_path) as server:
         async with aiohttp.ClientSession() as client:
             async with client.get(server.url / "health") as response:
                 await response.read()
@@ -285,7 +280,7 @@ async def test_an_agent_sees_what_a_session_server_does_wrong(
     monkeypatch.setattr(agents, "STREAMED", 0)
     tally = Tally()
     async with server_that_keeps(times, status, reply) as server:
-        await Agent(client, server, "s-1", Random(1), tally).play(1)
+        await Player(Agent(client, server.url / "sessions/s-1"), server, Random(1), tally).play(1)
     assert tally.turns == {outcome: 1}
     assert bool(tally.wrong) == is_wrong
 
@@ -298,6 +293,6 @@ async def test_a_turn_that_an_agent_hung_up_in_may_be_kept_once(
     monkeypatch.setattr(agents, "HANG_UPS", 1)
     tally = Tally()
     async with server_that_keeps(times, None) as server:
-        await Agent(client, server, "s-1", Random(1), tally).play(20)
+        await Player(Agent(client, server.url / "sessions/s-1"), server, Random(1), tally).play(20)
     assert tally.turns == {"hung up": 20}
     assert bool(tally.wrong) == is_wrong

@@ -4,9 +4,3 @@ failed without the plugin, did a key go wrong, is anything left over?
 The first is asked by playing the same fault with the plugin and without. Where the gateway routes
 at random without a key, every failure must be the gateway's own.
 """
-
-import sys
-from pathlib import Path
-
-# The session server of the examples is the one that is played.
-sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))

@@ -20,7 +20,8 @@ from aiohttp_smg_routing.testing import (
     stream,
 )
 
-from .serving import SESSIONS, assert_keys
+from ..turns import assert_keys
+from .serving import SESSIONS
 
 Fault = Callable[[Call], Answer]
 Well = Callable[[Call], AsyncGenerator[bytes, None]]

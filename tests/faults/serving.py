@@ -1,114 +1,31 @@
 """The example session server in this process, its agents, and the look at what is left over."""
 
 import asyncio
-import json
-from collections.abc import (
-    AsyncGenerator,
-    AsyncIterator,
-    Awaitable,
-    Callable,
-    Iterable,
-    Iterator,
-)
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
-import aiohttp
 from aiohttp import ClientSession, TCPConnector, web
-from session_server import CLIENT, make_app
 from yarl import URL
 
 from aiohttp_smg_routing import ROUTING, PinLedger, PinSummary
 from aiohttp_smg_routing.testing import Call, Recorder, canned
-from soak.servers import Worker
+from examples.session_server import CLIENT, make_app
+from harness.agents import Agent, Reply, conversation
+from harness.proc import HAS_PROC, connections_to, open_files
+from harness.servers import serve
+from harness.workers import Worker
 
-from ..processes import HAS_PROC, connections_to, open_files
-from ..workers import chat
+from ..waiting import soon, until
 
-T = TypeVar("T")
 SESSIONS = [f"s-{number}" for number in range(12)]
-PATIENCE_SECONDS = 30
 
 
-async def soon(awaitable: Awaitable[T]) -> T:
-    """Wait for what must happen; a test that waits in vain fails instead of hanging."""
-    return await asyncio.wait_for(awaitable, PATIENCE_SECONDS)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    """Wait until ``condition`` holds, which nobody tells of."""
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + PATIENCE_SECONDS
-    while not condition():
-        assert loop.time() < deadline, "it has not come about"
-        await asyncio.sleep(0.01)
-
-
-class Got(NamedTuple):
-    """What an agent got for a turn; ``status`` is None where it was hung up on without a word."""
-
-    status: int | None
-    body: bytes
-    whole: bool = True
-
-    @property
-    def answered(self) -> bool:
-        return self.whole and self.status == 200
-
-    @property
-    def is_failure_of_the_gateway(self) -> bool:
-        """Tell whether the gateway, or the lack of it, is what the agent was told of."""
-        if not self.whole:
-            return self.status == 200  # a stream that broke off
-        try:
-            return bool(json.loads(self.body)["error"]["code"])
-        except (LookupError, TypeError, ValueError):
-            return False
-
-
-@dataclass
-class Agent:
-    """One session's agent."""
-
-    client: ClientSession
-    session: URL
-    worker: str = ""
-    """The one that answered last, where the gateway says so."""
-
-    async def begin(self) -> None:
-        body = {"session_id": self.session.name}
-        async with self.client.post(self.session.parent, json=body) as response:
-            assert response.status == 201
-
-    async def turn(
-        self, number: int = 1, *, begun: asyncio.Event | None = None, **more: Any
-    ) -> Got:
-        """Play a turn; ``begun`` is set when a piece of the answer is here."""
-        status, body = None, b""
-        chat_url = self.session / "v1/chat/completions"
-        turn = {**chat(self.session.name, number), **more}
-        try:
-            async with self.client.post(chat_url, json=turn, allow_redirects=False) as response:
-                status = response.status
-                self.worker = response.headers.get("x-smg-routed-worker-id", self.worker)
-                async for piece in response.content.iter_any():
-                    body += piece
-                    if begun:
-                        begun.set()
-        except aiohttp.ClientError:
-            return Got(status, body, whole=False)
-        return Got(status, body)
-
-    async def turns_kept(self) -> int:
-        """Return how many turns the server keeps, once no turn is under way."""
-        while True:
-            async with self.client.get(self.session) as response:
-                document = await response.json()
-            messages = document["messages"]
-            if not messages or messages[-1]["role"] == "assistant":
-                return int(document["turns"])
-            await asyncio.sleep(0.01)
+def is_failure_of_the_gateway(got: Reply) -> bool:
+    """Tell whether the gateway, or the lack of it, is what the agent was told of."""
+    # A stream that broke off, or an error that the gateway has a code for.
+    return bool(got.error.get("code")) if got.whole else got.status == 200
 
 
 @dataclass
@@ -125,29 +42,40 @@ class Agents:
         self.by_id |= new
         return self
 
-    async def all(self, number: int = 1, **more: Any) -> dict[str, Got]:
+    async def all(self, number: int = 1, **more: Any) -> dict[str, Reply]:
         """Play a turn of each session, all at once."""
-        turns = (agent.turn(number, **more) for agent in self.by_id.values())
+        turns = (agent.turn(conversation(number), **more) for agent in self.by_id.values())
         return dict(zip(self.by_id, await soon(asyncio.gather(*turns)), strict=True))
+
+    def start(
+        self, number: int = 1, **more: Any
+    ) -> tuple[dict[str, "asyncio.Task[Reply]"], list[asyncio.Event]]:
+        """Begin a turn of each session; its event is set when a piece of the answer is here."""
+        turns, pieces = {}, []
+        for each, agent in self.by_id.items():
+            pieces.append(asyncio.Event())
+
+            def arrived(_: bytes, piece: asyncio.Event = pieces[-1]) -> None:
+                piece.set()
+
+            turn = agent.turn(conversation(number), arrived=arrived, **more)
+            turns[each] = asyncio.create_task(turn)
+        return turns, pieces
 
     @asynccontextmanager
     async def begun(
         self, number: int = 1, **more: Any
-    ) -> AsyncIterator["asyncio.Future[dict[str, Got]]"]:
+    ) -> AsyncIterator["asyncio.Future[dict[str, Reply]]"]:
         """Begin a streamed turn of each session; enter once each agent has a piece of it.
 
         What is yielded has what the agents got, at the end of the block or later.
         """
-        begun = {each: asyncio.Event() for each in self.by_id}
-        turns = [
-            asyncio.create_task(agent.turn(number, begun=begun[each], **more))
-            for each, agent in self.by_id.items()
-        ]
+        turns, pieces = self.start(number, **more)
 
-        async def got() -> dict[str, Got]:
-            return dict(zip(begun, await soon(asyncio.gather(*turns)), strict=True))
+        async def got() -> dict[str, Reply]:
+            return dict(zip(turns, await soon(asyncio.gather(*turns.values())), strict=True))
 
-        await soon(asyncio.gather(*(event.wait() for event in begun.values())))
+        await soon(asyncio.gather(*(piece.wait() for piece in pieces)))
         under_way = asyncio.ensure_future(got())
         yield under_way
         await under_way
@@ -194,32 +122,26 @@ def running_tasks() -> set["asyncio.Task[Any]"]:
 
 
 @asynccontextmanager
-async def session_server(
+async def watched_server(
     gateway: URL, *, plugin: bool = True, **settings: object
 ) -> AsyncIterator[Server]:
     """Run the example in this process, with its sessions; nothing may be left of it at the end."""
     tasks, files = running_tasks(), len(open_files())
     routing = {"gateway": str(gateway), "client_session": "client_session", "enabled": plugin}
     app = make_app({"gateway": {"url": str(gateway), **settings}, "smg_routing": routing})
-    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=5)
-    await runner.setup()
-    try:
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        host, port = runner.addresses[0][:2]
-        async with ClientSession(connector=TCPConnector(limit=0)) as client:
-            agents = Agents(URL(f"http://{host}:{port}"), client)
-            server = Server(app, await agents.begin())
-            yield server
-            await until(lambda: not server.calls_under_way)
-            assert connections_to(port) or not HAS_PROC, "they are seen"
-            assert set(server.pinned) == (set(agents.by_id) if plugin else set())
-            if not plugin:
-                assert server.pins.summary() == PinSummary()
-    finally:
-        await runner.cleanup()
+    async with (
+        serve(app, handler_cancellation=True, shutdown_timeout=5) as url,
+        ClientSession(connector=TCPConnector(limit=0)) as client,
+    ):
+        server = Server(app, await Agents(url, client).begin())
+        yield server
+        await until(lambda: not server.calls_under_way)
+        assert connections_to(url.port) or not HAS_PROC, "they are seen"
+        assert set(server.pinned) == (set(server.agents.by_id) if plugin else set())
+        if not plugin:
+            assert server.pins.summary() == PinSummary()
     await until(lambda: running_tasks() <= tasks)
-    await until(lambda: not connections_to(gateway.port, port))
+    await until(lambda: not connections_to(gateway.port, url.port))
     assert len(open_files()) <= files, open_files()
 
 
@@ -253,19 +175,6 @@ def holding(*gateways: Recorder) -> Iterator[asyncio.Event]:
 def is_turn(call: Call, number: int) -> bool:
     """Tell whether it is that turn of a session."""
     return call.method == "POST" and len(call.json()["messages"]) == number
-
-
-def turns_of(*gateways: Recorder) -> list[Call]:
-    """Return the turns that arrived."""
-    return [call for each in gateways for call in each.calls if call.method == "POST"]
-
-
-def assert_keys(calls: Iterable[Call], *, plugin: bool = True) -> None:
-    """Assert that each call carried the key of the session that its body names, and no other."""
-    turns = [call for call in calls if call.method == "POST"]
-    assert turns
-    for call in turns:
-        assert call.keys == ([call.json()["user"].encode()] if plugin else [])
 
 
 def assert_keys_of(workers: Iterable[Worker], *, plugin: bool) -> None:

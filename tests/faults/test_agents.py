@@ -5,26 +5,18 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
 import pytest
-from aiohttp import ClientSession, ClientTimeout, web
+from aiohttp import ClientTimeout, web
 from aiohttp.test_utils import TestClient, TestServer
 from yarl import URL
 
 from aiohttp_smg_routing import ROUTING, setup
 from aiohttp_smg_routing.testing import Answer, Call, SmgGateway, smg_gateway
+from harness.agents import Reply, chat
+from harness.proxies import CLIENT, client_session
 
-from ..conftest import CLIENT
-from ..workers import chat
-from .serving import (
-    SESSIONS,
-    Got,
-    assert_keys,
-    holding,
-    running_tasks,
-    session_server,
-    soon,
-    turns_of,
-    until,
-)
+from ..turns import assert_keys, turns_of
+from ..waiting import soon, until
+from .serving import SESSIONS, holding, running_tasks, watched_server
 
 LEAVING = SESSIONS[::2]
 STAYING = SESSIONS[1::2]
@@ -40,19 +32,15 @@ async def gateway_that_holds() -> AsyncIterator[tuple[SmgGateway, asyncio.Event]
 
 async def hang_up(
     smg: SmgGateway, release: asyncio.Event, *, plugin: bool, stream: bool
-) -> list[dict[str, Got]]:
+) -> list[dict[str, Reply]]:
     """Play three turns of each session; half of the agents leave in the midst of the second."""
-    async with session_server(smg.url, plugin=plugin) as server:
+    async with watched_server(smg.url, plugin=plugin) as server:
         agents = server.agents
         turns = [await agents.all(1)]
-        begun = {each: asyncio.Event() for each in SESSIONS}
-        second = {
-            each: asyncio.create_task(agent.turn(2, stream=stream, begun=begun[each]))
-            for each, agent in agents.by_id.items()
-        }
+        second, pieces = agents.start(2, stream=stream)
         await until(lambda: len(turns_of(*smg.workers)) == 2 * len(SESSIONS))
         if stream:  # each agent has a piece of its answer
-            await soon(asyncio.gather(*(event.wait() for event in begun.values())))
+            await soon(asyncio.gather(*(piece.wait() for piece in pieces)))
         for each in LEAVING:
             second[each].cancel()
         # Their calls have left the gateway, and only theirs.
@@ -87,7 +75,7 @@ async def test_agents_get_the_same_of_a_time_out() -> None:
     for plugin in (True, False):
         async with (
             gateway_that_holds() as (smg, release),
-            session_server(smg.url, plugin=plugin, timeout_seconds=5, retries=0) as server,
+            watched_server(smg.url, plugin=plugin, timeout_seconds=5, retries=0) as server,
         ):
             turns = [await server.agents.all(1), await server.agents.all(2)]
             release.set()
@@ -108,10 +96,6 @@ def impatient_server(gateway: URL, **config: object) -> web.Application:
     The second call is made after the first was cancelled, in the same request.
     """
     app = web.Application()
-
-    async def client_session(app: web.Application) -> AsyncIterator[None]:
-        async with ClientSession() as app[CLIENT]:
-            yield
 
     async def handler(request: web.Request) -> web.Response:
         session_id, way = request.match_info["session_id"], request.match_info["way"]

@@ -12,20 +12,14 @@ from typing import Any, NamedTuple
 import pytest
 from aiohttp.test_utils import TestClient, TestServer
 
-from aiohttp_smg_routing.testing import (
-    Answer,
-    Call,
-    Recorder,
-    answer,
-    completion,
-    redirect,
-    stream,
-)
+from aiohttp_smg_routing.testing import Answer, Call, Recorder, answer, completion, redirect, stream
+from harness.agents import Reply, chat
+from harness.proxies import pinned_server
 
-from .. import conftest
-from ..workers import chat
+from ..turns import turns_of
+from ..waiting import PATIENCE_SECONDS
 from .failing import Failing, Fault, Well, Where, failing_gateway
-from .serving import PATIENCE_SECONDS, SESSIONS, Got, session_server, turns_of
+from .serving import SESSIONS, watched_server
 
 WHERE = pytest.mark.parametrize("where", ["the gateway", "its workers"])
 
@@ -110,14 +104,14 @@ BAD = {
 
 async def play(
     gateway: Failing, fault: Fault, turns: int, *, plugin: bool, failed: int = 0, **body: Any
-) -> list[dict[str, Got]]:
+) -> list[dict[str, Reply]]:
     """Play all sessions at once; return what each agent got, turn by turn.
 
     ``failed`` is how many calls the ledger is to count as that.
     """
     gateway.forget()
     gateway.answer(fault)
-    async with session_server(gateway.url, plugin=plugin) as server:
+    async with watched_server(gateway.url, plugin=plugin) as server:
         got = [await server.agents.all(turn, **body) for turn in range(1, turns + 1)]
         # Answered turns are kept, and no others.
         kept = await server.agents.turns_kept()
@@ -140,7 +134,7 @@ def quoted(session_id: str) -> bytes:
     return f'"{session_id}"'.encode()
 
 
-def statuses(turns: Sequence[dict[str, Got]]) -> list[set[int | None]]:
+def statuses(turns: Sequence[dict[str, Reply]]) -> list[set[int | None]]:
     return [{got.status for got in turn.values()} for turn in turns]
 
 
@@ -193,11 +187,11 @@ class HalfAStream:
 
 async def fail_in_a_stream(
     gateway: Failing, failing: HalfAStream, *, plugin: bool, timeout: float
-) -> list[dict[str, Got]]:
+) -> list[dict[str, Reply]]:
     """Play three turns of each session; the second fails when all agents have a piece of it."""
     gateway.forget()
     gateway.answer(failing)
-    async with session_server(gateway.url, plugin=plugin, timeout_seconds=timeout) as server:
+    async with watched_server(gateway.url, plugin=plugin, timeout_seconds=timeout) as server:
         agents = server.agents
         turns = [await agents.all(1, stream=True)]
         async with agents.begun(2, stream=True) as under_way:
@@ -271,7 +265,7 @@ async def test_no_key_follows_a_redirect_to_elsewhere(where: Where, elsewhere: R
         for plugin in (True, False):
             gateway.forget()
             gateway.answer(Faulty([lambda call: redirect(elsewhere.chat)], gateway.well))
-            app = conftest.session_server(gateway.url, enabled=plugin)
+            app = pinned_server(gateway.url, enabled=plugin)
             async with TestClient(TestServer(app)) as client:
 
                 async def turn(session_id: str, number: int) -> int:

@@ -1,23 +1,25 @@
 """The real gateway is killed in the midst of streams, and restarted with an empty sticky map."""
 
 import asyncio
-from contextlib import AsyncExitStack
 
 from yarl import URL
 
-from aiohttp_smg_routing.testing import Recorder, free_port, recording_gateway, smg_gateway
+from aiohttp_smg_routing.testing import Recorder, free_port, smg_gateway
+from harness.agents import Reply
+from harness.workers import recorders
 
-from .serving import SESSIONS, Got, assert_keys, holding, session_server, turns_of
+from ..turns import assert_keys, turns_of
+from .serving import SESSIONS, holding, watched_server
 
 
 async def kill_and_restart(
     workers: list[Recorder], release: asyncio.Event, *, plugin: bool
-) -> list[list[Got]]:
+) -> list[list[Reply]]:
     """Play four turns: the second is cut by the kill, the third finds no gateway."""
     port = free_port()
     urls = [worker.url for worker in workers]
     gateway = URL(f"http://127.0.0.1:{port}")
-    async with session_server(gateway, plugin=plugin, retries=1) as server:
+    async with watched_server(gateway, plugin=plugin, retries=1) as server:
         agents = server.agents
         async with smg_gateway(urls, policy="manual", port=port) as smg:
             turns = [await agents.all(1, stream=True)]
@@ -43,10 +45,9 @@ async def kill_and_restart(
 async def test_the_gateway_is_killed_in_the_midst_of_streams() -> None:
     outcomes = []
     for plugin in (True, False):
-        async with AsyncExitStack() as stack:
-            workers = [await stack.enter_async_context(recording_gateway()) for _ in range(3)]
-            release = stack.enter_context(holding(*workers))
-            turns = await kill_and_restart(workers, release, plugin=plugin)
+        async with recorders(3) as workers:
+            with holding(*workers) as release:
+                turns = await kill_and_restart(workers, release, plugin=plugin)
             assert_keys(turns_of(*workers), plugin=plugin)
         outcomes.append([[(got.status, got.whole) for got in turn] for turn in turns])
     assert outcomes[0] == outcomes[1]

@@ -11,10 +11,12 @@ from aiohttp import ClientSession, TCPConnector
 from yarl import URL
 
 from aiohttp_smg_routing.testing import smg_gateway
-from soak.servers import SessionServer, complaints, session_server
+from harness.proc import HAS_PROC, processes_in, until_refused
+from harness.servers import SessionServer, complaints, session_server
 
-from ..processes import HAS_PROC, processes_in, until_refused
-from .serving import SESSIONS, Agents, assert_keys, holding, soon, turns_of, until
+from ..turns import assert_keys, turns_of
+from ..waiting import soon, until
+from .serving import SESSIONS, Agents, holding
 
 
 @asynccontextmanager
@@ -23,7 +25,12 @@ async def serving(
 ) -> AsyncIterator[tuple[SessionServer, Agents]]:
     """Run the session server with all sessions; it may not complain, or leave anything behind."""
     async with (
-        session_server(folder, gateway, env={"TMPDIR": str(folder)}, enabled=plugin) as server,
+        session_server(
+            gateway,
+            folder=folder,
+            env={"TMPDIR": str(folder), "PYTHONWARNINGS": "error"},
+            enabled=plugin,
+        ) as server,
         ClientSession(connector=TCPConnector(limit=0)) as client,
     ):
         assert server.process.pid in processes_in(folder) or not HAS_PROC

@@ -9,9 +9,11 @@ import pytest
 from aiohttp import ClientSession
 
 from aiohttp_smg_routing.testing import SmgGateway, smg_gateway
-from soak.servers import Worker, worker_processes
+from harness.agents import Reply, conversation
+from harness.workers import Worker, worker_processes
 
-from .serving import SESSIONS, Got, Server, assert_keys_of, session_server, soon, until
+from ..waiting import soon, until
+from .serving import SESSIONS, Server, assert_keys_of, is_failure_of_the_gateway, watched_server
 
 # A worker that is back is tried again after a second, not after a minute.
 ARGS = ("--assignment-mode", "min_group", "--cb-timeout-duration-secs", "1")
@@ -28,7 +30,7 @@ async def behind_the_gateway(
     args = ARGS if policy == "manual" else ARGS[2:]
     async with (
         smg_gateway([worker.url for worker in workers], policy=policy, args=args) as smg,
-        session_server(smg.url, plugin=plugin) as server,
+        watched_server(smg.url, plugin=plugin) as server,
     ):
         yield server, smg
     assert_keys_of(workers, plugin=plugin)
@@ -63,8 +65,8 @@ async def until_all_are_answered(server: Server, number: int) -> None:
     await soon(play())
 
 
-def assert_failures_are_the_gateways(turns: Iterable[Got]) -> None:
-    assert [got for got in turns if not (got.answered or got.is_failure_of_the_gateway)] == []
+def assert_failures_are_the_gateways(turns: Iterable[Reply]) -> None:
+    assert [got for got in turns if not (got.answered or is_failure_of_the_gateway(got))] == []
 
 
 @PLUGIN
@@ -79,7 +81,7 @@ async def test_a_worker_is_killed_and_restarted(tmp_path: Path, stream: bool, pl
         dead = max(workers, key=lambda worker: len(sessions_of(server, worker)))
         before = len(list(dead.received()))
         turns = {
-            each: asyncio.create_task(agent.turn(2, stream=stream, hold=dead.port))
+            each: asyncio.create_task(agent.turn(conversation(2), stream=stream, hold=dead.port))
             for each, agent in agents.by_id.items()
         }
         await until(lambda: sum(map(count_received, workers)) == 2 * len(SESSIONS))
@@ -117,7 +119,7 @@ async def test_a_worker_is_added(tmp_path: Path, policy: str, plugin: bool) -> N
 
         async def keep_playing(session_id: str) -> None:
             while not stop.is_set():
-                assert (await agents.by_id[session_id].turn(2)).answered
+                assert (await agents.by_id[session_id].turn(conversation(2))).answered
 
         playing = asyncio.gather(*map(keep_playing, SESSIONS))
         try:
@@ -161,7 +163,10 @@ async def test_all_workers_are_gone_and_come_back(tmp_path: Path, plugin: bool) 
     ):
         agents = server.agents
         await agents.all_answered(1)
-        turns = [asyncio.create_task(agent.turn(2, hold=True)) for agent in agents.by_id.values()]
+        turns = [
+            asyncio.create_task(agent.turn(conversation(2), hold=True))
+            for agent in agents.by_id.values()
+        ]
         await until(lambda: sum(map(count_received, workers)) == 2 * len(SESSIONS))
         await asyncio.gather(*(worker.kill() for worker in workers))
         got = [await soon(turn) for turn in turns]

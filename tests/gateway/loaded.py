@@ -2,11 +2,12 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Literal
 
-from aiohttp_smg_routing.testing import Answer, Call, Recorder, answer, canned, recording_gateway
+from aiohttp_smg_routing.testing import Answer, Call, Recorder, answer, canned
+from harness.workers import models, recorders
 
 POLLS = ("--load-monitor-interval", "1")
 """Has the gateway ask every second; by default it asks every 10."""
@@ -37,8 +38,7 @@ class LoadedWorker:
     def _answer(self, call: Call) -> Answer:
         path = call.path.partition("?")[0]
         if path == "/v1/models":  # here the gateway reads which engine it is
-            model = {"id": "stub", "object": "model", "owned_by": self.kind.split()[0]}
-            return answer({"object": "list", "data": [{**model, "max_model_len": 4096}]})
+            return answer(models(owned_by=self.kind.split()[0]))
         if path not in {_LOADS, "/metrics"}:
             return canned(call)
         if (path == _LOADS) is not (self.kind == "sglang"):
@@ -68,6 +68,5 @@ async def report(
 @asynccontextmanager
 async def loaded_workers(count: int, kind: Kind = "vllm") -> AsyncIterator[list[LoadedWorker]]:
     """Run such workers until the block ends."""
-    async with AsyncExitStack() as stack:
-        recorders = [await stack.enter_async_context(recording_gateway()) for _ in range(count)]
-        yield [LoadedWorker(recorder, kind) for recorder in recorders]
+    async with recorders(count) as workers:
+        yield [LoadedWorker(worker, kind) for worker in workers]

@@ -5,48 +5,41 @@ import signal
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from importlib import import_module
 from io import StringIO
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from rich.console import Console
 from rich.progress import Progress
 
-from ..processes import HAS_PROC, processes_in, running
+from demo import __main__ as demo
+from harness.arms import Load, moved_sessions
+from harness.proc import HAS_PROC, processes_in
+from harness.processes import running
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+from ..stopping import SIGNALS, assert_stopped, until_it_says
+
 SESSIONS, TURNS, WORKERS = 5, 3, 3
 OPTIONS = [f"--sessions={SESSIONS}", f"--turns={TURNS}", f"--workers={WORKERS}"]
 
 
 @pytest.fixture
-def demo(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    return import_module("demo")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
+def folder(folder: Path) -> Iterator[Path]:
     """Yield a folder to run the demo in; nothing may be left in it or at work in it afterwards."""
-    yield tmp_path.resolve()
-    assert processes_in(tmp_path.resolve()) == {}
-    assert list(tmp_path.iterdir()) == []
+    yield folder
+    assert list(folder.iterdir()) == []
 
 
 @asynccontextmanager
 async def halfway(folder: Path) -> AsyncIterator[Process]:
     """Run the demo and enter the block once the agents are at work, with every server running."""
-    async with running(folder, str(EXAMPLES / "demo.py"), *OPTIONS) as process:
-        assert process.stdout is not None
-        while b"agents begin" not in (line := await process.stdout.readline()):
-            assert line, (await process.communicate())[1].decode()
+    async with running(folder, "-m", "demo", *OPTIONS) as process:
+        await until_it_says(process, b"agents begin")
         yield process
 
 
 async def test_the_demo_compares_both_arms(folder: Path) -> None:
-    async with running(folder, str(EXAMPLES / "demo.py"), *OPTIONS) as process:
+    async with running(folder, "-m", "demo", *OPTIONS) as process:
         out, err = (text.decode() for text in await process.communicate())
     assert (process.returncode, err) == (0, ""), out
     rows = {}
@@ -69,9 +62,7 @@ async def test_the_demo_compares_both_arms(folder: Path) -> None:
     assert f"{SESSIONS} of {SESSIONS} sessions stayed on one worker" in " ".join(out.split())
 
 
-@pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
-)
+@SIGNALS
 async def test_a_signal_stops_the_demo_and_all_that_it_started(
     number: signal.Signals, status: int, folder: Path
 ) -> None:
@@ -79,10 +70,7 @@ async def test_a_signal_stops_the_demo_and_all_that_it_started(
         if HAS_PROC:
             # The demo, the engines, the gateway and the session server: else nothing is proven.
             assert len(processes_in(folder)) >= WORKERS + 3
-        process.send_signal(number)
-        _, err = await process.communicate()
-    assert process.returncode == status
-    assert err.decode() == f"Stopped by {number.name}; all processes are gone.\n"
+        await assert_stopped(process, number, status)
 
 
 @pytest.mark.skipif(not HAS_PROC, reason="there is no /proc")
@@ -99,9 +87,8 @@ async def test_a_server_that_dies_fails_the_demo_and_ends_the_others(folder: Pat
 
 async def test_a_missing_engine_names_what_to_install(folder: Path) -> None:
     script = (
-        "import runpy, sys; sys.modules['xllamacpp'] = None; sys.argv[:] = ['demo.py'];"
-        f"sys.path.insert(0, {str(EXAMPLES)!r});"
-        f"runpy.run_path({str(EXAMPLES / 'demo.py')!r}, run_name='__main__')"
+        "import runpy, sys; sys.modules['xllamacpp'] = None; sys.argv[:] = ['demo'];"
+        "runpy.run_module('demo', run_name='__main__')"
     )
     async with running(folder, "-c", script) as process:
         _, err = await process.communicate()
@@ -111,15 +98,15 @@ async def test_a_missing_engine_names_what_to_install(folder: Path) -> None:
     )
 
 
-async def test_sessions_that_move_fail_the_demo(demo: ModuleType) -> None:
+async def test_sessions_that_move_fail_the_demo() -> None:
     """The arm without the plugin, measured for real, does not pass for one with it."""
     console = Console(file=StringIO(), width=80)
     arm = await demo.play_arm(
-        demo.Load(SESSIONS, TURNS, WORKERS),
+        Load(SESSIONS, TURNS, WORKERS),
         plugin=False,
         progress=Progress(console=console, disable=True),
     )
-    moved = demo.moved_sessions(arm.turns)
+    moved = moved_sessions(arm.turns)
     assert moved > 0
     with console.capture() as capture:
         assert demo.report(console, on=arm, off=arm) == 1

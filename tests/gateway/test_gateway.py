@@ -7,10 +7,12 @@ from aiohttp import ClientSession, TCPConnector
 from pytest_aiohttp.plugin import AiohttpClient
 
 from aiohttp_smg_routing import Routing, RoutingConfig, routing_session
-from aiohttp_smg_routing.testing import Call, SmgGateway, StartSmgGateway
+from aiohttp_smg_routing.testing import SmgGateway, StartSmgGateway
+from harness.agents import chat
+from harness.proxies import pinned_server
 
-from ..conftest import session_server
-from ..workers import SMG, chat
+from ..smg import SMG
+from ..turns import assert_keys, served, turn, turns_of
 
 SESSIONS = [f"s-{number}" for number in range(200)]
 TURNS = 6
@@ -20,24 +22,17 @@ AT_A_TIME = 50
 async def play(smg: SmgGateway, aiohttp_client: AiohttpClient, enabled: bool = True) -> None:
     """Play every session through a session server that has the plugin."""
     client = await aiohttp_client(
-        session_server(smg.url, enabled=enabled), connector=TCPConnector(limit=AT_A_TIME)
+        pinned_server(smg.url, enabled=enabled), connector=TCPConnector(limit=AT_A_TIME)
     )
 
     async def session(session_id: str) -> None:
-        for turn in range(1, TURNS + 1):
-            path = f"/sessions/{session_id}/v1/chat/completions"
-            async with client.post(path, json=chat(session_id, turn)) as response:
-                assert response.status == 200, await response.text()
+        for number in range(1, TURNS + 1):
+            await turn(client, session_id, number)
 
     await asyncio.gather(*map(session, SESSIONS))
-    arrived = [(call.json()["user"], call.keys) for call in turns(smg)]
+    arrived = turns_of(*smg.workers)
     assert len(arrived) == len(SESSIONS) * TURNS
-    assert all(keys == ([user.encode()] if enabled else []) for user, keys in arrived)
-
-
-def turns(smg: SmgGateway) -> list[Call]:
-    """Return what its workers received."""
-    return [call for worker in smg.workers for call in worker.calls if call.method == "POST"]
+    assert_keys(arrived, plugin=enabled)
 
 
 async def test_manual_keeps_every_session_on_one_worker(
@@ -80,8 +75,7 @@ async def test_without_the_plugin_the_same_load_is_not_pinned(
 ) -> None:
     smg = await smg_gateway(3, policy="manual")
     await play(smg, aiohttp_client, enabled=False)
-    users = [{call.json()["user"] for call in worker.calls if call.body} for worker in smg.workers]
-    assert sum(map(len, users)) > len(SESSIONS)  # some came to several workers
+    assert any(len(workers) > 1 for workers in served(*smg.workers).values())
     assert +await smg.branches() == {"no_routing_id": len(SESSIONS) * TURNS}
 
 
@@ -151,5 +145,10 @@ async def test_every_path_that_the_config_names_is_pinned_and_no_other(
                     for other in BODIES.keys() - {path}:
                         await post(session, smg, other, {"model": "stub", **BODIES[other]})
                 smg.assert_pinned(f"{path}#{number}", turns=4)
-    assert {call.path for call in turns(smg) if call.keys} == BODIES.keys()
-    assert all(call.path == call.keys[0].decode().split("#")[0] for call in turns(smg) if call.keys)
+    keyed = [call for call in turns_of(*smg.workers) if call.keys]
+    assert {call.path for call in keyed} == BODIES.keys()
+    assert all(
+        call.path == call.keys[0].decode().split("#")[0]
+        for call in turns_of(*smg.workers)
+        if call.keys
+    )

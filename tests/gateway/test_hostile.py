@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Protocol
 
 import pytest
 from aiohttp import web
+from yarl import URL
 
 from aiohttp_smg_routing.testing import SmgGateway, StartSmgGateway
+from harness.agents import chat
+from harness.proxies import Forward, Headers, copied, pinned_server, proxy_server
 
-from ..conftest import Forward, Headers, copied, proxy_server, session_server
-from ..workers import chat
+from ..turns import served
 
 if TYPE_CHECKING:
     from pytest_aiohttp.plugin import AiohttpServer  # since 1.1, which needs aiohttp 3.11
@@ -84,14 +86,9 @@ async def agents(aiohttp_server: "AiohttpServer", app: web.Application) -> Send:
     return send
 
 
-def served(smg: SmgGateway, session_id: str) -> list[int]:
-    """Return which workers served a session, by the body of its turns."""
-    return [
-        number
-        for number, worker in enumerate(smg.workers)
-        for call in worker.calls
-        if call.method == "POST" and call.json()["user"] == session_id
-    ]
+def workers_of(smg: SmgGateway, session_id: str) -> list[URL]:
+    """Return which workers served a session, by the body of its turns: one for each turn."""
+    return [*served(*smg.workers)[session_id].elements()]
 
 
 async def two_apart(smg: SmgGateway, send: Send) -> tuple[str, str, int]:
@@ -99,7 +96,7 @@ async def two_apart(smg: SmgGateway, send: Send) -> tuple[str, str, int]:
     assert await send("s-1", []) == 200
     for count in range(2, 100):
         assert await send(f"s-{count}", []) == 200
-        if served(smg, "s-1") != served(smg, f"s-{count}"):
+        if workers_of(smg, "s-1") != workers_of(smg, f"s-{count}"):
             return "s-1", f"s-{count}", count
     raise AssertionError("all sessions are on one worker")
 
@@ -109,14 +106,14 @@ async def test_no_header_of_a_client_moves_a_pin_or_picks_a_worker_or_breaks_a_c
     smg_gateway: StartSmgGateway, aiohttp_server: "AiohttpServer", policy: str
 ) -> None:
     smg = await smg_gateway(3, policy=policy)
-    send = await agents(aiohttp_server, session_server(smg.url))
+    send = await agents(aiohttp_server, pinned_server(smg.url))
     agent, victim, opened = await two_apart(smg, send)
     sent = attacks(victim)
     for headers in sent:
         assert await send(agent, headers) == 200, headers
         assert await send(victim, []) == 200, headers
     for session_id in (agent, victim):
-        workers = served(smg, session_id)
+        workers = workers_of(smg, session_id)
         assert len(workers) == 1 + len(sent)
         assert len(set(workers)) == 1, f"{session_id} was moved"
     turns = 2 * len(sent)
@@ -134,7 +131,7 @@ async def test_code_by_hand_lets_a_client_pick_its_worker_and_get_a_503(
     send = await agents(aiohttp_server, proxy_server(smg.url, by_hand))
     for index in ("0", "1", "2"):
         assert await send("agent", [(TARGET.lower(), index)]) == 200
-    assert sorted(served(smg, "agent")) == [0, 1, 2]
+    assert sorted(workers_of(smg, "agent")) == sorted(worker.url for worker in smg.workers)
     assert await send("agent", [(TARGET, "99")]) == 503
     branches = await smg.branches()
     assert (branches["target_worker_hit"], branches["routing_key_hit"]) == (3, 0)
@@ -162,7 +159,9 @@ async def test_code_by_hand_lets_a_client_move_its_pin(
     send = await agents(aiohttp_server, proxy_server(smg.url, forward))
     agent, victim, _ = await two_apart(smg, send)
     assert await send(agent, [(name, victim) for name in names]) == 200
-    assert set(served(smg, agent)) > {*served(smg, victim)}, "it came to the victim's worker"
+    assert set(workers_of(smg, agent)) > {*workers_of(smg, victim)}, (
+        "it came to the victim's worker"
+    )
     before = await smg.branches()
     assert await send(agent, [(name, "") for name in names]) == 200
     [branch] = await smg.branches() - before
@@ -198,16 +197,16 @@ async def test_a_client_whose_call_has_no_session_reaches_any_pin_and_worker(
     smg_gateway: StartSmgGateway, aiohttp_server: "AiohttpServer", policy: str
 ) -> None:
     smg = await smg_gateway(3, policy=policy)
-    send = await agents(aiohttp_server, session_server(smg.url, **TAKEN_FROM))
+    send = await agents(aiohttp_server, pinned_server(smg.url, **TAKEN_FROM))
     _, victim, opened = await two_apart(smg, send)
     for number, (path, left_out) in enumerate(LEFT_OUT):
         agent = f"agent-{number}"
         assert await send(agent, [*left_out, (ROUTING_KEY, victim)], path) == 200
-        assert served(smg, agent) == served(smg, victim), left_out
+        assert workers_of(smg, agent) == workers_of(smg, victim), left_out
         if policy == "consistent_hashing":
             for index in ("0", "1", "2"):
                 assert await send(agent, [*left_out, (TARGET, index)], path) == 200
-            assert {*served(smg, agent)} == {0, 1, 2}, left_out
+            assert {*workers_of(smg, agent)} == {it.url for it in smg.workers}, left_out
             assert await send(agent, [*left_out, (TARGET, "99")], path) == 503, left_out
     branches = await smg.branches()
     if policy == "manual":
@@ -222,12 +221,12 @@ async def test_where_a_missing_session_raises_no_such_call_reaches_the_gateway(
     smg_gateway: StartSmgGateway, aiohttp_server: "AiohttpServer", policy: str
 ) -> None:
     smg = await smg_gateway(3, policy=policy)
-    app = session_server(smg.url, **TAKEN_FROM, on_missing="raise")
+    app = pinned_server(smg.url, **TAKEN_FROM, on_missing="raise")
     send = await agents(aiohttp_server, app)
     _, victim, opened = await two_apart(smg, send)
     for path, left_out in LEFT_OUT:
         for headers in ([], [(ROUTING_KEY, victim)], [(TARGET, "0")], [(TARGET, "99")]):
             assert await send("agent", [*left_out, *headers], path) == 500, left_out
-    assert served(smg, "agent") == []
+    assert workers_of(smg, "agent") == []
     branch = "vacant" if policy == "manual" else "routing_key_hit"
     assert +await smg.branches() == {branch: opened}

@@ -12,8 +12,10 @@ from aiohttp import ClientSession
 from yarl import URL
 
 from aiohttp_smg_routing.testing import SmgGateway, StartSmgGateway, canned
+from harness.agents import chat
 
-from ..workers import SMG, answer_when_all_are_there, chat
+from ..smg import SMG, answer_when_all_are_there
+from ..turns import forget, served, turns_of
 
 KEY = "X-SMG-Routing-Key"
 NAMES = [f"s-{number}" for number in range(16)]
@@ -22,19 +24,13 @@ Headers = Sequence[tuple[str, str]]
 
 async def play(smg: SmgGateway, calls: Iterable[tuple[str, Headers]]) -> dict[str, set[URL]]:
     """Make the calls, each of somebody and with headers; return the workers that served each."""
-    for worker in smg.workers:
-        worker.calls.clear()
+    forget(*smg.workers)
     async with ClientSession(raise_for_status=True) as session:
         for name, headers in calls:
             url = smg.url / "v1/chat/completions"
             async with session.post(url, json=chat(name), headers=headers) as response:
                 await response.read()
-    found: dict[str, set[URL]] = {}
-    for worker in smg.workers:
-        for call in worker.calls:
-            if call.method == "POST":
-                found.setdefault(call.json()["user"], set()).add(worker.url)
-    return found
+    return {name: set(workers) for name, workers in served(*smg.workers).items()}
 
 
 def four_turns(headers: Headers) -> Iterable[tuple[str, Headers]]:
@@ -68,10 +64,10 @@ async def test_of_two_headers_the_first_one_counts(
     smg_gateway: StartSmgGateway, policy: str
 ) -> None:
     smg = await smg_gateway(3, policy=policy)
-    served = await play(smg, four_turns([(KEY, "{name}"), (KEY, "{turn}")]))
-    assert {len(urls) for urls in served.values()} == {1}
-    served = await play(smg, four_turns([(KEY, ""), (KEY, "{name}")]))
-    assert {len(urls) for urls in served.values()} != {1}
+    found = await play(smg, four_turns([(KEY, "{name}"), (KEY, "{turn}")]))
+    assert {len(urls) for urls in found.values()} == {1}
+    found = await play(smg, four_turns([(KEY, ""), (KEY, "{name}")]))
+    assert {len(urls) for urls in found.values()} != {1}
 
 
 @pytest.mark.parametrize("tail", ["_t{turn}", "_r{turn}"])
@@ -80,13 +76,13 @@ async def test_tail_of_a_turn_is_cut_off_under_the_override_alone(
 ) -> None:
     headers = [(KEY, "{name}" + tail)]
     overridden = await smg_gateway(3, policy="round_robin", args=["--routing-key-override"])
-    served = await play(overridden, four_turns(headers))
+    found = await play(overridden, four_turns(headers))
     is_cut = SMG >= (1, 10)
-    assert ({len(urls) for urls in served.values()} == {1}) is is_cut
+    assert ({len(urls) for urls in found.values()} == {1}) is is_cut
     assert (await overridden.branches())["vacant"] == len(NAMES) * (1 if is_cut else 4)
     for policy in ("manual", "consistent_hashing"):
-        served = await play(await smg_gateway(3, policy=policy), four_turns(headers))
-        assert {len(urls) for urls in served.values()} != {1}
+        found = await play(await smg_gateway(3, policy=policy), four_turns(headers))
+        assert {len(urls) for urls in found.values()} != {1}
 
 
 @pytest.mark.parametrize(
@@ -97,9 +93,9 @@ async def test_consistent_hashing_hashes_other_headers_where_there_is_no_key(
     smg_gateway: StartSmgGateway, header: str, hashed_up_to: tuple[int, ...]
 ) -> None:
     smg = await smg_gateway(3, policy="consistent_hashing")
-    served = await play(smg, four_turns([(header, "one=forall")]))
+    found = await play(smg, four_turns([(header, "one=forall")]))
     is_hashed = hashed_up_to >= SMG
-    assert (len(set.union(*served.values())) == 1) is is_hashed
+    assert (len(set.union(*found.values())) == 1) is is_hashed
     hashed = "implicit_key_hit" if SMG >= (1, 13) else "routing_key_hit"
     assert +await smg.branches() == {hashed if is_hashed else "random_fallback": 4 * len(NAMES)}
 
@@ -111,7 +107,7 @@ async def test_min_group_evens_out_the_sessions_that_open_at_once(
     names = [f"s-{number}" for number in range(30)]
     answer_when_all_are_there(smg.workers, len(names))
     await asyncio.gather(*(play_one(smg, name) for name in names))
-    counts = [sum(call.method == "POST" for call in worker.calls) for worker in smg.workers]
+    counts = [len(turns_of(worker)) for worker in smg.workers]
     assert counts == [10, 10, 10]
 
 
@@ -119,8 +115,8 @@ async def test_min_group_does_not_count_the_sessions_that_are_idle(
     smg_gateway: StartSmgGateway,
 ) -> None:
     smg = await smg_gateway(10, policy="manual", args=["--assignment-mode", "min_group"])
-    served = await play(smg, [(f"s-{number}", [(KEY, f"s-{number}")]) for number in range(100)])
-    counts = Counter(url for urls in served.values() for url in urls)
+    found = await play(smg, [(f"s-{number}", [(KEY, f"s-{number}")]) for number in range(100)])
+    counts = Counter(url for urls in found.values() for url in urls)
     assert max(counts.values()) - min(counts[worker.url] for worker in smg.workers) > 1
 
 

@@ -8,13 +8,13 @@ from aiohttp import ClientSession
 from prometheus_client.parser import text_string_to_metric_families
 
 from aiohttp_smg_routing.testing import smg_gateway
+from harness.agents import chat
 
 from ..unit.test_monitoring import OURS, PAGES, label_values, queries, series
-from ..workers import chat
 from .loaded import POLLS, loaded_workers
 
 
-async def served(policy: str, *args: str) -> str:
+async def metrics_of(policy: str, *args: str) -> str:
     """Return the metrics of the real gateway after calls with a key and without one.
 
     One of its workers is overloaded.
@@ -37,9 +37,9 @@ async def served(policy: str, *args: str) -> str:
 
 async def test_the_real_gateway_serves_every_series_and_branch_that_is_named() -> None:
     pages = await asyncio.gather(
-        served("manual"),
-        served("consistent_hashing"),
-        served("cache_aware", "--routing-key-override"),
+        metrics_of("manual"),
+        metrics_of("consistent_hashing"),
+        metrics_of("cache_aware", "--routing-key-override"),
     )
     families = [family for page in pages for family in text_string_to_metric_families(page)]
     names = {sample.name for family in families for sample in family.samples}

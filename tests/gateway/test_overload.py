@@ -8,20 +8,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 import pytest
-from aiohttp import ClientSession, web
-from aiohttp.test_utils import TestClient
-from prometheus_client.parser import text_string_to_metric_families
 from pytest_aiohttp.plugin import AiohttpClient
 
 from aiohttp_smg_routing import ROUTING, PinLedger
 from aiohttp_smg_routing.testing import SmgGateway, smg_gateway
+from harness.proxies import pinned_server
 
-from ..conftest import session_server
-from ..workers import SMG, chat, names_workers
+from ..series import samples_of
+from ..smg import SMG, names_workers
+from ..turns import forget, served, turn
 from .loaded import POLLS, Kind, LoadedWorker, loaded_workers, report
 
 if TYPE_CHECKING:
-    Client = TestClient[web.Request, web.Application]  # generic since aiohttp 3.11
+    from ..turns import Client
 
 SESSIONS = [f"s-{number}" for number in range(30)]
 IS_DEFAULT = SMG >= (1, 12)
@@ -41,27 +40,13 @@ class Sessions:
 
     async def turn(self) -> dict[str, LoadedWorker]:
         """Play a turn of each session; return the worker that received it."""
-        for worker in self.workers:
-            worker.recorder.calls.clear()
-
-        async def play(session_id: str) -> None:
-            path = f"/sessions/{session_id}/v1/chat/completions"
-            async with self.client.post(path, json=chat(session_id)) as response:
-                assert response.status == 200, await response.text()
-
-        await asyncio.gather(*map(play, SESSIONS))
-        return {
-            call.json()["user"]: worker
-            for worker in self.workers
-            for call in worker.recorder.calls
-            if call.method == "POST"
-        }
+        forget(*(worker.recorder for worker in self.workers))
+        await asyncio.gather(*(turn(self.client, each) for each in SESSIONS))
+        return {each: worker for worker in self.workers for each in served(worker.recorder)}
 
     async def counts(self, name: str) -> float | None:
         """Return what a series of the gateway says, summed over its labels; None without it."""
-        async with ClientSession() as session, session.get(self.smg.metrics_url) as response:
-            families = text_string_to_metric_families(await response.text())
-        samples = [sample for family in families for sample in family.samples]
+        samples = await samples_of(self.smg.metrics_url)
         values = [sample.value for sample in samples if sample.name == name]
         return sum(values) if values else None
 
@@ -73,7 +58,7 @@ async def before_three_workers(
     async with loaded_workers(3, kind) as workers:
         urls = [worker.recorder.url for worker in workers]
         async with smg_gateway(urls, policy=policy, args=[*POLLS, *args]) as smg:
-            app = session_server(smg.url)
+            app = pinned_server(smg.url)
             yield Sessions(smg, workers, await aiohttp_client(app), app[ROUTING].pins)
 
 

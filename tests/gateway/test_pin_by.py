@@ -3,7 +3,7 @@
 import asyncio
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +21,14 @@ from aiohttp_smg_routing.testing import (
     StartSmgGateway,
     answer,
     canned,
-    recording_gateway,
     smg_gateway,
 )
+from harness.agents import chat
+from harness.proxies import CLIENT, pinned_server
+from harness.workers import models, recorders
 
-from ..conftest import CLIENT, session_server
-from ..workers import SMG, answer_when_all_are_there, chat, names_workers
+from ..smg import SMG, answer_when_all_are_there, names_workers
+from ..turns import turn, turns_of
 
 SESSIONS = [f"s-{number}" for number in range(8)]
 TURNS = 4
@@ -39,9 +41,8 @@ def engine_of(model: str) -> Callable[[Call], Answer]:
 
     The gateway takes the first model alone that a worker names: none can serve two.
     """
-    entry = {"id": model, "object": "model", "owned_by": "vllm", "root": model}
-    models = answer({"object": "list", "data": [{**entry, "max_model_len": 4096}]})
-    return lambda call: models if call.path == "/v1/models" else canned(call)
+    named = answer(models(model))
+    return lambda call: named if call.path == "/v1/models" else canned(call)
 
 
 @dataclass
@@ -53,10 +54,9 @@ class Cluster:
         """Return the workers that served each session and model, by the bodies they received."""
         found = defaultdict(set)
         for worker in self.workers:
-            for call in worker.calls:
-                if call.method == "POST":
-                    body = call.json()
-                    found[body["user"], body["model"]].add(worker.url)
+            for call in turns_of(worker):
+                body = call.json()
+                found[body["user"], body["model"]].add(worker.url)
         return found
 
     def on_one_worker(self, models: Sequence[str]) -> int:
@@ -71,14 +71,12 @@ async def cluster(
     models: Sequence[str], policy: str = "manual", args: Sequence[str] = ()
 ) -> AsyncIterator[Cluster]:
     """Run the real gateway before two workers for each model."""
-    async with AsyncExitStack() as stack:
-        workers = []
-        for model in [*models, *models]:
-            workers.append(await stack.enter_async_context(recording_gateway()))
-            workers[-1].answer = engine_of(model)
+    async with recorders(2 * len(models)) as workers:
+        for worker, model in zip(workers, [*models, *models], strict=True):
+            worker.answer = engine_of(model)
         urls = [worker.url for worker in workers]
-        smg = await stack.enter_async_context(smg_gateway(urls, policy=policy, args=args))
-        yield Cluster(smg, workers)
+        async with smg_gateway(urls, policy=policy, args=args) as smg:
+            yield Cluster(smg, workers)
 
 
 async def play(aiohttp_client: AiohttpClient, app: web.Application, models: Sequence[str]) -> None:
@@ -86,12 +84,9 @@ async def play(aiohttp_client: AiohttpClient, app: web.Application, models: Sequ
     client = await aiohttp_client(app)
 
     async def session(session_id: str) -> None:
-        for turn in range(1, TURNS + 1):
+        for number in range(1, TURNS + 1):
             for model in models:
-                body = {**chat(session_id, turn), "model": model}
-                path = f"/sessions/{session_id}/v1/chat/completions"
-                async with client.post(path, json=body) as response:
-                    assert response.status == 200, await response.text()
+                await turn(client, session_id, number, model=model)
 
     await asyncio.gather(*map(session, SESSIONS))
 
@@ -108,7 +103,7 @@ async def test_each_model_of_a_session_keeps_its_worker(
     models = [f"model-{number}" for number in range(count)]
     pairs = len(SESSIONS) * count
     async with cluster(models, policy, args) as running:
-        app = session_server(running.smg.url, pin_by=BY_MODEL)
+        app = pinned_server(running.smg.url, pin_by=BY_MODEL)
         await play(aiohttp_client, app, models)
         assert running.on_one_worker(models) == pairs
         branches = +await running.smg.branches()
@@ -134,7 +129,7 @@ async def test_without_it_two_models_on_one_key_stay_but_look_as_if_they_moved(
 ) -> None:
     models = ["model-0", "model-1"]
     async with cluster(models) as running:
-        app = session_server(running.smg.url)
+        app = pinned_server(running.smg.url)
         await play(aiohttp_client, app, models)
         assert running.on_one_worker(models) == len(SESSIONS) * len(models)
     summary = app[ROUTING].pins.summary()
@@ -157,7 +152,7 @@ async def test_without_it_three_models_on_one_key_lose_their_pins_under_manual(
 ) -> None:
     models = [f"model-{number}" for number in range(count)]
     async with cluster(models, policy, args) as running:
-        await play(aiohttp_client, session_server(running.smg.url), models)
+        await play(aiohttp_client, pinned_server(running.smg.url), models)
         kept = running.on_one_worker(models)
         hits = (await running.smg.branches())["occupied_hit"]
     assert (kept == len(SESSIONS) * len(models)) is (count == 2 or keeps_three)
@@ -171,7 +166,7 @@ async def test_a_turn_that_calls_a_second_model_says_so_and_each_keeps_its_worke
     """The inbound body names one model: the handler itself asks the judge."""
     models = ["policy", "judge"]
     async with cluster(models) as running:
-        app = session_server(running.smg.url, pin_by=BY_MODEL)
+        app = pinned_server(running.smg.url, pin_by=BY_MODEL)
         url = running.smg.url / "v1/chat/completions"
 
         async def turn_and_verdict(request: web.Request) -> web.Response:
@@ -198,7 +193,7 @@ async def test_a_turn_that_calls_a_second_model_says_so_and_each_keeps_its_worke
 
 
 def server_of_groups(smg: SmgGateway) -> web.Application:
-    return session_server(
+    return pinned_server(
         smg.url, session_id="json:user", pin_by="{header:X-Group-Id}", prefix="job-7/"
     )
 
@@ -261,7 +256,7 @@ async def test_many_calls_of_one_group_at_once_do_not_stay_together_under_the_ov
 
     async with ClientSession(trace_configs=[routing.trace_config()]) as session:
         await asyncio.gather(*(call() for _ in range(16)))
-    served = [sum(call.method == "POST" for call in worker.calls) for worker in smg.workers]
+    served = [len(turns_of(worker)) for worker in smg.workers]
     branches = await smg.branches()
     has_cap = bool(args) and SMG >= (1, 10)
     assert sorted(served) == ([4, 4, 4, 4] if has_cap else [0, 0, 0, 16])

@@ -5,63 +5,54 @@ import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import AsyncExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from aiohttp import ClientSession, TCPConnector, web
-from aiohttp.test_utils import TestClient
+from aiohttp import ClientSession, TCPConnector
 from pytest_aiohttp.plugin import AiohttpClient
 from yarl import URL
 
 from aiohttp_smg_routing import ROUTING, PinSummary, Routing, RoutingConfig, routing_session
-from aiohttp_smg_routing.testing import (
-    SmgGateway,
-    StartSmgGateway,
-    free_port,
-    recording_gateway,
-)
+from aiohttp_smg_routing.testing import SmgGateway, StartSmgGateway, free_port, recording_gateway
 from aiohttp_smg_routing.testing import smg_gateway as run_smg_gateway
+from harness.agents import chat
+from harness.proxies import pinned_server
+from harness.workers import worker_processes
 
-from ..conftest import session_server
-from ..workers import chat, names_workers, worker_processes
+from ..smg import names_workers
+from ..turns import turn
 
 if TYPE_CHECKING:
-    Client = TestClient[web.Request, web.Application]  # generic since aiohttp 3.11
+    from ..turns import Client
 
 
-async def turn(client: "Client", sessions: Iterable[str]) -> None:
+async def turn_of_all(client: "Client", sessions: Iterable[str]) -> None:
     """Play a turn of every session."""
-
-    async def play(session_id: str) -> None:
-        path = f"/sessions/{session_id}/v1/chat/completions"
-        async with client.post(path, json=chat(session_id)) as response:
-            assert response.status == 200, await response.text()
-
-    await asyncio.gather(*map(play, sessions))
+    await asyncio.gather(*(turn(client, each) for each in sessions))
 
 
 @names_workers
 async def test_when_a_worker_is_killed_exactly_its_sessions_move_once(
-    aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     sessions = [f"s-{number}" for number in range(30)]
     args = ["--assignment-mode", "min_group"]
     async with (
-        worker_processes(3) as processes,
-        run_smg_gateway(list(processes), policy="manual", args=args) as smg,
+        worker_processes(tmp_path, 3) as workers,
+        run_smg_gateway([worker.url for worker in workers], policy="manual", args=args) as smg,
     ):
-        app = session_server(smg.url)
+        app = pinned_server(smg.url)
         client = await aiohttp_client(app)
         for _ in range(3):
-            await turn(client, sessions)
+            await turn_of_all(client, sessions)
         pins = app[ROUTING].pins
-        dead = next(iter(processes))
-        lost = {pin.session for pin in pins.sessions() if pin.worker == str(dead).rstrip("/")}
+        dead = workers[0]
+        lost = {pin.session for pin in pins.sessions() if pin.worker == str(dead.url.origin())}
         assert 0 < len(lost) < len(sessions)
-        processes[dead].kill()
-        await processes[dead].wait()
+        await dead.kill()
         for _ in range(3):
-            await turn(client, sessions)
+            await turn_of_all(client, sessions)
         moved = {pin.session for pin in pins.sessions() if pin.moves}
         assert moved == lost
         moves = len(lost)
@@ -77,7 +68,7 @@ async def test_the_moves_after_a_gateway_has_lost_its_sticky_map_are_seen(
 ) -> None:
     sessions = [f"s-{number}" for number in range(40)]
     port = free_port()
-    app = session_server(URL(f"http://127.0.0.1:{port}"))
+    app = pinned_server(URL(f"http://127.0.0.1:{port}"))
     client = await aiohttp_client(app)
     served: defaultdict[str, list[URL]] = defaultdict(list)  # the worker that each gateway chose
     async with AsyncExitStack() as stack:
@@ -86,7 +77,7 @@ async def test_the_moves_after_a_gateway_has_lost_its_sticky_map_are_seen(
             urls = [worker.url for worker in workers]
             async with run_smg_gateway(urls, policy="manual", port=port) as smg:
                 for _ in range(2):
-                    await turn(client, sessions)
+                    await turn_of_all(client, sessions)
                 assert (await smg.branches())["vacant"] == len(sessions)
             for worker in workers:
                 for user in {call.json()["user"] for call in worker.calls if call.body}:
@@ -99,18 +90,20 @@ async def test_the_moves_after_a_gateway_has_lost_its_sticky_map_are_seen(
 
 
 @names_workers
-async def test_turns_at_once_are_counted_to_the_last(aiohttp_client: AiohttpClient) -> None:
+async def test_turns_at_once_are_counted_to_the_last(
+    tmp_path: Path, aiohttp_client: AiohttpClient
+) -> None:
     sessions, turns = 500, 10  # the soak plays 10,000 sessions
     async with (
-        worker_processes(3) as processes,
-        run_smg_gateway(list(processes), policy="manual") as smg,
+        worker_processes(tmp_path, 3) as workers,
+        run_smg_gateway([worker.url for worker in workers], policy="manual") as smg,
     ):
-        app = session_server(smg.url)
+        app = pinned_server(smg.url)
         client = await aiohttp_client(app, connector=TCPConnector(limit=64))
 
         async def play(session_id: str) -> None:
             for _ in range(turns):
-                await turn(client, [session_id])
+                await turn(client, session_id)
 
         await asyncio.gather(*(play(f"s-{number}") for number in range(sessions)))
         assert +await smg.branches() == {

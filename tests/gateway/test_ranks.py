@@ -3,7 +3,7 @@
 import itertools
 from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 
 from aiohttp import ClientSession
 
@@ -15,11 +15,13 @@ from aiohttp_smg_routing.testing import (
     SmgGateway,
     answer,
     canned,
-    recording_gateway,
     smg_gateway,
 )
+from harness.agents import chat
+from harness.workers import models, recorders
 
-from ..workers import SMG, chat
+from ..smg import SMG
+from ..turns import turns_of
 
 SESSIONS = [f"s-{number}" for number in range(24)]
 
@@ -27,8 +29,7 @@ SESSIONS = [f"s-{number}" for number in range(24)]
 def engine_of_two_ranks(call: Call) -> Answer:
     """Answer as SGLang: SMG asks it alone for its ranks, and not vLLM."""
     if call.path == "/v1/models":
-        model = {"id": "stub", "object": "model", "owned_by": "sglang", "root": "stub"}
-        return answer({"object": "list", "data": [{**model, "max_model_len": 4096}]})
+        return answer(models(owned_by="sglang"))
     if call.path == "/server_info":
         return answer({"model_id": "stub", "model_path": "stub", "dp_size": 2})
     return canned(call)
@@ -36,14 +37,12 @@ def engine_of_two_ranks(call: Call) -> Answer:
 
 @asynccontextmanager
 async def gateway_of_ranks() -> AsyncIterator[tuple[SmgGateway, Sequence[Recorder]]]:
-    async with AsyncExitStack() as stack:
-        workers = []
-        for _ in range(2):
-            workers.append(await stack.enter_async_context(recording_gateway()))
-            workers[-1].answer = engine_of_two_ranks
+    async with recorders(2) as workers:
+        for worker in workers:
+            worker.answer = engine_of_two_ranks
         urls = [worker.url for worker in workers]
-        context = smg_gateway(urls, policy="manual", args=["--dp-aware"])
-        yield await stack.enter_async_context(context), workers
+        async with smg_gateway(urls, policy="manual", args=["--dp-aware"]) as smg:
+            yield smg, workers
 
 
 async def test_each_session_stays_on_one_rank_and_the_ledger_names_it() -> None:
@@ -57,8 +56,7 @@ async def test_each_session_stays_on_one_rank_and_the_ledger_names_it() -> None:
                         assert response.status == 200
         served = defaultdict(set)
         for worker in workers:
-            bodies = [call.json() for call in worker.calls if call.method == "POST"]
-            for body in bodies:
+            for body in [call.json() for call in turns_of(worker)]:
                 served[body["user"]].add(f"{worker.url}@{body['data_parallel_rank']}")
     assert {len(ranks) for ranks in served.values()} == {1}
     assert len(set.union(*served.values())) > 2  # more than workers

@@ -5,9 +5,9 @@ from aiohttp import ClientSession
 
 from aiohttp_smg_routing import Routing, routing_session
 from aiohttp_smg_routing.testing import StartSmgGateway
+from harness.agents import chat
 
 from ..reference import examples, run
-from ..workers import chat
 
 THESE = examples(on_a_gateway=True)
 

@@ -5,18 +5,18 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
-from aiohttp import ClientSession, web
-from aiohttp.test_utils import TestClient
-from prometheus_client.parser import text_string_to_metric_families
 from pytest_aiohttp.plugin import AiohttpClient
+from yarl import URL
 
 from aiohttp_smg_routing.testing import SmgGateway, StartSmgGateway
+from harness.proxies import pinned_server
 
-from ..conftest import session_server
-from ..workers import SMG, chat
+from ..series import samples_of
+from ..smg import SMG
+from ..turns import assert_keys, forget, served, turn, turns_of
 
 if TYPE_CHECKING:
-    Client = TestClient[web.Request, web.Application]  # generic since aiohttp 3.11
+    from ..turns import Client
 
 SESSIONS = [f"s-{number}" for number in range(11)]  # round robin over three deals them anew
 TURNS = 4
@@ -31,34 +31,24 @@ async def play(client: "Client", rid: Callable[[str, int], str]) -> None:
 
     One call at a time: the override has many calls of one key at once go to several workers.
     """
-    for turn, session_id in itertools.product(range(TURNS), SESSIONS):
-        path = f"/sessions/{session_id}/v1/chat/completions"
-        body = {**chat(session_id), "rid": rid(session_id, turn)}
-        async with client.post(path, json=body) as response:
-            assert response.status == 200, await response.text()
+    for number, session_id in itertools.product(range(TURNS), SESSIONS):
+        await turn(client, session_id, rid=rid(session_id, number))
 
 
 async def key_sources(smg: SmgGateway) -> dict[str, int]:
     """Return what the gateway says that it took the key from, how often."""
-    async with ClientSession() as session, session.get(smg.metrics_url) as response:
-        families = text_string_to_metric_families(await response.text())
     return {
         sample.labels["source"]: int(sample.value)
-        for family in families
-        for sample in family.samples
+        for sample in await samples_of(smg.metrics_url)
         if sample.name == "smg_routing_key_source_total"
     }
 
 
-def served(smg: SmgGateway) -> dict[str, set[int]]:
-    """Return the workers that each session came to; each call had the session's key."""
-    found: dict[str, set[int]] = {session_id: set() for session_id in SESSIONS}
-    for number, worker in enumerate(smg.workers):
-        for call in worker.calls:
-            if call.method == "POST":
-                assert call.keys == [call.json()["user"].encode()]
-                found[call.json()["user"]].add(number)
-        worker.calls.clear()
+def came_to(smg: SmgGateway) -> dict[str, set[URL]]:
+    """Return the workers that each session came to since; each call had the session's key."""
+    assert_keys(turns_of(*smg.workers))
+    found = {session_id: set(workers) for session_id, workers in served(*smg.workers).items()}
+    forget(*smg.workers)
     return found
 
 
@@ -76,14 +66,14 @@ async def test_a_rid_outranks_the_key_under_the_override_of_1_10_and_1_11_alone(
     smg_gateway: StartSmgGateway, aiohttp_client: AiohttpClient, policy: str, args: list[str]
 ) -> None:
     smg = await smg_gateway(3, policy=policy, args=args)
-    client = await aiohttp_client(session_server(smg.url))
+    client = await aiohttp_client(pinned_server(smg.url))
     outranks = bool(args) and OUTRANKED_FROM[policy] <= SMG < (1, 12)
 
     await play(client, lambda session_id, turn: "mine")  # agents that choose one worker for all
-    together = served(smg)
+    together = came_to(smg)
     assert (len(set().union(*together.values())) == 1) is outranks
     await play(client, lambda session_id, turn: f"{session_id}-{turn}")  # a request id
-    alone = served(smg)
+    alone = came_to(smg)
     moved = [session_id for session_id in SESSIONS if len(alone[session_id]) > 1]
     assert bool(moved) is outranks
     if not outranks:

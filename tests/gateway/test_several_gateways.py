@@ -1,17 +1,20 @@
 """One session server before two real gateways: the ledger shows the sessions that they split."""
 
 import asyncio
-from collections import defaultdict
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 
 import pytest
 from aiohttp import ClientSession
 
 from aiohttp_smg_routing import PinSummary, Routing, routing_session
-from aiohttp_smg_routing.testing import Recorder, SmgGateway, recording_gateway, smg_gateway
+from aiohttp_smg_routing.testing import Recorder, SmgGateway, smg_gateway
+from harness.agents import chat
+from harness.processes import together
+from harness.workers import recorders
 
-from ..workers import chat, names_workers
+from ..smg import names_workers
+from ..turns import assert_keys, served, turns_of
 
 SESSIONS = [f"s-{number}" for number in range(24)]
 TURNS = 8
@@ -22,15 +25,9 @@ async def gateways(
     *workers: Sequence[Recorder], policy: str = "manual"
 ) -> AsyncIterator[list[SmgGateway]]:
     """Run a gateway before each of those lists of workers."""
-    async with AsyncExitStack() as stack:
-        contexts = [smg_gateway([worker.url for worker in its], policy=policy) for its in workers]
-        yield await asyncio.gather(*map(stack.enter_async_context, contexts))
-
-
-@asynccontextmanager
-async def recorders(count: int) -> AsyncIterator[list[Recorder]]:
-    async with AsyncExitStack() as stack:
-        yield [await stack.enter_async_context(recording_gateway()) for _ in range(count)]
+    urls = [[worker.url for worker in its] for its in workers]
+    async with together(smg_gateway(its, policy=policy) for its in urls) as started:
+        yield started
 
 
 async def play(both: Sequence[SmgGateway], *, turns: int = TURNS) -> Routing:
@@ -49,24 +46,14 @@ async def play(both: Sequence[SmgGateway], *, turns: int = TURNS) -> Routing:
     return routing
 
 
-def served(workers: Sequence[Recorder]) -> Mapping[str, set[str]]:
-    """Return the workers that each session came to, as the workers received it."""
-    found = defaultdict(set)
-    for worker in workers:
-        for call in worker.calls:
-            if call.method == "POST":
-                [key] = call.keys
-                found[key.decode()].add(str(worker.url))
-    return found
-
-
 @names_workers
 async def test_two_manual_gateways_before_the_same_workers_show_each_session_that_they_split() -> (
     None
 ):
     async with recorders(2) as workers, gateways(workers, workers) as both:
         routing = await play(both)
-        split = {each for each, at in served(workers).items() if len(at) > 1}
+        assert_keys(turns_of(*workers))
+        split = {each for each, at in served(*workers).items() if len(at) > 1}
     assert 0 < len(split) < len(SESSIONS)  # each gateway picks a worker for itself
     assert {pin.session for pin in routing.pins.sessions() if pin.moves} == split
     assert {len(routing.pins.of(each)) for each in SESSIONS} == {1}  # one pin
@@ -82,7 +69,7 @@ async def test_gateways_with_workers_of_their_own_split_nothing(policy: str) -> 
         gateways(first, second, policy=policy) as both,
     ):
         routing = await play(both)
-        assert {len(at) for at in served([*first, *second]).values()} == {2}
+        assert {len(at) for at in served(*first, *second).values()} == {2}
     calls, pins = len(SESSIONS) * TURNS, len(SESSIONS) * len(both)
     assert routing.pins.summary() == PinSummary(
         first=pins, kept=calls - pins, sessions=len(SESSIONS)
@@ -90,7 +77,7 @@ async def test_gateways_with_workers_of_their_own_split_nothing(policy: str) -> 
     for session_id in SESSIONS:
         rows = routing.pins.of(session_id)
         assert {pin.gateway for pin in rows} == {str(gateway.url) for gateway in both}
-        assert {pin.worker for pin in rows} == served([*first, *second])[session_id]
+        assert {pin.worker for pin in rows} == {*map(str, served(*first, *second)[session_id])}
 
 
 @names_workers
@@ -101,7 +88,7 @@ async def test_one_worker_in_common_is_enough_to_show_the_split() -> None:
         gateways([own, common], [common, others]) as both,
     ):
         routing = await play(both)
-        split = {each for each, at in served([own, common, others]).items() if len(at) > 1}
+        split = {each for each, at in served(own, common, others).items() if len(at) > 1}
     assert split
     assert {pin.session for pin in routing.pins.sessions() if pin.moves} == split
 
@@ -113,7 +100,7 @@ async def test_consistent_hashing_before_the_same_workers_splits_nothing() -> No
         gateways(workers, workers, policy="consistent_hashing") as both,
     ):
         routing = await play(both)
-        assert {len(at) for at in served(workers).values()} == {1}
+        assert {len(at) for at in served(*workers).values()} == {1}
     summary = routing.pins.summary()
     # A session may be seen first on both, before the two are known to share a worker.
     assert (summary.moved, summary.first + summary.kept) == (0, len(SESSIONS) * TURNS)

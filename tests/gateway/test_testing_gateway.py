@@ -7,8 +7,9 @@ from aiohttp import ClientSession
 from aiohttp_smg_routing import Routing, routing_session
 from aiohttp_smg_routing.testing import StartSmgGateway, free_port, smg_gateway
 from aiohttp_smg_routing.testing.recorder import assert_pinned
+from harness.agents import chat
 
-from ..workers import chat, names_workers
+from ..smg import names_workers
 from .loaded import POLLS, loaded_workers
 
 

@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,11 @@ import pytest
 from yarl import URL
 
 from aiohttp_smg_routing.testing import SmgGateway, smg_gateway
+from harness.engines import engines
+from harness.processes import together
+from harness.servers import serve, session_server
 
-from ..verify_servers import in_background, proxy, server, session_server, stub_engines
+from ..verify_servers import in_background, proxy, stub_engines
 
 TOKENS = ("cached_tokens", "prompt_tokens")
 SCRIPT = Path(sys.executable).with_name("aiohttp-smg-routing")
@@ -59,10 +62,10 @@ def verify(tmp_path: Path, gateway: URL, *options: str | URL) -> Run:
 
 @asynccontextmanager
 async def gateway(
-    policy: str, *args: str, engines: int = 3, report: bool = True
+    policy: str, *args: str, workers: int = 3, report: bool = True
 ) -> AsyncIterator[SmgGateway]:
     async with (
-        stub_engines(engines, report=report) as urls,
+        stub_engines(workers, report=report) as urls,
         smg_gateway(urls, policy=policy, args=args) as smg,
     ):
         yield smg
@@ -91,7 +94,7 @@ def test_policy_that_routes_on_the_key_is_pinned(tmp_path: Path, launch: Sequenc
 @pytest.mark.parametrize("policy", ["round_robin", "random"])
 def test_policy_that_ignores_the_key_is_not_pinned(tmp_path: Path, policy: str) -> None:
     # 4 workers: round_robin would meet the same one every time if the calls had a fixed order.
-    with in_background(gateway(policy, engines=4)) as smg:
+    with in_background(gateway(policy, workers=4)) as smg:
         run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url)
         unknown = verify(tmp_path, smg.url, "--metrics", smg.url / "metrics")
     assert (run.status, run.causes) == (1, ["policy"]), run.out
@@ -112,7 +115,7 @@ def test_cache_aware_is_not_the_key_at_work(tmp_path: Path) -> None:
 
 
 def test_one_worker_cannot_tell(tmp_path: Path) -> None:
-    with in_background(gateway("manual", engines=1)) as smg:
+    with in_background(gateway("manual", workers=1)) as smg:
         run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url)
     assert (run.status, run.causes) == (2, ["one_worker"]), run.out
 
@@ -166,7 +169,7 @@ def test_old_gateway_that_hashes_the_api_key_cannot_tell(
     monkeypatch.setenv("SMG_API_KEY", "sesame")
     with (
         in_background(gateway("consistent_hashing")) as smg,
-        in_background(server(proxy(smg.url, drop=frozenset({"x-smg-routing-key"})))) as url,
+        in_background(serve(proxy(smg.url, drop=frozenset({"x-smg-routing-key"})))) as url,
     ):
         run = verify(tmp_path, url, "--metrics", smg.metrics_url)
     assert run.json["counters"]["branches"] == {"consistent_hashing": {"routing_key_hit": 288}}
@@ -176,7 +179,7 @@ def test_old_gateway_that_hashes_the_api_key_cannot_tell(
 def test_proxy_that_drops_the_key_is_named(tmp_path: Path) -> None:
     with (
         in_background(gateway("manual")) as smg,
-        in_background(server(proxy(smg.url, drop=frozenset({"x-smg-routing-key"})))) as url,
+        in_background(serve(proxy(smg.url, drop=frozenset({"x-smg-routing-key"})))) as url,
     ):
         run = verify(tmp_path, url, "--metrics", smg.metrics_url)
     assert (run.status, run.causes) == (1, ["key_lost"]), run.out
@@ -185,14 +188,12 @@ def test_proxy_that_drops_the_key_is_named(tmp_path: Path) -> None:
 def test_replicas_that_do_not_share_their_pins_are_seen(tmp_path: Path) -> None:
     @asynccontextmanager
     async def replicas() -> AsyncIterator[tuple[URL, SmgGateway]]:
-        async with AsyncExitStack() as stack:
-            urls = await stack.enter_async_context(stub_engines(3))
-            first, second = [
-                await stack.enter_async_context(smg_gateway(urls, policy="manual"))
-                for _ in range(2)
-            ]
-            app = proxy(first.url, second.url)
-            yield await stack.enter_async_context(server(app)), first
+        async with (
+            stub_engines(3) as urls,
+            together(smg_gateway(urls, policy="manual") for _ in range(2)) as (first, second),
+            serve(proxy(first.url, second.url)) as url,
+        ):
+            yield url, first
 
     with in_background(replicas()) as (url, smg):
         run = verify(tmp_path, url, "--metrics", smg.metrics_url)
@@ -209,7 +210,7 @@ def test_proxy_that_drops_the_key_is_named_where_its_own_header_routes_all_calls
     drop, add = frozenset({"x-smg-routing-key"}), [("X-Forwarded-For", "10.0.0.7")]
     with (
         in_background(gateway("consistent_hashing")) as smg,
-        in_background(server(proxy(smg.url, drop=drop, add=add))) as url,
+        in_background(serve(proxy(smg.url, drop=drop, add=add))) as url,
     ):
         run = verify(tmp_path, url, "--metrics", smg.metrics_url)
     assert run.json["counters"]["branches"] == {"consistent_hashing": {"implicit_key_hit": 288}}
@@ -222,7 +223,7 @@ def test_session_server_with_the_plugin_is_pinned(tmp_path: Path) -> None:
         in_background(gateway("manual")) as smg,
         in_background(session_server(smg.url)) as through,
     ):
-        run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url, "--through", through)
+        run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url, "--through", through.url)
     assert (run.status, run.causes) == (0, []), run.out
     assert run.json["counters"]["branches"] == {"manual": {"vacant": 168, "occupied_hit": 120}}
     # Each of 168 sessions is made and deleted, and the first turns are sent again.
@@ -232,9 +233,9 @@ def test_session_server_with_the_plugin_is_pinned(tmp_path: Path) -> None:
 def test_session_server_without_the_plugin_is_not_pinned(tmp_path: Path) -> None:
     with (
         in_background(gateway("manual")) as smg,
-        in_background(session_server(smg.url, plugin=False)) as through,
+        in_background(session_server(smg.url, enabled=False)) as through,
     ):
-        url = f"{through}/sessions/{{session_id}}"
+        url = f"{through.url}/sessions/{{session_id}}"
         run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url, "--through", url)
     assert (run.status, run.causes) == (1, ["key_lost"]), run.out
     assert "another host than the gateway of the plugin's config" in run.said
@@ -245,7 +246,7 @@ def test_session_server_that_hides_the_worker_is_judged_by_the_counters(tmp_path
     with (
         in_background(gateway("manual")) as smg,
         in_background(session_server(smg.url)) as hides,
-        in_background(server(proxy(hides, drop=hidden))) as through,
+        in_background(serve(proxy(hides.url, drop=hidden))) as through,
     ):
         run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url, "--through", through)
     assert (run.status, run.causes) == (2, ["whose_key", "worker_hidden"]), run.out
@@ -287,7 +288,7 @@ def test_unknown_model_lists_those_that_exist(tmp_path: Path) -> None:
 
 
 def test_gateway_without_workers_cannot_tell(tmp_path: Path) -> None:
-    with in_background(gateway("manual", engines=0)) as smg:
+    with in_background(gateway("manual", workers=0)) as smg:
         run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url, "--model", "stub")
     assert (run.status, run.causes) == (2, ["unknown_model", "gave_up"]), run.out
     assert "see GET /workers" in run.out
@@ -301,7 +302,7 @@ def test_gateway_that_asks_for_an_api_key_gets_it(tmp_path: Path) -> None:
     wrong.write_text("sesame-0000")
     with (
         in_background(gateway("manual")) as smg,
-        in_background(server(proxy(smg.url, api_key=secret))) as url,
+        in_background(serve(proxy(smg.url, api_key=secret))) as url,
     ):
         options = ("--metrics", smg.metrics_url, "--api-key-file")
         refused = verify(tmp_path, url, *options, str(wrong))
@@ -314,12 +315,6 @@ def test_gateway_that_asks_for_an_api_key_gets_it(tmp_path: Path) -> None:
 
 
 def test_real_engines_tell_their_cached_tokens(tmp_path: Path) -> None:
-    sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-    try:
-        from engines import engines
-    finally:
-        del sys.path[0]
-
     @asynccontextmanager
     async def real() -> AsyncIterator[SmgGateway]:
         async with (
@@ -343,7 +338,7 @@ def test_real_engines_tell_their_cached_tokens(tmp_path: Path) -> None:
 
 
 def test_piped_output_has_no_control_codes_and_80_columns(tmp_path: Path) -> None:
-    with in_background(gateway("manual", engines=4)) as smg:
+    with in_background(gateway("manual", workers=4)) as smg:
         done = subprocess.run(  # noqa: S603
             [sys.executable, "-m", "aiohttp_smg_routing", "verify", str(smg.url)],
             env={**os.environ, "FORCE_COLOR": "1", "TERM": "xterm-256color", "COLUMNS": "200"},

@@ -9,10 +9,10 @@ import pytest
 from aiohttp import ClientSession
 from yarl import URL
 
-from aiohttp_smg_routing.testing import child_process
-from aiohttp_smg_routing.testing.processes import free_ports
+from aiohttp_smg_routing.testing import child_process, free_ports
+from harness.servers import session_server
 
-from ..verify_servers import in_background, session_server, stub_engines
+from ..verify_servers import in_background, stub_engines
 from .test_verify_gateway import verify
 
 
@@ -97,5 +97,5 @@ def test_session_server_before_both_kinds(tmp_path: Path, prefill: str, status: 
         in_background(pd_gateway(*policies(prefill, "manual"))) as (url, metrics),
         in_background(session_server(url)) as through,
     ):
-        run = verify(tmp_path, url, "--metrics", metrics, "--through", through)
+        run = verify(tmp_path, url, "--metrics", metrics, "--through", through.url)
     assert run.status == status, run.out

@@ -10,8 +10,9 @@ import pytest
 from aiohttp import web
 
 from aiohttp_smg_routing.verify.schedule import message
+from harness.servers import serve, session_server
 
-from ..verify_servers import in_background, proxy, server, session_server
+from ..verify_servers import in_background, proxy
 from .test_verify_gateway import gateway, verify
 
 NAME = "x-smg-routed-worker-id"
@@ -54,8 +55,8 @@ def test_counters_never_say_whose_key_it_was(
 ) -> None:
     with (
         in_background(gateway(policy)) as smg,
-        in_background(server(proxy(smg.url, key=key()))) as shows,
-        in_background(server(proxy(smg.url, key=key(), drop=HIDDEN))) as hides,
+        in_background(serve(proxy(smg.url, key=key()))) as shows,
+        in_background(serve(proxy(smg.url, key=key(), drop=HIDDEN))) as hides,
     ):
         options = ("--metrics", smg.metrics_url, "--through")
         seen = verify(tmp_path, smg.url, *options, shows)
@@ -80,7 +81,7 @@ def test_server_that_calls_another_gateway_is_not_pinned(tmp_path: Path, policy:
         in_background(gateway(policy)) as other,
         in_background(session_server(smg.url, calls=other.url)) as through,
     ):
-        run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url, "--through", through)
+        run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url, "--through", through.url)
     assert (run.status, run.causes) == (1, ["key_lost"]), run.out
     assert "no call of the session server reached this gateway" in run.said
     assert "another host" in run.said
@@ -92,7 +93,7 @@ def test_metrics_of_another_gateway_are_no_proof_that_no_call_came(tmp_path: Pat
         in_background(gateway("manual")) as other,
         in_background(session_server(smg.url)) as through,
     ):
-        run = verify(tmp_path, smg.url, "--metrics", other.metrics_url, "--through", through)
+        run = verify(tmp_path, smg.url, "--metrics", other.metrics_url, "--through", through.url)
     assert (run.status, run.causes) == (2, ["other_gateway", "keys_unseen"]), run.out
 
 
@@ -106,7 +107,7 @@ def test_session_id_in_the_prompt_is_not_the_key_at_work(tmp_path: Path) -> None
 
     with (
         in_background(gateway("cache_aware")) as smg,
-        in_background(server(proxy(smg.url, key=lambda request: "", body=prompted))) as through,
+        in_background(serve(proxy(smg.url, key=lambda request: "", body=prompted))) as through,
     ):
         run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url, "--through", through)
         blind = verify(tmp_path, smg.url, "--metrics", through, "--through", through)
@@ -118,8 +119,8 @@ def test_counters_name_the_worker_where_one_call_is_made_at_a_time(tmp_path: Pat
     load = ("--concurrency", "1", "--sessions", "8", "--turns", "4")
     with (
         in_background(gateway("manual")) as smg,
-        in_background(server(proxy(smg.url, key=session_of, drop=HIDDEN))) as hides,
-        in_background(server(proxy(smg.url, key=rotating(), drop=HIDDEN))) as rotates,
+        in_background(serve(proxy(smg.url, key=session_of, drop=HIDDEN))) as hides,
+        in_background(serve(proxy(smg.url, key=rotating(), drop=HIDDEN))) as rotates,
     ):
         options = (*load, "--metrics", str(smg.metrics_url), "--through")
         run = verify(tmp_path, smg.url, *options, hides)

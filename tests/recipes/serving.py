@@ -12,7 +12,11 @@ from aiohttp import ClientSession, TCPConnector, web
 from yarl import URL
 
 from aiohttp_smg_routing import setup
-from aiohttp_smg_routing.testing import Recorder, child_process, free_port
+from aiohttp_smg_routing.testing import Recorder, free_port
+from harness.agents import chat
+from harness.processes import answering, local_url
+
+from ..turns import assert_keys, turns_of
 
 SESSIONS = [f"s-{number}" for number in range(8)]
 TURNS = 3
@@ -51,18 +55,11 @@ async def play_asks(url: URL, *, stream: bool) -> None:
     )
 
 
-def chat(session_id: str, **fields: Any) -> dict[str, Any]:
-    """Return the body of a turn, with whose it is."""
-    messages = [{"role": "user", "content": session_id}]
-    return {"model": "stub", "messages": messages, "user": session_id, **fields}
-
-
 def assert_no_crosstalk(gateway: Recorder, turns: int = TURNS) -> None:
     """Assert that each turn carried the key of the session that its body names, and no other."""
-    played = [call for call in gateway.calls if call.method == "POST"]
+    played = turns_of(gateway)
     assert len(played) == len(SESSIONS) * turns
-    for call in played:
-        assert call.keys == [call.json()["messages"][0]["content"].encode()]
+    assert_keys(played)
     for session_id in SESSIONS:
         gateway.assert_pinned(session_id, turns=turns)
 
@@ -71,14 +68,8 @@ def assert_no_crosstalk(gateway: Recorder, turns: int = TURNS) -> None:
 async def serving(argv: Callable[[int], list[str]]) -> AsyncIterator[URL]:
     """Run Python, as ``argv`` has it for a port, until the block ends; then it gets SIGTERM."""
     port = free_port()
-    url = URL(f"http://127.0.0.1:{port}")
-    async with ClientSession() as client:
-
-        async def ready() -> bool:
-            async with client.get(url):
-                return True
-
-        async with child_process(sys.executable, *argv(port), ready=ready) as process:
-            yield url
-            os.kill(process.pid, signal.SIGTERM)
-            await process.wait()
+    url = local_url(port)
+    async with answering(url, sys.executable, *argv(port)) as process:
+        yield url
+        os.kill(process.pid, signal.SIGTERM)
+        await process.wait()

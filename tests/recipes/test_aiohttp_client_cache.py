@@ -10,8 +10,9 @@ from pytest_aiohttp.plugin import AiohttpClient
 
 from aiohttp_smg_routing import PinSummary, setup
 from aiohttp_smg_routing.testing import Recorder
+from harness.agents import chat
 
-from .serving import SESSIONS, assert_no_crosstalk, chat, play
+from .serving import SESSIONS, assert_no_crosstalk, play
 
 
 @pytest.mark.parametrize("instrument", [True, False])

@@ -9,8 +9,9 @@ from pytest_aiohttp.plugin import AiohttpClient
 
 from aiohttp_smg_routing import RoutingConfig, setup
 from aiohttp_smg_routing.testing import Recorder, failure
+from harness.agents import chat
 
-from .serving import SESSIONS, chat
+from .serving import SESSIONS
 
 RETRYING = web.AppKey("retrying", RetryClient)
 OPTIONS = ExponentialRetry(attempts=3, start_timeout=0.001)

@@ -11,8 +11,9 @@ from pytest_aiohttp.plugin import AiohttpClient
 
 from aiohttp_smg_routing import setup
 from aiohttp_smg_routing.testing import Recorder
+from harness.agents import chat
 
-from .serving import SESSIONS, TURNS, chat
+from .serving import SESSIONS, TURNS
 
 
 @pytest.mark.filterwarnings("ignore::aiohttp.web.NotAppKeyWarning")  # aiohttp-session's own keys

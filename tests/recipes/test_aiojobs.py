@@ -11,8 +11,8 @@ from pytest_aiohttp.plugin import AiohttpClient
 
 from aiohttp_smg_routing import ROUTING, current_session_id, in_session
 from aiohttp_smg_routing.testing import Recorder
+from harness.proxies import pinned_server
 
-from ..conftest import session_server
 from ..wire.test_middleware import assert_no_crosstalk, call
 
 SPAWN = aiojobs.Scheduler.spawn
@@ -36,7 +36,7 @@ def server_with_jobs(
         await spawn(request, job(request))
         return web.Response(status=202)
 
-    app = session_server(gateway.url, **config)
+    app = pinned_server(gateway.url, **config)
     aiojobs.aiohttp.setup(app, limit=1)
     app.router.add_post("/{session_id}", handler)
     return app
@@ -113,7 +113,7 @@ async def test_a_scheduler_that_a_module_keeps_is_no_other(
 
 
 async def test_nothing_of_aiojobs_is_changed_while_an_app_runs(gateway: Recorder) -> None:
-    runner = web.AppRunner(session_server(gateway.url, instrument=True))
+    runner = web.AppRunner(pinned_server(gateway.url, instrument=True))
     await runner.setup()
     assert aiojobs.Scheduler.spawn is SPAWN
     assert iscoroutinefunction(aiojobs.Scheduler.spawn)

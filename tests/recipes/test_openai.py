@@ -9,8 +9,9 @@ from pytest_aiohttp.plugin import AiohttpClient
 
 from aiohttp_smg_routing import ROUTING
 from aiohttp_smg_routing.testing import Recorder, answer
+from harness.agents import chat
 
-from .serving import asks, assert_no_crosstalk, chat, play_asks
+from .serving import asks, assert_no_crosstalk, play_asks
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ from yarl import URL
 
 from aiohttp_smg_routing import setup
 from aiohttp_smg_routing.testing import Recorder
+from harness.agents import chat
 
-from .serving import assert_no_crosstalk, chat, play, serving
+from .serving import assert_no_crosstalk, play, serving
 from .unedited import make_app
 
 CHAT = "/v1/chat/completions"

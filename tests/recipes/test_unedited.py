@@ -8,8 +8,9 @@ from pytest_aiohttp.plugin import AiohttpClient
 
 from aiohttp_smg_routing import RoutingConfig, setup
 from aiohttp_smg_routing.testing import StartSmgGateway
+from harness.agents import chat
 
-from .serving import SESSIONS, TURNS, chat, play
+from .serving import SESSIONS, TURNS, play
 from .unedited import make_app
 
 CHAT = "/v1/chat/completions"

@@ -12,10 +12,11 @@ from typing import Any
 
 from yarl import URL
 
-from aiohttp_smg_routing.gateway import CHAT_COMPLETIONS
 from aiohttp_smg_routing.testing import Recorder, SmgGateway
 from aiohttp_smg_routing.testing.gateway import run_gateway
+from harness.agents import CHAT
 
+CHAT_PATH = f"/{CHAT}"
 PAGE = Path(__file__).parents[2] / "docs" / "gateways.md"
 
 _PROGRAMS = {
@@ -75,12 +76,12 @@ def prompt(session: object) -> str:
     return f"{secrets.token_hex(16)} <{session}>"
 
 
-def chat(session: object) -> Mapping[str, object]:
+def random_turn(session: object) -> Mapping[str, object]:
     """Return the body of a turn of that session, as the workers can read whose it is."""
     return {"model": "stub", "messages": [{"role": "user", "content": prompt(session)}]}
 
 
-def served(workers: Sequence[Recorder], path: str = CHAT_COMPLETIONS) -> dict[str, list[URL]]:
+def served_by_prompt(workers: Sequence[Recorder], path: str = CHAT_PATH) -> dict[str, list[URL]]:
     """Return the workers that received the calls of each session, by the prompts."""
     found = defaultdict(list)
     for worker in workers:

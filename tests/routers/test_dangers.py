@@ -8,10 +8,19 @@ from aiohttp import ClientSession
 from yarl import URL
 
 from aiohttp_smg_routing import Routing, RoutingConfig, routing_session
-from aiohttp_smg_routing.gateway import CHAT_COMPLETIONS
 from aiohttp_smg_routing.testing import Answer, Call, SmgGateway, canned, failure
+from harness.agents import CHAT
 
-from .launch import FACTS, HEADER, chat, is_pinned, launched, prompt, served
+from .launch import (
+    CHAT_PATH,
+    FACTS,
+    HEADER,
+    is_pinned,
+    launched,
+    prompt,
+    random_turn,
+    served_by_prompt,
+)
 
 POLICIES = [launch for launch in FACTS["policies that pin"] if " " not in launch]
 
@@ -21,7 +30,7 @@ def bodies(session: object) -> dict[str, Mapping[str, object]]:
     text = prompt(session)
     messages = [{"role": "user", "content": text}]
     return {
-        CHAT_COMPLETIONS: {"messages": messages},
+        CHAT_PATH: {"messages": messages},
         "/v1/completions": {"prompt": text},
         "/v1/responses": {"input": text},
         "/v1/messages": {"messages": messages, "max_tokens": 16},
@@ -43,15 +52,15 @@ async def test_paths_on_which_it_pins(policy: str) -> None:
                     body = {"model": "stub", **bodies(name)[path]}
                     async with session.post(gateway.url.with_path(path), json=body) as response:
                         assert response.status == (200 if path in FACTS["pins on"] else 404)
-        seen = {path: served(gateway.workers, path) for path in FACTS["pins on"]}
+        seen = {path: served_by_prompt(gateway.workers, path) for path in FACTS["pins on"]}
     assert all(seen[path].keys() == {*sessions} and is_pinned(seen[path]) for path in seen)
 
 
 async def one(session: ClientSession, gateway: SmgGateway, key: str | None) -> int:
     """Make a call as a client does that has no plugin, with that key; return the status."""
     headers = {HEADER: key} if key is not None else {}
-    url = gateway.url.with_path(CHAT_COMPLETIONS)
-    async with session.post(url, json=chat(key), headers=headers) as response:
+    url = gateway.url / CHAT
+    async with session.post(url, json=random_turn(key), headers=headers) as response:
         await response.read()
         return response.status
 
@@ -63,7 +72,7 @@ async def is_pinned_by(gateway: SmgGateway, tail: str) -> bool:
     async with ClientSession() as session:
         for number, _ in itertools.product(range(10, 26), range(3)):
             assert await one(session, gateway, f"{number}{tail}") == 200
-    return is_pinned(served(gateway.workers))
+    return is_pinned(served_by_prompt(gateway.workers))
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -81,7 +90,7 @@ async def test_calls_without_a_key(policy: str) -> None:
     async with launched(policy) as gateway, ClientSession() as session:
         for _ in range(40):
             assert await one(session, gateway, None) == 200
-        workers = {*served(gateway.workers)["None"]}
+        workers = {*served_by_prompt(gateway.workers)["None"]}
     assert (len(workers) == 1) is (
         policy in FACTS["sends all calls without a key to one worker under"]
     )

@@ -8,62 +8,46 @@ import random
 import secrets
 import sys
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from aiohttp import ClientSession, web
-from prometheus_client.parser import text_string_to_metric_families
+from aiohttp import web
 from pytest_aiohttp.plugin import AiohttpClient
 from yarl import URL
 
 from aiohttp_smg_routing import ROUTING, PinSummary, setup
-from aiohttp_smg_routing.gateway import CHAT_COMPLETIONS
 from aiohttp_smg_routing.testing import SmgGateway
+from harness.agents import WORKER_HEADER
+from harness.proxies import proxy_server
 
-from .launch import FACTS, HEADER, chat, is_pinned, launched, served
+from ..series import samples_of
+from .launch import FACTS, HEADER, is_pinned, launched, random_turn, served_by_prompt
 
 SESSIONS = [f"s-{number}" for number in range(24)]
 TURNS = 4
 CALLS = len(SESSIONS) * TURNS
 
 
-CLIENT = web.AppKey("client", ClientSession)
-
-
-def session_server(upstream: URL, **config: object) -> web.Application:
+def router_server(upstream: URL, **config: object) -> web.Application:
     """Return a session server with the plugin, which passes on what the gateway answers."""
-
-    async def handler(request: web.Request) -> web.Response:
-        body, url = await request.read(), upstream.with_path(CHAT_COMPLETIONS)
-        headers = {"Content-Type": "application/json"}
-        async with request.app[CLIENT].post(url, data=body, headers=headers) as response:
-            passed = {"Content-Type", "X-SMG-Routed-Worker-Id"} & response.headers.keys()
-            return web.Response(
-                body=await response.read(),
-                status=response.status,
-                headers={name: response.headers[name] for name in passed},
-            )
-
-    async def client(app: web.Application) -> AsyncIterator[None]:
-        async with ClientSession() as app[CLIENT]:
-            yield
-
-    app = web.Application()
-    app.cleanup_ctx.append(client)
-    app.router.add_post("/sessions/{session_id}" + CHAT_COMPLETIONS, handler)
+    app = proxy_server(
+        upstream,
+        lambda request: {"Content-Type": "application/json"},
+        frozenset({"Content-Type", WORKER_HEADER}),
+    )
     setup(app, {"gateway": str(upstream), "client_session": "client", "header": HEADER, **config})
     return app
 
 
 async def play(aiohttp_client: AiohttpClient, gateway: SmgGateway) -> PinSummary:
     """Play the sessions through a session server that has the plugin; return what it counted."""
-    app = session_server(gateway.url)
+    app = router_server(gateway.url)
     client = await aiohttp_client(app)
 
     async def one(session_id: str) -> None:
         path = f"/sessions/{session_id}/v1/chat/completions"
-        async with client.post(path, json=chat(session_id)) as response:
+        async with client.post(path, json=random_turn(session_id)) as response:
             assert response.status == 200, await response.text()
 
     for _ in range(TURNS):  # in an order that round_robin can't follow
@@ -74,13 +58,10 @@ async def play(aiohttp_client: AiohttpClient, gateway: SmgGateway) -> PinSummary
 async def choices(gateway: SmgGateway) -> Counter[str]:
     """Return how many choices of a worker the gateway counts for each policy."""
     [series] = FACTS["counts its choices in"]
-    async with ClientSession() as session, session.get(gateway.metrics_url) as response:
-        families = text_string_to_metric_families(await response.text())
     found: Counter[str] = Counter()
-    for family in families:
-        for sample in family.samples:
-            if sample.name == series:
-                found[sample.labels["policy"]] += int(sample.value)
+    for sample in await samples_of(gateway.metrics_url):
+        if sample.name == series:
+            found[sample.labels["policy"]] += int(sample.value)
     return found
 
 
@@ -120,7 +101,7 @@ async def test_policy_pins_each_session(
 ) -> None:
     async with launched(launch) as gateway:
         summary = await play(aiohttp_client, gateway)
-        assert is_pinned(served(gateway.workers))
+        assert is_pinned(served_by_prompt(gateway.workers))
         assert is_pinned(by_key(gateway))
         assert {name: len(urls) for name, urls in by_key(gateway).items()} == {
             session_id.encode(): TURNS for session_id in SESSIONS
@@ -144,7 +125,7 @@ async def test_policy_does_not_pin(
 ) -> None:
     async with launched(launch) as gateway:
         summary = await play(aiohttp_client, gateway)
-        assert not is_pinned(served(gateway.workers))
+        assert not is_pinned(served_by_prompt(gateway.workers))
         if FACTS["names its worker in"]:
             later = summary.kept + summary.moved
             assert (summary.first, later) == (len(SESSIONS), CALLS - len(SESSIONS))
@@ -171,7 +152,7 @@ async def test_verify_through_a_session_server(
     column: str | None,
 ) -> None:
     async with launched(FACTS["policies that pin"][0]) as gateway:
-        client = await aiohttp_client(session_server(gateway.url, enabled=enabled))
+        client = await aiohttp_client(router_server(gateway.url, enabled=enabled))
         server = str(client.make_url("/")).rstrip("/")
         status = await verify(tmp_path, gateway, "--through", server, *options)
         assert bool(by_key(gateway)) is enabled
@@ -191,7 +172,7 @@ async def test_verify_says_pinned_of_no_session_server_that_sends_other_keys_tha
     aiohttp_client: AiohttpClient, tmp_path: Path, key: str
 ) -> None:
     async with launched(FACTS["policies that pin"][0]) as gateway:
-        app = session_server(gateway.url, session_id=lambda request: OTHER_KEYS[key]())
+        app = router_server(gateway.url, session_id=lambda request: OTHER_KEYS[key]())
         client = await aiohttp_client(app)
         server = str(client.make_url("/")).rstrip("/")
         assert await verify(tmp_path, gateway, "--through", server) != 0

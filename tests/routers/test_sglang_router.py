@@ -4,10 +4,10 @@ import itertools
 
 from aiohttp import ClientSession
 
-from aiohttp_smg_routing.gateway import CHAT_COMPLETIONS
 from aiohttp_smg_routing.testing import Answer, Call, SmgGateway, canned, failure
+from harness.agents import CHAT
 
-from .launch import HEADER, chat, launched, served
+from .launch import CHAT_PATH, HEADER, launched, random_turn, served_by_prompt
 
 SESSIONS = [f"s-{number}" for number in range(24)]
 
@@ -17,7 +17,7 @@ def refuse_the_bad(call: Call) -> Answer:
 
 
 async def turn(session: ClientSession, gateway: SmgGateway, name: str) -> int:
-    url, body = gateway.url.with_path(CHAT_COMPLETIONS), {**chat(name), "user": name}
+    url, body = gateway.url / CHAT, {**random_turn(name), "user": name}
     async with session.post(url, json=body, headers={HEADER: name}) as response:
         return response.status
 
@@ -31,7 +31,7 @@ async def test_ten_bad_requests_move_the_other_sessions_of_their_worker() -> Non
         assert [await turn(session, gateway, "bad") for _ in range(10)] == [400] * 10
         for name in SESSIONS:
             assert await turn(session, gateway, name) == 200
-        found = served(gateway.workers)
+        found = served_by_prompt(gateway.workers)
     [ill] = {*found.pop("bad")}
     before = [name for name in SESSIONS if ill in found[name]]
     moved = [name for name in SESSIONS if len({*found[name]}) > 1]
@@ -43,5 +43,5 @@ async def test_it_leaves_the_user_out_of_the_body() -> None:
     async with launched("manual") as gateway, ClientSession() as session:
         assert await turn(session, gateway, "s-1") == 200
         calls = [*itertools.chain(*(worker.calls for worker in gateway.workers))]
-    [body] = [call.json() for call in calls if call.path == CHAT_COMPLETIONS]
+    [body] = [call.json() for call in calls if call.path == CHAT_PATH]
     assert "user" not in body

@@ -10,11 +10,11 @@ import pytest
 from aiohttp import ClientSession
 from yarl import URL
 
-from aiohttp_smg_routing import Routing, RoutingConfig, routing_session
-from aiohttp_smg_routing.gateway import CHAT_COMPLETIONS, ROUTING_KEY_HEADER
+from aiohttp_smg_routing import ROUTING_KEY_HEADER, Routing, RoutingConfig, routing_session
 from aiohttp_smg_routing.testing import SmgGateway
+from harness.agents import CHAT
 
-from .launch import HEADER, chat, is_pinned, launched, served
+from .launch import CHAT_PATH, HEADER, is_pinned, launched, random_turn, served_by_prompt
 
 POLICIES = ["consistent_hash", "sticky_least_loaded"]
 SESSIONS = [f"s-{number}" for number in range(24)]
@@ -23,11 +23,11 @@ SESSIONS = [f"s-{number}" for number in range(24)]
 async def play(gateway: SmgGateway, header: str, **extra: object) -> None:
     """Play four turns of each session, with the plugin's key in ``header``."""
     routing = Routing(RoutingConfig(gateway.url, header=header))
-    url = gateway.url.with_path(CHAT_COMPLETIONS)
+    url = gateway.url / CHAT
     async with ClientSession(trace_configs=[routing.trace_config()]) as session:
         for _, name in itertools.product(range(4), SESSIONS):
             with routing_session(name):
-                async with session.post(url, json={**chat(name), **extra}) as response:
+                async with session.post(url, json={**random_turn(name), **extra}) as response:
                     assert response.status == 200
 
 
@@ -35,7 +35,7 @@ async def play(gateway: SmgGateway, header: str, **extra: object) -> None:
 async def test_with_the_default_header_every_session_is_on_one_worker(policy: str) -> None:
     async with launched(policy) as gateway:
         await play(gateway, ROUTING_KEY_HEADER)
-        workers = {url for urls in served(gateway.workers).values() for url in urls}
+        workers = {url for urls in served_by_prompt(gateway.workers).values() for url in urls}
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "aiohttp_smg_routing", "verify", str(gateway.url)),
             *("--metrics", str(gateway.metrics_url)),
@@ -52,21 +52,21 @@ async def test_with_the_default_header_every_session_is_on_one_worker(policy: st
     "name", ["X-User-ID", "X-Tenant-ID", "X-Request-ID", "X-Correlation-ID", "X-Trace-ID"]
 )
 async def test_without_its_header_others_choose_the_worker(policy: str, name: str) -> None:
-    url = CHAT_COMPLETIONS
+    url = CHAT_PATH
     async with launched(policy) as gateway, ClientSession() as session:
 
         async def call(whose: str, headers: Mapping[str, str]) -> None:
-            body = chat(whose)
+            body = random_turn(whose)
             async with session.post(gateway.url.with_path(url), json=body, headers=headers) as r:
                 assert r.status == 200
 
         for _, whose in itertools.product(range(2), SESSIONS):
             await call(whose, {name: whose})
-        assert is_pinned(served(gateway.workers))
+        assert is_pinned(served_by_prompt(gateway.workers))
         # Beside X-Session-ID they do not count.
         for whose in ["a", "b", "c", "d"] * 4:
             await call(f"{whose}-beside", {name: secrets.token_hex(8), HEADER: whose})
-        found = served(gateway.workers)
+        found = served_by_prompt(gateway.workers)
     assert all(len({*found[f"{whose}-beside"]}) == 1 for whose in "abcd")
 
 
@@ -74,27 +74,29 @@ async def test_without_its_header_others_choose_the_worker(policy: str, name: st
 async def test_a_session_id_in_the_body_does_not_outrank_the_header(policy: str) -> None:
     async with launched(policy) as gateway:
         await play(gateway, HEADER, session_params={"session_id": "the same for all"})
-        assert is_pinned(served(gateway.workers))
+        assert is_pinned(served_by_prompt(gateway.workers))
 
 
 async def test_of_two_headers_the_last_one_counts() -> None:
     async with launched("consistent_hash") as gateway, ClientSession() as session:
-        url = gateway.url.with_path(CHAT_COMPLETIONS)
+        url = gateway.url / CHAT
         for number, name in itertools.product(range(4), SESSIONS):
             for headers in ([(HEADER, f"{number}"), (HEADER, name)],):
-                async with session.post(url, json=chat(name), headers=headers) as response:
+                async with session.post(url, json=random_turn(name), headers=headers) as response:
                     assert response.status == 200
-        assert is_pinned(served(gateway.workers))
+        assert is_pinned(served_by_prompt(gateway.workers))
 
 
 async def test_finish_session_frees_its_place() -> None:
     async with launched("sticky_least_loaded") as gateway, ClientSession() as session:
 
         async def worker_of(name: str) -> URL:
-            url = gateway.url.with_path(CHAT_COMPLETIONS)
-            async with session.post(url, json=chat(name), headers={HEADER: name}) as response:
+            url = gateway.url / CHAT
+            async with session.post(
+                url, json=random_turn(name), headers={HEADER: name}
+            ) as response:
                 assert response.status == 200
-            return served(gateway.workers)[name][-1]
+            return served_by_prompt(gateway.workers)[name][-1]
 
         workers = {name: await worker_of(name) for name in ("a", "b", "c")}
         assert len({*workers.values()}) == 3

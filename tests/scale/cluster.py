@@ -4,34 +4,23 @@ import asyncio
 import os
 import signal
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from itertools import cycle, islice
 
 from aiohttp import ClientSession, TCPConnector
 from yarl import URL
 
-from aiohttp_smg_routing.testing import (
-    Recorder,
-    SmgGateway,
-    child_process,
-    recording_gateway,
-    smg_gateway,
-)
+from aiohttp_smg_routing.testing import Recorder, SmgGateway, smg_gateway
+from harness.agents import chat
+from harness.processes import answering, held_port, local_url, together
 
-from ..processes import held_port
-from ..workers import chat
+from ..turns import assert_keys, served, turns_of
 
 SERVERS, GATEWAYS, WORKERS = 3, 2, 4
 SESSIONS = [f"s-{number}" for number in range(96)]
 AT_A_TIME = 15  # odd: sessions in step would meet the same of two gateways every time
-
-
-@asynccontextmanager
-async def workers() -> AsyncIterator[list[Recorder]]:
-    async with AsyncExitStack() as stack:
-        yield [await stack.enter_async_context(recording_gateway()) for _ in range(WORKERS)]
 
 
 @asynccontextmanager
@@ -40,9 +29,10 @@ async def gateways(
 ) -> AsyncIterator[list[SmgGateway]]:
     """Run the gateways, all of them before all workers."""
     urls = [worker.url for worker in workers]
-    async with AsyncExitStack() as stack:
-        contexts = [smg_gateway(urls, policy=policy, args=args) for _ in range(GATEWAYS)]
-        yield await asyncio.gather(*map(stack.enter_async_context, contexts))
+    async with together(
+        smg_gateway(urls, policy=policy, args=args) for _ in range(GATEWAYS)
+    ) as started:
+        yield started
 
 
 async def kill(gateway: SmgGateway) -> None:
@@ -51,33 +41,19 @@ async def kill(gateway: SmgGateway) -> None:
 
 
 @asynccontextmanager
-async def session_servers(*told: URL) -> AsyncIterator[list[URL]]:
+async def server_processes(*told: URL) -> AsyncIterator[list[URL]]:
     """Run the session servers, each a process; ``told`` in turn are whom they call."""
-    async with AsyncExitStack() as stack:
-        contexts = [session_server(gateway) for gateway in islice(cycle(told), SERVERS)]
-        yield await asyncio.gather(*map(stack.enter_async_context, contexts))
+    async with together(map(server_process, islice(cycle(told), SERVERS))) as started:
+        yield started
 
 
 @asynccontextmanager
-async def session_server(gateway: URL, port: int | None = None) -> AsyncIterator[URL]:
+async def server_process(gateway: URL, port: int | None = None) -> AsyncIterator[URL]:
     with held_port(port) as port:
-        url = URL(f"http://127.0.0.1:{port}")
+        url = local_url(port)
         argv = (sys.executable, "-m", "tests.recipes.pinned", str(gateway), "asyncio", str(port))
         async with answering(url, *argv):
             yield url
-
-
-@asynccontextmanager
-async def answering(url: URL, *argv: str) -> AsyncIterator[None]:
-    """Run ``argv``; enter the block once it answers at ``url``."""
-    async with ClientSession() as client:
-
-        async def ready() -> bool:
-            async with client.get(url):
-                return True
-
-        async with child_process(*argv, ready=ready):
-            yield
 
 
 async def pid_of(server: URL) -> int:
@@ -101,29 +77,18 @@ async def play(servers: Sequence[URL], turns: int, sessions: Iterable[str] = SES
     await asyncio.gather(*(session(*each) for each in enumerate(sessions)))
 
 
-def served(workers: Sequence[Recorder]) -> Mapping[str, Counter[URL]]:
+def served_with_keys(*workers: Recorder) -> Mapping[str, Counter[URL]]:
     """Return how many turns of each session came to which worker; each must have its own key."""
-    found: dict[str, Counter[URL]] = defaultdict(Counter)
-    for worker in workers:
-        for call in worker.calls:
-            if call.method == "POST":
-                session_id = call.json()["user"]
-                assert call.keys == [session_id.encode()]
-                found[session_id][worker.url] += 1
-    return found
+    assert_keys(turns_of(*workers))
+    return served(*workers)
 
 
 def on_one_worker(workers: Sequence[Recorder], turns: int) -> bool:
     """Return whether each session had all its turns on a worker of its own."""
-    came = served(workers)
+    came = served_with_keys(*workers)
     assert sorted(came) == sorted(SESSIONS)
     assert {sum(each.values()) for each in came.values()} == {turns}
     return all(len(each) == 1 for each in came.values())
-
-
-def forget(workers: Sequence[Recorder]) -> None:
-    for worker in workers:
-        worker.calls.clear()
 
 
 async def branches(gateways: Sequence[SmgGateway]) -> Counter[str]:

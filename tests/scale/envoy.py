@@ -6,9 +6,9 @@ from pathlib import Path
 
 from yarl import URL
 
-from ..processes import held_port
+from harness.processes import answering, held_port, local_url
+
 from ..programs import absent, found
-from .cluster import answering
 from .front import Front, instead, on_the_page
 
 ADDRESS = "address: {}, port_value: {}"
@@ -18,7 +18,7 @@ ADDRESS = "address: {}, port_value: {}"
 async def envoy(folder: Path, *gateways: URL, hashing: bool = True) -> AsyncIterator[Front]:
     first, second = gateways
     with held_port() as port:
-        url, log = URL(f"http://127.0.0.1:{port}"), folder / "smg.log"
+        url, log = local_url(port), folder / "smg.log"
         conf = instead(
             on_the_page("yaml"),
             (ADDRESS.format("0.0.0.0", 8080), ADDRESS.format(url.host, url.port)),  # noqa: S104

@@ -12,8 +12,9 @@ from typing import Protocol
 from yarl import URL
 
 from aiohttp_smg_routing.testing import Recorder, SmgGateway
+from harness.workers import recorders
 
-from .cluster import gateways, workers
+from .cluster import WORKERS, gateways
 
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
 
@@ -55,7 +56,7 @@ async def before_gateways(
 ) -> AsyncIterator[tuple[list[Recorder], list[SmgGateway], Front]]:
     """Run the workers, both gateways before them, and the balancer before those."""
     async with (
-        workers() as behind,
+        recorders(WORKERS) as behind,
         gateways(behind, policy) as both,
         balancer(folder, *(gateway.url for gateway in both), hashing=hashing) as front,
     ):

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from yarl import URL
 
-from ..processes import held_port
+from harness.processes import answering, held_port, local_url
+
 from ..programs import program
-from .cluster import answering
 from .front import Front, instead, on_the_page
 
 HASH = "    hash $http_x_smg_routing_key consistent;\n"
@@ -36,7 +36,7 @@ http {
 async def nginx(folder: Path, *gateways: URL, hashing: bool = True) -> AsyncIterator[Front]:
     first, second = gateways
     with held_port() as port:
-        url, log = URL(f"http://127.0.0.1:{port}"), folder / "smg.log"
+        url, log = local_url(port), folder / "smg.log"
         conf = instead(
             on_the_page("nginx"),
             ("listen 8080", f"listen {url.authority}"),

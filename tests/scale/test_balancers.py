@@ -14,25 +14,25 @@ from yarl import URL
 from aiohttp_smg_routing.testing import (
     Call,
     SmgGateway,
+    canned,
     failure,
     recording_gateway,
     smg_gateway,
     stream,
 )
-from aiohttp_smg_routing.testing.answers import canned
+from harness.agents import chat
+from harness.processes import held_port
+from harness.proxies import pinned_server
 
-from ..conftest import session_server as naive_server
-from ..processes import held_port
-from ..workers import chat
+from ..turns import assert_keys, forget, served, turns_of
 from .cluster import (
     SESSIONS,
     branches,
-    forget,
     kill,
     on_one_worker,
     play,
-    served,
-    session_servers,
+    served_with_keys,
+    server_processes,
 )
 from .envoy import envoy
 from .front import Balancer, Front, before_gateways
@@ -58,17 +58,17 @@ async def test_a_gateway_that_stops_moves_its_own_sessions_once_and_no_other(
 ) -> None:
     async with (
         before_gateways(balancer, tmp_path, "manual") as (behind, (stops, stays), front),
-        session_servers(front.url) as servers,
+        server_processes(front.url) as servers,
     ):
         await play(servers, 2)
-        before = served(behind)
+        before = served_with_keys(*behind)
         stayed = set(SESSIONS) - set(await sessions_of(stops, front, 2))
-        forget(behind)
+        forget(*behind)
         await kill(stops)
 
         await play(servers, TURNS)  # every turn is answered
         assert on_one_worker(behind, TURNS)  # each that moved settled, too
-        after = served(behind)
+        after = served_with_keys(*behind)
         assert [each for each in stayed if after[each].keys() != before[each].keys()] == []
         assert (await stays.branches())["vacant"] == len(SESSIONS)
 
@@ -78,7 +78,7 @@ async def test_a_gateway_that_comes_back_gets_its_own_sessions_and_pins_them_ane
 ) -> None:
     async with (
         before_gateways(balancer, tmp_path, "manual") as (behind, (stops, stays), front),
-        session_servers(front.url) as servers,
+        server_processes(front.url) as servers,
     ):
         await play(servers, 1)
         moved = await sessions_of(stops, front, 1)
@@ -89,7 +89,7 @@ async def test_a_gateway_that_comes_back_gets_its_own_sessions_and_pins_them_ane
             async with smg_gateway(urls, policy="manual", port=port) as again:
                 await asyncio.wait_for(until_back(again, servers, moved), 60)
                 assert (await again.branches())["vacant"] == len(moved)
-                forget(behind)
+                forget(*behind)
                 await play(servers, TURNS)
                 assert on_one_worker(behind, TURNS)
                 assert (await again.branches())["vacant"] == len(moved)  # those, and no other
@@ -117,12 +117,13 @@ async def test_envoy_takes_a_gateway_out_that_says_that_it_is_ill_until_it_is_we
 
         async def came() -> list[str]:
             """Play a turn of each session, and return those that came to the first gateway."""
-            forget([ill, well])
+            forget(ill, well)
             for key in SESSIONS:
                 async with client.post(front.url / CHAT, json=chat(key), headers={KEY: key}):
                     pass
-            assert sorted([*served([ill]), *served([well])]) == sorted(SESSIONS)
-            return list(served([ill]))
+            assert_keys(turns_of(ill, well))
+            assert sorted([*served(ill), *served(well)]) == sorted(SESSIONS)
+            return list(served(ill))
 
         async def until(wanted: Sequence[str]) -> None:
             while await came() != wanted:
@@ -166,7 +167,7 @@ async def test_a_turn_that_a_gateway_dies_over_fails_and_is_sent_once(
         await asyncio.wait_for(arrived.wait(), 30)
         await kill(next(gateway for gateway in both if gateway.url == at))
         assert await under_way in (502, 503)
-        assert served(behind)["s-1"].total() == 2
+        assert served_with_keys(*behind)["s-1"].total() == 2
         assert await turn() == 200  # of the other gateway
 
 
@@ -178,12 +179,14 @@ async def test_no_header_of_a_client_has_the_key_dropped_on_the_way(
         before_gateways(balancer, tmp_path, "manual") as (behind, both, front),
         ClientSession() as agent,
     ):
-        server = await aiohttp_server(naive_server(front.url))
+        server = await aiohttp_server(pinned_server(front.url))
         url = server.make_url("/sessions/s-1/v1/chat/completions")
         for named in (KEY, KEY.lower(), f"keep-alive, {KEY}", f"close , {KEY.upper()},x-a"):
             async with agent.post(url, json=chat("s-1"), headers={"Connection": named}) as response:
                 assert response.status == 200, named
-        assert served(behind)["s-1"].most_common(1)[0][1] == 4  # each with its key, on one worker
+        assert (
+            served_with_keys(*behind)["s-1"].most_common(1)[0][1] == 4
+        )  # each with its key, on one worker
         assert +await branches(both) == {"vacant": 1, "occupied_hit": 3}
 
 
@@ -254,4 +257,4 @@ async def test_a_turn_of_megabytes_for_a_gateway_that_is_gone_comes_to_the_other
             post = client.post(front.url / CHAT, data=megabytes(key), headers={KEY: key})
             async with post as response:
                 assert response.status == 200, await response.text()
-        assert {sum(each.values()) for each in served(behind).values()} == {1}
+        assert {sum(each.values()) for each in served_with_keys(*behind).values()} == {1}

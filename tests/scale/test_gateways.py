@@ -8,19 +8,20 @@ from pathlib import Path
 import pytest
 
 from aiohttp_smg_routing.testing import smg_gateway
+from harness.proc import until_refused
+from harness.workers import recorders
 
-from ..processes import until_refused
 from .cluster import (
     SESSIONS,
+    WORKERS,
     branches,
     gateways,
     on_one_worker,
     pid_of,
     play,
-    served,
-    session_server,
-    session_servers,
-    workers,
+    served_with_keys,
+    server_process,
+    server_processes,
 )
 from .front import Balancer, before_gateways
 
@@ -29,9 +30,9 @@ TURNS = 6
 
 async def test_consistent_hashing_any_server_and_any_gateway_find_the_worker() -> None:
     async with (
-        workers() as behind,
+        recorders(WORKERS) as behind,
         gateways(behind, "consistent_hashing") as (first, second),
-        session_servers(first.url, second.url) as servers,
+        server_processes(first.url, second.url) as servers,
     ):
         await play(servers, TURNS)
         assert on_one_worker(behind, TURNS)
@@ -45,7 +46,7 @@ async def test_manual_behind_a_hash_of_the_key_keeps_a_session_on_one_gateway_an
 ) -> None:
     async with (
         before_gateways(balancer, tmp_path, "manual") as (behind, both, front),
-        session_servers(front.url) as servers,
+        server_processes(front.url) as servers,
     ):
         await play(servers, TURNS)
         assert on_one_worker(behind, TURNS)
@@ -58,13 +59,13 @@ async def test_manual_behind_a_hash_of_the_key_keeps_a_session_on_one_gateway_an
 
 async def test_manual_on_two_gateways_splits_sessions_when_each_server_has_its_own() -> None:
     async with (
-        workers() as behind,
+        recorders(WORKERS) as behind,
         gateways(behind, "manual") as both,
-        session_servers(*(gateway.url for gateway in both)) as servers,
+        server_processes(*(gateway.url for gateway in both)) as servers,
     ):
         await play(servers, TURNS)
         assert not on_one_worker(behind, TURNS)
-        assert_split(len([1 for each in served(behind).values() if len(each) > 1]))
+        assert_split(len([1 for each in served_with_keys(*behind).values() if len(each) > 1]))
         # Each gateway pinned each session for itself.
         assert (await branches(both))["vacant"] == 2 * len(SESSIONS)
 
@@ -79,26 +80,26 @@ async def test_manual_on_two_gateways_splits_sessions_behind_round_robin(
 ) -> None:
     async with (
         before_gateways(balancer, tmp_path, "manual", hashing=False) as (behind, _, front),
-        session_servers(front.url) as servers,
+        server_processes(front.url) as servers,
     ):
         await play(servers, TURNS)
         assert not on_one_worker(behind, TURNS)
-        split = [came for came in served(behind).values() if len(came) > 1]
+        split = [came for came in served_with_keys(*behind).values() if len(came) > 1]
         assert_split(len(split))
 
 
 @pytest.mark.parametrize("policy", ["manual", "consistent_hashing"])
 async def test_a_session_server_that_is_killed_and_starts_again_moves_nothing(policy: str) -> None:
     async with (
-        workers() as behind,
+        recorders(WORKERS) as behind,
         smg_gateway([worker.url for worker in behind], policy=policy) as gateway,
-        session_servers(gateway.url) as servers,
+        server_processes(gateway.url) as servers,
     ):
         await play(servers, TURNS)
         pid = await pid_of(servers[0])
         os.kill(pid, signal.SIGKILL)
         await asyncio.wait_for(until_refused(servers[0]), 30)
-        async with session_server(gateway.url, servers[0].port) as again:
+        async with server_process(gateway.url, servers[0].port) as again:
             assert (again, await pid_of(again) != pid) == (servers[0], True)
             await play(servers, TURNS)
         assert on_one_worker(behind, 2 * TURNS)

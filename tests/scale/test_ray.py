@@ -15,8 +15,10 @@ from tempfile import TemporaryDirectory
 
 from yarl import URL
 
-from ..processes import HAS_PROC, processes_in
-from ..programs import ROOT, absent
+from harness.proc import HAS_PROC, processes_in
+from harness.processes import ROOT
+
+from ..programs import absent
 from .cluster import SERVERS, on_one_worker, pid_of, play
 from .front import before_gateways, instead, on_the_page
 from .nginx import nginx

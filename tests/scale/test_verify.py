@@ -1,17 +1,19 @@
 """``verify`` before several gateways: a front that hashes the key, or one that does not."""
 
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 from yarl import URL
 
 from aiohttp_smg_routing.testing import smg_gateway
+from harness.processes import together
+from harness.proxies import pinned_server
+from harness.servers import serve
 
-from ..conftest import session_server
 from ..gateway.test_verify_gateway import verify
-from ..verify_servers import in_background, proxy, server, stub_engines
+from ..verify_servers import in_background, proxy, stub_engines
 from .cluster import GATEWAYS, WORKERS
 from .front import Balancer
 
@@ -19,10 +21,10 @@ from .front import Balancer
 @asynccontextmanager
 async def gateways() -> AsyncIterator[list[tuple[URL, URL]]]:
     """Run them under ``manual``; each has its address, and that of its metrics."""
-    async with AsyncExitStack() as stack:
-        urls = await stack.enter_async_context(stub_engines(WORKERS))
-        contexts = [smg_gateway(urls, policy="manual") for _ in range(GATEWAYS)]
-        smgs = [await stack.enter_async_context(context) for context in contexts]
+    async with (
+        stub_engines(WORKERS) as urls,
+        together(smg_gateway(urls, policy="manual") for _ in range(GATEWAYS)) as smgs,
+    ):
         yield [(smg.url, smg.metrics_url) for smg in smgs]
 
 
@@ -57,9 +59,9 @@ def test_verify_names_the_replicas_when_each_session_server_has_a_gateway_of_its
     async def servers() -> AsyncIterator[tuple[URL, URL, URL]]:
         async with (
             gateways() as ((first, metrics), (second, _)),
-            server(session_server(first)) as one,
-            server(session_server(second)) as other,
-            server(proxy(one, other)) as front,
+            serve(pinned_server(first)) as one,
+            serve(pinned_server(second)) as other,
+            serve(proxy(one, other)) as front,
         ):
             yield first, metrics, front
 

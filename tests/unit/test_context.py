@@ -27,8 +27,7 @@ from aiohttp_smg_routing import (
 )
 from aiohttp_smg_routing.context import Scope
 from aiohttp_smg_routing.testing import Recorder
-
-from ..conftest import CLIENT, session_server
+from harness.proxies import CLIENT, pinned_server
 
 
 def test_outside_there_is_no_session() -> None:
@@ -434,7 +433,7 @@ async def with_a_job(
     **config: object,
 ) -> web.Application:
     """Return a server whose handler ran ``hand_over``, and whose worker has done what it got."""
-    app = session_server(gateway.url, **config)
+    app = pinned_server(gateway.url, **config)
     jobs: asyncio.Queue[Coroutine[Any, Any, None]] = asyncio.Queue()
 
     async def play() -> None:

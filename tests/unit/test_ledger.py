@@ -12,7 +12,7 @@ import textwrap
 import threading
 import tracemalloc
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -41,8 +41,8 @@ from aiohttp_smg_routing import (
 from aiohttp_smg_routing.ledger import Call as Begun
 from aiohttp_smg_routing.log import A_RUN, LOGGED_A_MINUTE
 from aiohttp_smg_routing.testing import Call, Recorder, answer, completion, redirect
+from harness.proxies import CLIENT, naive_proxy, pinned_server
 
-from ..conftest import CLIENT, naive_proxy, session_server
 from ..inputs import LAW
 
 A, B, C = "http://a:30000", "http://b:30000", "http://c:30000"
@@ -78,12 +78,6 @@ def by_worker(*workers: str) -> Callable[[Call], bytes]:
 def pin_of(pins: PinLedger, session_id: str) -> SessionPin:
     [pin] = pins.of(session_id)
     return pin
-
-
-@pytest.fixture
-async def outgoing() -> AsyncIterator[ClientSession]:
-    async with ClientSession() as session:
-        yield session
 
 
 async def turn(client: Any, session_id: str = "s-1") -> int:
@@ -585,7 +579,7 @@ def test_sessions_that_pin_several_models_have_a_row_for_each() -> None:
 async def test_rows_are_the_sessions_name_the_gateway_and_the_key_that_went_out(
     gateway: Recorder, aiohttp_client: AiohttpClient, key: str
 ) -> None:
-    app = session_server(
+    app = pinned_server(
         gateway.url, key=key, session_id="header:Token", pin_by="{session_id}/{json:model}"
     )
     client = await aiohttp_client(app)
@@ -611,7 +605,7 @@ async def test_rows_are_the_sessions_name_the_gateway_and_the_key_that_went_out(
 async def test_samples_of_a_group_are_rows_of_their_own_on_the_worker_of_the_group(
     gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    app = session_server(gateway.url, pin_by="{header:X-Group-Id}")
+    app = pinned_server(gateway.url, pin_by="{header:X-Group-Id}")
     client = await aiohttp_client(app)
     gateway.answer = lambda call: completion(worker=W1)
     for session_id in ("s-1", "s-2", "s-1"):
@@ -1284,7 +1278,7 @@ def test_moves_that_the_cap_held_back_are_logged_at_the_next_move_where_no_loop_
 async def test_moves_that_the_cap_held_back_are_logged_when_the_app_ends(
     gateway: Recorder, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
 ) -> None:
-    app = session_server(gateway.url)
+    app = pinned_server(gateway.url)
     client = await aiohttp_client(app)
     moves_of(app[ROUTING].pins, LOGGED_A_MINUTE + 2)
     assert held_back(caplog) == []
@@ -1331,7 +1325,7 @@ async def test_a_logging_handler_that_raises_fails_no_turn(
     gateway: Recorder, aiohttp_client: AiohttpClient, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seen: list[Move] = []
-    app = session_server(gateway.url, on_move=seen.append)
+    app = pinned_server(gateway.url, on_move=seen.append)
     client = await aiohttp_client(app)
     gateway.answer = by_worker(W1, W2, W1)
     with raising_handler():
@@ -1352,7 +1346,7 @@ async def test_on_move_that_raises_fails_no_turn_and_is_logged_once(
     def broken(move: Move) -> None:
         raise error(f"in turn {move.turns}")
 
-    app = session_server(gateway.url, on_move=broken)
+    app = pinned_server(gateway.url, on_move=broken)
     client = await aiohttp_client(app)
     gateway.answer = by_worker(W1, W2, W1)
     for _ in range(3):
@@ -1384,7 +1378,7 @@ async def test_an_on_move_that_turns_out_to_be_async_fails_no_turn_and_is_logged
     gateway: Recorder, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     asynchronous = Async()
-    app = session_server(gateway.url, on_move=lambda move: asynchronous(move))
+    app = pinned_server(gateway.url, on_move=lambda move: asynchronous(move))
     client = await aiohttp_client(app)
     gateway.answer = by_worker(W1, W2, W1)
     for _ in range(3):
@@ -1401,7 +1395,7 @@ async def test_an_on_move_that_turns_out_to_be_async_fails_no_turn_and_is_logged
 async def test_the_app_enters_every_call_in_its_ledger(
     gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    app = session_server(gateway.url)
+    app = pinned_server(gateway.url)
     client = await aiohttp_client(app)
     gateway.answer = by_worker(W1, W1, W2, W2)
     for session_id in ("s-1", "s-1", "s-1", "s-2"):
@@ -1448,7 +1442,7 @@ async def test_a_status_of_400_or_more_is_failed(
 async def test_other_calls_are_not_entered(
     gateway: Recorder, elsewhere: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    app = session_server(gateway.url)
+    app = pinned_server(gateway.url)
 
     async def handler(request: web.Request) -> web.Response:
         async with request.app[CLIENT].post(elsewhere.url / "judge"):
@@ -1468,7 +1462,7 @@ async def test_other_calls_are_not_entered(
 async def test_a_call_is_entered_when_the_answers_head_is_there(
     gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    app = session_server(gateway.url)
+    app = pinned_server(gateway.url)
     gateway.answer = lambda call: (
         b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\nX-SMG-Routed-Worker-Id: w\r\n\r\n"
     )
@@ -1486,7 +1480,7 @@ async def test_a_call_is_entered_when_the_answers_head_is_there(
 async def test_a_redirected_call_is_entered_once_and_only_if_the_gateway_answers(
     gateway: Recorder, elsewhere: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    app = session_server(gateway.url)
+    app = pinned_server(gateway.url)
     client = await aiohttp_client(app)
     named = by_worker(W1)
     gateway.answer = lambda call: named(call) if b"?" in call.start_line else redirect("?again")
@@ -1569,7 +1563,7 @@ async def test_a_hook_of_the_users_own_enters_calls_of_a_request_in_the_apps_led
 async def test_calls_outside_a_request_count_in_the_ledger_of_the_app_that_attached_the_hook(
     gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    app = session_server(gateway.url)
+    app = pinned_server(gateway.url)
     await aiohttp_client(app)
     gateway.answer = by_worker(W1, W1, W1)
     with routing_session("job"):
@@ -1609,7 +1603,7 @@ async def test_digest_never_shows_the_session_id(
 ) -> None:
     caplog.set_level(logging.DEBUG, "aiohttp_smg_routing")
     moves: list[Move] = []
-    app = session_server(gateway.url, key="digest", on_move=moves.append, session_id="header:Token")
+    app = pinned_server(gateway.url, key="digest", on_move=moves.append, session_id="header:Token")
     gateway.answer = by_worker(W1, W2)
     client = await aiohttp_client(app)
     for _ in range(2):
@@ -1719,7 +1713,7 @@ async def test_another_hook_that_raises_is_no_second_outcome(gateway: Recorder) 
 async def test_an_answer_that_names_no_worker_is_unknown(
     gateway: Recorder, aiohttp_client: AiohttpClient, unnamed: bytes
 ) -> None:
-    app = session_server(gateway.url)
+    app = pinned_server(gateway.url)
     client = await aiohttp_client(app)
     gateway.answer = lambda call: unnamed
     await turn(client)
@@ -1728,7 +1722,7 @@ async def test_an_answer_that_names_no_worker_is_unknown(
 
 
 async def test_no_tracking_no_ledger(gateway: Recorder, aiohttp_client: AiohttpClient) -> None:
-    app = session_server(gateway.url, track_sessions=0)
+    app = pinned_server(gateway.url, track_sessions=0)
     client = await aiohttp_client(app)
     gateway.answer = by_worker(W1, W2)
     for _ in range(2):
@@ -1746,7 +1740,7 @@ async def test_no_tracking_no_ledger(gateway: Recorder, aiohttp_client: AiohttpC
 async def test_hide_worker_ids_strips_them_from_what_agents_get(
     gateway: Recorder, aiohttp_client: AiohttpClient, hide: bool, names: list[str]
 ) -> None:
-    app = session_server(gateway.url, hide_worker_ids=hide)
+    app = pinned_server(gateway.url, hide_worker_ids=hide)
 
     async def passing_headers_on(request: web.Request) -> web.StreamResponse:
         async with request.app[CLIENT].post(gateway.chat) as answer:
@@ -1767,7 +1761,7 @@ async def test_hide_worker_ids_strips_them_from_what_agents_get(
 async def test_a_gateway_may_name_the_worker_in_another_header(
     gateway: Recorder, aiohttp_client: AiohttpClient, hide: bool
 ) -> None:
-    app = session_server(gateway.url, hide_worker_ids=hide, worker_header="X-Served-By")
+    app = pinned_server(gateway.url, hide_worker_ids=hide, worker_header="X-Served-By")
 
     async def passing_headers_on(request: web.Request) -> web.StreamResponse:
         async with request.app[CLIENT].post(gateway.chat) as answer:

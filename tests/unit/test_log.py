@@ -14,8 +14,7 @@ from pytest_aiohttp.plugin import AiohttpClient
 from aiohttp_smg_routing import ConfigError, RoutingConfig, SessionIdFilter, routing_session
 from aiohttp_smg_routing.log import Once
 from aiohttp_smg_routing.testing import Recorder
-
-from ..conftest import session_server
+from harness.proxies import pinned_server
 
 CONFIG = RoutingConfig("http://gateway", key="digest", secret="k")
 
@@ -132,7 +131,7 @@ async def in_request(
 async def test_a_request_and_a_block_in_it_show_the_key_of_the_app(
     gateway: Recorder, aiohttp_client: AiohttpClient, block: str | None
 ) -> None:
-    server = session_server(gateway.url, key="digest", secret="k")
+    server = pinned_server(gateway.url, key="digest", secret="k")
     assert await in_request(server, aiohttp_client, block) == CONFIG.routing_key("bearer-token")
 
 
@@ -140,7 +139,7 @@ async def test_a_request_and_a_block_in_it_show_the_key_of_the_app(
 async def test_the_record_shows_the_session_and_not_what_shares_its_worker(
     gateway: Recorder, aiohttp_client: AiohttpClient, block: str | None
 ) -> None:
-    server = session_server(gateway.url, pin_by="{session_id}/{json:model}")
+    server = pinned_server(gateway.url, pin_by="{session_id}/{json:model}")
     assert await in_request(server, aiohttp_client, block) == "bearer-token"
 
 
@@ -148,7 +147,7 @@ async def test_the_record_shows_the_session_and_not_what_shares_its_worker(
 async def test_no_credential_is_shown_with_pin_by(
     gateway: Recorder, aiohttp_client: AiohttpClient, block: str | None
 ) -> None:
-    server = session_server(
+    server = pinned_server(
         gateway.url, key="digest", secret="k", pin_by="{session_id}/{json:model}"
     )
     assert await in_request(server, aiohttp_client, block) == CONFIG.routing_key("bearer-token")

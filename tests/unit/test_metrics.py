@@ -5,7 +5,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.machinery import BuiltinImporter
@@ -32,8 +32,8 @@ from aiohttp_smg_routing import (
     setup,
 )
 from aiohttp_smg_routing.testing import Recorder, answer
+from harness.proxies import CLIENT, naive_proxy, pinned_server
 
-from ..conftest import CLIENT, naive_proxy, session_server
 from .test_ledger import (
     W1,
     W2,
@@ -56,12 +56,6 @@ COUNTERS = (
     "smg_routing_late_total",
     "smg_routing_unmatched_total",
 )
-
-
-@pytest.fixture
-async def outgoing() -> AsyncIterator[ClientSession]:
-    async with ClientSession() as session:
-        yield session
 
 
 @pytest.fixture
@@ -90,7 +84,7 @@ def counting(registry: CollectorRegistry, **config: Any) -> Routing:
 
 
 def counted_server(gateway: Recorder, registry: Any, **config: Any) -> web.Application:
-    return session_server(gateway.url, metrics="prometheus", metrics_registry=registry, **config)
+    return pinned_server(gateway.url, metrics="prometheus", metrics_registry=registry, **config)
 
 
 async def test_metrics_say_what_the_ledger_says(

@@ -13,8 +13,8 @@ from pytest_aiohttp.plugin import AiohttpClient
 
 from aiohttp_smg_routing import ROUTING
 from aiohttp_smg_routing.testing import Recorder, completion
+from harness.proxies import pinned_server
 
-from ..conftest import session_server
 from ..programs import program
 
 ROOT = Path(__file__).parents[2]
@@ -216,7 +216,7 @@ async def test_the_plugin_serves_the_series_that_the_page_names_in_the_way_that_
     gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
     [snippet] = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
-    app = session_server(gateway.url, metrics="prometheus")
+    app = pinned_server(gateway.url, metrics="prometheus")
     exec(snippet, {"app": app, "web": web})  # noqa: S102 - it is our own page
     client = await aiohttp_client(app)
     gateway.answer = lambda call: completion(worker="http://w")

@@ -18,7 +18,18 @@ PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(enco
 EXTRAS: dict[str, list[str]] = PROJECT["project"]["optional-dependencies"]
 GROUPS: dict[str, list[Any]] = PROJECT["dependency-groups"]
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
-FOLDERS = ("aiohttp_smg_routing", "benchmarks", "docs", "examples", "fuzz", "soak", "tests", ".ci")
+FOLDERS = (
+    "aiohttp_smg_routing",
+    "benchmarks",
+    "demo",
+    "docs",
+    "examples",
+    "fuzz",
+    "harness",
+    "soak",
+    "tests",
+    ".ci",
+)
 
 
 def texts() -> dict[Path, str]:

@@ -26,8 +26,7 @@ from aiohttp_smg_routing import (
 )
 from aiohttp_smg_routing.context import current_scope
 from aiohttp_smg_routing.testing import Recorder, answer, completion, failure
-
-from ..conftest import CLIENT, session_server
+from harness.proxies import CLIENT, pinned_server
 
 ID = "sk-agent-credential"
 SECRET = "hmac-hush"
@@ -104,7 +103,7 @@ async def test_real_calls_show_neither_id_nor_secret_whatever_becomes_of_them(
         reprs.extend([repr(current_scope()), repr(list(request.items())), repr(request)])
         return await handler(request)
 
-    app = session_server(
+    app = pinned_server(
         gateway.url,
         session_id=[source, "header:X-Agent"] if callable(source) else source,
         key="digest",

@@ -13,8 +13,9 @@ from aiohttp_smg_routing.testing import free_port
 from aiohttp_smg_routing.verify import ask, call
 from aiohttp_smg_routing.verify.call import CallError, Client, Reply
 from aiohttp_smg_routing.verify.seen import Failure
+from harness.servers import serve
 
-from ..verify_servers import fake_gateway, server
+from ..verify_servers import fake_gateway
 
 SECRET = "sesame"
 
@@ -31,7 +32,7 @@ async def chat(client: Client, answer: web.Response) -> Reply | Failure:
     async def handler(request: web.Request) -> web.Response:
         return answer
 
-    async with server(fake_gateway(handler)) as url:
+    async with serve(fake_gateway(handler)) as url:
         try:
             return await client.chat(url / "v1/chat/completions", {}, {})
         except CallError as error:
@@ -160,7 +161,7 @@ async def test_body_without_an_end_is_broken(
             await response.write(4096 * b" ")
 
     monkeypatch.setattr(call, "_LARGEST", 2**20)
-    async with server(fake_gateway(endless, models=endless)) as url:
+    async with serve(fake_gateway(endless, models=endless)) as url:
         for read in (client.json, client.text):
             with pytest.raises(CallError) as caught:
                 await read(url / "v1/models")
@@ -176,7 +177,7 @@ async def test_models_may_take_as_long_as_a_turn(monkeypatch: pytest.MonkeyPatch
     app = fake_gateway(slow, models=slow)
     app.router.add_get("/slow/workers", slow)
     monkeypatch.setattr(ask, "BRIEF", 0.1)
-    async with server(app) as url, Client(5, None) as client:
+    async with serve(app) as url, Client(5, None) as client:
         assert await ask.models(client, url) == ("m",)
         assert await ask.healthy_workers(client, url / "slow", "m") is None
 
@@ -198,7 +199,7 @@ async def test_redirect_is_not_followed(client: Client) -> None:
         called.append(request.path)
         return web.Response()
 
-    async with server(fake_gateway(elsewhere)) as other:
+    async with serve(fake_gateway(elsewhere)) as other:
         there = str(other / "v1/chat/completions")
         failure = await chat(client, web.Response(status=307, headers={"Location": there}))
     assert isinstance(failure, Failure)
@@ -251,7 +252,7 @@ async def test_https_url_of_an_http_port_is_named_in_plain_words(client: Client)
     async def handler(request: web.Request) -> web.Response:
         raise AssertionError("nothing gets there")
 
-    async with server(fake_gateway(handler, models=handler)) as url:
+    async with serve(fake_gateway(handler, models=handler)) as url:
         with pytest.raises(CallError) as caught:
             await client.json(url.with_scheme("https") / "v1/models")
     failure = caught.value.failure
@@ -267,7 +268,7 @@ async def test_no_answer_in_time_is_a_timeout() -> None:
         await asyncio.Event().wait()
         raise AssertionError("it is gone")
 
-    async with server(fake_gateway(silent)) as url, Client(0.2, None) as client:
+    async with serve(fake_gateway(silent)) as url, Client(0.2, None) as client:
         with pytest.raises(CallError) as caught:
             await client.chat(url / "v1/chat/completions", {}, {})
     assert asked.is_set()
@@ -278,7 +279,7 @@ async def test_json_that_is_none_is_broken(client: Client) -> None:
     async def html(request: web.Request) -> web.Response:
         return web.Response(text="<h1>")
 
-    async with server(fake_gateway(html, models=html)) as url:
+    async with serve(fake_gateway(html, models=html)) as url:
         with pytest.raises(CallError) as caught:
             await client.json(url / "v1/models")
     assert caught.value.failure.kind == "broken"
@@ -291,7 +292,7 @@ async def test_key_goes_with_every_call_but_the_one_for_the_metrics(client: Clie
         seen.append(request.headers.get("Authorization"))
         return sse("[DONE]") if request.method == "POST" else web.json_response({})
 
-    async with server(fake_gateway(handler, models=handler)) as url:
+    async with serve(fake_gateway(handler, models=handler)) as url:
         await client.chat(url / "v1/chat/completions", {}, {})
         await client.post(url / "v1/chat/completions", {})
         await client.json(url / "v1/models")
@@ -308,7 +309,7 @@ async def test_no_cookie_is_kept() -> None:
         response.set_cookie("lb", "replica-1")
         return response
 
-    async with server(fake_gateway(handler, models=handler)) as url, Client(5, None) as client:
+    async with serve(fake_gateway(handler, models=handler)) as url, Client(5, None) as client:
         for _ in range(2):
             await client.json(url.with_host("localhost") / "v1/models")
     assert seen == [{}, {}]

@@ -20,8 +20,9 @@ from aiohttp_smg_routing import __main__, __version__
 from aiohttp_smg_routing.__main__ import main
 from aiohttp_smg_routing.testing import free_port
 from aiohttp_smg_routing.verify import cli, report, streams
+from harness.servers import serve
 
-from ..verify_servers import Handler, fake_gateway, in_background, proxy, server, stream
+from ..verify_servers import Handler, fake_gateway, in_background, proxy, stream
 
 SECRET = "sesame-7f3a"
 USAGE: dict[str, object] = {"prompt_tokens": 10, "prompt_tokens_details": {"cached_tokens": 9}}
@@ -46,7 +47,7 @@ def pinning(stop_after: int | None = None) -> Handler:
 
 @pytest.fixture
 def url() -> Iterator[URL]:
-    with in_background(server(fake_gateway(pinning()))) as url:
+    with in_background(serve(fake_gateway(pinning()))) as url:
         yield url
 
 
@@ -97,8 +98,8 @@ def test_metrics_are_looked_for_on_port_29000(
 def test_not_pinned_is_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     drop = frozenset({"x-smg-routing-key"})
     with (
-        in_background(server(fake_gateway(pinning()))) as upstream,
-        in_background(server(proxy(upstream, drop=drop))) as url,
+        in_background(serve(fake_gateway(pinning()))) as upstream,
+        in_background(serve(proxy(upstream, drop=drop))) as url,
     ):
         assert verify(url) == 1
     assert "Not pinned: " in capsys.readouterr().out
@@ -121,7 +122,7 @@ def test_gateway_that_answers_an_error_cannot_be_judged(
     async def chat(request: web.Request) -> web.Response:
         return web.Response(status=status, headers={"Location": "/"})
 
-    with in_background(server(fake_gateway(chat))) as url:
+    with in_background(serve(fake_gateway(chat))) as url:
         assert verify(url) == 2
     out = capsys.readouterr().out
     assert f"answers {status}" in out
@@ -135,7 +136,7 @@ def test_gateway_that_does_not_answer_in_time_cannot_be_judged(
         await asyncio.Event().wait()
         raise AssertionError("it never answers")
 
-    with in_background(server(fake_gateway(chat))) as url:
+    with in_background(serve(fake_gateway(chat))) as url:
         assert verify(url, "--concurrency", "2", "--timeout", "0.2") == 2
     out = " ".join(capsys.readouterr().out.split())
     assert "did not answer in time" in out
@@ -156,7 +157,7 @@ def test_time_limit_that_leaves_too_few_turns_is_no_proof(
         return await answered(request)
 
     file = tmp_path / "seen.json"
-    with in_background(server(fake_gateway(chat))) as url:
+    with in_background(serve(fake_gateway(chat))) as url:
         assert verify(url, "--time-limit", "1", "--json", str(file)) == 2
     seen = json.loads(file.read_text())
     assert 0 < seen["arms"]["keyed"]["kept"] < 10
@@ -167,7 +168,7 @@ def test_time_limit_that_leaves_too_few_turns_is_no_proof(
 def test_gateway_behind_a_path_is_reached(capsys: pytest.CaptureFixture[str]) -> None:
     app = web.Application()
     app.add_subapp("/smg", fake_gateway(pinning()))
-    with in_background(server(app)) as url:
+    with in_background(serve(app)) as url:
         for base in (url / "smg", f"{url}/smg/"):
             assert main(["verify", str(base), "--metrics", f"{url}/smg/metrics"]) == 0
 
@@ -182,7 +183,7 @@ def test_gateway_behind_a_path_is_reached(capsys: pytest.CaptureFixture[str]) ->
 def test_404_names_the_url_that_was_tried(
     path: str, tried: str, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with in_background(server(fake_gateway(pinning()))) as url:
+    with in_background(serve(fake_gateway(pinning()))) as url:
         options = ["--model", "stub", "--concurrency", "1"]
         assert main(["verify", f"{url}{path}", *options]) == 2
         out = " ".join(capsys.readouterr().out.split())
@@ -196,7 +197,7 @@ def test_unknown_model_lists_those_that_exist(capsys: pytest.CaptureFixture[str]
     async def chat(request: web.Request) -> web.Response:
         raise web.HTTPNotFound(text='{"error": {"message": "The model [nope] is not there"}}')
 
-    with in_background(server(fake_gateway(chat))) as url:
+    with in_background(serve(fake_gateway(chat))) as url:
         assert verify(url, "--model", "[nope]") == 2
     out = " ".join(capsys.readouterr().out.split())
     assert "has no model '[nope]' (The model [nope] is not there)." in out
@@ -304,7 +305,7 @@ def test_url_of_the_session_server_is_completed(url: URL, through: str, path: st
 
     app = web.Application()
     app.router.add_post("/{path:.*}", chat)
-    with in_background(server(app)) as base:
+    with in_background(serve(app)) as base:
         verify(url, "--through", f"{str(base).rstrip('/')}{through}")
     assert len(paths) == 288
     assert all(seen.startswith(path) for seen in paths)
@@ -328,9 +329,9 @@ def test_api_key_is_sent_and_never_shown(
     else:
         monkeypatch.setenv("SMG_API_KEY", SECRET)
     with (
-        in_background(server(fake_gateway(pinning()))) as upstream,
-        in_background(server(proxy(upstream, api_key=SECRET))) as url,
-        in_background(server(proxy(upstream, api_key="other"))) as closed,
+        in_background(serve(fake_gateway(pinning()))) as upstream,
+        in_background(serve(proxy(upstream, api_key=SECRET))) as url,
+        in_background(serve(proxy(upstream, api_key="other"))) as closed,
     ):
         assert verify(url, *options) == 0
         said = seen.read_text()
@@ -368,7 +369,7 @@ def test_signal_prints_what_was_seen_and_leaves_nothing_running(
         return await stream(request, "ok", USAGE)
 
     file = tmp_path / "seen.json"
-    with in_background(server(fake_gateway(chat))) as url:
+    with in_background(serve(fake_gateway(chat))) as url:
         argv = ["-m", "aiohttp_smg_routing", "verify", str(url), "--json", str(file)]
         with subprocess.Popen(  # noqa: S603
             [sys.executable, *argv], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -389,7 +390,7 @@ def test_signal_in_this_process(capsys: pytest.CaptureFixture[str]) -> None:
     before = signal.getsignal(signal.SIGTERM)
     ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup does
     try:
-        with in_background(server(fake_gateway(pinning(stop_after=10)))) as url:
+        with in_background(serve(fake_gateway(pinning(stop_after=10)))) as url:
             assert verify(url) == 128 + signal.SIGTERM
     finally:
         signal.signal(signal.SIGINT, ignored)

@@ -16,8 +16,9 @@ from aiohttp_smg_routing.verify.call import CallError, Client
 from aiohttp_smg_routing.verify.play import Play
 from aiohttp_smg_routing.verify.seen import ARMS, Counters, Load, Plan, Turn
 from aiohttp_smg_routing.verify.summary import summarise
+from harness.servers import serve
 
-from ..verify_servers import Handler, engine, fake_gateway, models, server, stream
+from ..verify_servers import Handler, engine, fake_gateway, models, stream
 
 METRICS = URL("http://127.0.0.1:1/metrics")
 USAGE: dict[str, object] = {"prompt_tokens": 1}
@@ -34,7 +35,7 @@ def recorder(calls: list[tuple[str | None, dict[str, Any]]]) -> Handler:
 async def test_both_arms_play_the_same_load_in_one_schedule() -> None:
     calls: list[tuple[str | None, dict[str, Any]]] = []
     played: list[Turn] = []
-    async with server(fake_gateway(recorder(calls))) as url:
+    async with serve(fake_gateway(recorder(calls))) as url:
         plan = Plan(url, METRICS, sessions=10, turns=4, concurrency=1, run="r")
         seen = await Play(plan, api_key=None, played=played.append).run()
     assert seen.sent == len(calls) == 80
@@ -56,7 +57,7 @@ async def test_both_arms_play_the_same_load_in_one_schedule() -> None:
 
 async def test_transcripts_grow_and_no_two_sessions_begin_alike() -> None:
     calls: list[tuple[str | None, dict[str, Any]]] = []
-    async with server(fake_gateway(recorder(calls))) as url:
+    async with serve(fake_gateway(recorder(calls))) as url:
         plan = Plan(url, METRICS, sessions=5, turns=3, max_tokens=7)
         await Play(plan, api_key=None).run()
         await Play(plan, api_key=None).run()
@@ -87,7 +88,7 @@ async def test_no_more_calls_at_a_time_than_allowed() -> None:
         now["calls"] -= 1
         return response
 
-    async with server(fake_gateway(handler)) as url:
+    async with serve(fake_gateway(handler)) as url:
         await Play(Plan(url, METRICS, sessions=6, turns=2, concurrency=3), api_key=None).run()
     assert now["most"] == 3
 
@@ -101,7 +102,7 @@ async def test_failed_turn_leaves_no_trace_in_its_session() -> None:
             raise web.HTTPServiceUnavailable
         return await stream(request, "ok", USAGE)
 
-    async with server(fake_gateway(handler)) as url:
+    async with serve(fake_gateway(handler)) as url:
         plan = Plan(url, METRICS, sessions=1, turns=4, concurrency=2)
         seen = await Play(plan, api_key=None).run()
     assert sum(turn.outcome == "failed" for turn in seen.turns) == 3
@@ -119,7 +120,7 @@ async def test_worker_is_compared_with_the_one_before() -> None:
             response.headers["x-smg-routed-worker-id"] = worker
         return response
 
-    async with server(fake_gateway(handler)) as url:
+    async with serve(fake_gateway(handler)) as url:
         plan = Plan(url, METRICS, sessions=1, turns=5, concurrency=1)
         seen = await Play(plan, api_key=None).run()
     outcomes = [turn.outcome for turn in seen.turns if turn.arm == "keyed"]
@@ -130,7 +131,7 @@ async def test_run_gives_up_when_every_call_fails() -> None:
     async def handler(request: web.Request) -> web.StreamResponse:
         raise web.HTTPServiceUnavailable
 
-    async with server(fake_gateway(handler)) as url:
+    async with serve(fake_gateway(handler)) as url:
         plan = Plan(url, METRICS, sessions=100, turns=2, concurrency=4)
         seen = await Play(plan, api_key=None).run()
     assert seen.stopped == "failures"
@@ -142,7 +143,7 @@ async def test_run_ends_at_its_time_limit() -> None:
         await asyncio.Event().wait()
         raise AssertionError("it never answers")
 
-    async with server(fake_gateway(handler)) as url:
+    async with serve(fake_gateway(handler)) as url:
         plan = Plan(url, METRICS, concurrency=3, time_limit=0.3)
         before = asyncio.all_tasks()
         play = Play(plan, api_key=None)
@@ -161,7 +162,7 @@ async def test_time_limit_holds_for_what_is_asked_before_the_first_call(silent: 
 
     app = fake_gateway(recorder([]))
     app.middlewares.append(hang)
-    async with server(app) as url:
+    async with serve(app) as url:
         seen = await Play(Plan(url, url / "metrics", time_limit=0.3), api_key=None).run()
     assert (seen.stopped, seen.sent) == ("time_limit", 0)
     assert 0.3 <= seen.seconds < 2
@@ -179,7 +180,7 @@ async def test_counters_are_read_after_the_time_limit_as_well() -> None:
 
     app = web.Application()
     app.router.add_get("/metrics", metrics)
-    async with server(fake_gateway(handler)) as url, server(app) as other:
+    async with serve(fake_gateway(handler)) as url, serve(app) as other:
         seen = await Play(Plan(url, other / "metrics", time_limit=0.3), api_key=None).run()
     assert (seen.stopped, seen.counters, seen.no_counters) == ("time_limit", Counters(), "")
 
@@ -196,7 +197,7 @@ async def test_figure_that_engines_leave_out_is_0_once_one_has_told_it() -> None
         }
         return await stream(request, "ok", usages.get(count, {"prompt_tokens": 10}))
 
-    async with server(fake_gateway(handler)) as url:
+    async with serve(fake_gateway(handler)) as url:
         plan = Plan(url, METRICS, sessions=1, turns=4, concurrency=1)
         seen = await Play(plan, api_key=None).run()
     assert [turn.cached_tokens for turn in seen.turns] == [0, 0, 20, None, 0, 0, 0, 0]
@@ -207,7 +208,7 @@ async def test_fault_of_the_program_is_not_passed_over() -> None:
     def played(turn: Turn) -> None:
         raise KeyError("a fault")
 
-    async with server(engine()) as url:
+    async with serve(engine()) as url:
         with pytest.raises(KeyError):
             await Play(Plan(url, METRICS), api_key=None, played=played).run()
 
@@ -226,7 +227,7 @@ async def test_models_need_not_be_listed_where_one_is_named() -> None:
     async def none(request: web.Request) -> web.Response:
         raise web.HTTPNotFound
 
-    async with server(fake_gateway(recorder(calls), models=none)) as url:
+    async with serve(fake_gateway(recorder(calls), models=none)) as url:
         plan = Plan(url, METRICS, sessions=1, turns=2)
         unnamed = await Play(plan, api_key=None).run()
         named = await Play(replace(plan, model="mine"), api_key=None).run()
@@ -252,13 +253,13 @@ async def test_gateway_that_lists_no_model_is_said_to_do_so(listed: object) -> N
     async def none(request: web.Request) -> web.Response:
         return web.json_response(listed)
 
-    async with server(fake_gateway(recorder([]), models=none)) as url:
+    async with serve(fake_gateway(recorder([]), models=none)) as url:
         seen = await Play(Plan(url, METRICS), api_key=None).run()
     assert seen.failure is not None
     assert (seen.failure.kind, seen.failure.text) == ("broken", "it lists no model")
 
 
-def session_server(known: set[str], made: list[str] | None = None) -> web.Application:
+def fake_session_server(known: set[str], made: list[str] | None = None) -> web.Application:
     """Return a server of sessions that must be made first; where it makes none, a POST is a 405."""
     app = web.Application()
 
@@ -289,8 +290,8 @@ async def test_session_is_made_at_the_session_server_that_wants_it_so() -> None:
     known: set[str] = set()
     made: list[str] = []
     async with (
-        server(engine()) as url,
-        server(session_server(known, made)) as through,
+        serve(engine()) as url,
+        serve(fake_session_server(known, made)) as through,
     ):
         plan = Plan(
             url,
@@ -313,8 +314,8 @@ async def test_session_is_made_at_the_session_server_that_wants_it_so() -> None:
 
 async def test_session_server_that_makes_none_is_answered_by_its_404() -> None:
     async with (
-        server(engine()) as url,
-        server(session_server(set())) as through,
+        serve(engine()) as url,
+        serve(fake_session_server(set())) as through,
     ):
         link = f"{through}/base/sessions/{{session_id}}/v1/chat/completions"
         plan = Plan(url, METRICS, through=link, sessions=2, turns=2)
@@ -356,7 +357,7 @@ async def test_workers_are_those_that_are_healthy_and_have_the_model(
 
     app = web.Application()
     app.router.add_get("/workers", workers)
-    async with server(app) as url, Client(5, None) as client:
+    async with serve(app) as url, Client(5, None) as client:
         assert await ask.healthy_workers(client, url, "m") == count
         assert await ask.healthy_workers(client, url / "no", "m") is None
 
@@ -370,7 +371,7 @@ async def test_run_tells_by_how_much_the_counters_grew() -> None:
 
     app = web.Application()
     app.router.add_get("/metrics", metrics)
-    async with server(fake_gateway(recorder(calls))) as url, server(app) as other:
+    async with serve(fake_gateway(recorder(calls))) as url, serve(app) as other:
         plan = Plan(url, other / "metrics", sessions=2, turns=3)
         seen = await Play(plan, api_key=None).run()
     assert seen.probe == Counters({"regular": {"manual": 4}})
@@ -393,7 +394,7 @@ async def test_workers_are_counted_again_at_the_end() -> None:
 
     app = fake_gateway(recorder([]))
     app.middlewares.append(workers)
-    async with server(app) as url:
+    async with serve(app) as url:
         seen = await Play(Plan(url, METRICS, sessions=2, turns=2), api_key=None).run()
     assert (seen.workers, seen.has_changed) == ({"regular": 3}, True)
 
@@ -417,7 +418,7 @@ async def test_workers_that_are_overloaded_for_a_while_are_seen() -> None:
 
     app = web.Application()
     app.router.add_get("/metrics", metrics)
-    async with server(fake_gateway(chat)) as url, server(app) as other:
+    async with serve(fake_gateway(chat)) as url, serve(app) as other:
         plan = Plan(url, other / "metrics", sessions=2, turns=2)
         seen = await Play(plan, api_key=None).run()
     assert reads == 4
@@ -433,7 +434,7 @@ async def test_counters_that_began_anew_tell_nothing() -> None:
 
     app = web.Application()
     app.router.add_get("/metrics", metrics)
-    async with server(fake_gateway(recorder([]))) as url, server(app) as other:
+    async with serve(fake_gateway(recorder([]))) as url, serve(app) as other:
         plan = Plan(url, other / "metrics", sessions=2, turns=2)
         seen = await Play(plan, api_key=None).run()
     assert (seen.counters, seen.probe) == (None, Counters({"regular": {"manual": 4}}))
@@ -465,7 +466,7 @@ async def test_counters_name_the_worker_of_the_only_call(
 
     app = web.Application()
     app.router.add_get("/metrics", metrics)
-    async with server(fake_gateway(chat)) as url, server(app) as other:
+    async with serve(fake_gateway(chat)) as url, serve(app) as other:
         plan = Plan(url, other / "metrics", sessions=2, turns=3, concurrency=concurrency)
         seen = await Play(plan, api_key=None).run()
     workers = {turn.worker for turn in seen.turns if turn.arm == "keyed" and turn.session == 1}
@@ -493,7 +494,7 @@ async def test_one_call_is_made_at_a_time_only_where_nothing_else_can_tell(
 
     app = web.Application()
     app.router.add_get("/metrics", metrics)
-    async with server(fake_gateway(chat)) as url, server(app) as other:
+    async with serve(fake_gateway(chat)) as url, serve(app) as other:
         way = f"{url}/v1/chat/completions" if through else None
         plan = Plan(url, other / "metrics", way, concurrency=4, sessions=2, turns=2)
         seen = await Play(plan, api_key=None).run()
@@ -509,7 +510,7 @@ async def test_counters_of_two_workers_or_of_none_name_no_worker() -> None:
 
     app = web.Application()
     app.router.add_get("/metrics", metrics)
-    async with server(app) as url, Client(5, None) as client:
+    async with serve(app) as url, Client(5, None) as client:
         before, _ = await ask.read_metrics(client, url / "metrics")
         follow = ask.Follower(client, url / "metrics", before)
         for grown, worker in ((["a"], "a"), (["a", "b"], None), (["a", "a"], None), ([], None)):
@@ -520,7 +521,7 @@ async def test_counters_of_two_workers_or_of_none_name_no_worker() -> None:
 
 
 async def test_metrics_of_something_else_are_said_to_be_so() -> None:
-    async with server(fake_gateway(recorder([]))) as url:
+    async with serve(fake_gateway(recorder([]))) as url:
         seen = await Play(Plan(url, url / "v1/models", sessions=1, turns=2), api_key=None).run()
     assert seen.counters is None
     assert seen.no_counters
@@ -541,7 +542,7 @@ async def test_metrics_that_are_odd_are_said_to_be_so(text: str, words: str) -> 
 
     app = web.Application()
     app.router.add_get("/metrics", metrics)
-    async with server(fake_gateway(recorder([]))) as url, server(app) as other:
+    async with serve(fake_gateway(recorder([]))) as url, serve(app) as other:
         plan = Plan(url, other / "metrics", sessions=1, turns=2)
         seen = await Play(plan, api_key="sesame").run()
     assert seen.counters is None
@@ -563,7 +564,7 @@ async def test_names_that_a_server_gives_are_printable_and_hold_no_key() -> None
     app = web.Application()
     app.router.add_get("/v1/models", listed)
     app.router.add_get("/metrics", metrics)
-    async with server(app) as url, Client(5, "sesame") as client:
+    async with serve(app) as url, Client(5, "sesame") as client:
         assert await ask.models(client, url) == (" [31m ***  x",)
         counters, _ = await ask.read_metrics(client, url / "metrics")
     assert counters == Counters({"regular": {" ***": 1}}, {"manual": {" ***": 1}})
@@ -575,7 +576,7 @@ async def metrics_of(text: str) -> tuple[Counters, Load]:
 
     app = web.Application()
     app.router.add_get("/metrics", metrics)
-    async with server(app) as url, Client(5, None) as client:
+    async with serve(app) as url, Client(5, None) as client:
         return await ask.read_metrics(client, url / "metrics")
 
 
@@ -604,7 +605,7 @@ other 1
     assert counters.calls == 5
     with pytest.raises(ValueError, match="no SMG gateway's metrics"):
         await metrics_of("other 1\n")
-    async with server(fake_gateway(recorder([]))) as url, Client(5, None) as client:
+    async with serve(fake_gateway(recorder([]))) as url, Client(5, None) as client:
         with pytest.raises(CallError):
             await ask.read_metrics(client, url / "no/such")
 
@@ -658,10 +659,10 @@ async def test_models_are_read_in_other_shapes_as_well(listed: object) -> None:
     async def handler(request: web.Request) -> web.Response:
         return web.json_response(listed)
 
-    async with server(fake_gateway(handler, models=handler)) as url, Client(5, None) as client:
+    async with serve(fake_gateway(handler, models=handler)) as url, Client(5, None) as client:
         assert await ask.models(client, url) == ("a", "b")
 
 
 async def test_models_are_listed_by_name() -> None:
-    async with server(fake_gateway(recorder([]), models=models)) as url, Client(5, None) as client:
+    async with serve(fake_gateway(recorder([]), models=models)) as url, Client(5, None) as client:
         assert await ask.models(client, url) == ("stub",)

@@ -11,16 +11,12 @@ from yarl import URL
 
 from aiohttp_smg_routing.verify.cause import Cause
 from aiohttp_smg_routing.verify.judge import Verdict, judge
-from aiohttp_smg_routing.verify.report import (
-    Bars,
-    show_plan,
-    show_seen,
-    show_verdict,
-)
+from aiohttp_smg_routing.verify.report import Bars, show_plan, show_seen, show_verdict
 from aiohttp_smg_routing.verify.seen import Counters, Failure, Outcome, Plan, Seen, Turn
 from aiohttp_smg_routing.verify.streams import lasting, terminal
+from harness.servers import serve
 
-from ..verify_servers import engine, in_background, server
+from ..verify_servers import engine, in_background
 
 PLAN = Plan(URL("http://10.0.0.1:30000"), URL("http://10.0.0.1:29000/metrics"), model="m")
 
@@ -142,7 +138,7 @@ def test_text_that_the_terminal_can_not_show_is_escaped() -> None:
 @pytest.mark.thorough
 def test_real_terminal_shows_bars_and_stays_within_80_columns() -> None:
     pty = pytest.importorskip("pty")
-    with in_background(server(engine())) as url:
+    with in_background(serve(engine())) as url:
         leader, follower = pty.openpty()
         argv = [sys.executable, "-m", "aiohttp_smg_routing", "verify", str(url)]
         with subprocess.Popen(  # noqa: S603

@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeAlias
 
 import pytest
-from aiohttp import ClientSession, web
+from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from pytest_aiohttp.plugin import AiohttpClient
 
@@ -31,8 +31,7 @@ from aiohttp_smg_routing import (
 from aiohttp_smg_routing.sources import Source
 from aiohttp_smg_routing.testing import Recorder
 from fuzz.laws import Shared
-
-from ..conftest import CLIENT, session_server
+from harness.proxies import CLIENT, client_session, pinned_server
 
 JSON = {"Content-Type": "application/json"}
 LIMIT = 2**20  # client_max_size: how much of a body the handler takes
@@ -328,10 +327,6 @@ async def test_a_turn_that_grows_keeps_its_pin(
         async with session.post(gateway.chat, data=request.content) as response:
             return web.Response(body=await response.read(), status=response.status)
 
-    async def client_session(app: web.Application) -> AsyncIterator[None]:
-        async with ClientSession() as app[CLIENT]:
-            yield
-
     app = web.Application(client_max_size=client_max_size)
     app.router.add_post("/", stream)
     app.cleanup_ctx.append(client_session)
@@ -427,7 +422,7 @@ async def test_pin_by_reads_its_parts_from_the_body_and_the_proxy_sends_it_on(
         return response
 
     pin_by = "{session_id}/{json:model}"
-    app = session_server(
+    app = pinned_server(
         gateway.url, session_id=["json:metadata.session", "header:X-Sid"], pin_by=pin_by
     )
     app.middlewares.append(look)

@@ -29,8 +29,7 @@ from aiohttp_smg_routing import (
     routing_session,
 )
 from aiohttp_smg_routing.testing import Call, Recorder, answer, completion, failure, redirect
-
-from ..conftest import CLIENT, session_server
+from harness.proxies import CLIENT, pinned_server
 
 SMUGGLED = [
     ("x-smg-routing-key", ""),
@@ -678,7 +677,7 @@ async def test_an_ignored_id_gives_no_key_in_a_block_within_a_request(
             async with request.app[CLIENT].post(gateway.chat):
                 return web.Response()
 
-    app = session_server(gateway.url, ignore_ids="default")
+    app = pinned_server(gateway.url, ignore_ids="default")
     app.router.add_post("/{session_id}", handler)
     client = await aiohttp_client(app)
     async with client.post("/s-1"):

@@ -26,19 +26,13 @@ from aiohttp_smg_routing import (
     setup,
 )
 from aiohttp_smg_routing.testing import Recorder, completion, redirect
+from harness.proxies import CLIENT, pinned_server
 
-from ..conftest import CLIENT, session_server
+from ..turns import keys
 from .test_never_silent import said
 
 PATH = "/sessions/s-1/v1/chat/completions"
 PLAIN: Any = ClientSession.__init__
-
-
-async def keys(session: ClientSession, wire: Recorder) -> list[bytes]:
-    """Call the gateway in a session; return the keys that arrived."""
-    with routing_session("s-1"):
-        async with session.post(wire.chat):
-            return wire.last.keys
 
 
 # What others put in the place of the constructor
@@ -431,7 +425,7 @@ async def test_an_on_move_that_raises_fails_no_turn(
 
     answers = iter([completion(worker=f"http://10.0.0.{turn}:1") for turn in range(4)])
     gateway.answer = lambda call: next(answers)
-    app = session_server(gateway.url, on_move=on_move)
+    app = pinned_server(gateway.url, on_move=on_move)
     client = await aiohttp_client(app)
     for _ in range(4):
         async with client.post(PATH) as response:
@@ -568,7 +562,7 @@ async def test_logging_that_raises_fails_no_start_and_no_turn(
 async def test_requests_that_no_route_takes_are_answered_as_without_the_plugin(
     gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    client = await aiohttp_client(session_server(gateway.url, on_missing="raise"))
+    client = await aiohttp_client(pinned_server(gateway.url, on_missing="raise"))
     for method, path, status in (("POST", "/nowhere", 404), ("GET", PATH, 405)):
         async with client.request(method, path) as response:
             assert response.status == status

@@ -26,6 +26,8 @@ from aiohttp_smg_routing import (
 )
 from aiohttp_smg_routing.testing import Recorder
 
+from ..turns import keys
+
 PLAIN = ClientSession.__init__
 
 PACKAGE = str(Path(aiohttp_smg_routing.__file__).parent)
@@ -37,27 +39,18 @@ def _pristine() -> Iterator[None]:
     assert ClientSession.__init__ is PLAIN
 
 
-async def post(
-    session: ClientSession, wire: Recorder, session_id: str | None = "s-1"
-) -> list[bytes]:
-    """Call the gateway in a session; return the keys that arrived."""
-    with routing_session(session_id):
-        async with session.post(wire.chat):
-            return wire.last.keys
-
-
 async def test_every_session_carries_the_hook_until_it_is_undone(gateway: Recorder) -> None:
     routing = Routing(RoutingConfig(gateway.url))
     async with ClientSession() as before:
         with routing.instrument() as undo:
             async with ClientSession() as during:
-                assert await post(before, gateway) == []
-                assert await post(during, gateway) == [b"s-1"]
+                assert await keys(before, gateway) == []
+                assert await keys(during, gateway) == [b"s-1"]
                 undo.close()
-                assert await post(during, gateway) == []
+                assert await keys(during, gateway) == []
         # The block's end changes nothing after that.
         async with ClientSession() as after:
-            assert await post(after, gateway) == []
+            assert await keys(after, gateway) == []
             assert after.trace_configs == []
 
 
@@ -67,10 +60,10 @@ async def test_it_is_in_force_before_a_block_begins_and_after_an_error_it_is_not
     routing = Routing(RoutingConfig(gateway.url))
     undo = routing.instrument()
     async with ClientSession() as session:
-        assert await post(session, gateway) == [b"s-1"]
+        assert await keys(session, gateway) == [b"s-1"]
         with pytest.raises(KeyError), undo:
             raise KeyError
-        assert await post(session, gateway) == []
+        assert await keys(session, gateway) == []
 
 
 @pytest.mark.filterwarnings("ignore:Inheritance class:DeprecationWarning")
@@ -83,7 +76,7 @@ async def test_subclasses_and_sessions_that_aiohttp_makes_itself_are_among_them(
 
     with Routing({"gateway": str(gateway.url)}).instrument():
         async with Session() as session:
-            assert await post(session, gateway) == [b"s-1"]
+            assert await keys(session, gateway) == [b"s-1"]
             assert gateway.last.values("X-Own") == [b"1"]
         with routing_session("s-2"):
             async with aiohttp.request("POST", gateway.chat):
@@ -124,7 +117,7 @@ async def test_a_session_that_has_the_hook_is_tagged_and_counted_once(gateway: R
         async with ClientSession(trace_configs=[hook]) as made, ClientSession() as attached:
             routing.attach(attached)
             for session in (made, attached):
-                assert await post(session, gateway) == [b"s-1"]
+                assert await keys(session, gateway) == [b"s-1"]
     assert routing.pins.summary() == PinSummary(unknown=2, sessions=1)
 
 
@@ -136,7 +129,7 @@ async def test_a_hook_that_was_attached_meanwhile_stays_when_it_is_undone(
         async with ClientSession() as session:
             routing.attach(session)
             undo.close()
-            assert await post(session, gateway) == [b"s-1"]
+            assert await keys(session, gateway) == [b"s-1"]
 
 
 async def test_several_gateways_side_by_side_and_one_is_undone(
@@ -149,13 +142,13 @@ async def test_several_gateways_side_by_side_and_one_is_undone(
             async with ClientSession() as session:
                 for each in (kept, session):
                     assert len(each.trace_configs) == 1
-                    assert await post(each, gateway) == [b"s-1"]
-                    assert await post(each, elsewhere) == []
+                    assert await keys(each, gateway) == [b"s-1"]
+                    assert await keys(each, elsewhere) == []
                     assert elsewhere.last.values("X-Pin") == [b"job-7/s-1"]
                 one.close()
                 for each in (kept, session):
-                    assert await post(each, gateway) == []
-                    await post(each, elsewhere)
+                    assert await keys(each, gateway) == []
+                    await keys(each, elsewhere)
                     assert elsewhere.last.values("X-Pin") == [b"job-7/s-1"]
 
 
@@ -165,12 +158,12 @@ async def test_equal_routings_are_undone_one_by_one(gateway: Recorder, undone: i
     blocks = [routing.instrument() for routing in routings]
     async with ClientSession() as session:
         blocks[undone].close()
-        assert await post(session, gateway) == [b"s-1"]
+        assert await keys(session, gateway) == [b"s-1"]
         # The one that is left has the call, and not the one that is gone.
         assert routings[1 - undone].pins.summary() == PinSummary(unknown=1, sessions=1)
         assert routings[undone].pins.summary() == PinSummary()
         blocks[1 - undone].close()
-        assert await post(session, gateway) == []
+        assert await keys(session, gateway) == []
 
 
 async def test_a_routing_that_is_in_force_twice_is_undone_twice(gateway: Recorder) -> None:
@@ -178,11 +171,11 @@ async def test_a_routing_that_is_in_force_twice_is_undone_twice(gateway: Recorde
     with routing.instrument() as outer:
         async with ClientSession() as session:
             with routing.instrument():
-                assert await post(session, gateway) == [b"s-1"]
-            assert await post(session, gateway) == [b"s-1"]
+                assert await keys(session, gateway) == [b"s-1"]
+            assert await keys(session, gateway) == [b"s-1"]
             assert routing.pins.summary() == PinSummary(unknown=2, sessions=1)
             outer.close()
-            assert await post(session, gateway) == []
+            assert await keys(session, gateway) == []
 
 
 async def test_not_enabled_does_nothing(gateway: Recorder) -> None:
@@ -196,19 +189,19 @@ async def test_it_gets_along_with_others_that_wrap_the_constructor(gateway: Reco
     undo = routing.instrument()
     telemetry.instrument()
     async with ClientSession() as session:
-        assert await post(session, gateway) == [b"s-1"]
+        assert await keys(session, gateway) == [b"s-1"]
         assert len(session.trace_configs) == 2
     undo.close()  # the other one's wrapper stands over ours, and stays
     async with ClientSession() as session:
-        assert await post(session, gateway) == []
+        assert await keys(session, gateway) == []
         assert len(session.trace_configs) == 1
     with routing.instrument():
         async with ClientSession() as session:
-            assert await post(session, gateway) == [b"s-1"]
+            assert await keys(session, gateway) == [b"s-1"]
             assert len(session.trace_configs) == 2
         telemetry.uninstrument()
         async with ClientSession() as session:
-            assert await post(session, gateway) == [b"s-1"]
+            assert await keys(session, gateway) == [b"s-1"]
             assert len(session.trace_configs) == 1
 
 
@@ -220,7 +213,7 @@ async def test_it_is_not_lost_where_another_one_takes_the_constructor_back_to_wh
         ClientSession.__init__ = PLAIN  # type: ignore[method-assign]
         with routing.instrument():
             async with ClientSession() as session:
-                assert await post(session, gateway) == [b"s-1"]
+                assert await keys(session, gateway) == [b"s-1"]
 
 
 async def test_sessions_made_in_threads_are_among_them(gateway: Recorder) -> None:
@@ -259,7 +252,7 @@ async def test_a_session_that_is_odd_is_made_as_without_it(gateway: Recorder) ->
 
     with Routing(RoutingConfig(gateway.url)).instrument():
         async with Odd(trace_configs=[OddTraceConfig()]) as session:
-            assert await post(session, gateway) == [b"s-1"]
+            assert await keys(session, gateway) == [b"s-1"]
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
@@ -293,10 +286,10 @@ async def test_a_call_outside_any_request_fails_only_where_all_ask_for_it(
     configs = [RoutingConfig(gateway.url, on_missing=missing) for missing in order]
     with Routing(configs[0]).instrument() as first, Routing(configs[1]).instrument() as second:
         async with ClientSession() as session:
-            assert await post(session, gateway, None) == []
+            assert await keys(session, gateway, None) == []
             (first, second)[order.index("pass")].close()
             with pytest.raises(MissingSessionError):
-                await post(session, gateway, None)
+                await keys(session, gateway, None)
 
 
 async def test_every_session_that_is_made_while_the_app_runs(
@@ -320,14 +313,14 @@ async def test_it_reaches_what_the_app_makes_when_it_starts(gateway: Recorder) -
         async with ClientSession() as session:
             made.append(session)
             yield
-            assert await post(session, gateway, "at-the-end") == [b"at-the-end"]
+            assert await keys(session, gateway, "at-the-end") == [b"at-the-end"]
 
     app = web.Application()
     app.cleanup_ctx.append(client)
     setup(app, {"gateway": str(gateway.url), "instrument": True})
     runner = web.AppRunner(app)
     await runner.setup()
-    assert await post(made[0], gateway) == [b"s-1"]
+    assert await keys(made[0], gateway) == [b"s-1"]
     await runner.cleanup()
     assert gateway.last.keys == [b"at-the-end"]
 
@@ -347,12 +340,12 @@ async def test_it_reaches_what_apps_keep_before_they_start_once(
             )
             runners.append(web.AppRunner(app))
             await runners[-1].setup()
-        assert await post(kept, gateway) == [b"s-1"]
+        assert await keys(kept, gateway) == [b"s-1"]
         # That of the process, and that of each app which names the session.
         assert len(kept.trace_configs) == (3 if client_session else 1)
         for runner in runners:
             await runner.cleanup()
-        assert await post(kept, gateway) == []
+        assert await keys(kept, gateway) == []
 
 
 async def test_instrument_of_an_app_that_is_never_started_changes_nothing(
@@ -361,7 +354,7 @@ async def test_instrument_of_an_app_that_is_never_started_changes_nothing(
     server(gateway)
     assert ClientSession.__init__ is PLAIN
     async with ClientSession() as session:
-        assert await post(session, gateway) == []
+        assert await keys(session, gateway) == []
 
 
 async def test_instrument_of_an_app_that_fails_to_start_is_undone(gateway: Recorder) -> None:
@@ -540,7 +533,7 @@ async def test_a_session_that_is_made_while_the_last_app_lets_go_has_the_hook_of
             sessions.append(ClientSession())
             for session in sessions:
                 async with session:
-                    assert await post(session, gateway) == [b"s-1"]
+                    assert await keys(session, gateway) == [b"s-1"]
                     assert len(session.trace_configs) == 1
             for block in blocks:
                 block.close()

@@ -28,8 +28,8 @@ from aiohttp_smg_routing import (
     setup,
 )
 from aiohttp_smg_routing.testing import Recorder, completion
+from harness.proxies import CLIENT, pinned_server, proxy_server
 
-from ..conftest import CLIENT, proxy_server, session_server
 from .test_middleware import assert_no_crosstalk, call
 from .test_never_silent import said
 
@@ -50,6 +50,23 @@ async def post(session: ClientSession, wire: Recorder, session_id: str = "") -> 
     """Call the gateway; the body names the session that the call belongs to."""
     async with session.post(wire.chat, data=session_id.encode()) as response:
         await response.read()
+
+
+class Late:
+    """Code that outlives the requests that start it."""
+
+    def __init__(self) -> None:
+        self.go_on = asyncio.Event()
+        self.tasks: list[asyncio.Task[None]] = []
+
+    def start(self, work: Coroutine[Any, Any, None]) -> None:
+        """Start a task, which is to wait for ``go_on``."""
+        self.tasks.append(asyncio.create_task(work))
+
+    async def finish(self) -> None:
+        """Let all of it come to its end."""
+        self.go_on.set()
+        await asyncio.gather(*self.tasks)
 
 
 class Batcher:
@@ -90,7 +107,7 @@ def batching(gateway: Recorder, batcher: Batcher, **config: object) -> web.Appli
             return web.Response(status=500, text=str(error))
         return web.Response()
 
-    app = session_server(gateway.url, **config)
+    app = pinned_server(gateway.url, **config)
     app.router.add_post("/{session_id}", handler)
     return app
 
@@ -180,7 +197,7 @@ async def test_whatever_a_request_starts_is_late_when_it_has_ended(
         return web.Response(status=202)
 
     ended: asyncio.Future[None] = loop.create_future()
-    app = session_server(gateway.url)
+    app = pinned_server(gateway.url)
     app.router.add_post("/{session_id}", handler)
     client = await aiohttp_client(app)
     async with client.post("/s-1") as response:
@@ -213,7 +230,7 @@ async def test_it_is_said_once_for_each_coroutine(
         tasks.extend(asyncio.create_task(started()) for started in (limiter, refresher))
         return web.Response(status=202)
 
-    app = session_server(gateway.url)
+    app = pinned_server(gateway.url)
     app.router.add_post("/{session_id}", handler)
     client = await aiohttp_client(app)
     for number in range(4):
@@ -267,7 +284,7 @@ async def test_a_thread_that_has_inherited_the_context_is_late_for_all_others(
         await worker.ask(request.match_info["session_id"])
         return web.Response()
 
-    app = session_server(gateway.url)
+    app = pinned_server(gateway.url)
     app.router.add_post("/{session_id}", handler)
     worker = Worker(app[ROUTING], gateway)
     client = await aiohttp_client(app)
@@ -495,7 +512,7 @@ async def test_what_belongs_to_the_request_is_not_late(
     async def handle(request: web.Request) -> web.StreamResponse:
         return await handler(request, gateway)  # type: ignore[no-any-return]
 
-    app = session_server(gateway.url, on_late="raise", on_missing="raise")
+    app = pinned_server(gateway.url, on_late="raise", on_missing="raise")
     app.middlewares[:0] = middlewares
     app.router.add_post("/{session_id}", handle)
     client = await aiohttp_client(app)
@@ -535,7 +552,7 @@ async def test_the_next_request_on_a_connection_does_not_prolong_the_last_one(
         return web.Response()
 
     tasks: list[asyncio.Task[None]] = []
-    app = session_server(gateway.url)
+    app = pinned_server(gateway.url)
     app.router.add_post("/{session_id}", handler)
     client = await aiohttp_client(app)
     for number in range(2):
@@ -567,7 +584,7 @@ async def test_a_websocket_is_a_request_that_lasts(
                 await socket.send_str("done")
         return socket
 
-    app = session_server(gateway.url)
+    app = pinned_server(gateway.url)
     app.router.add_get("/{session_id}", handler)
     client = await aiohttp_client(app)
     async with client.ws_connect("/s-1") as socket:
@@ -600,7 +617,7 @@ async def test_a_client_that_disconnects_does_not_end_a_request_whose_handler_ru
             finished.set_result(None)
         return response
 
-    app = session_server(gateway.url, on_late="raise")
+    app = pinned_server(gateway.url, on_late="raise")
     app.router.add_post("/{session_id}", handler)
     client = await aiohttp_client(app)
     response = await client.post("/s-1")
@@ -673,7 +690,7 @@ async def test_a_request_is_over_while_its_connection_closes(
         has_begun.set()
         raise ZeroDivisionError
 
-    app = session_server(gateway.url)
+    app = pinned_server(gateway.url)
     app.router.add_post("/{session_id}", handler)
     server = TestServer(app)
     servers, clients = tls_contexts() if is_tls else (None, None)
@@ -717,7 +734,7 @@ async def test_a_handler_that_is_cancelled_when_its_client_disconnects_leaves_la
             raise
         return web.Response()
 
-    app = session_server(gateway.url)
+    app = pinned_server(gateway.url)
     app.router.add_post("/{session_id}", handler)
     server = TestServer(app)  # with handler_cancellation
     await server.start_server()
@@ -741,7 +758,7 @@ async def test_a_streamed_body_that_another_task_sends_has_the_session(
     gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
     """A time limit above the plugin runs the handler in a task; the body is sent outside of it."""
-    app = session_server(gateway.url, on_late="raise", on_missing="raise")
+    app = pinned_server(gateway.url, on_late="raise", on_missing="raise")
     app.middlewares.insert(0, with_a_time_limit)
     senders, handlers = [], []
 
@@ -787,7 +804,7 @@ async def test_a_block_above_a_time_limit_that_answers_in_it_keeps_its_session(
     async def handler(request: web.Request) -> web.StreamResponse:
         return await in_streamed_body(request, gateway)
 
-    app = session_server(gateway.url, on_late="raise")
+    app = pinned_server(gateway.url, on_late="raise")
     app.middlewares[:0] = [judging, with_a_time_limit]
     app.router.add_post("/{session_id}", handler)
     client = await aiohttp_client(app)
@@ -802,26 +819,24 @@ async def test_a_block_above_a_time_limit_that_answers_in_it_keeps_its_session(
 async def test_a_request_under_a_time_limit_ends_when_its_answer_is_sent(
     gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    go_on = asyncio.Event()
-    tasks: list[asyncio.Task[None]] = []
+    late = Late()
 
     async def straggler(request: web.Request) -> None:
-        await go_on.wait()
+        await late.go_on.wait()
         await call(request, gateway)
 
     async def handler(request: web.Request) -> web.Response:
-        tasks.append(asyncio.create_task(straggler(request)))
+        late.start(straggler(request))
         return web.Response()
 
-    app = session_server(gateway.url)
+    app = pinned_server(gateway.url)
     app.middlewares.insert(0, with_a_time_limit)
     app.router.add_post("/{session_id}", handler)
     client = await aiohttp_client(app)
     for number in range(2):
         async with client.post(f"/s-{number}") as response:
             assert response.status == 200
-    go_on.set()
-    await asyncio.gather(*tasks)
+    await late.finish()
     assert_no_crosstalk(gateway, 2)
     assert app[ROUTING].pins.summary().late == 2
 
@@ -860,7 +875,7 @@ async def test_a_pump_is_not_late_between_a_time_limit_and_the_answer(
         task = asyncio.create_task(pump())
         return web.Response(body=body())
 
-    app = session_server(gateway.url)
+    app = pinned_server(gateway.url)
     app.middlewares[:0] = [save_session, time_limit]
     app.router.add_post("/{session_id}", handler)
     client = await aiohttp_client(app)
@@ -896,7 +911,7 @@ async def test_what_a_middleware_above_a_time_limit_waits_for_is_not_late(
         await response.write_eof(b"chunk")
         return response
 
-    app = session_server(gateway.url)
+    app = pinned_server(gateway.url)
     app.middlewares[:0] = [waiting, with_a_time_limit]
     app.router.add_post("/{session_id}", handler)
     client = await aiohttp_client(app)
@@ -912,21 +927,20 @@ async def test_what_a_middleware_above_a_time_limit_waits_for_is_not_late(
 async def test_nested_apps_end_with_the_one_request_that_they_handle(
     gateway: Recorder, aiohttp_client: AiohttpClient, inner_has: bool
 ) -> None:
-    go_on = asyncio.Event()
-    tasks: list[asyncio.Task[None]] = []
+    late = Late()
 
     async def straggler(request: web.Request) -> None:
-        await go_on.wait()
+        await late.go_on.wait()
         async with request.config_dict[CLIENT].post(gateway.chat):
             pass
 
     async def handler(request: web.Request) -> web.Response:
         async with request.config_dict[CLIENT].post(gateway.chat):
             pass
-        tasks.append(asyncio.create_task(straggler(request)))
+        late.start(straggler(request))
         return web.Response()
 
-    app, inner = session_server(gateway.url, session_id="query:outer"), web.Application()
+    app, inner = pinned_server(gateway.url, session_id="query:outer"), web.Application()
     inner.router.add_post("/", handler)
     setup(inner, RoutingConfig(gateway.url, session_id="query:inner"))
     app.add_subapp("/inner", inner)
@@ -934,8 +948,7 @@ async def test_nested_apps_end_with_the_one_request_that_they_handle(
     query = {"outer": "o", "inner": "i"} if inner_has else {"outer": "o"}
     async with client.post("/inner/", params=query) as response:
         assert response.status == 200
-    go_on.set()
-    await asyncio.gather(*tasks)
+    await late.finish()
     theirs, others = (inner, app) if inner_has else (app, inner)
     assert [sent.keys for sent in gateway.calls] == [[b"i" if inner_has else b"o"]] * 2
     assert theirs[ROUTING].pins.summary() == PinSummary(unknown=2, late=1, sessions=1)
@@ -944,7 +957,7 @@ async def test_nested_apps_end_with_the_one_request_that_they_handle(
 
 def nested(gateway: Recorder, handler: Handler, *middlewares: Any) -> web.Application:
     """Return an app with another one in it; both have the plugin, and only the outer finds ids."""
-    app = session_server(gateway.url, session_id="query:outer", on_late="raise")
+    app = pinned_server(gateway.url, session_id="query:outer", on_late="raise")
     app.middlewares[:0] = middlewares
     inner = web.Application()
     inner.router.add_post("/{session_id}", handler)
@@ -971,15 +984,14 @@ async def test_nested_apps_under_a_time_limit_end_when_the_answer_is_sent(
 async def test_in_session_names_the_session_of_an_outer_app(
     gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    go_on = asyncio.Event()
-    tasks: list[asyncio.Task[None]] = []
+    late = Late()
 
     async def job(request: web.Request) -> None:
-        await go_on.wait()
+        await late.go_on.wait()
         await call(request, gateway)
 
     async def handler(request: web.Request) -> web.Response:
-        tasks.append(asyncio.create_task(in_session(job(request))))
+        late.start(in_session(job(request)))
         return web.Response()
 
     app = nested(gateway, handler)
@@ -987,8 +999,7 @@ async def test_in_session_names_the_session_of_an_outer_app(
     for number in range(3):
         async with client.post(f"/inner/s-{number}?outer=s-{number}"):
             pass
-    go_on.set()
-    await asyncio.gather(*tasks)
+    await late.finish()
     assert_no_crosstalk(gateway, 3)
     assert app[ROUTING].pins.summary() == PinSummary(unknown=3, sessions=3)
 
@@ -996,49 +1007,45 @@ async def test_in_session_names_the_session_of_an_outer_app(
 async def test_what_has_no_session_is_missing_and_not_late(
     gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    go_on = asyncio.Event()
-    tasks: list[asyncio.Task[None]] = []
+    late = Late()
 
     async def straggler(request: web.Request) -> None:
-        await go_on.wait()
+        await late.go_on.wait()
         await post(request.app[CLIENT], gateway)
 
     async def handler(request: web.Request) -> web.Response:
-        tasks.append(asyncio.create_task(straggler(request)))
+        late.start(straggler(request))
         return web.Response()
 
-    app = session_server(gateway.url)
+    app = pinned_server(gateway.url)
     app.router.add_post("/", handler)
     client = await aiohttp_client(app)
     async with client.post("/"):
         pass
-    go_on.set()
-    await asyncio.gather(*tasks)
+    await late.finish()
     assert app[ROUTING].pins.summary() == PinSummary(untagged=1, missing=1)
 
 
 async def test_a_late_call_to_somewhere_else_is_not_counted(
     gateway: Recorder, elsewhere: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    go_on = asyncio.Event()
-    tasks: list[asyncio.Task[None]] = []
+    late = Late()
 
     async def straggler(request: web.Request) -> None:
-        await go_on.wait()
+        await late.go_on.wait()
         async with request.app[CLIENT].post(elsewhere.url / "telemetry"):
             pass
 
     async def handler(request: web.Request) -> web.Response:
-        tasks.append(asyncio.create_task(straggler(request)))
+        late.start(straggler(request))
         return web.Response()
 
-    app = session_server(gateway.url, on_late="raise")
+    app = pinned_server(gateway.url, on_late="raise")
     app.router.add_post("/{session_id}", handler)
     client = await aiohttp_client(app)
     async with client.post("/s-1"):
         pass
-    go_on.set()
-    await asyncio.gather(*tasks)
+    await late.finish()
     assert elsewhere.last.keys == []
     assert app[ROUTING].pins.summary().late == 0
 
@@ -1046,16 +1053,15 @@ async def test_a_late_call_to_somewhere_else_is_not_counted(
 async def test_a_middleware_alone_tells_late_code_from_other_code_too(
     gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    go_on = asyncio.Event()
-    tasks: list[asyncio.Task[None]] = []
+    late = Late()
     routing = Routing(RoutingConfig(gateway.url))
 
     async def straggler(request: web.Request) -> None:
-        await go_on.wait()
+        await late.go_on.wait()
         await call(request, gateway)
 
     async def handler(request: web.Request) -> web.StreamResponse:
-        tasks.append(asyncio.create_task(straggler(request)))
+        late.start(straggler(request))
         return await in_streamed_body(request, gateway)
 
     app = proxy_server(gateway.url)
@@ -1066,8 +1072,7 @@ async def test_a_middleware_alone_tells_late_code_from_other_code_too(
     async with client.post("/s-1") as response:
         await response.read()
     assert routing.pins.summary().late == 0
-    go_on.set()
-    await asyncio.gather(*tasks)
+    await late.finish()
     assert_no_crosstalk(gateway, 3)
     assert routing.pins.summary().late == 1
 
@@ -1081,25 +1086,23 @@ async def jobs(
     start: Callable[[Callable[[], Coroutine[Any, Any, None]]], Coroutine[Any, Any, None]],
 ) -> PinSummary:
     """Play three requests that each start a job, which calls when they have ended."""
-    go_on = asyncio.Event()
-    tasks: list[asyncio.Task[None]] = []
+    late = Late()
 
     async def handler(request: web.Request) -> web.Response:
         async def job() -> None:
-            await go_on.wait()
+            await late.go_on.wait()
             await call(request, gateway)
 
-        tasks.append(asyncio.create_task(start(job)))
+        late.start(start(job))
         return web.Response(status=202)
 
-    app = session_server(gateway.url, on_missing="raise")
+    app = pinned_server(gateway.url, on_missing="raise")
     app.router.add_post("/{session_id}", handler)
     client = await aiohttp_client(app)
     for number in range(3):
         async with client.post(f"/s-{number}") as response:
             assert response.status == 202
-    go_on.set()
-    await asyncio.gather(*tasks)
+    await late.finish()
     return app[ROUTING].pins.summary()
 
 
@@ -1131,25 +1134,23 @@ async def test_in_session_of_code_that_is_late_stays_late(
     gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
     """Else a batcher that wraps each call would name the first request's session for all."""
-    go_on = asyncio.Event()
-    tasks: list[asyncio.Task[None]] = []
+    late = Late()
 
-    async def late(request: web.Request) -> None:
-        await go_on.wait()
+    async def job(request: web.Request) -> None:
+        await late.go_on.wait()
         await in_session(call(request, gateway))
         await asyncio.create_task(in_session(in_session(call(request, gateway))))
 
     async def handler(request: web.Request) -> web.Response:
-        tasks.append(asyncio.create_task(late(request)))
+        late.start(job(request))
         return web.Response()
 
-    app = session_server(gateway.url)
+    app = pinned_server(gateway.url)
     app.router.add_post("/{session_id}", handler)
     client = await aiohttp_client(app)
     async with client.post("/s-1"):
         pass
-    go_on.set()
-    await asyncio.gather(*tasks)
+    await late.finish()
     assert_no_crosstalk(gateway, 2)
     assert app[ROUTING].pins.summary().late == 2
 
@@ -1158,19 +1159,18 @@ async def test_a_routing_session_names_the_session_of_a_job(
     gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
     """One that late code enters itself, for each job."""
-    go_on = asyncio.Event()
-    tasks: list[asyncio.Task[None]] = []
-    app = session_server(gateway.url, on_late="raise")
+    late = Late()
+    app = pinned_server(gateway.url, on_late="raise")
 
     async def batcher() -> None:
-        await go_on.wait()
+        await late.go_on.wait()
         for number in range(3):
             async with routing_session(f"job-{number}"):
                 await post(app[CLIENT], gateway, f"job-{number}")
 
     async def handler(request: web.Request) -> web.Response:
-        if not tasks:
-            tasks.append(asyncio.create_task(batcher()))
+        if not late.tasks:
+            late.start(batcher())
         return web.Response()
 
     app.router.add_post("/{session_id}", handler)
@@ -1178,8 +1178,7 @@ async def test_a_routing_session_names_the_session_of_a_job(
     for number in range(2):
         async with client.post(f"/s-{number}"):
             pass
-    go_on.set()
-    await asyncio.gather(*tasks)
+    await late.finish()
     assert_no_crosstalk(gateway, 3)
     assert app[ROUTING].pins.summary() == PinSummary(unknown=3, sessions=3)
 
@@ -1187,26 +1186,24 @@ async def test_a_routing_session_names_the_session_of_a_job(
 async def test_a_task_that_is_made_within_a_block_has_its_session_named(
     gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    go_on = asyncio.Event()
-    tasks: list[asyncio.Task[None]] = []
+    late = Late()
 
     async def job(request: web.Request) -> None:
-        await go_on.wait()
+        await late.go_on.wait()
         await call(request, gateway)
 
     async def handler(request: web.Request) -> web.Response:
         with routing_session(request.match_info["session_id"]):
-            tasks.append(asyncio.create_task(job(request)))
+            late.start(job(request))
         return web.Response()
 
-    app = session_server(gateway.url, on_late="raise")
+    app = pinned_server(gateway.url, on_late="raise")
     app.router.add_post("/{session_id}", handler)
     client = await aiohttp_client(app)
     for number in range(3):
         async with client.post(f"/s-{number}"):
             pass
-    go_on.set()
-    await asyncio.gather(*tasks)
+    await late.finish()
     assert_no_crosstalk(gateway, 3)
 
 
@@ -1234,7 +1231,7 @@ async def test_a_worker_that_is_started_when_the_app_starts_has_no_request_to_ou
         await done
         return web.Response()
 
-    app = session_server(gateway.url, on_late="raise", on_missing="raise")
+    app = pinned_server(gateway.url, on_late="raise", on_missing="raise")
     app.cleanup_ctx.append(worker)
     app.router.add_post("/{session_id}", handler)
     client = await aiohttp_client(app)
@@ -1269,7 +1266,7 @@ async def test_a_task_that_prepares_the_answers_of_others_has_none_of_their_sess
         response: web.StreamResponse = await answered
         return response
 
-    app = session_server(gateway.url)
+    app = pinned_server(gateway.url)
     app.cleanup_ctx.append(hub)
     app.router.add_post("/{session_id}", handler)
     client = await aiohttp_client(app)
@@ -1314,7 +1311,7 @@ async def test_a_request_that_was_cloned_on_the_way_is_one_request(
         await response.write(b"chunk")
         return response
 
-    app = session_server(gateway.url, on_late="raise")
+    app = pinned_server(gateway.url, on_late="raise")
     app.middlewares[:0] = middlewares
     app.router.add_post("/{session_id}/streams", streams)
     app.router.add_post("/{session_id}/prepares", prepares_elsewhere)

@@ -13,16 +13,9 @@ from aiohttp.abc import AbstractStreamWriter
 from aiohttp.test_utils import make_mocked_request
 from pytest_aiohttp.plugin import AiohttpClient
 
-from aiohttp_smg_routing import (
-    Routing,
-    RoutingConfig,
-    current_session_id,
-    routing_session,
-    setup,
-)
+from aiohttp_smg_routing import Routing, RoutingConfig, current_session_id, routing_session, setup
 from aiohttp_smg_routing.testing import Recorder
-
-from ..conftest import CLIENT, session_server
+from harness.proxies import CLIENT, pinned_server
 
 if TYPE_CHECKING:
     from pytest_aiohttp.plugin import AiohttpServer  # since 1.1, which needs aiohttp 3.11
@@ -132,7 +125,7 @@ if sys.version_info >= (3, 11):
 async def test_call_carries_the_session_of_its_request(
     gateway: Recorder, aiohttp_client: AiohttpClient, handler: Any, calls: int
 ) -> None:
-    app = session_server(gateway.url)
+    app = pinned_server(gateway.url)
     app.router.add_post("/{session_id}", partial(handler, wire=gateway))
     client = await aiohttp_client(app)
 
@@ -163,7 +156,7 @@ async def test_thousands_of_sessions_at_once_stay_apart(
         await call(request, gateway)
         return web.Response(text=current_session_id())
 
-    app = session_server(gateway.url)
+    app = pinned_server(gateway.url)
     app.router.add_post("/{session_id}", handler)
     client = await aiohttp_client(app, connector=TCPConnector(limit=0))
 
@@ -179,7 +172,7 @@ async def test_thousands_of_sessions_at_once_stay_apart(
 async def test_pipelined_requests_of_one_connection_stay_apart(
     gateway: Recorder, aiohttp_server: "AiohttpServer"
 ) -> None:
-    app = session_server(gateway.url)
+    app = pinned_server(gateway.url)
     app.router.add_post("/{session_id}", partial(in_handler, wire=gateway))
 
     async def without_session(request: web.Request) -> web.Response:
@@ -204,7 +197,7 @@ async def test_pipelined_requests_of_one_connection_stay_apart(
 async def test_a_hostile_client_can_neither_choose_nor_break_its_pin(
     gateway: Recorder, aiohttp_server: "AiohttpServer"
 ) -> None:
-    server = await aiohttp_server(session_server(gateway.url))
+    server = await aiohttp_server(pinned_server(gateway.url))
     reader, writer = await asyncio.open_connection(server.host, server.port)
     writer.write(
         b"POST /sessions/s-1/v1/chat/completions HTTP/1.1\r\n"
@@ -232,7 +225,7 @@ async def test_a_hostile_client_can_neither_choose_nor_break_its_pin(
 async def test_a_hostile_session_id_gives_one_clean_key(
     gateway: Recorder, aiohttp_server: "AiohttpServer", path: str, session_id: str
 ) -> None:
-    server = await aiohttp_server(session_server(gateway.url))
+    server = await aiohttp_server(pinned_server(gateway.url))
     reader, writer = await asyncio.open_connection(server.host, server.port)
     writer.write(
         f"POST /sessions/{path}/v1/chat/completions HTTP/1.1\r\n"
@@ -249,7 +242,7 @@ async def test_a_hostile_session_id_gives_one_clean_key(
 async def test_a_request_without_a_session_goes_on_without_a_key(
     gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    client = await aiohttp_client(session_server(gateway.url))
+    client = await aiohttp_client(pinned_server(gateway.url))
     async with client.post("/v1/chat/completions", data=b"{}") as response:
         assert response.status == 200
     assert gateway.last.keys == []
@@ -261,7 +254,7 @@ async def test_a_source_that_raises_never_fails_the_request(
     def source(request: web.Request) -> str:
         raise ZeroDivisionError("in the source")
 
-    client = await aiohttp_client(session_server(gateway.url, session_id=source))
+    client = await aiohttp_client(pinned_server(gateway.url, session_id=source))
     for _ in range(3):
         async with client.post("/sessions/s-1/v1/chat/completions") as response:
             assert response.status == 200
@@ -273,7 +266,7 @@ async def test_a_server_started_within_a_session_does_not_give_it_to_its_request
     gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
     with routing_session("of-whoever-started-the-server"):
-        client = await aiohttp_client(session_server(gateway.url))
+        client = await aiohttp_client(pinned_server(gateway.url))
         async with client.post("/v1/chat/completions") as response:
             assert response.status == 200
     assert gateway.last.keys == []
@@ -290,7 +283,7 @@ async def test_a_block_within_a_request_outranks_its_session(
         await call(request, gateway)
         return web.Response()
 
-    app = session_server(gateway.url)
+    app = pinned_server(gateway.url)
     app.router.add_post("/{session_id}", handler)
     client = await aiohttp_client(app)
     async with client.post("/s-1") as response:
@@ -308,7 +301,7 @@ async def test_a_block_within_a_request_goes_to_a_gateway_that_is_not_the_apps_t
             async with ClientSession(trace_configs=[hook]) as session, session.post(elsewhere.chat):
                 return web.Response()
 
-    app = session_server(gateway.url)
+    app = pinned_server(gateway.url)
     app.router.add_post("/{session_id}", handler)
     client = await aiohttp_client(app)
     async with client.post("/s-1") as response:
@@ -324,12 +317,6 @@ def calling(*wires: Recorder) -> Handler:
         return web.Response(text=str(current_session_id()))
 
     return handler
-
-
-@pytest.fixture
-async def outgoing() -> AsyncIterator[ClientSession]:
-    async with ClientSession() as session:
-        yield session
 
 
 NESTED = {
@@ -455,7 +442,7 @@ async def test_one_request_that_is_handled_as_several_at_once_keeps_their_sessio
         async with request.app[CLIENT].post(gateway.chat, data=session_id.encode()):
             return web.Response()
 
-    app = session_server(gateway.url, session_id="header:X-Session-Id")
+    app = pinned_server(gateway.url, session_id="header:X-Session-Id")
     app.middlewares.insert(0, fan_out)
     app.router.add_post("/fan", handler)
     client = await aiohttp_client(app)
@@ -478,7 +465,7 @@ async def test_a_second_try_of_a_request_has_nothing_of_the_first_ones_session(
         async with request.app[CLIENT].post(gateway.chat):
             return web.Response(text=str(current_session_id()))
 
-    app = session_server(gateway.url, session_id="header:X-Session-Id")
+    app = pinned_server(gateway.url, session_id="header:X-Session-Id")
     app.middlewares.insert(0, again)
     app.router.add_post("/again", handler)
     client = await aiohttp_client(app)
@@ -548,7 +535,7 @@ async def test_a_body_that_several_answers_have_is_sent_in_the_session_of_each(
         async with client.post(path) as response:
             await response.read()
 
-    app, body = session_server(gateway.url), Calling(turn)
+    app, body = pinned_server(gateway.url), Calling(turn)
     app.middlewares.insert(0, holding)
     app.router.add_post("/{session_id}", handler)
     client = await aiohttp_client(app)

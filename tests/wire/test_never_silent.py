@@ -27,8 +27,7 @@ from aiohttp_smg_routing import (
     setup,
 )
 from aiohttp_smg_routing.testing import Recorder, free_port, redirect
-
-from ..conftest import CLIENT, session_server
+from harness.proxies import CLIENT, client_session, pinned_server
 
 PATH = "/sessions/s-1/v1/chat/completions"
 CHAT = "/v1/chat/completions"
@@ -54,12 +53,6 @@ async def started(app: web.Application) -> AsyncIterator[None]:
         yield
     finally:
         await runner.cleanup()
-
-
-@pytest.fixture
-async def outgoing() -> AsyncIterator[ClientSession]:
-    async with ClientSession() as session:
-        yield session
 
 
 def other_source(request: web.Request) -> str | None:
@@ -641,10 +634,6 @@ def without_hook(url: URL) -> web.Application:
     app = web.Application()
     app.router.add_route("*", "/{session_id}", calling(url))
 
-    async def client_session(app: web.Application) -> AsyncIterator[None]:
-        async with ClientSession() as app[CLIENT]:
-            yield
-
     app.cleanup_ctx.append(client_session)
     return app
 
@@ -936,7 +925,7 @@ async def test_calls_without_a_session_outside_a_request_name_the_code(
 async def test_on_missing_warn_says_route_and_sources_and_is_capped(
     gateway: Recorder, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
 ) -> None:
-    app = session_server(gateway.url, on_missing="warn", session_id="header:X-Session-Id")
+    app = pinned_server(gateway.url, on_missing="warn", session_id="header:X-Session-Id")
     client = await aiohttp_client(app)
     for _ in range(90):
         async with client.post(PATH) as response:
@@ -1058,7 +1047,7 @@ async def test_a_route_that_an_agent_made_up_puts_no_line_into_the_log(
         async with request.app[CLIENT].post(gateway.chat):
             return web.Response()
 
-    app = session_server(gateway.url, on_missing="warn")
+    app = pinned_server(gateway.url, on_missing="warn")
     app.middlewares.append(proxy)
     client = await aiohttp_client(app)
     async with client.post(URL("/x%0AWARNING:root:forged", encoded=True)):
@@ -1100,7 +1089,7 @@ async def test_requests_that_have_no_session_beside_turns_that_are_tagged_say_no
     async def handler(request: web.Request) -> web.Response:
         return web.Response()
 
-    app = session_server(gateway.url)
+    app = pinned_server(gateway.url)
     app.router.add_post("/metrics", handler)
     client = await aiohttp_client(app)
     async with client.post(PATH, json={}) as response:

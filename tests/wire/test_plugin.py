@@ -8,19 +8,12 @@ import pytest
 from aiohttp import ClientSession, web
 from pytest_aiohttp.plugin import AiohttpClient
 
-from aiohttp_smg_routing import (
-    ROUTING,
-    ConfigError,
-    PinSummary,
-    Routing,
-    RoutingConfig,
-    routing_session,
-    setup,
-)
+from aiohttp_smg_routing import ROUTING, ConfigError, PinSummary, Routing, RoutingConfig, setup
 from aiohttp_smg_routing.testing import Recorder, completion
 from benchmarks.counting import calls_into_plugin
+from harness.proxies import CLIENT, naive_proxy, pinned_server
 
-from ..conftest import CLIENT, naive_proxy, session_server
+from ..turns import keys
 
 MOST_FUNCTIONS_OF_A_TURN = 12
 
@@ -28,14 +21,8 @@ PATH = "/sessions/s-1/v1/chat/completions"
 WORKER = "http://10.0.0.1:8000"
 
 
-@pytest.fixture
-async def outgoing() -> AsyncIterator[ClientSession]:
-    async with ClientSession() as session:
-        yield session
-
-
 async def test_one_line_pins_a_session(gateway: Recorder, aiohttp_client: AiohttpClient) -> None:
-    client = await aiohttp_client(session_server(gateway.url))
+    client = await aiohttp_client(pinned_server(gateway.url))
     for _ in range(3):
         async with client.post(PATH, json={}) as response:
             assert response.status == 200
@@ -61,7 +48,7 @@ async def test_the_routing_of_an_app_is_found_in_a_handler_of_an_inner_one(
 
     inner = web.Application()
     inner.router.add_delete("/{session_id}", end)
-    app = session_server(gateway.url)
+    app = pinned_server(gateway.url)
     app.add_subapp("/inner", inner)
     client = await aiohttp_client(app)
     gateway.answer_with(completion(worker="http://10.0.0.1:8000"))
@@ -76,7 +63,7 @@ async def test_the_routing_of_an_app_is_found_in_a_handler_of_an_inner_one(
 async def test_not_enabled_installs_nothing(
     gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    app = session_server(gateway.url, enabled="false")
+    app = pinned_server(gateway.url, enabled="false")
     assert list(app.middlewares) == []
     assert app[ROUTING].config.enabled is False
     client = await aiohttp_client(app)
@@ -197,13 +184,6 @@ async def test_client_session_may_name_several(
         await aiohttp_client(app)
         for session in (outgoing, other):
             assert await keys(session, gateway) == [b"s-1"]
-
-
-async def keys(session: ClientSession, wire: Recorder) -> list[bytes]:
-    """Call the gateway in a session; return the keys that arrived."""
-    with routing_session("s-1"):
-        async with session.post(wire.chat):
-            return wire.last.keys
 
 
 async def test_an_app_that_is_cleaned_up_leaves_no_hook(
@@ -483,7 +463,7 @@ async def test_hide_worker_ids_takes_the_header_off_and_leaves_the_body(
 ) -> None:
     """The option promises the header only."""
     gateway.answer = lambda call: completion(f"from {WORKER}", worker=WORKER)
-    app = session_server(gateway.url, hide_worker_ids=hide)
+    app = pinned_server(gateway.url, hide_worker_ids=hide)
     app.router.add_post("/all/{session_id}", passing_all_on(gateway))
     client = await aiohttp_client(app)
     async with client.post(f"/all/s-1?{how}") as response:
@@ -499,7 +479,7 @@ async def test_a_turn_starts_few_functions_of_the_core(
 ) -> None:
     """Agent, server and gateway run in this process; the agent's own session has no hook."""
     gateway.answer = lambda call: completion(worker=WORKER)
-    client = await aiohttp_client(session_server(gateway.url))
+    client = await aiohttp_client(pinned_server(gateway.url))
 
     async def turn() -> None:
         async with client.post(PATH, json={}) as response:
@@ -513,7 +493,7 @@ async def test_a_turn_starts_few_functions_of_the_core(
 async def test_a_plugin_that_is_off_starts_no_function(
     gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    client = await aiohttp_client(session_server(gateway.url, enabled=False))
+    client = await aiohttp_client(pinned_server(gateway.url, enabled=False))
 
     async def turn() -> None:
         async with client.post(PATH, json={}) as response:

@@ -18,8 +18,8 @@ from yarl import URL
 
 from aiohttp_smg_routing import routing_key
 from aiohttp_smg_routing.testing import Recorder, recording_gateway, redirect
+from harness.proxies import pinned_server
 
-from ..conftest import session_server
 from ..inputs import LAW, VISIBLE
 from ..origins import Gateway, Origins, all_origins
 
@@ -345,7 +345,7 @@ def test_a_percent_encoded_id_in_the_path_gives_one_clean_key(run: Run[Any]) -> 
 
     async def start() -> tuple[Recorder, TestServer]:
         wire = await stack.enter_async_context(recording_gateway())
-        app = session_server(wire.url)
+        app = pinned_server(wire.url)
         app.middlewares.append(keep)
         server = TestServer(app)
         stack.push_async_callback(server.close)

@@ -16,10 +16,8 @@ from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import pytest
@@ -27,17 +25,19 @@ from aiohttp import ClientSession, web
 from multidict import CIMultiDict
 from yarl import URL
 
-from ..processes import until_refused
+from examples import session_server
+from harness.agents import Agent
+from harness.proc import until_refused
+from harness.servers import PROGRAM
+
+from ..waiting import soon
 
 if TYPE_CHECKING:
     from pytest_aiohttp.plugin import AiohttpServer  # since 1.1, which needs aiohttp 3.11
 
-T = TypeVar("T")
 Answer = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Json = dict[str, Any]
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-PROGRAM = EXAMPLES / "session_server.py"
 DONE = b"data: [DONE]\n\n"
 KEY = "X-SMG-Routing-Key"
 
@@ -53,11 +53,6 @@ def assistant(text: str) -> Json:
 def event(*, finish_reason: str | None = None, **delta: object) -> bytes:
     chunk = {"choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}]}
     return b"data: " + json.dumps(chunk).encode() + b"\n\n"
-
-
-async def soon(awaitable: Awaitable[T]) -> T:
-    """Wait for what must happen; a test that waits in vain fails instead of hanging."""
-    return await asyncio.wait_for(awaitable, 30)
 
 
 def canned(
@@ -156,35 +151,20 @@ class Gateway:
         return [call.headers.getall(KEY, []) for call in self.calls]
 
 
-@dataclass
-class Agent:
-    """One session's agent: a client that sends the whole conversation every turn."""
+class Texts(Agent):
+    """An agent that is told what to say, and shown what it is answered."""
 
-    http: ClientSession
-    session: URL
-
-    @property
-    def chat(self) -> URL:
-        return self.session / "v1/chat/completions"
-
-    async def turn(self, *texts: str, **more: object) -> tuple[int, Json]:
+    async def say(self, *texts: str, **more: object) -> tuple[int, Json]:
         """Play a turn whose conversation is ``texts``; return the answer's status and JSON."""
         async with self.post(*texts, **more) as response:
             return response.status, await response.json()
 
     def post(self, *texts: str, **more: object) -> Any:
         messages = [user(text) for text in texts]
-        return self.http.post(self.chat, json={"model": "m", "messages": messages, **more})
+        return self.client.post(self.chat_url, json={"model": "m", "messages": messages, **more})
 
-    def begin(self, *texts: str, **more: object) -> "asyncio.Task[tuple[int, Json]]":
-        return asyncio.create_task(self.turn(*texts, **more))
-
-    async def transcript(self) -> tuple[int, list[Json]]:
-        """Return the number of turns and the messages that the server keeps."""
-        async with self.http.get(self.session) as response:
-            session = await response.json()
-            assert session["session_id"] == self.session.name
-            return session["turns"], session["messages"]
+    def start(self, *texts: str, **more: object) -> "asyncio.Task[tuple[int, Json]]":
+        return asyncio.create_task(self.say(*texts, **more))
 
     async def until_transcript_is(self, turns: int, *messages: Json) -> None:
         async def poll() -> None:
@@ -195,22 +175,16 @@ class Agent:
 
 
 @asynccontextmanager
-async def hanging_up(agent: Agent, *texts: str) -> AsyncIterator[None]:
+async def hanging_up(agent: Texts, *texts: str) -> AsyncIterator[None]:
     """Begin a turn for an agent that hangs up at the end of the block."""
     async with ClientSession() as http:
-        turn = Agent(http, agent.session).begin(*texts)
+        turn = Texts(http, agent.url).start(*texts)
         yield
     with pytest.raises(aiohttp.ClientError):
         await soon(turn)
 
 
-Start = Callable[..., Coroutine[Any, Any, Agent]]
-
-
-@pytest.fixture
-def module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    return import_module("session_server")
+Start = Callable[..., Coroutine[Any, Any, Texts]]
 
 
 @pytest.fixture
@@ -224,19 +198,17 @@ async def upstream(aiohttp_server: "AiohttpServer") -> Gateway:
 
 
 @pytest.fixture
-def start(
-    module: ModuleType, aiohttp_server: "AiohttpServer", client: ClientSession, upstream: Gateway
-) -> Start:
+def start(aiohttp_server: "AiohttpServer", client: ClientSession, upstream: Gateway) -> Start:
     """Start a session server in front of ``upstream``, with a session, and return its agent."""
 
     async def start(
         session_id: str = "s", *, smg_routing: Json | None = None, **gateway: object
-    ) -> Agent:
+    ) -> Texts:
         settings: Json = {"gateway": {"url": str(upstream.url), **gateway}}
         if smg_routing is not None:
             settings["smg_routing"] = smg_routing
-        server = await aiohttp_server(module.make_app(settings))
-        agent = Agent(client, server.make_url("/sessions") / session_id)
+        server = await aiohttp_server(session_server.make_app(settings))
+        agent = Texts(client, server.make_url("/sessions") / session_id)
         await make_session(client, server.make_url("/sessions"), session_id)
         return agent
 
@@ -256,18 +228,18 @@ async def test_a_session_gets_an_id_of_its_own(start: Start) -> None:
     agent = await start()
     ids = set()
     for body in (None, b"", b"{}"):
-        async with agent.http.post(agent.session.parent, data=body) as response:
+        async with agent.client.post(agent.url.parent, data=body) as response:
             assert response.status == 201
             ids.add((await response.json())["session_id"])
     assert len(ids) == 3
     for session_id in ids:
-        assert await Agent(agent.http, agent.session.parent / session_id).transcript() == (0, [])
+        assert await Texts(agent.client, agent.url.parent / session_id).transcript() == (0, [])
 
 
 async def test_an_id_that_is_taken_is_refused(start: Start) -> None:
     agent = await start("mine")
-    await agent.turn("hi")
-    async with agent.http.post(agent.session.parent, json={"session_id": "mine"}) as response:
+    await agent.say("hi")
+    async with agent.client.post(agent.url.parent, json={"session_id": "mine"}) as response:
         assert response.status == 409
         assert (await response.json())["error"]["code"] == "session_exists"
     assert (await agent.transcript())[0] == 1
@@ -275,10 +247,10 @@ async def test_an_id_that_is_taken_is_refused(start: Start) -> None:
 
 async def test_a_deleted_session_is_gone(start: Start) -> None:
     agent = await start()
-    async with agent.http.delete(agent.session) as response:
+    async with agent.client.delete(agent.url) as response:
         assert response.status == 204
-    for method, url in (("GET", agent.session), ("DELETE", agent.session), ("POST", agent.chat)):
-        async with agent.http.request(method, url, json={"messages": [user("hi")]}) as response:
+    for method, url in (("GET", agent.url), ("DELETE", agent.url), ("POST", agent.chat_url)):
+        async with agent.client.request(method, url, json={"messages": [user("hi")]}) as response:
             assert response.status == 404
             error = (await response.json())["error"]
             assert error == {
@@ -293,8 +265,8 @@ async def test_a_body_that_is_no_json_object_is_refused(
     start: Start, upstream: Gateway, body: bytes
 ) -> None:
     agent = await start()
-    for url in (agent.session.parent, agent.chat):
-        async with agent.http.post(url, data=body) as response:
+    for url in (agent.url.parent, agent.chat_url):
+        async with agent.client.post(url, data=body) as response:
             assert response.status == 400
             assert (await response.json())["error"]["code"] == "invalid_json"
     assert not upstream.calls
@@ -303,7 +275,7 @@ async def test_a_body_that_is_no_json_object_is_refused(
 @pytest.mark.parametrize("session_id", [7, None, "", " ", ["a"]])
 async def test_a_session_id_that_is_no_text_is_refused(start: Start, session_id: object) -> None:
     agent = await start()
-    async with agent.http.post(agent.session.parent, json={"session_id": session_id}) as response:
+    async with agent.client.post(agent.url.parent, json={"session_id": session_id}) as response:
         assert response.status == 400
         assert (await response.json())["error"]["code"] == "invalid_session_id"
 
@@ -313,7 +285,7 @@ async def test_a_turn_without_messages_is_refused(
     start: Start, upstream: Gateway, body: Json
 ) -> None:
     agent = await start()
-    async with agent.http.post(agent.chat, json=body) as response:
+    async with agent.client.post(agent.chat_url, json=body) as response:
         assert response.status == 400
         assert (await response.json())["error"]["code"] == "invalid_messages"
     assert not upstream.calls
@@ -321,7 +293,7 @@ async def test_a_turn_without_messages_is_refused(
 
 async def test_health_answers(start: Start) -> None:
     agent = await start()
-    async with agent.http.get(agent.session.join(URL("/health"))) as response:
+    async with agent.client.get(agent.url.join(URL("/health"))) as response:
         assert (response.status, await response.json()) == (200, {"status": "ok"})
 
 
@@ -331,10 +303,10 @@ async def test_health_answers(start: Start) -> None:
 async def test_a_turn_is_kept_with_its_reply(start: Start, upstream: Gateway) -> None:
     agent = await start()
     upstream.answers = [canned(text="one"), canned(text="two")]
-    status, answer = await agent.turn("hi")
+    status, answer = await agent.say("hi")
     assert (status, answer["choices"][0]["message"]) == (200, assistant("one"))
     assert await agent.transcript() == (1, [user("hi"), assistant("one")])
-    await agent.turn("hi", "and", "more")
+    await agent.say("hi", "and", "more")
     sent = [user("hi"), user("and"), user("more")]
     assert await agent.transcript() == (2, [*sent, assistant("two")])
 
@@ -342,7 +314,7 @@ async def test_a_turn_is_kept_with_its_reply(start: Start, upstream: Gateway) ->
 async def test_the_gateway_gets_the_body_byte_for_byte(start: Start, upstream: Gateway) -> None:
     agent = await start()
     body = b'{ "messages":[{"role":"user","content":"\\u00e9"}] , "seed": 1.50 }'
-    async with agent.http.post(agent.chat, data=body):
+    async with agent.client.post(agent.chat_url, data=body):
         pass
     assert [call.body for call in upstream.calls] == [body]
 
@@ -350,7 +322,7 @@ async def test_the_gateway_gets_the_body_byte_for_byte(start: Start, upstream: G
 async def test_a_conversation_of_megabytes_passes(start: Start, upstream: Gateway) -> None:
     agent = await start()
     body = json.dumps({"messages": [user("x" * 3 * 2**20)]}).encode()
-    async with agent.http.post(agent.chat, data=io.BytesIO(body)) as response:
+    async with agent.client.post(agent.chat_url, data=io.BytesIO(body)) as response:
         assert response.status == 200
     assert [call.body for call in upstream.calls] == [body]
 
@@ -360,9 +332,9 @@ async def test_an_error_not_worth_retrying_is_passed_on_and_rolled_back(
     start: Start, upstream: Gateway, status: int
 ) -> None:
     agent = await start()
-    await agent.turn("hi")
+    await agent.say("hi")
     upstream.answers = [canned(status, "your fault")]
-    assert await agent.turn("hi", "no") == (status, {"error": {"message": "your fault"}})
+    assert await agent.say("hi", "no") == (status, {"error": {"message": "your fault"}})
     assert len(upstream.calls) == 2
     assert await agent.transcript() == (1, [user("hi"), assistant("reply")])
 
@@ -373,7 +345,7 @@ async def test_an_error_worth_retrying_is_retried(
 ) -> None:
     agent = await start()
     upstream.answers = [canned(status, Retry_After="0")]
-    assert (await agent.turn("hi"))[0] == 200
+    assert (await agent.say("hi"))[0] == 200
     first, second = upstream.calls
     assert first.body == second.body
     assert await agent.transcript() == (1, [user("hi"), assistant("reply")])
@@ -381,13 +353,13 @@ async def test_an_error_worth_retrying_is_retried(
 
 async def test_the_last_try_speaks_for_itself(start: Start, upstream: Gateway) -> None:
     agent = await start(retries=2)
-    await agent.turn("hi")
+    await agent.say("hi")
     upstream.answers = [
         canned(503, "first", Retry_After="0"),
         drops_the_connection,
         canned(429, "third", Retry_After="0"),
     ]
-    assert await agent.turn("hi", "again") == (429, {"error": {"message": "third"}})
+    assert await agent.say("hi", "again") == (429, {"error": {"message": "third"}})
     assert len(upstream.calls) == 4
     assert await agent.transcript() == (1, [user("hi"), assistant("reply")])
 
@@ -395,14 +367,14 @@ async def test_the_last_try_speaks_for_itself(start: Start, upstream: Gateway) -
 async def test_without_retries_there_is_one_try(start: Start, upstream: Gateway) -> None:
     agent = await start(retries=0)
     upstream.answers = [canned(503, "busy")]
-    assert await agent.turn("hi") == (503, {"error": {"message": "busy"}})
+    assert await agent.say("hi") == (503, {"error": {"message": "busy"}})
     assert len(upstream.calls) == 1
 
 
 async def test_a_dropped_connection_is_retried(start: Start, upstream: Gateway) -> None:
     agent = await start(retries=1)
     upstream.answers = [drops_the_connection]
-    assert (await agent.turn("hi"))[0] == 200
+    assert (await agent.say("hi"))[0] == 200
     assert len(upstream.calls) == 2
     assert (await agent.transcript())[0] == 1
 
@@ -411,7 +383,7 @@ async def test_no_connection_is_a_502(start: Start) -> None:
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         agent = await start(url=f"http://127.0.0.1:{nobody.getsockname()[1]}", retries=1)
-        status, answer = await agent.turn("hi")
+        status, answer = await agent.say("hi")
     assert status == 502
     error = {"message": "The gateway gave no answer.", "type": "gateway_error"}
     assert answer == {"error": {**error, "code": "no_answer"}}
@@ -421,7 +393,7 @@ async def test_no_connection_is_a_502(start: Start) -> None:
 async def test_a_silent_gateway_is_a_504(start: Start, upstream: Gateway) -> None:
     agent = await start(retries=1, timeout_seconds=0.1)
     upstream.answers = [Held(), Held()]
-    status, answer = await agent.turn("hi")
+    status, answer = await agent.say("hi")
     assert status == 504
     error = {"message": "The gateway was silent for 0.1 seconds.", "type": "gateway_error"}
     assert answer == {"error": {**error, "code": "timeout"}}
@@ -451,9 +423,9 @@ async def test_an_answer_without_a_reply_is_no_turn(start: Start, upstream: Gate
 
 async def test_a_turn_that_the_engine_aborts_is_retried(start: Start, upstream: Gateway) -> None:
     agent = await start(retries=1)
-    await agent.turn("hi")
+    await agent.say("hi")
     upstream.answers = [canned(text="rep", finish_reason="abort")]
-    status, answer = await agent.turn("hi", "more")
+    status, answer = await agent.say("hi", "more")
     assert (status, answer["choices"][0]["finish_reason"]) == (200, "stop")
     _, aborted, again = upstream.calls
     assert aborted.body == again.body
@@ -464,9 +436,9 @@ async def test_a_turn_that_the_engine_aborts_each_time_is_a_503_and_rolled_back(
     start: Start, upstream: Gateway
 ) -> None:
     agent = await start(retries=1)
-    await agent.turn("hi")
+    await agent.say("hi")
     upstream.answers = [canned(text="rep", finish_reason="abort")] * 2
-    status, answer = await agent.turn("hi", "more")
+    status, answer = await agent.say("hi", "more")
     assert status == 503
     error = {"message": "The engine aborted the turn; try it again.", "type": "gateway_error"}
     assert answer == {"error": {**error, "code": "aborted"}}
@@ -483,7 +455,7 @@ async def test_a_turn_of_several_choices_is_aborted_with_one_of_them(
         return web.json_response({"choices": choices})
 
     upstream.answers = [answer]
-    assert (await agent.turn("hi", n=2))[0] == 503
+    assert (await agent.say("hi", n=2))[0] == 503
     assert await agent.transcript() == (0, [])
 
 
@@ -498,12 +470,12 @@ async def test_a_turn_is_rolled_back_between_its_tries(start: Start, upstream: G
         await agent.until_transcript_is(0)
         assert len(upstream.calls) == 1
     # The agent has gone, and so has its turn: the next one need not wait for the pause to end.
-    assert (await soon(agent.turn("hello")))[0] == 200
+    assert (await soon(agent.say("hello")))[0] == 200
     assert await agent.transcript() == (1, [user("hello"), assistant("reply")])
 
 
 async def test_pauses_double(
-    start: Start, upstream: Gateway, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+    start: Start, upstream: Gateway, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pauses = []
 
@@ -511,10 +483,10 @@ async def test_pauses_double(
         pauses.append(pause)
         return 0
 
-    monkeypatch.setattr(module, "seconds_to_wait", no_pause)
+    monkeypatch.setattr(session_server, "seconds_to_wait", no_pause)
     agent = await start(retries=9)
     upstream.answers = [canned(500)] * 9
-    assert (await agent.turn("hi"))[0] == 200
+    assert (await agent.say("hi"))[0] == 200
     assert pauses == [0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4, 10, 10]
 
 
@@ -522,16 +494,14 @@ async def test_pauses_double(
     ("retry_after", "seconds"),
     [("0", 0), ("3", 3), ("0.5", 0.5), ("3600", 10), ("inf", 10), ("nan", 0), ("-1", 0)],
 )
-def test_a_numeric_retry_after_is_honoured_up_to_a_cap(
-    module: ModuleType, retry_after: str, seconds: float
-) -> None:
+def test_a_numeric_retry_after_is_honoured_up_to_a_cap(retry_after: str, seconds: float) -> None:
     response = web.Response(headers={"Retry-After": retry_after})
-    assert module.seconds_to_wait(response, 0.1) == seconds
+    assert session_server.seconds_to_wait(response, 0.1) == seconds
 
 
 @pytest.mark.parametrize("headers", [{}, {"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}])
-def test_other_pauses_are_spread(module: ModuleType, headers: dict[str, str]) -> None:
-    pauses = {module.seconds_to_wait(web.Response(headers=headers), 4) for _ in range(100)}
+def test_other_pauses_are_spread(headers: dict[str, str]) -> None:
+    pauses = {session_server.seconds_to_wait(web.Response(headers=headers), 4) for _ in range(100)}
     assert len(pauses) > 1
     assert all(2 <= pause <= 4 for pause in pauses)
 
@@ -553,11 +523,11 @@ class WatchedLock(asyncio.Lock):
 
 
 @pytest.fixture
-def watched_lock(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> WatchedLock:
+def watched_lock(monkeypatch: pytest.MonkeyPatch) -> WatchedLock:
     """Return the lock of the one session that is made in the test."""
     lock = WatchedLock()
-    make = module.Session
-    monkeypatch.setattr(module, "Session", lambda session_id: make(session_id, lock=lock))
+    make = session_server.Session
+    monkeypatch.setattr(session_server, "Session", lambda session_id: make(session_id, lock=lock))
     return lock
 
 
@@ -567,9 +537,9 @@ async def test_turns_of_a_session_are_kept_apart(
     agent = await start()
     held = Held(then=canned(503, Retry_After="0"))
     upstream.answers = [held, canned(text="one"), canned(text="two")]
-    first = agent.begin("first")
+    first = agent.start("first")
     await soon(held.arrived.wait())
-    second = agent.begin("second")
+    second = agent.start("second")
     await soon(watched_lock.contended.wait())
     assert await agent.transcript() == (0, [user("first")])
     held.release.set()
@@ -586,11 +556,11 @@ async def test_a_turn_that_waited_finds_its_session_deleted(
     agent = await start()
     held = Held()
     upstream.answers = [held]
-    first = agent.begin("first")
+    first = agent.start("first")
     await soon(held.arrived.wait())
-    second = agent.begin("second")
+    second = agent.start("second")
     await soon(watched_lock.contended.wait())
-    async with agent.http.delete(agent.session) as response:
+    async with agent.client.delete(agent.url) as response:
         assert response.status == 204
     held.release.set()
     assert (await soon(first))[0] == 200
@@ -605,8 +575,8 @@ async def test_no_session_waits_for_another(start: Start, upstream: Gateway) -> 
     async with ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
         turns = []
         for number in range(len(everyone)):
-            await make_session(http, agent.session.parent, f"s{number}")
-            turns.append(Agent(http, agent.session.parent / f"s{number}").begin("hi"))
+            await make_session(http, agent.url.parent, f"s{number}")
+            turns.append(Texts(http, agent.url.parent / f"s{number}").start("hi"))
         await soon(asyncio.gather(*(held.arrived.wait() for held in everyone)))
         for held in everyone:
             held.release.set()
@@ -664,7 +634,7 @@ async def test_a_stream_without_its_reply_is_cut_and_rolled_back(
     start: Start, upstream: Gateway, chunks: tuple[bytes, ...], answer: Callable[..., Answer]
 ) -> None:
     agent = await start(retries=2)
-    await agent.turn("hi")
+    await agent.say("hi")
     upstream.answers = [answer(*chunks)]
     async with agent.post("hi", "more", stream=True) as response:
         assert await soon(response.content.readexactly(len(chunks[0]))) == chunks[0]
@@ -678,7 +648,7 @@ async def test_a_stream_that_the_engine_aborts_is_cut_before_its_end_and_rolled_
     start: Start, upstream: Gateway
 ) -> None:
     agent = await start()
-    await agent.turn("hi")
+    await agent.say("hi")
     first, seen = event(content="Hel"), asyncio.Event()
 
     async def answer(request: web.Request) -> web.StreamResponse:
@@ -710,7 +680,7 @@ async def test_a_stream_that_the_engine_aborts_before_its_first_piece_is_retried
         assert (response.status, await response.read()) == (200, whole)
     assert await agent.transcript() == (1, [user("hi"), assistant("Hello")])
     upstream.answers = [aborted] * 2
-    status, answer = await agent.turn("hi", "more", stream=True)
+    status, answer = await agent.say("hi", "more", stream=True)
     assert (status, answer["error"]["code"]) == (503, "aborted")
     assert (await agent.transcript())[0] == 1
 
@@ -786,10 +756,10 @@ async def test_tool_calls_are_assembled(start: Start, upstream: Gateway) -> None
 
 
 @pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
-def test_a_chunk_may_end_anywhere(module: ModuleType, newline: bytes) -> None:
+def test_a_chunk_may_end_anywhere(newline: bytes) -> None:
     delta = '{"choices": [{"delta": {"content": "naïve ✓"}}]}'.encode()
     stream = (b"data: %b\n\n" % delta).replace(b"\n", newline)
-    reply = module.StreamedReply()
+    reply = session_server.StreamedReply()
     for byte in stream + stream + b"data:[DONE]" + newline:
         assert not reply.done
         reply.feed(bytes([byte]))
@@ -802,13 +772,13 @@ def test_a_chunk_may_end_anywhere(module: ModuleType, newline: bytes) -> None:
 
 async def test_an_agent_that_leaves_takes_its_turn_back(start: Start, upstream: Gateway) -> None:
     agent = await start()
-    await agent.turn("hi")
+    await agent.say("hi")
     held = Held()
     upstream.answers = [held]
     async with hanging_up(agent, "hi", "bye"):
         await soon(held.arrived.wait())
     await agent.until_transcript_is(1, user("hi"), assistant("reply"))
-    assert (await soon(agent.turn("hello")))[0] == 200
+    assert (await soon(agent.say("hello")))[0] == 200
     assert len(upstream.calls) == 3
 
 
@@ -823,7 +793,7 @@ async def test_an_agent_that_leaves_a_stream_takes_its_turn_back(
         response.close()
     await soon(held.gone.wait())
     await agent.until_transcript_is(0)
-    assert (await soon(agent.turn("hello")))[0] == 200
+    assert (await soon(agent.say("hello")))[0] == 200
 
 
 async def test_an_agent_that_leaves_with_its_reply_keeps_its_turn(
@@ -838,7 +808,7 @@ async def test_an_agent_that_leaves_with_its_reply_keeps_its_turn(
         assert await agent.transcript() == (1, [user("hi"), assistant("Hello")])
         response.close()
     await soon(held.gone.wait())
-    assert (await soon(agent.turn("hi", "more")))[0] == 200
+    assert (await soon(agent.say("hi", "more")))[0] == 200
     assert (await agent.transcript())[0] == 2
 
 
@@ -850,7 +820,7 @@ async def test_end_to_end_headers_of_the_agent_are_copied(start: Start, upstream
     copied = [
         ("Authorization", "Bearer key"),
         ("Cookie", "a=b"),
-        ("User-Agent", "agent/1"),
+        ("User-Texts", "agent/1"),
         ("X-Twice", "1"),
         ("X-Twice", "2"),
     ]
@@ -858,8 +828,8 @@ async def test_end_to_end_headers_of_the_agent_are_copied(start: Start, upstream
     headers = CIMultiDict([*copied, *dropped.items(), ("Accept-Encoding", "x-own")])
     body = json.dumps({"messages": [user("hi")]}).encode()
     headers.update({"Content-Encoding": "gzip", "Content-Type": "application/json; v=1"})
-    url = agent.chat.with_query({"q": "a b&c"})
-    async with agent.http.post(url, data=gzip.compress(body), headers=headers) as response:
+    url = agent.chat_url.with_query({"q": "a b&c"})
+    async with agent.client.post(url, data=gzip.compress(body), headers=headers) as response:
         assert response.status == 200
     (call,) = upstream.calls
     assert call.url == URL("/base/v1/chat/completions").with_query({"q": "a b&c"})
@@ -881,7 +851,7 @@ async def test_an_upload_in_chunks_is_sent_on_in_one_piece(start: Start, upstrea
         for byte in body:
             yield bytes([byte])
 
-    async with agent.http.post(agent.chat, data=chunks(), expect100=True) as response:
+    async with agent.client.post(agent.chat_url, data=chunks(), expect100=True) as response:
         assert response.status == 200
     (call,) = upstream.calls
     assert call.body == body
@@ -920,16 +890,16 @@ async def test_end_to_end_headers_of_the_gateway_are_copied(
 async def test_cookies_of_one_session_stay_out_of_others(start: Start, upstream: Gateway) -> None:
     agent = await start(url=str(upstream.url.with_host("localhost")))
     upstream.answers = [canned(Set_Cookie="a=1")]
-    await agent.turn("hi")
-    await agent.turn("hi")
+    await agent.say("hi")
+    await agent.say("hi")
     assert [call.headers.get("Cookie") for call in upstream.calls] == [None, None]
 
 
 async def test_a_redirect_is_the_agents_to_follow(start: Start, upstream: Gateway) -> None:
     agent = await start()
     upstream.answers = [canned(307, Location="/elsewhere")]
-    async with agent.http.post(
-        agent.chat, json={"messages": [user("hi")]}, allow_redirects=False
+    async with agent.client.post(
+        agent.chat_url, json={"messages": [user("hi")]}, allow_redirects=False
     ) as response:
         assert (response.status, response.headers["Location"]) == (307, "/elsewhere")
     assert len(upstream.calls) == 1
@@ -947,7 +917,7 @@ async def test_every_try_of_every_turn_carries_the_session_id(
 ) -> None:
     agent = await start("episode-7", smg_routing=routing(upstream, enabled=True))
     upstream.answers = [canned(503, Retry_After="0"), drops_the_connection]
-    assert (await agent.turn("hi"))[0] == 200
+    assert (await agent.say("hi"))[0] == 200
     upstream.answers = [canned(500, Retry_After="0"), streamed(event(content="Hello") + DONE)]
     async with agent.post("hi", "more", stream=True) as response:
         await response.read()
@@ -958,15 +928,15 @@ async def test_every_try_of_every_turn_carries_the_session_id(
 async def test_the_plugin_can_be_switched_off(start: Start, upstream: Gateway) -> None:
     agent = await start(smg_routing=routing(upstream, enabled=False))
     upstream.answers = [canned(503, Retry_After="0")]
-    assert (await agent.turn("hi"))[0] == 200
+    assert (await agent.say("hi"))[0] == 200
     assert upstream.keys == [[], []]
 
 
 async def test_without_its_table_there_is_no_plugin(start: Start, upstream: Gateway) -> None:
     agent = await start()
-    await agent.turn("hi")
-    async with agent.http.post(
-        agent.chat, json={"messages": [user("hi")]}, headers={KEY: "copied as any other"}
+    await agent.say("hi")
+    async with agent.client.post(
+        agent.chat_url, json={"messages": [user("hi")]}, headers={KEY: "copied as any other"}
     ):
         pass
     assert upstream.keys == [[], ["copied as any other"]]
@@ -975,15 +945,15 @@ async def test_without_its_table_there_is_no_plugin(start: Start, upstream: Gate
 # The command line
 
 
-def write_settings(folder: Path, text: str) -> Path:
+def settings_file(folder: Path, text: str) -> Path:
     file = folder / "settings.toml"
     file.write_text(text)
     return file
 
 
-def run(module: ModuleType, monkeypatch: pytest.MonkeyPatch, file: Path) -> int:
+def run(monkeypatch: pytest.MonkeyPatch, file: Path) -> int:
     monkeypatch.setattr(sys, "argv", ["session_server.py", str(file)])
-    status: int = module.main()
+    status: int = session_server.main()
     return status
 
 
@@ -1015,15 +985,14 @@ GATEWAY = '[gateway]\nurl = "http://127.0.0.1:9"\n'
     ],
 )
 def test_a_fault_in_the_settings_is_one_line_and_status_2(
-    module: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     text: str,
     fault: str,
 ) -> None:
-    file = write_settings(tmp_path, text)
-    assert run(module, monkeypatch, file) == 2
+    file = settings_file(tmp_path, text)
+    assert run(monkeypatch, file) == 2
     output = capsys.readouterr()
     assert output.out == ""
     (line,) = output.err.splitlines()
@@ -1032,28 +1001,26 @@ def test_a_fault_in_the_settings_is_one_line_and_status_2(
 
 
 def test_a_port_that_is_taken_is_one_line_and_status_2(
-    module: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        file = write_settings(tmp_path, f"{GATEWAY}[server]\nport = {port}")
-        assert run(module, monkeypatch, file) == 2
+        file = settings_file(tmp_path, f"{GATEWAY}[server]\nport = {port}")
+        assert run(monkeypatch, file) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"[server] cannot listen on 127.0.0.1:{port}: " in line
 
 
 def test_a_missing_toml_reader_names_what_to_install(
-    module: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
     name = "tomllib" if sys.version_info >= (3, 11) else "tomli"
     monkeypatch.setitem(sys.modules, name, None)
-    assert run(module, monkeypatch, write_settings(tmp_path, GATEWAY)) == 2
+    assert run(monkeypatch, settings_file(tmp_path, GATEWAY)) == 2
     assert "pip install tomli" in capsys.readouterr().err
 
 
@@ -1067,11 +1034,11 @@ async def test_a_missing_file_ends_the_program_with_status_2(tmp_path: Path) -> 
     assert b"none.toml" in err
 
 
-def test_the_example_settings_are_good(module: ModuleType) -> None:
-    settings = module.read_settings(EXAMPLES / "session_server.toml")
+def test_the_example_settings_are_good() -> None:
+    settings = session_server.read_settings(PROGRAM.with_suffix(".toml"))
     assert set(settings) == {"server", "gateway", "smg_routing"}
-    app = module.make_app(settings)
-    assert app[module.GATEWAY].url == settings["smg_routing"]["gateway"]
+    app = session_server.make_app(settings)
+    assert app[session_server.GATEWAY].url == settings["smg_routing"]["gateway"]
     assert len(app.middlewares) == 1
 
 
@@ -1084,7 +1051,7 @@ async def running(folder: Path, gateway: URL) -> AsyncIterator[tuple[Process, UR
         smg_routing = {{gateway = "{gateway}", client_session = "client_session"}}
     """
     program = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-W", "error", str(PROGRAM), str(write_settings(folder, text))),
+        *(sys.executable, "-W", "error", str(PROGRAM), str(settings_file(folder, text))),
         env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
         stdout=PIPE,
         stderr=PIPE,
@@ -1108,7 +1075,7 @@ async def test_the_program_ends_well_after_its_running_turns(
         await make_session(client, sessions, "s")
         held = Held()
         upstream.answers = [held]
-        turn = Agent(client, sessions / "s").begin("hi")
+        turn = Texts(client, sessions / "s").start("hi")
         await soon(held.arrived.wait())
         program.send_signal(number)
         await soon(until_refused(sessions))
@@ -1124,7 +1091,7 @@ async def test_the_program_takes_broken_connections_calmly(
 ) -> None:
     async with running(tmp_path, upstream.url) as (program, sessions):
         await make_session(client, sessions, "s")
-        agent = Agent(client, sessions / "s")
+        agent = Texts(client, sessions / "s")
         held = Held()
         upstream.answers = [held, broken_off(event(content="Hel"))]
         async with hanging_up(agent, "hi"):

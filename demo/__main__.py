@@ -2,7 +2,8 @@
 
     make demo
 
-Both arms play the same load through ``session_server.py``; only ``[smg_routing] enabled`` differs.
+Both arms play the same load through ``examples/session_server.py``; only ``[smg_routing] enabled``
+differs.
 Everything runs on free loopback ports, and every figure in the table is measured in this run.
 """
 
@@ -11,13 +12,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 
-from agents import PINNED, Arm, Load, Turn, moved_sessions, play
-from stopping import exit_status
+from harness.arms import PINNED, Arm, Load, Turn, moved_sessions, play
+from harness.stopping import exit_status
 
 try:
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress, TextColumn
     from rich.table import Table
+
+    from harness import tables
 except ModuleNotFoundError as error:
     sys.exit(f"{error}: pip install -e . --group demo")
 
@@ -61,9 +64,7 @@ def report(console: Console, on: Arm, off: Arm) -> int:
 
 def comparison(on: Arm, off: Arm) -> Table:
     """Return the table, a column for each arm."""
-    table = Table("", "plugin on", "plugin off")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = tables.table("", "plugin on", "plugin off")
 
     def row(name: str, value: Callable[[Arm], object], *, end_section: bool = False) -> None:
         table.add_row(name, str(value(on)), str(value(off)), end_section=end_section)
@@ -103,36 +104,22 @@ def faults(arm: Arm) -> list[str]:
 
 async def demo(load: Load, console: Console) -> int:
     """Play both arms, print the comparison, and return the exit status."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        TextColumn("{task.fields[state]}"),
-        TimeElapsedColumn(),
-    )
-    # A file gets the lines alone, without the bars.
-    with Progress(*columns, console=console, disable=not console.is_interactive) as progress:
+    with tables.bars(console, TextColumn("{task.fields[state]}")) as progress:
         on = await play_arm(load, plugin=True, progress=progress)
         off = await play_arm(load, plugin=False, progress=progress)
     return report(console, on, off)
 
 
-def at_least_two(text: str) -> int:
-    """Read an option: of one session, turn or worker nothing can be compared."""
-    number = int(text)
-    if number < 2:
-        raise argparse.ArgumentTypeError(f"{number} is less than 2")
-    return number
-
-
 def main() -> int:
     """Run the demo that the command line asks for; return its exit status."""
-    parser = argparse.ArgumentParser(description="Compare the same load, plugin on and off.")
+    parser = argparse.ArgumentParser(
+        prog="python -m demo", description="Compare the same load, plugin on and off."
+    )
     for option, default in (("--sessions", 9), ("--turns", 5), ("--workers", 3)):
-        parser.add_argument(option, type=at_least_two, default=default, help="(%(default)s)")
+        # Of one session, turn or worker nothing can be compared.
+        parser.add_argument(option, type=tables.at_least(2), default=default, help="(%(default)s)")
     args = parser.parse_args()
-    # rich would let FORCE_COLOR put control codes and moving bars into a file.
-    console = Console(force_terminal=sys.stdout.isatty(), highlight=False)
-    return exit_status("demo", demo(Load(**vars(args)), console))
+    return exit_status("demo", demo(Load(**vars(args)), tables.console()))
 
 
 if __name__ == "__main__":

@@ -3,31 +3,22 @@
     async with engines(2, slots=4, context=4096) as urls:
         ...  # two OpenAI-compatible workers, each with its own KV cache
 
-One worker by hand, on a model that :func:`write_model` wrote::
-
-    python examples/engines.py MODEL.gguf PORT --slots 4 --context 4096 --threads 1
-
 Needs the dependency group ``engine``: ``pip install -e . --group engine``.
 """
 
-import argparse
-import asyncio
 import os
 import signal
-import sys
 import tempfile
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from functools import partial
+from contextlib import ExitStack, asynccontextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-import aiohttp
 from yarl import URL
 
-from aiohttp_smg_routing.testing import child_process, free_ports
+from aiohttp_smg_routing.testing import free_ports
 
-__all__ = ("engines", "healthy", "write_model")
+from .processes import answering, command, local_url, together
 
 # About 25 million parameters: 27 MB that a CPU core reads fast enough to chat with.
 _WIDTH, _BLOCKS, _HEADS, _KV_HEADS, _FEED_FORWARD = 512, 8, 8, 4, 1536
@@ -51,12 +42,6 @@ def require_engine() -> None:
         )
 
 
-async def healthy(session: aiohttp.ClientSession, server: URL) -> bool:
-    """Return whether ``server`` answers ``GET /health`` with 200."""
-    async with session.get(server / "health") as response:
-        return response.status == 200
-
-
 @asynccontextmanager
 async def engines(
     count: int, *, slots: int, context: int, threads: int = 1, model: Path | None = None
@@ -66,35 +51,26 @@ async def engines(
     Each worker serves ``slots`` conversations at once, each of up to ``context`` tokens (one byte
     of text is one token), and keeps as many in its KV cache: a further conversation displaces the
     one that was idle longest. ``threads`` is the number of CPU threads of each worker; ``model`` is
-    a file that :func:`write_model` wrote, or None to have one written. Raises
+    a file that ``write_model()`` wrote, or None to have one written. Raises
     ``ModuleNotFoundError`` that names what to install, and ``RuntimeError`` when a worker
     does not start.
     """
     require_engine()
-    async with AsyncExitStack() as stack:
+    with ExitStack() as stack:
         if model is None:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="engines-"))
             model = Path(folder, "model.gguf")
             # On this thread, though it takes half a second: a thread of its own could not be
             # cancelled, and would write into a folder that is being removed.
             write_model(model)
-        session = await stack.enter_async_context(aiohttp.ClientSession())
-        urls = tuple([URL(f"http://127.0.0.1:{port}") for port in free_ports(count)])
+        size = {"slots": slots, "context": context, "threads": threads}
+        urls = tuple(map(local_url, free_ports(count)))
         workers = [
-            child_process(
-                *(sys.executable, __file__, str(model), str(url.port)),
-                *("--slots", str(slots), "--context", str(context), "--threads", str(threads)),
-                ready=partial(healthy, session, url),
-            )
+            answering(url / "health", *command(serve, model=str(model), port=url.port, **size))
             for url in urls
         ]
-        # They start side by side. Where one fails, the others are waited for: a worker that came
-        # up after the end of the stack would be left behind.
-        starts = map(stack.enter_async_context, workers)
-        for outcome in await asyncio.gather(*starts, return_exceptions=True):
-            if isinstance(outcome, BaseException):
-                raise outcome
-        yield urls
+        async with together(workers):
+            yield urls
 
 
 def write_model(path: Path, *, seed: int = 7, blocks: int = _BLOCKS) -> None:
@@ -179,8 +155,8 @@ def _byte_alphabet() -> list[str]:
     return [chr(byte if byte in printable else next(stand_ins)) for byte in range(256)]
 
 
-def serve(model: str, port: int, *, slots: int, context: int, threads: int) -> None:
-    """Run one worker on 127.0.0.1 until SIGINT or SIGTERM; the arguments are those of `engines`."""
+def serve(model: str, port: int, slots: int, context: int, threads: int) -> None:
+    """Run one worker on 127.0.0.1 until SIGINT or SIGTERM; the rest are those of ``engines()``."""
     require_engine()
     import xllamacpp
 
@@ -205,21 +181,3 @@ def serve(model: str, port: int, *, slots: int, context: int, threads: int) -> N
     print(f"listening on {server.listening_address}", flush=True)
     signal.sigwait(stop)
     os._exit(0)  # its destructor waits for the open connections
-
-
-def main() -> None:
-    """Run the worker that the command line describes."""
-    parser = argparse.ArgumentParser(description="Run one llama.cpp worker on 127.0.0.1.")
-    parser.add_argument("model", help="a GGUF file")
-    parser.add_argument("port", type=int)
-    parser.add_argument("--slots", type=int, default=4, help="conversations at once (%(default)s)")
-    parser.add_argument(
-        "--context", type=int, default=4096, help="tokens for each of them (%(default)s)"
-    )
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (%(default)s)")
-    args = parser.parse_args()
-    serve(args.model, args.port, slots=args.slots, context=args.context, threads=args.threads)
-
-
-if __name__ == "__main__":
-    main()

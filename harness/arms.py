@@ -1,30 +1,29 @@
-"""Agents that play sessions through ``session_server.py``, on real engines behind the real gateway.
+"""Arms: a load that agents play on real engines, behind the real gateway, under one policy.
 
     arm = await play(Load(sessions=9, turns=5, workers=3), PINNED)
     print(arm.cached_share, arm.first_token(50))
 
-The demo and the benchmark of the KV cache share it. All servers run on free loopback ports.
+The demo and the benchmark of the KV cache share them. All servers run on free loopback ports.
 """
 
 import asyncio
-import json
-import sys
-import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from random import Random
 from statistics import quantiles
+from uuid import uuid4
 
-import aiohttp
-from engines import engines, healthy
-from yarl import URL
+from aiohttp import ClientSession, ClientTimeout
 
-from aiohttp_smg_routing.testing import child_process, free_port, smg_gateway
+from aiohttp_smg_routing.testing import smg_gateway
+
+from .agents import Agent, Message
+from .engines import engines
+from .servers import session_server
+from .sse import Completion
 
 TEMPLATE_TOKENS = 40  # what the chat template adds to a turn, at the most
 ARRIVAL_SECONDS = 0.03  # between two agents: far less than a first turn takes
@@ -148,7 +147,7 @@ async def play(
     """Play ``load`` through fresh processes, so that no arm finds another one's warm cache.
 
     ``slots`` is the number of conversations that one engine holds, an even share of them unless it
-    is given; ``model`` is the file to run, see :func:`engines.engines`. ``started`` is called when
+    is given; ``model`` is the file to run, see ``engines()``. ``started`` is called when
     all servers are up, ``played`` with each turn as it ends.
     """
     slots = load.even_share if slots is None else slots
@@ -161,72 +160,25 @@ async def play(
     async with (
         engines(load.workers, slots=slots, context=load.context, model=model) as workers,
         smg_gateway(workers, policy=policy.name, args=policy.args) as gateway,
-        session_server(gateway.url, plugin=policy.plugin) as server,
-        aiohttp.ClientSession(
-            raise_for_status=check_status, timeout=aiohttp.ClientTimeout(total=TURN_SECONDS)
-        ) as client,
+        session_server(gateway.url, timeout_seconds=TURN_SECONDS, enabled=policy.plugin) as server,
+        ClientSession(timeout=ClientTimeout(total=TURN_SECONDS)) as client,
     ):
         started()
+        # An id of its own in each arm: a policy that hashes the key deals anew each time.
+        sessions = [server.url / "sessions" / uuid4().hex for _ in range(load.sessions)]
         begin = time.perf_counter()
         await asyncio.gather(
-            *(play_session(client, server, load, seed, keep) for seed in range(load.sessions))
+            *(
+                play_session(Agent(client, url), load, seed, keep)
+                for seed, url in enumerate(sessions)
+            )
         )
         seconds = time.perf_counter() - begin
         return Arm(tuple(turns), await gateway.branches(), seconds)
 
 
-@asynccontextmanager
-async def session_server(gateway: URL, *, plugin: bool) -> AsyncIterator[URL]:
-    """Run the example session server before ``gateway``, with or without the plugin."""
-    url = URL(f"http://127.0.0.1:{free_port()}")
-    program = Path(__file__).with_name("session_server.py")
-    with tempfile.TemporaryDirectory(prefix="agents-") as folder:
-        file = Path(folder, "settings.toml")
-        write_settings(file, url, gateway, plugin=plugin)
-        async with (
-            aiohttp.ClientSession() as session,
-            child_process(
-                *(sys.executable, str(program), str(file)), ready=partial(healthy, session, url)
-            ),
-        ):
-            yield url
-
-
-def write_settings(file: Path, server: URL, gateway: URL, *, plugin: bool) -> None:
-    """Write the session server's settings; a JSON string or boolean is a TOML one too."""
-    text = f"""\
-[server]
-host = {json.dumps(server.host)}
-port = {server.port}
-
-[gateway]
-url = {json.dumps(str(gateway))}
-timeout_seconds = {TURN_SECONDS}
-retries = 2
-
-[smg_routing]
-enabled = {json.dumps(plugin)}
-gateway = {json.dumps(str(gateway))}
-client_session = "client_session"
-"""
-    file.write_text(text, encoding="utf-8")
-
-
-async def check_status(response: aiohttp.ClientResponse) -> None:
-    """Raise ``RuntimeError`` with what the server had to say, unless it succeeded."""
-    if not response.ok:
-        text = await response.text()
-        raise RuntimeError(f"{response.method} {response.url}: {response.status} {text}")
-
-
-async def play_session(
-    client: aiohttp.ClientSession,
-    server: URL,
-    load: Load,
-    seed: int,
-    played: Callable[[Turn], None],
-) -> None:
-    """Be one agent: hold a conversation in which every turn repeats all that was said before.
+async def play_session(agent: Agent, load: Load, seed: int, played: Callable[[Turn], None]) -> None:
+    """Hold a conversation in which every turn repeats all that was said before.
 
     The same ``seed`` says the same in every arm. Agents arrive one after another, while those
     before them wait for their first answer: ``min_group`` counts the keys that have a call in
@@ -235,14 +187,11 @@ async def play_session(
     random = Random(seed)
     await asyncio.sleep(seed * ARRIVAL_SECONDS)
     system = letters(Random(-1) if load.shared_prompt else random, load.system_characters)
-    async with client.post(server / "sessions") as response:
-        session_id: str = (await response.json())["session_id"]
+    await agent.begin()
     messages = [{"role": "system", "content": system}]
     for number in range(load.turns):
         messages.append({"role": "user", "content": letters(random, load.user_characters)})
-        turn, reply = await play_turn(
-            client, server, session_id, number, messages, max_tokens=load.reply_characters
-        )
+        turn, reply = await play_turn(agent, number, messages, max_tokens=load.reply_characters)
         messages.append({"role": "assistant", "content": reply})
         played(turn)
 
@@ -253,52 +202,42 @@ def letters(random: Random, count: int) -> str:
 
 
 async def play_turn(
-    client: aiohttp.ClientSession,
-    server: URL,
-    session_id: str,
-    number: int,
-    messages: list[dict[str, str]],
-    *,
-    max_tokens: int,
+    agent: Agent, number: int, messages: Sequence[Message], *, max_tokens: int
 ) -> tuple[Turn, str]:
     """Send the conversation, read the streamed reply, and return what was measured and said."""
-    body = {
-        "model": "random-llama",
-        "messages": messages,
-        "max_tokens": max_tokens,
-        "temperature": 0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    reply, usage, first_token = "", None, 0.0
+    completion, first_token = Completion(), 0.0
     begin = time.perf_counter()
-    url = server / "sessions" / session_id / "v1/chat/completions"
-    async with client.post(url, json=body) as response:
-        async for line in response.content:
-            if not line.startswith(b"data: {"):
-                continue
-            event = json.loads(line.removeprefix(b"data: "))
-            if "choices" not in event:
-                raise RuntimeError(f"turn {number + 1} of a session failed: {event}")
-            for choice in event["choices"]:
-                reply += choice["delta"].get("content") or ""
-            if reply and not first_token:
-                first_token = time.perf_counter() - begin
-            usage = event.get("usage") or usage
-    if usage is None:
-        raise RuntimeError(f"turn {number + 1} of a session broke off after {reply!r}")
-    worker = response.headers.get("x-smg-routed-worker-id")
-    if worker is None:
+
+    def arrived(piece: bytes) -> None:
+        nonlocal first_token
+        completion.feed(piece)
+        if completion.text and not first_token:
+            first_token = time.perf_counter() - begin
+
+    got = await agent.turn(
+        messages,
+        arrived=arrived,
+        model="random-llama",
+        max_tokens=max_tokens,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    usage = completion.usage
+    if not (got.answered and completion.is_whole) or usage is None:
+        said = f"{got.status} {got.broke} {got.body.decode(errors='replace')[-500:]}"
+        raise RuntimeError(f"turn {number + 1} of a session failed: {said}")
+    if not agent.worker:
         raise RuntimeError(
             "the gateway does not say which worker answered: smg 1.10.1 or newer does"
         )
     turn = Turn(
-        session_id=session_id,
+        session_id=agent.session_id,
         number=number,
-        worker=worker,
+        worker=agent.worker,
         first_token_seconds=first_token,
         prompt_tokens=usage["prompt_tokens"],
         cached_tokens=usage["prompt_tokens_details"]["cached_tokens"],
         reply_tokens=usage["completion_tokens"],
     )
-    return turn, reply
+    return turn, completion.text

@@ -1,12 +1,10 @@
-"""Programs that are run for real in a folder of their own, and what they leave at work there."""
+"""What runs, and what it has open: as the system tells, which most of it does in ``/proc``."""
 
 import asyncio
 import os
 import socket
-import sys
-from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from yarl import URL
@@ -26,6 +24,23 @@ def processes_in(folder: Path) -> dict[int, str]:
             if (process / "cwd").readlink().is_relative_to(folder):
                 found[int(process.name)] = (process / "cmdline").read_bytes().decode()
     return found
+
+
+def memory(pid: int) -> int | None:
+    """Return the bytes of memory that a process holds, None where the system does not tell."""
+    try:
+        pages = (PROC / str(pid) / "statm").read_text().split()[1]
+    except OSError:
+        return None
+    return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def descriptors(pid: int) -> int | None:
+    """Return how many files and sockets a process has open, None where the system does not tell."""
+    try:
+        return len(os.listdir(PROC / str(pid) / "fd"))
+    except OSError:
+        return None
 
 
 def open_files() -> list[str]:
@@ -51,41 +66,6 @@ def _descriptors() -> Iterator[tuple[int, str]]:
     for descriptor in (PROC / "self" / "fd").glob("*"):
         with suppress(OSError):  # the one that reads this very folder is closed by now
             yield int(descriptor.name), str(descriptor.readlink())
-
-
-@asynccontextmanager
-async def running(folder: Path, *argv: str, **env: str) -> AsyncIterator[Process]:
-    """Run Python in ``folder``, which has its temporary files too, with pipes for what it says."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *argv,
-        cwd=folder,
-        env={**os.environ, "TMPDIR": str(folder), "FORCE_COLOR": "1", **env},
-        stdout=PIPE,
-        stderr=PIPE,
-    )
-    try:
-        yield process
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.communicate()
-
-
-@contextmanager
-def held_port(port: int | None = None) -> Iterator[int]:
-    """Keep a loopback port for a server of ours, before it starts and after it died.
-
-    Linux gives such a port to nobody who takes any port, and lets in who asks for this one. Other
-    systems let in nobody, so there it is only looked for.
-    """
-    with socket.socket() as held:
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        held.bind(("127.0.0.1", port or 0))
-        found: int = held.getsockname()[1]
-        if sys.platform != "linux":
-            held.close()
-        yield found
 
 
 async def until_refused(url: URL) -> None:

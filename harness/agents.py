@@ -1,0 +1,147 @@
+"""An agent: it plays one session through the example session server, and sees what is kept."""
+
+import asyncio
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import aiohttp
+from aiohttp import ClientSession
+from yarl import URL
+
+from .sse import read_completion
+
+Message = Mapping[str, Any]
+CHAT = "v1/chat/completions"
+"""The path of a chat completion, below the URL of a gateway or of a session."""
+
+WORKER_HEADER = "X-SMG-Routed-Worker-Id"
+
+
+def conversation(turns: int) -> list[Message]:
+    """Return what an agent has said by so many turns."""
+    return [{"role": "user", "content": f"turn {number}"} for number in range(turns)]
+
+
+def chat(session_id: str, turns: int = 1, **fields: object) -> dict[str, Any]:
+    """Return the body of a turn: the conversation so far, and as ``user`` whose it is."""
+    return {"model": "stub", "user": session_id, "messages": conversation(turns), **fields}
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What an agent got for a turn."""
+
+    status: int | None = None
+    """None where it was hung up on without a word."""
+
+    body: bytes = b""
+    whole: bool = True
+    """Whether the connection held to the end of the answer."""
+
+    broke: str = field(default="", compare=False)
+    """The name of the error by which it did not."""
+
+    headers: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+    @property
+    def answered(self) -> bool:
+        """Tell whether the turn was answered, and to its end."""
+        return self.whole and self.status == 200
+
+    @property
+    def text(self) -> str | None:
+        """What the assistant said; None where that is not whole."""
+        completion = read_completion(self.body)
+        return completion.text if completion.is_whole else None
+
+    @property
+    def error(self) -> Mapping[str, Any]:
+        """The error that it was told of, as OpenAI words one; empty where there is none to read."""
+        try:
+            error = json.loads(self.body)["error"]
+        except (LookupError, TypeError, ValueError):
+            return {}
+        return error if isinstance(error, dict) else {}
+
+
+class Transcript(NamedTuple):
+    """What the session server keeps of a session."""
+
+    turns: int
+    messages: list[Message]
+
+
+@dataclass(slots=True)
+class Agent:
+    """One session's agent; each of its turns repeats all that was said before."""
+
+    client: ClientSession
+    url: URL
+    """Where its session is: the last part is the session's id."""
+
+    worker: str = ""
+    """The worker that answered last, where the gateway names it."""
+
+    @property
+    def session_id(self) -> str:
+        """Its session."""
+        return self.url.name
+
+    @property
+    def chat_url(self) -> URL:
+        """Where its turns go."""
+        return self.url / CHAT
+
+    async def begin(self) -> None:
+        """Make the session."""
+        body = {"session_id": self.session_id}
+        async with self.client.post(self.url.parent, json=body, raise_for_status=True):
+            pass
+
+    async def turn(
+        self,
+        messages: Sequence[Message],
+        *,
+        arrived: Callable[[bytes], None] = lambda _: None,
+        **fields: object,
+    ) -> Reply:
+        """Play a turn; ``arrived`` gets each piece of the answer, when it is here.
+
+        ``fields`` are further ones of the body.
+        """
+        status, body = None, b""
+        headers: Mapping[str, str] = {}
+        sent = {**chat(self.session_id), "messages": messages, **fields}
+        try:
+            async with self.client.post(
+                self.chat_url, json=sent, allow_redirects=False
+            ) as response:
+                status, headers = response.status, response.headers
+                self.worker = headers.get(WORKER_HEADER, self.worker)
+                async for piece in response.content.iter_any():
+                    body += piece
+                    arrived(piece)
+        except aiohttp.ClientError as error:
+            return Reply(status, body, False, type(error).__name__, headers)
+        return Reply(status, body, headers=headers)
+
+    async def transcript(self) -> Transcript:
+        """Return what is kept at this moment, in the middle of a turn or not."""
+        async with self.client.get(self.url, raise_for_status=True) as response:
+            document = await response.json()
+        return Transcript(document["turns"], document["messages"])
+
+    async def turns_kept(self) -> int:
+        """Return how many turns are kept, once none is under way."""
+        while True:
+            turns, messages = await self.transcript()
+            if not messages or messages[-1]["role"] == "assistant":
+                return turns
+            await asyncio.sleep(0.01)
+
+    async def end(self) -> None:
+        """Have the session forgotten."""
+        async with self.client.delete(self.url, raise_for_status=True):
+            pass

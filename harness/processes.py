@@ -1,0 +1,178 @@
+"""Programs as child processes: run until a block ends, or killed and run again.
+
+This file as a program is the child that ``command()`` asks for.
+"""
+
+import asyncio
+import json
+import os
+import socket
+import sys
+import time
+from asyncio.subprocess import PIPE, Process
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+)
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from aiohttp import ClientSession
+from yarl import URL
+
+from aiohttp_smg_routing.testing import child_process
+
+ROOT = Path(__file__).resolve().parents[1]
+"""The checkout. A program that runs elsewhere finds the modules there by ``PYTHONPATH``."""
+
+T = TypeVar("T")
+
+
+def local_url(port: int) -> URL:
+    """Return the URL of a loopback port."""
+    return URL(f"http://127.0.0.1:{port}")
+
+
+def command(main: Callable[..., None], **arguments: object) -> tuple[str, ...]:
+    """Return the command line that calls a function in a process of its own.
+
+    The arguments travel as JSON. The child finds the module where this process did: in the folder
+    that it was started in, or by ``PYTHONPATH``.
+    """
+    function = (main.__module__, main.__qualname__)
+    return (sys.executable, "-m", "harness.processes", *function, json.dumps(arguments))
+
+
+@asynccontextmanager
+async def answering(url: URL, *argv: str) -> AsyncIterator[Process]:
+    """Run a program until the block ends; enter the block once it answers at ``url``.
+
+    A status of 500 or more is not an answer: an engine that loads its model gives 503.
+    """
+    async with ClientSession() as client:
+
+        async def ready() -> bool:
+            async with client.get(url) as response:
+                return response.status < 500
+
+        async with child_process(*argv, ready=ready) as process:
+            yield process
+
+
+@asynccontextmanager
+async def together(contexts: Iterable[AbstractAsyncContextManager[T]]) -> AsyncIterator[list[T]]:
+    """Enter contexts side by side, and leave them at the end of the block.
+
+    Where one fails, the others are waited for: what came up after that would be left behind.
+    """
+    async with AsyncExitStack() as stack:
+        starts = map(stack.enter_async_context, contexts)
+        entered = []
+        for outcome in await asyncio.gather(*starts, return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                raise outcome
+            entered.append(outcome)
+        yield entered
+
+
+@asynccontextmanager
+async def running(folder: Path, *argv: str, **env: str) -> AsyncIterator[Process]:
+    """Run Python in ``folder``, which has its temporary files too, with pipes for what it says."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *argv,
+        cwd=folder,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "TMPDIR": str(folder),
+            "FORCE_COLOR": "1",
+            **env,
+        },
+        stdout=PIPE,
+        stderr=PIPE,
+    )
+    try:
+        yield process
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
+
+
+@contextmanager
+def held_port(port: int | None = None) -> Iterator[int]:
+    """Keep a loopback port for a server of ours, before it starts and after it died.
+
+    Linux gives such a port to nobody who takes any port, and lets in who asks for this one. Other
+    systems let in nobody, so there it is only looked for.
+    """
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", port or 0))
+        found: int = held.getsockname()[1]
+        if sys.platform != "linux":
+            held.close()
+        yield found
+
+
+@dataclass(slots=True)
+class Restartable(Generic[T]):
+    """What can be killed, and run again where it was."""
+
+    url: URL
+    run: Callable[[], AbstractAsyncContextManager[T]]
+    running: T = field(init=False)
+    """What runs, or ran last."""
+
+    up: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+    down: list[list[float]] = field(default_factory=list, init=False)
+    """Since when it was down, and until when."""
+
+    _stack: AsyncExitStack = field(default_factory=AsyncExitStack, init=False)
+
+    @property
+    def kills(self) -> int:
+        """How often it was killed."""
+        return len(self.down)
+
+    async def start(self) -> None:
+        """Run it; return once it answers."""
+        self.running = await self._stack.enter_async_context(self.run())
+        self.up.set()
+        if self.down:
+            self.down[-1][1] = time.monotonic()
+
+    async def kill(self) -> None:
+        """Kill it, if it runs."""
+        if self.up.is_set():
+            self.up.clear()
+            self.down.append([time.monotonic(), float("inf")])
+            await self._stack.aclose()
+
+    def was_down(self, since: float, until: float) -> bool:
+        """Tell whether it was killed, or was not yet back, at some moment of that time."""
+        return any(begin <= until and end >= since for begin, end in self.down)
+
+
+@asynccontextmanager
+async def restartable(
+    url: URL, run: Callable[[], AbstractAsyncContextManager[T]]
+) -> AsyncIterator[Restartable[T]]:
+    """Run it until the block ends."""
+    it = Restartable(url, run)
+    await it.start()
+    try:
+        yield it
+    finally:
+        await it.kill()
+
+
+if __name__ == "__main__":
+    module, function, arguments = sys.argv[1:]
+    getattr(import_module(module), function)(**json.loads(arguments))

@@ -1,0 +1,26 @@
+"""A program that a signal stops."""
+
+import signal
+from asyncio.subprocess import Process
+
+import pytest
+
+#: A signal, and the exit status that says so.
+SIGNALS = pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+
+
+async def until_it_says(process: Process, words: bytes) -> None:
+    """Read what a program prints, up to a line with these words."""
+    assert process.stdout is not None
+    while words not in (line := await process.stdout.readline()):
+        assert line, (await process.communicate())[1].decode()
+
+
+async def assert_stopped(process: Process, number: signal.Signals, status: int) -> None:
+    """Send the signal; assert that the program ends in order, and says why."""
+    process.send_signal(number)
+    _, err = await process.communicate()
+    assert process.returncode == status
+    assert err.decode() == f"Stopped by {number.name}; all processes are gone.\n"

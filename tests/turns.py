@@ -1,0 +1,60 @@
+"""Turns of sessions: played through a session server, and as they came to a gateway or workers."""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+from aiohttp import ClientSession, web
+from aiohttp.test_utils import TestClient
+from yarl import URL
+
+from aiohttp_smg_routing import routing_session
+from aiohttp_smg_routing.testing import Call, Recorder
+from harness.agents import CHAT, chat
+
+if TYPE_CHECKING:
+    Client = TestClient[web.Request, web.Application]  # generic since aiohttp 3.11
+
+
+async def turn(client: "Client", session_id: str, turns: int = 1, **fields: object) -> None:
+    """Play a turn, the last of so many; it must be answered."""
+    body = chat(session_id, turns, **fields)
+    async with client.post(f"/sessions/{session_id}/{CHAT}", json=body) as response:
+        assert response.status == 200, await response.text()
+
+
+async def keys(
+    session: ClientSession, gateway: Recorder, session_id: str | None = "s-1"
+) -> list[bytes]:
+    """Call the gateway in a session; return the keys that arrived."""
+    with routing_session(session_id):
+        async with session.post(gateway.chat):
+            return gateway.last.keys
+
+
+def turns_of(*recorders: Recorder) -> list[Call]:
+    """Return the turns that arrived, among the questions that the gateway asks its workers."""
+    return [call for each in recorders for call in each.calls if call.method == "POST"]
+
+
+def served(*workers: Recorder) -> Mapping[str, Counter[URL]]:
+    """Return how many turns of each session came to which worker, by the bodies of the turns."""
+    found: dict[str, Counter[URL]] = defaultdict(Counter)
+    for worker in workers:
+        for call in turns_of(worker):
+            found[call.json()["user"]][worker.url] += 1
+    return found
+
+
+def assert_keys(calls: Iterable[Call], *, plugin: bool = True) -> None:
+    """Assert that each turn carried the key of the session that its body names, and no other."""
+    turns = [call for call in calls if call.method == "POST"]
+    assert turns
+    for call in turns:
+        assert call.keys == ([call.json()["user"].encode()] if plugin else [])
+
+
+def forget(*recorders: Recorder) -> None:
+    """Forget what arrived."""
+    for recorder in recorders:
+        recorder.calls.clear()

@@ -1,0 +1,103 @@
+"""The house around the package: one harness, and examples that a user can copy."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from harness.agents import Reply
+from harness.processes import ROOT
+from harness.sse import Completion, read_completion
+
+PACKAGE = "aiohttp_smg_routing"
+FOLDERS = ("benchmarks", "demo", "examples", "fuzz", "harness", "soak", "tests")
+FILES = [file for name in FOLDERS for file in sorted((ROOT / name).rglob("*.py"))]
+FILES.append(ROOT / "conftest.py")
+
+
+def imports(file: Path) -> Iterator[list[str]]:
+    """Yield the parts of each name that a file imports."""
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name.split(".")
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            for alias in node.names:
+                yield [*str(node.module).split("."), alias.name]
+
+
+def test_no_file_edits_the_path_of_imports() -> None:
+    editing = re.compile(r"sys\.path(?:\.\w+\(|\[|\s*\+?=[^=])")
+    assert [str(file) for file in FILES if editing.search(file.read_text("utf-8"))] == []
+
+
+def test_no_file_imports_what_is_private_in_the_package() -> None:
+    private = {
+        (file.name, ".".join(parts))
+        for file in FILES
+        for parts in imports(file)
+        if parts[0] == PACKAGE and any(re.fullmatch(r"_[^_].*", part) for part in parts)
+    }
+    assert private == set()
+
+
+def test_an_example_needs_no_file_of_the_checkout() -> None:
+    ours = {*FOLDERS, "conftest"}
+    needed = {parts[0] for file in (ROOT / "examples").glob("*.py") for parts in imports(file)}
+    assert needed & ours == set()
+
+
+def test_importing_the_engines_imports_nothing_that_their_extra_brings() -> None:
+    code = (
+        "import sys, harness.arms, harness.engines;"
+        "print({'gguf', 'numpy', 'xllamacpp'} & set(sys.modules))"
+    )
+    argv = (sys.executable, "-c", code)
+    said = subprocess.run(argv, cwd=ROOT, check=True, capture_output=True, text=True).stdout  # noqa: S603
+    assert said == "set()\n"
+
+
+STREAM = (
+    b'data: {"choices": [{"index": 0, "delta": {"role": "assistant", "content": ""}}]}\n\n'
+    b'data: {"choices": [{"index": 0, "delta": {"content": "it is "}}]}\n\n'
+    b'data: {"choices": [{"index": 0, "delta": {"content": "42"}}]}\n\n'
+    b'data: {"choices": [], "usage": {"prompt_tokens": 7}}\n\n'
+    b"data: [DONE]\n\n"
+)
+PLAIN = b'{"choices": [{"message": {"content": "it is 42"}}], "usage": {"prompt_tokens": 7}}'
+
+
+@pytest.mark.parametrize("content", [PLAIN, STREAM, STREAM.replace(b"\n", b"\r\n")])
+def test_a_completion_is_read_whether_streamed_or_not(content: bytes) -> None:
+    completion = read_completion(content)
+    assert (completion.text, completion.usage) == ("it is 42", {"prompt_tokens": 7})
+    assert completion.is_whole
+    assert Reply(200, content).text == "it is 42"
+
+
+def test_a_piece_of_a_stream_may_end_anywhere() -> None:
+    completion = Completion()
+    for byte in STREAM:
+        completion.feed(bytes([byte]))
+    assert (completion.text, completion.is_whole) == ("it is 42", True)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        PLAIN[:-10],
+        b'{"error": {"code": "busy"}}',
+        b'{"choices": [{"message": null}]}',
+        STREAM.removesuffix(b"data: [DONE]\n\n"),
+        STREAM.replace(b"42", b'42"'),
+        b'data: {"error": {"code": "busy"}}\n\n' + STREAM,
+    ],
+)
+def test_what_breaks_off_or_cannot_be_read_is_not_whole(content: bytes) -> None:
+    assert not read_completion(content).is_whole
+    assert Reply(200, content).text is None
