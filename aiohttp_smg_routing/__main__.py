@@ -21,6 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
+    if argv[:1] == ["run"]:  # needs nothing but the core
+        from .run.command import main as run_server
+
+        return run_server(argv[1:])
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         print(

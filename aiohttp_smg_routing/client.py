@@ -1,7 +1,9 @@
 """The outbound half: the hook puts the key on the call, and tells the ledger who answered."""
 
+import logging
 import threading
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +22,14 @@ from yarl import URL
 
 from . import compat
 from .ledger import Call
+from .log import say
 from .rules import Rules
+
+logger: logging.Logger = logging.getLogger(__name__)
+
+#: True while an httpx client sends a call, which may go through a transport of aiohttp's: the call
+#: is judged and counted once.
+under_way: ContextVar[bool] = ContextVar("aiohttp_smg_routing_under_way", default=False)
 
 
 class Hook(TraceConfig):
@@ -45,6 +54,8 @@ class Hook(TraceConfig):
         params: "TraceRequestStartParams | _Hop",
     ) -> None:
         context.call = None
+        if under_way.get():
+            return
         method, url = params.method, params.url
         targets = self.targets  # read once: another thread may change it
         for rules in targets:
@@ -81,16 +92,8 @@ class Hook(TraceConfig):
         call: Call | None = context.call
         # Taken, so that an error of a later hook is not a second outcome.
         context.call = None
-        if not call:
-            return
-        response = params.response
-        if response.status >= 400:
-            call.ledger.count("failed")
-        elif call.header:
-            worker = response.headers.get(call.ledger.worker_header)
-            call.ledger.answered(call, worker or None)
-        else:
-            call.ledger.count("untagged")
+        if call:
+            call.ledger.answered(call, params.response.status, params.response.headers)
 
     async def _exception(
         self, session: ClientSession, context: SimpleNamespace, params: TraceRequestExceptionParams
@@ -139,6 +142,16 @@ def _next_hop(
     return _Hop(method=method, url=url, headers=headers)
 
 
+def takes_hook(value: object, place: str) -> bool:
+    """Tell whether a value is a ClientSession, or a mock of one in a user's tests."""
+    if compat.is_client_session(value):
+        return True
+    is_mock = isinstance(value, ClientSession) or type(value).__module__ == "unittest.mock"
+    if is_mock:
+        say(logger, logging.WARNING, "%s: a %s takes no hook", place, type(value).__name__)
+    return is_mock
+
+
 def attach(session: ClientSession, hook: Hook) -> None:
     """Add a hook to a session that exists already, unless it has the hook."""
     if not any(there is hook for there in compat.hooks(session)):
@@ -147,7 +160,7 @@ def attach(session: ClientSession, hook: Hook) -> None:
 
 # One hook for all routings that use instrument(). So a session that a library keeps for the whole
 # process also serves an app that starts later.
-_every = Hook()
+every = Hook()
 _lock = threading.RLock()
 _layer: Any = None
 
@@ -158,16 +171,16 @@ def instrument(rules: Rules) -> Callable[[], None]:
     with _lock:
         # A new tuple, because calls in other threads iterate over the old one. Those that raise
         # come last: a call outside any request raises only if all routings ask for that.
-        targets = (*_every.targets, rules)
-        _every.targets = tuple(sorted(targets, key=lambda it: it.config.on_missing == "raise"))
+        targets = (*every.targets, rules)
+        every.targets = tuple(sorted(targets, key=lambda it: it.config.on_missing == "raise"))
         _layer = compat.wrap_constructor(_made, _layer)
 
     def undo() -> None:
         global _layer
         with _lock:
-            left = list(_every.targets)
+            left = list(every.targets)
             left.remove(rules)
-            _every.targets = tuple(left)
+            every.targets = tuple(left)
             if not left and compat.unwrap_constructor(_layer):
                 _layer = None
 
@@ -176,9 +189,9 @@ def instrument(rules: Rules) -> Callable[[], None]:
 
 def attach_every(session: ClientSession) -> None:
     """Put the hook of ``instrument()`` on a session that was made before."""
-    attach(session, _every)
+    attach(session, every)
 
 
 def _made(session: ClientSession) -> None:
-    if _every.targets:
-        attach(session, _every)
+    if every.targets:
+        attach(session, every)

@@ -1,11 +1,12 @@
-"""All that this package uses of aiohttp's private and deprecated parts, and nothing else.
+"""All that this package uses of private and deprecated parts of aiohttp and httpx.
 
-Each function has one purpose, and a test in ``tests/unit/test_compat.py`` that fails if aiohttp
-changes the part that it uses.
+Each function has one purpose, and a test in ``tests/unit/test_compat.py`` that fails if aiohttp or
+httpx changes the part that it uses.
 """
 
+import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator
 from functools import cache, wraps
 from operator import attrgetter
 from types import FunctionType, SimpleNamespace
@@ -44,25 +45,82 @@ def wrap_constructor(made: Callable[[ClientSession], None], layer: Any) -> Any:
     ``layer`` is the wrapper of an earlier call, which is returned if it is still in force. Other
     code may wrap the constructor too, before or after.
     """
-    original = vars(ClientSession)["__init__"]
-    if layer is not None and _stands_on(original, layer):
-        return layer
 
-    @wraps(original)
-    def constructor(session: ClientSession, /, *args: Any, **kwargs: Any) -> None:
-        _bound(original, session)(*args, **kwargs)
-        if hasattr(session, "_trace_configs"):  # a mock of the constructor makes nothing
-            made(session)
+    def around(original: Any) -> Callable[..., None]:
+        def constructor(session: ClientSession, /, *args: Any, **kwargs: Any) -> None:
+            _bound(original, session)(*args, **kwargs)
+            if hasattr(session, "_trace_configs"):  # a mock of the constructor makes nothing
+                made(session)
 
-    setattr(ClientSession, "__init__", constructor)  # noqa: B010 - mypy minds the other form
-    return constructor
+        return constructor
+
+    return _wrap(ClientSession, "__init__", around, layer)
 
 
 def unwrap_constructor(layer: Any) -> bool:
     """Undo ``wrap_constructor()``. If another wrapper is around ours, ours stays: return False."""
-    if vars(ClientSession)["__init__"] is not layer:
+    return _unwrap(ClientSession, "__init__", layer)
+
+
+def wrap_httpx(client: type, send: Callable[..., Any], layer: Any) -> Any:
+    """Send each request of an httpx client by ``send(original, request)``; return the wrapper.
+
+    ``client`` is ``Client`` or ``AsyncClient`` of httpx or httpx2. Each hop of a redirect is a
+    request, and so is each try of an auth flow. ``layer`` is as in ``wrap_constructor()``. Raises
+    ``AttributeError`` where this version of httpx sends otherwise.
+    """
+
+    def around(original: Any) -> Callable[..., Any]:
+        def send_single_request(self: Any, request: Any) -> Any:
+            return send(_bound(original, self), request)
+
+        return send_single_request
+
+    return _wrap(client, _HTTPX_SENDS, around, layer)
+
+
+def unwrap_httpx(client: type, layer: Any) -> bool:
+    """Undo ``wrap_httpx()``, as ``unwrap_constructor()`` does."""
+    return _unwrap(client, _HTTPX_SENDS, layer)
+
+
+def wrap_runner(about_to_start: Callable[[web.Application], Awaitable[None]]) -> None:
+    """Await ``about_to_start(app)`` whenever an app is about to be served, before it is frozen."""
+
+    def around(original: Any) -> Callable[..., Awaitable[None]]:
+        async def setup(runner: web.AppRunner) -> None:
+            await about_to_start(runner.app)
+            await _bound(original, runner)()
+
+        return setup
+
+    _wrap(web.AppRunner, "setup", around, None)
+
+
+def tree(app: web.Application) -> Iterator[web.Application]:
+    """Yield an app and all that are below it."""
+    yield app
+    for below in app._subapps:
+        yield from tree(below)
+
+
+_HTTPX_SENDS = "_send_single_request"
+
+
+def _wrap(owner: type, name: str, around: Callable[[Any], Any], layer: Any) -> Any:
+    original = inspect.getattr_static(owner, name)
+    if layer is not None and _stands_on(original, layer):
+        return layer
+    wrapper = wraps(original)(around(original))
+    setattr(owner, name, wrapper)
+    return wrapper
+
+
+def _unwrap(owner: type, name: str, layer: Any) -> bool:
+    original = layer.__wrapped__
+    if vars(owner).get(name) is not layer:
         return False
-    setattr(ClientSession, "__init__", layer.__wrapped__)  # noqa: B010
+    setattr(owner, name, original)
     return True
 
 

@@ -4,7 +4,7 @@ import logging
 import sys
 import threading
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import astuple, fields
 from functools import partial
 from weakref import WeakValueDictionary
@@ -101,11 +101,12 @@ class PinLedger:
             self._catch_up()
             self.news.tell()
 
-    def answered(self, call: Call, worker: str | None) -> None:
-        """Enter the answer to a call that carried a key; ``worker`` is the one that it names."""
-        if not self._is_on:
+    def answered(self, call: Call, status: int, headers: Mapping[str, str]) -> None:
+        """Enter the answer to a call: how it went, and which worker its headers name."""
+        if status >= 400 or not (call.header and self._is_on):
+            self.count("failed" if status >= 400 else "untagged")
             return
-        row = call.row
+        row, worker = call.row, headers.get(self.worker_header) or None
         with self._lock:
             is_outer, self._is_working = not self._is_working, True
             try:

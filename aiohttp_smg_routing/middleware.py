@@ -217,3 +217,8 @@ def _is_cancelled() -> bool:
     """
     task = asyncio.current_task()
     return sys.version_info < (3, 11) or (task is not None and task.cancelling() > 0)
+
+
+async def hide(header: str, request: web.Request, response: web.StreamResponse) -> None:
+    """Take the header that names the worker off an answer to an agent."""
+    response.headers.popall(header, None)

@@ -1,7 +1,7 @@
 """The plugin: ``Routing`` joins both halves, and ``setup()`` joins them to an app."""
 
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
@@ -12,13 +12,13 @@ from aiohttp.client import ClientSession
 from aiohttp.typedefs import Middleware
 from yarl import URL
 
-from . import client, compat
+from . import client, compat, httpx_client
 from .config import ConfigError, RoutingConfig, as_config
 from .keys import SessionId
 from .ledger import PinLedger
 from .log import say
 from .metrics import PrometheusMetrics, prometheus_metrics
-from .middleware import inbound
+from .middleware import hide, inbound
 from .rules import Rules
 from .sources import is_named, named_sources
 
@@ -68,7 +68,7 @@ class Routing:
 
         >>> routing.attach(app[CLIENT])
         """
-        if not _takes_hook(session, "attach()"):
+        if not client.takes_hook(session, "attach()"):
             raise TypeError(
                 f"attach() takes an aiohttp.ClientSession, not a {type(session).__name__}: make "
                 "the session in it with trace_configs=[routing.trace_config()]"
@@ -92,8 +92,21 @@ class Routing:
         stack = ExitStack()
         if self.config.enabled:
             self._hooked += 1
-            stack.callback(client.instrument(self._rules))
+            stack.callback(httpx_client.instrument(self._rules))
         return stack
+
+    def httpx_hooks(self) -> dict[str, list[Callable[[Any], Any]]]:
+        """Return the hook as ``event_hooks`` for a client of httpx or httpx2, sync or async.
+
+        An assignment to ``client.event_hooks`` takes it off, and a call that raises is not counted;
+        ``instrument()`` has neither limit.
+
+        >>> event_hooks = routing.httpx_hooks()  # httpx.AsyncClient(event_hooks=event_hooks)
+        """
+        if not self.config.enabled:
+            return {}
+        self._hooked += 1
+        return httpx_client.HttpxHook(client.Hook(self._rules)).event_hooks()
 
     def explain(self, method: str, url: str | URL) -> str:
         """Return a sentence: a call carries a key, or why it does not and what to change.
@@ -148,7 +161,7 @@ def setup(app: web.Application, config: RoutingConfig | Mapping[str, Any]) -> Ro
         app.middlewares.append(routing.middleware)
         app.cleanup_ctx.insert(0, _running)  # before the app makes its own sessions
         if routing.config.hide_worker_ids:
-            app.on_response_prepare.append(partial(_hide, routing.config.worker_header))
+            app.on_response_prepare.append(partial(hide, routing.config.worker_header))
     return routing
 
 
@@ -169,16 +182,6 @@ def _metrics(config: RoutingConfig) -> PrometheusMetrics | None:
         raise ConfigError([("metrics_registry", str(error))]) from error
 
 
-def _takes_hook(value: object, place: str) -> bool:
-    """Tell whether a value is a ClientSession, or a mock of one in a user's tests."""
-    if compat.is_client_session(value):
-        return True
-    is_mock = isinstance(value, ClientSession) or type(value).__module__ == "unittest.mock"
-    if is_mock:
-        say(logger, logging.WARNING, "%s: a %s takes no hook", place, type(value).__name__)
-    return is_mock
-
-
 async def _running(app: web.Application) -> AsyncIterator[None]:
     """Export the pins while the app runs, and hook every ClientSession if the config asks."""
     routing = app[ROUTING]
@@ -188,7 +191,7 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
         client.attach(session, routing._hook)
     with ExitStack() as stack:
         if routing.config.instrument:
-            stack.callback(client.instrument(routing._rules))
+            stack.callback(httpx_client.instrument(routing._rules))
             for value in app.values():
                 if compat.is_client_session(value):  # made before the app starts
                     client.attach_every(value)
@@ -208,7 +211,7 @@ async def _started(app: web.Application) -> None:
     faults, hooked = [], []
     for name in routing.config.client_session:
         found = [value for key, value in app.items() if is_named(key, name)]
-        if len(found) == 1 and _takes_hook(found[0], f"client_session {name!r}"):
+        if len(found) == 1 and client.takes_hook(found[0], f"client_session {name!r}"):
             if compat.is_client_session(found[0]):
                 client.attach(found[0], routing._hook)
                 routing._attached.add(found[0])
@@ -229,22 +232,18 @@ async def _started(app: web.Application) -> None:
 def _what_will_happen(routing: Routing, hooked: list[str]) -> str:
     config = routing.config
     if config.instrument:
-        hooked.append("every one that is made from now on")
+        hooked.append("every one that is made from now on, and every httpx client")
     if routing._hooked:
-        hooked.append("those with routing.trace_config() or attach()")
-    where = (
-        "no ClientSession has the hook yet: name one in client_session, set instrument = true, or "
-        "pass trace_configs=[routing.trace_config()]"
-    )
-    if hooked:
-        where = f"the hook is on these ClientSessions: {', '.join(hooked)}"
-    pin_by = "" if config.pin_by.is_session else f", pinned by {config.pin_by.template}"
-    read = named_sources(config.session_id) + pin_by
+        hooked.append("those with routing.trace_config(), attach() or httpx_hooks()")
+    where = f"the hook is on these ClientSessions: {', '.join(hooked)}"
+    if not hooked:
+        where = (
+            "no ClientSession has the hook yet: name one in client_session, set instrument = true, "
+            "or pass trace_configs=[routing.trace_config()]"
+        )
+    read = named_sources(config.session_id)
+    read += "" if config.pin_by.is_session else f", pinned by {config.pin_by.template}"
     return (
         f"POST {', '.join(config.paths)} to {', '.join(map(str, config.gateway))} carries "
         f"{config.header}; the session id is read from {read}; {where}"
     )
-
-
-async def _hide(header: str, request: web.Request, response: web.StreamResponse) -> None:
-    response.headers.popall(header, None)

@@ -215,12 +215,12 @@ class Rules(Owner):
             "was made before the app started (use routing.attach(session))"
             if self.config.instrument
             else "has no hook (name its app key in client_session, or pass "
-            "trace_configs=[routing.trace_config()]); or it was made later (set instrument = true)"
+            "trace_configs=[routing.trace_config()]); or it was made later, or the call is made by "
+            "httpx, as in OpenAI's SDK (set instrument = true)"
         )
         message = (
             "%d POST requests in a row had a session, and no call to the gateway was seen. If this "
-            "server calls the gateway: the ClientSession that calls %s; or the call is made by "
-            "httpx and not by aiohttp, as in OpenAI's SDK unless it is given DefaultAioHttpClient()"
+            "server calls it: the ClientSession that calls %s; or neither aiohttp nor httpx calls"
         )
         say(logger, logging.WARNING, message, self._runs[what], why)
 

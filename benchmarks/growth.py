@@ -13,6 +13,7 @@ from aiohttp import ClientSession, web
 from yarl import URL
 
 from aiohttp_smg_routing import ROUTING_KEY_HEADER, Routing, RoutingConfig, routing_session, setup
+from aiohttp_smg_routing.gateway import ROUTED_WORKER_HEADER
 from aiohttp_smg_routing.ledger import Call
 from harness.agents import CHAT
 from harness.servers import serve
@@ -109,7 +110,7 @@ def _known_to(gateway: URL, ids: list[str], workers: list[str], turns: int) -> R
             worker = workers[number % len(workers)]
             call = Call(routing.pins, ROUTING_KEY_HEADER, session_id, url, session_id)
             # A new text each time, as the head of an answer brings it.
-            routing.pins.answered(call, worker.encode().decode())
+            routing.pins.answered(call, 200, {ROUTED_WORKER_HEADER: worker.encode().decode()})
     return routing
 
 

@@ -22,6 +22,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from yarl import URL
 
 from aiohttp_smg_routing import ROUTING_KEY_HEADER, Routing, RoutingConfig, routing_key
+from aiohttp_smg_routing.gateway import ROUTED_WORKER_HEADER
 from aiohttp_smg_routing.ledger import Call
 from aiohttp_smg_routing.rules import Rules
 
@@ -47,7 +48,7 @@ def rules_of(routing: Routing) -> Rules:
 def turn(routing: Routing, session_id: str) -> None:
     """Enter a call and its answer in the ledger."""
     call = Call(routing.pins, ROUTING_KEY_HEADER, session_id, str(GATEWAY), session_id)
-    routing.pins.answered(call, WORKER)
+    routing.pins.answered(call, 200, {ROUTED_WORKER_HEADER: WORKER})
 
 
 def test_a_key(benchmark: BenchmarkFixture) -> None:

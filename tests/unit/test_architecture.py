@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "aiohttp_smg_routing"
 CORE = sorted(file.stem for file in PACKAGE.glob("[!_]*.py"))
-FOLDERS = ["testing", "verify"]
+FOLDERS = ["run", "testing", "verify"]
 ROW = re.compile(r"^\| `(\w+)` \| .+ \| (.+) \|$", re.MULTILINE)
 # aiohttp with what it brings itself, and what the extra ``metrics`` brings.
 ALLOWED = {"aiohttp", "multidict", "yarl", "prometheus_client", PACKAGE.name}
@@ -77,5 +77,5 @@ def test_the_core_needs_nothing_but_aiohttp() -> None:
 
 def test_the_core_is_few_files_that_are_short() -> None:
     sizes = {path.name: len(path.read_text().splitlines()) for path in PACKAGE.glob("*.py")}
-    assert len(sizes) <= 16
+    assert len(sizes) <= 17  # the core is 16; httpx is for who calls by it
     assert max(sizes.values()) <= 250

@@ -63,10 +63,16 @@ def begun(
     return Begun(pins, "X-SMG-Routing-Key", session_id, gateway, key or session_id)
 
 
+def answered(call: Begun, worker: str | None) -> None:
+    """Give a call its answer, by the worker that it names, if any."""
+    headers = {} if worker is None else {"X-SMG-Routed-Worker-Id": worker}
+    call.ledger.answered(call, 200, headers)
+
+
 def play(pins: PinLedger, *turns: tuple[str, str | None], gateway: str | None = None) -> None:
     """Play turns one after the other, each with the worker that answers it."""
     for session_id, worker in turns:
-        pins.answered(begun(pins, session_id, gateway=gateway), worker)
+        answered(begun(pins, session_id, gateway=gateway), worker)
 
 
 def by_worker(*workers: str) -> Callable[[Call], bytes]:
@@ -118,8 +124,8 @@ def test_a_call_that_started_before_a_move_is_kept_and_moves_nothing_back() -> N
     pins = ledger(on_move=moves.append)
     play(pins, ("a", W1))
     slow, later = begun(pins, "a"), begun(pins, "a")
-    pins.answered(later, W2)  # W1 has died meanwhile
-    pins.answered(slow, W1)  # routed before, answered after
+    answered(later, W2)  # W1 has died meanwhile
+    answered(slow, W1)  # routed before, answered after
     assert pin_of(pins, "a").worker == W2
     play(pins, ("a", W2))
     assert pins.summary() == PinSummary(first=1, kept=2, moved=1, sessions=1)
@@ -132,7 +138,7 @@ def test_first_calls_that_overlap_are_judged_by_the_first_answer(order: tuple[st
     pins = ledger()
     calls = [begun(pins, "a") for _ in order]
     for call, worker in zip(calls, order, strict=True):
-        pins.answered(call, worker)
+        answered(call, worker)
     same = order.count(order[0]) - 1
     assert pins.summary() == PinSummary(first=1, kept=same, moved=2 - same, sessions=1)
 
@@ -144,7 +150,7 @@ def test_an_answer_from_where_the_session_is_by_now_is_no_second_move() -> None:
     play(pins, ("a", W1))
     calls = [begun(pins, "a") for _ in range(3)]
     for call in calls:
-        pins.answered(call, W2)
+        answered(call, W2)
     assert pins.summary() == PinSummary(first=1, moved=3, sessions=1)
     assert moves == [Move("a", W1, W2, 1)]
     assert pin_of(pins, "a") == SessionPin("a", A, "a", W2, 4, 1)
@@ -155,7 +161,7 @@ def test_a_late_answer_from_before_two_moves_leaves_the_session_where_it_is() ->
     play(pins, ("a", W1))
     slow = begun(pins, "a")
     play(pins, ("a", W2), ("a", W3))
-    pins.answered(slow, W1)
+    answered(slow, W1)
     assert pins.summary() == PinSummary(first=1, kept=1, moved=2, sessions=1)
     assert pins.workers() == {W3: 1}
 
@@ -227,7 +233,7 @@ def test_thirty_two_calls_in_flight_say_what_is_true_of_a_gateway_that_ignores_t
             in_flight.append((begun(pins, "a"), reference.begin("a", "a")))
         call, expected = in_flight.pop(chance.randrange(32))
         worker = f"w{chance.randrange(workers)}"
-        pins.answered(call, worker)
+        answered(call, worker)
         reference.answer(expected, worker)
     summary = pins.summary()
     assert summary == PinSummary(**reference.counts, sessions=1)
@@ -256,7 +262,7 @@ class Interleavings(RuleBasedStateMachine):
     def answer(self, data: st.DataObject, worker: str | None) -> None:
         place = data.draw(st.integers(0, len(self.in_flight) - 1))
         call, expected = self.in_flight.pop(place)
-        self.pins.answered(call, worker)
+        answered(call, worker)
         self.reference.answer(expected, worker)
 
     @precondition(lambda self: self.in_flight)
@@ -343,10 +349,10 @@ def test_it_keeps_the_sessions_that_called_last_and_every_count() -> None:
 def test_a_session_that_was_pushed_out_is_entered_anew_while_an_old_call_is_under_way() -> None:
     pins = ledger(track_sessions=1)
     old = [begun(pins, "a") for _ in range(2)]
-    pins.answered(old.pop(), W1)
+    answered(old.pop(), W1)
     play(pins, ("b", W1), ("a", W1))
     assert [pin.session for pin in pins.sessions()] == ["a"]
-    pins.answered(old.pop(), W1)
+    answered(old.pop(), W1)
     assert pins.workers() == {W1: 1}
 
 
@@ -383,7 +389,7 @@ def test_answers_to_calls_that_began_before_the_end_leave_no_row() -> None:
     pinned = begun(pins, "a")
     pins.end("a")
     for call, worker in ((never_answered, W1), (pinned, W1), (pinned, W2)):
-        pins.answered(call, worker)
+        answered(call, worker)
     assert (pins.sessions(), pins.workers()) == ([], {})
     assert pins.summary() == PinSummary(first=1, kept=2, moved=1)
 
@@ -391,13 +397,13 @@ def test_answers_to_calls_that_began_before_the_end_leave_no_row() -> None:
 def test_a_session_that_begins_anew_is_tracked_though_an_old_call_is_under_way() -> None:
     pins = ledger()
     old = [begun(pins, "a") for _ in range(3)]
-    pins.answered(old.pop(), W1)
+    answered(old.pop(), W1)
     pins.end("a")
     new = begun(pins, "a")
-    pins.answered(old.pop(), W1)
-    pins.answered(new, W2)
+    answered(old.pop(), W1)
+    answered(new, W2)
     assert pins.of("a") == [SessionPin("a", A, "a", W2, 1, 0)]
-    pins.answered(old.pop(), W1)
+    answered(old.pop(), W1)
     assert pins.of("a") == [SessionPin("a", A, "a", W2, 1, 0)]
     play(pins, ("a", W2))
     assert pin_of(pins, "a").turns == 2
@@ -409,11 +415,11 @@ def test_the_end_drops_every_pin_of_the_session_and_no_other() -> None:
     for session, gateway, key in itertools.product("ab", (A, B), "12"):
         under_way.append(begun(pins, session, gateway=gateway, key=key))
         worker = f"{gateway}/worker"
-        pins.answered(begun(pins, session, gateway=gateway, key=key), worker)
+        answered(begun(pins, session, gateway=gateway, key=key), worker)
     assert len(pins.of("a")) == len(pins.of("b")) == 4
     pins.end("a")
     for call in under_way:
-        pins.answered(call, f"{call.gateway}/worker")
+        answered(call, f"{call.gateway}/worker")
     assert pins.of("a") == []
     assert len(pins.of("b")) == 4
     assert sum(pins.workers().values()) == 4
@@ -489,7 +495,7 @@ def test_a_call_that_began_at_a_pin_of_its_own_is_judged_by_that_and_counts_in_t
     play(pins, ("b", W1), gateway=B)  # they are one from now on: "a" is where A has it
     before = pins.summary()
     assert (before.first, before.kept) == (3, 1)
-    pins.answered(under_way, worker)
+    answered(under_way, worker)
     assert getattr(pins.summary(), outcome) == getattr(before, outcome) + 1
     assert [(pin.worker, pin.turns) for pin in pins.of("a")] == [(is_at, 3)]
 
@@ -499,8 +505,8 @@ def test_calls_that_began_before_their_gateways_counted_as_one_have_one_row() ->
     at_a, at_b = [begun(pins, "a", gateway=gateway) for gateway in (A, B)]
     play(pins, ("b", W1), gateway=A)
     play(pins, ("b", W1), gateway=B)
-    pins.answered(at_a, W1)
-    pins.answered(at_b, W2)
+    answered(at_a, W1)
+    answered(at_b, W2)
     assert pins.of("a") == [SessionPin("a", A, "a", W2, 2, 1)]
 
 
@@ -531,7 +537,7 @@ def test_the_answer_that_shows_two_gateways_as_one_is_judged_by_the_sessions_fir
         pins = ledger(A, B, on_move=moves.append)
         under_way = begun(pins, "a", gateway=B)
         play(pins, ("a", W1), ("b", W2), gateway=A)
-        pins.answered(under_way, worker)
+        answered(under_way, worker)
         assert pins.summary() == PinSummary(first=2, **{outcome: 1}, sessions=2)
         assert len(moves) == pin_of(pins, "a").moves == (outcome == "moved")
 
@@ -541,7 +547,7 @@ def test_whatever_gateways_answer_the_counts_agree_with_each_other(seed: int) ->
     chance = random.Random(seed)
     moves: list[Move] = []
     pins = ledger(A, B, C, on_move=moves.append)
-    in_flight, answered = [], 0
+    in_flight, finished = [], 0
     for _ in range(200):
         session, key = chance.choice("abc"), chance.choice("12")
         in_flight.append(begun(pins, session, gateway=chance.choice((A, B, C)), key=key))
@@ -549,13 +555,13 @@ def test_whatever_gateways_answer_the_counts_agree_with_each_other(seed: int) ->
             pins.end(chance.choice("abc"))
         if chance.random() < 0.8:
             call = in_flight.pop(chance.randrange(len(in_flight)))
-            pins.answered(call, chance.choice((W1, W2, W3, W4, f"{call.gateway}/own", None)))
-            answered += 1
+            answered(call, chance.choice((W1, W2, W3, W4, f"{call.gateway}/own", None)))
+            finished += 1
         rows = pins.sessions()
         assert pins.workers() == Counter(row.worker for row in rows if row.worker)
         assert len({row[:3] for row in rows}) == len(rows)
         summary = pins.summary()
-        assert sum((summary.first, summary.kept, summary.moved, summary.unknown)) == answered
+        assert sum((summary.first, summary.kept, summary.moved, summary.unknown)) == finished
         assert summary.sessions == len({row.session for row in rows})
         assert sum(row.moves for row in rows) <= len(moves) <= summary.moved
     for session in "abc":
@@ -566,8 +572,8 @@ def test_whatever_gateways_answer_the_counts_agree_with_each_other(seed: int) ->
 def test_sessions_that_pin_several_models_have_a_row_for_each() -> None:
     pins = ledger(pin_by="{session_id}/{json:model}")
     for _ in range(4):
-        pins.answered(begun(pins, "a", key="digest-of-x"), W1)
-        pins.answered(begun(pins, "a", key="digest-of-y"), W2)
+        answered(begun(pins, "a", key="digest-of-x"), W1)
+        answered(begun(pins, "a", key="digest-of-y"), W2)
     assert pins.summary() == PinSummary(first=2, kept=6, sessions=1)
     assert [(pin.key, pin.worker, pin.turns) for pin in pins.of("a")] == [
         ("digest-of-x", W1, 4),
@@ -639,7 +645,7 @@ async def test_two_gateways_on_the_wire_that_pin_each_for_itself_show_no_move(
 def test_a_session_with_endless_keys_is_bounded() -> None:
     pins = ledger()
     for number in range(5_000):
-        pins.answered(begun(pins, "a", key=f"key-{number}"), W1)
+        answered(begun(pins, "a", key=f"key-{number}"), W1)
     rows = pins.of("a")
     assert len(rows) < 500
     assert rows[-1].key == "key-4999"
@@ -684,7 +690,7 @@ def test_sessions_calls_and_workers_that_come_and_go_leave_nothing(
         ended = begun(pins, session, gateway=gateway)
         if number % 3:
             pins.end(session)
-        pins.answered(ended, f"{worker}1")
+        answered(ended, f"{worker}1")
         kept[:] = [ended]
 
     keeps_interned = sys.version_info[:2] == (3, 12)  # for ever: the workers' names
@@ -824,27 +830,27 @@ def is_consistent(pins: PinLedger) -> bool:
 
 def kept_turn(pins: PinLedger) -> Callable[[], object]:
     play(pins, ("a", W1))
-    return functools.partial(pins.answered, begun(pins, "a"), W1)
+    return functools.partial(answered, begun(pins, "a"), W1)
 
 
 def first_turn(pins: PinLedger) -> Callable[[], object]:
-    return functools.partial(pins.answered, begun(pins, "a"), W1)
+    return functools.partial(answered, begun(pins, "a"), W1)
 
 
 def moved_turn(pins: PinLedger) -> Callable[[], object]:
     play(pins, ("a", W1))
-    return functools.partial(pins.answered, begun(pins, "a"), W2)
+    return functools.partial(answered, begun(pins, "a"), W2)
 
 
 def merging_turn(pins: PinLedger) -> Callable[[], object]:
     play(pins, ("a", W1), ("b", W1))
     play(pins, ("b", W2), gateway=B)
-    return functools.partial(pins.answered, begun(pins, "a", gateway=B), W1)
+    return functools.partial(answered, begun(pins, "a", gateway=B), W1)
 
 
 def a_turn_that_pushes_out(pins: PinLedger) -> Callable[[], object]:
     play(pins, ("b", W1), ("c", W2), ("d", W1))
-    return functools.partial(pins.answered, begun(pins, "a"), W1)
+    return functools.partial(answered, begun(pins, "a"), W1)
 
 
 def reading(pins: PinLedger) -> Callable[[], object]:
@@ -933,7 +939,7 @@ def test_an_end_while_another_thread_is_at_work_is_done_with_the_next_call() -> 
     play(pins, ("a", W1), ("b", W1))
     under_way, worker = begun(pins, "a"), Compared(W1)
     worker.call = functools.partial(end_in_a_thread, pins)
-    watched(lambda: pins.answered(under_way, worker))
+    watched(lambda: answered(under_way, worker))
     play(pins, ("a", W2))
     assert pins.of("a") == [SessionPin("a", A, "a", W2, 1, 0)]
     assert calls_of(pins) == 4
@@ -950,7 +956,7 @@ def beside_a_thread_at_work(pins: PinLedger, work: Callable[[], object]) -> None
             thread.join(0.1)  # seconds: in vain where it waits for this one
 
     worker.call = at_work
-    watched(lambda: pins.answered(under_way, worker))
+    watched(lambda: answered(under_way, worker))
     watched(thread.join)
 
 
@@ -1011,7 +1017,7 @@ def ended_while_another_thread_begins_its_work(at: int) -> bool:
             is_ended.wait()
 
     worker.call = work
-    answer = functools.partial(pins.answered, begun(pins, "a"), worker)
+    answer = functools.partial(answered, begun(pins, "a"), worker)
     other = threading.Thread(target=answer, daemon=True)
 
     def begin() -> None:
@@ -1097,7 +1103,7 @@ def test_a_turn_that_is_kept_may_be_entered_at_any_point(
         return run
 
     def check() -> None:
-        answer = lambda pins: pins.answered(under_way[0], W3)  # noqa: E731
+        answer = lambda pins: answered(under_way[0], W3)  # noqa: E731
         for pins, undisturbed in at_every_point(prepare_both, answer):
             assert calls_of(pins) == calls_of(undisturbed) + 1
             assert pin_of(pins, "e").turns == 2
@@ -1180,7 +1186,7 @@ def test_a_signal_handler_may_end_and_read_sessions() -> None:
             turns += 1
             session = f"s-{turns % 5}"
             call = Call(pins, "X-SMG-Routing-Key", session, "http://g", session)
-            pins.answered(call, f"w-{turns % 3}")
+            pins.answered(call, 200, {"X-SMG-Routed-Worker-Id": f"w-{turns % 3}"})
             pins.sessions()
         signal.setitimer(signal.ITIMER_REAL, 0)
         summary = pins.summary()

@@ -38,6 +38,7 @@ from .test_ledger import (
     W1,
     W2,
     A,
+    answered,
     begun,
     by_worker,
     end_in_a_thread,
@@ -333,7 +334,7 @@ def test_a_late_answer_of_a_worker_that_has_no_session_any_more_leaves_no_series
     play(pins, ("a", W1))
     slow = begun(pins, "a")
     play(pins, ("a", W2))
-    pins.answered(slow, W1)
+    pins.answered(slow, 200, {"X-SMG-Routed-Worker-Id": W1})
     assert pins.summary() == PinSummary(first=1, kept=1, moved=1, sessions=1)
     assert [name for name in series(registry) if W1 in name] == []
 
@@ -382,7 +383,7 @@ def scraping(pins: PinLedger, registry: CollectorRegistry) -> Callable[[], objec
 
 def moving(pins: PinLedger, registry: CollectorRegistry) -> Callable[[], object]:
     play(pins, ("a", W1))
-    return partial(pins.answered, begun(pins, "a"), W2)
+    return partial(answered, begun(pins, "a"), W2)
 
 
 def stopping(pins: PinLedger, registry: CollectorRegistry) -> Callable[[], object]:
@@ -505,7 +506,8 @@ def test_several_processes_add_up(tmp_path: Path) -> None:
         from aiohttp_smg_routing.ledger import Call
         pins = Routing({"gateway": "http://g", "metrics": "prometheus"}).pins
         for name in ("s-1", "s-2", "s-2"):
-            pins.answered(Call(pins, "X-SMG-Routing-Key", name, "http://g", name), "w")
+            call = Call(pins, "X-SMG-Routing-Key", name, "http://g", name)
+            pins.answered(call, 200, {"X-SMG-Routed-Worker-Id": "w"})
         print("ready", flush=True)
         sys.stdin.read()
     """
@@ -549,7 +551,8 @@ def test_where_prometheus_client_can_remove_no_series_a_worker_that_is_gone_has_
         from aiohttp_smg_routing.ledger import Call
         pins = Routing({"gateway": "http://g", "metrics": "prometheus"}).pins
         for worker in ("w-1", "w-1", "w-2"):
-            pins.answered(Call(pins, "X-SMG-Routing-Key", "s", "http://g", "s"), worker)
+            call = Call(pins, "X-SMG-Routing-Key", "s", "http://g", "s")
+            pins.answered(call, 200, {"X-SMG-Routed-Worker-Id": worker})
         registry = CollectorRegistry()
         MultiProcessCollector(registry)
         print(generate_latest(registry).decode())

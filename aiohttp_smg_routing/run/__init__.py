@@ -1,0 +1,8 @@
+"""The plugin on every app that a process serves, for servers that have no place for ``setup()``.
+
+``command`` starts such a server; ``install()`` is what works in its process.
+"""
+
+from .apps import install
+
+__all__ = ("install",)

@@ -1,0 +1,77 @@
+"""Sets up each app that the process serves, when it is finished and not yet frozen."""
+
+import atexit
+import logging
+import os
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+
+from aiohttp import web
+
+from .. import compat
+from ..log import say
+from ..plugin import ROUTING, setup
+from ..sources import is_named
+from .config import load
+
+logger: logging.Logger = logging.getLogger(__name__)
+
+_NO_APP = (
+    "this process has ended, and it served no aiohttp app: so no call carried a key. run is for "
+    "servers that serve a web.Application with web.run_app(), AppRunner or gunicorn"
+)
+
+
+class _Seen:
+    """What the process has done so far."""
+
+    has_app = has_forked = False
+
+
+def install(config: str = "") -> None:
+    """Put the plugin on every app that this process serves from now on.
+
+    ``config`` is a TOML file with a table ``[smg_routing]``, or ``package.module:NAME``. Without
+    one, the environment variables ``SMG_ROUTING_*`` are the options. It is read when an app starts.
+    ``instrument`` is true where the config does not say. An app that calls ``setup()`` itself, or
+    has a sub-app that does, is left as it is.
+
+    Call it before the server makes its app; ``aiohttp-smg-routing run`` does so.
+
+    >>> ray.init(runtime_env={"worker_process_setup_hook": install})
+    """
+    seen = _Seen()
+    compat.wrap_runner(partial(_started, seen, config))
+    os.register_at_fork(after_in_parent=partial(setattr, seen, "has_forked", True))
+    atexit.register(_ended, seen)
+
+
+async def _started(seen: _Seen, source: str, app: web.Application) -> None:
+    seen.has_app = True
+    if any(ROUTING in it for it in compat.tree(app)):
+        return  # by its own setup(), or it was served before
+    if app.on_startup.frozen:
+        message = "an app is frozen before it is served, and its calls carry no key: call setup()"
+        say(logger, logging.WARNING, message)
+        return
+    config = load(source)
+    # Which of its apps has the session is not for the config of a whole process to say.
+    setup(app, replace(config, client_session=()))
+    app.on_startup.append(partial(_attach, config.client_session, config.instrument))
+
+
+async def _attach(names: Iterable[object], has_all: bool, app: web.Application) -> None:
+    for name in names:
+        found = [value for key, value in app.items() if is_named(key, name)]
+        if found:
+            app[ROUTING].attach(found[0])
+        else:
+            remedy = "" if has_all else "; name what each app has, or set instrument = true"
+            message = "client_session: an app that is served has no ClientSession under %r%s"
+            say(logger, logging.WARNING, message, name, remedy)
+
+
+def _ended(seen: _Seen) -> None:
+    if not (seen.has_app or seen.has_forked):
+        say(logger, logging.WARNING, _NO_APP)

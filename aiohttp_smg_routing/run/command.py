@@ -1,0 +1,81 @@
+"""``aiohttp-smg-routing run``: starts a server, as it is, with the plugin on its apps."""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..config import ConfigError
+from .config import is_name, load
+
+_USAGE, _NOT_FOUND = 64, 127  # EX_USAGE of sysexits.h; what a shell says of no such command
+_SITE = Path(__file__).parent / "site"
+_PYTHON = re.compile(r"python[\d.]*t?(\.exe)?")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Become the server that ``argv`` names; return an exit status where that can't be."""
+    parser = argparse.ArgumentParser(
+        prog="aiohttp-smg-routing run",
+        description="Run an aiohttp server as it is, with the plugin on every app that it serves.",
+        usage="%(prog)s [--config FILE.toml|MODULE:NAME] [--children] -- COMMAND ...",
+        exit_on_error=True,
+    )
+    parser.add_argument(
+        "--config",
+        default="",
+        metavar="FILE.toml|MODULE:NAME",
+        help="the file whose table [smg_routing] has the options, or where the server has them "
+        "(default: the environment variables SMG_ROUTING_*)",
+    )
+    parser.add_argument(
+        "--children", action="store_true", help="on the apps of the processes that it starts, too"
+    )
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND ...")
+    given = parser.parse_args(argv)
+    command = given.command[1:] if given.command[:1] == ["--"] else given.command
+    config = given.config
+    try:
+        if not is_name(config):  # the server's own names are there in the server only
+            load(config)
+            config = config and str(Path(config).absolute())
+    except ConfigError as error:
+        return _failed(str(error), _USAGE)
+    if command[:1] == ["-m"]:
+        command = [sys.executable, *command]
+    if not command:
+        return _failed("there is no command: write it after --, as in: -- python server.py", _USAGE)
+    program = shutil.which(command[0])
+    if program is None:
+        return _failed(f"{command[0]!r} is no command that is found here", _NOT_FOUND)
+    if option := _without_site(command):
+        reason = f"{option} keeps Python from reading PYTHONPATH, which run needs: leave it out"
+        return _failed(reason, _USAGE)
+    before = os.environ.get("PYTHONPATH")
+    run = {"config": config, "children": given.children, "pythonpath": before}
+    path = os.pathsep.join([str(_SITE), *([before] if before else [])])
+    environ = {**os.environ, "AIOHTTP_SMG_ROUTING_RUN": json.dumps(run), "PYTHONPATH": path}
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(program, command, environ)  # noqa: S606 - its streams, signals and exit status
+    raise AssertionError("execve() does not return")
+
+
+def _failed(reason: str, status: int) -> int:
+    print(f"aiohttp-smg-routing run: {reason}", file=sys.stderr)
+    return status
+
+
+def _without_site(command: Sequence[str]) -> str:
+    """Return the option of a Python's that keeps it from importing ``sitecustomize``, if any."""
+    if _PYTHON.fullmatch(Path(command[0]).name):
+        for word in command[1:]:
+            if not word.startswith("-") or word.startswith(("--", "-c", "-m")):
+                break
+            if re.search("[EIS]", word.partition("X")[0].partition("W")[0]):
+                return word
+    return ""
