@@ -285,7 +285,7 @@ def teardown(namespace: dict[str, Any]) -> None:
 SHELL = CodeBlockParser("sh", shell)
 PAGES_ABOVE = ("README.md", "CONTRIBUTING.md", "SECURITY.md")
 PAGES_WITH_SNIPPETS = (
-    *("configuration", "monitoring", "pins", "recipes", "reliability", "testing"),
+    *("agents", "configuration", "monitoring", "pins", "recipes", "reliability", "testing"),
     "troubleshooting",
 )
 PAGES = Sybil(
