@@ -4,8 +4,8 @@ from pathlib import Path
 
 PACKAGE = "aiohttp_smg_routing"
 
-# By the path below the package. Tests that take half a minute and see what the others see are not
-# here: test_properties_wire, test_properties, test_session_server and all on the real gateway.
+# By the path below the package. Left out are tests that take long and look at many files at once,
+# such as test_properties.py and all on the real gateway but those of the fixtures for it.
 TESTS = {
     "__init__": "unit/test_init unit/test_architecture",
     "__main__": "unit/test_verify_cli",
@@ -14,8 +14,8 @@ TESTS = {
     "compat": "unit/test_compat wire/test_late wire/test_foreign_code wire/test_instrument "
     "wire/test_body wire/test_client",
     "config": "unit/test_config unit/test_secrets unit/test_keys wire/test_plugin",
-    "context": "unit/test_context wire/test_late wire/test_middleware wire/test_client "
-    "wire/test_never_silent",
+    "context": "unit/test_context unit/test_log wire/test_late wire/test_middleware "
+    "wire/test_client wire/test_never_silent",
     "gateway": "unit/test_config unit/test_keys wire/test_client wire/test_plugin "
     "wire/test_never_silent unit/test_verify_play",
     "keys": "unit/test_keys unit/test_config unit/test_secrets",
