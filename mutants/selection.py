@@ -17,7 +17,7 @@ TESTS = {
     "context": "unit/test_context unit/test_log wire/test_late wire/test_middleware "
     "wire/test_client wire/test_never_silent",
     "gateway": "unit/test_config unit/test_keys wire/test_client wire/test_plugin "
-    "wire/test_never_silent unit/test_verify_play",
+    "wire/test_never_silent unit/test_verify_play unit/test_ledger",
     "keys": "unit/test_keys unit/test_config unit/test_secrets",
     "ledger": "unit/test_ledger unit/test_metrics wire/test_client",
     "log": "unit/test_log wire/test_never_silent wire/test_client unit/test_context",
