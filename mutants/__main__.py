@@ -38,6 +38,7 @@ def arguments() -> argparse.Namespace:
             parser.error(f"{file} is no file of the package, such as {known[3]}")
     if given.count < 1:
         parser.error(f"--count is {given.count}: there is nothing to try")
+    given.files = sorted(set(given.files))  # a seed draws the same from them in any order
     if given.seed is None:
         given.seed = random.randrange(10**6)  # noqa: S311 - no secret
     return given

@@ -10,7 +10,7 @@ TESTS = {
     "__init__": "unit/test_init unit/test_architecture",
     "__main__": "unit/test_verify_cli",
     "client": "wire/test_client wire/test_plugin wire/test_instrument wire/test_never_silent "
-    "wire/test_foreign_code",
+    "wire/test_foreign_code unit/test_ledger",
     "compat": "unit/test_compat wire/test_late wire/test_foreign_code wire/test_instrument "
     "wire/test_body wire/test_client",
     "config": "unit/test_config unit/test_secrets unit/test_keys wire/test_plugin",
@@ -20,8 +20,9 @@ TESTS = {
     "wire/test_never_silent unit/test_verify_play unit/test_ledger",
     "keys": "unit/test_keys unit/test_config unit/test_secrets",
     "ledger": "unit/test_ledger unit/test_metrics wire/test_client",
-    "log": "unit/test_log wire/test_never_silent wire/test_client unit/test_context",
-    "metrics": "unit/test_metrics unit/test_monitoring unit/test_config",
+    "log": "unit/test_log unit/test_context unit/test_ledger wire/test_never_silent "
+    "wire/test_client",
+    "metrics": "unit/test_metrics unit/test_monitoring unit/test_config unit/test_ledger",
     "middleware": "wire/test_middleware wire/test_body wire/test_plugin wire/test_late "
     "wire/test_never_silent wire/test_client",
     "plugin": "wire/test_plugin wire/test_instrument wire/test_never_silent "
