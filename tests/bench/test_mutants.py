@@ -205,6 +205,8 @@ def test_wrong_arguments_get_a_sentence(tree: Path, words: list[str], sentence: 
         ("x = f(a)", set()),  # without it nothing runs
         ("'''A docstring.'''", set()),
         ("x = 'a message of %s'", set()),
+        ("x = ('a message ' 'of_two_lines')", set()),
+        ("@dataclass(slots=True)\nclass A:\n    b: int", set()),
         ("x: Literal['a'] = b", set()),
         ("X = int | None", set()),
         ("if TYPE_CHECKING:\n    import a", set()),
