@@ -2,7 +2,6 @@
 
 import argparse
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -97,7 +96,6 @@ def main() -> int:
     """Try a sample of mutants, and print how many of them the tests catch."""
     given = arguments()
     commit = git("describe", "--always", "--dirty")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     mutants = sample(given.files, given.count, given.seed)
     counts = attempt(mutants)
     tried = counts.total()

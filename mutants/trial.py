@@ -21,6 +21,7 @@ _FORK = multiprocessing.get_context("fork")
 # pytest says of hypothesis, which has a plugin, that it is loaded too early to be rewritten.
 _QUIET = "ignore:Module already imported"
 _OPTIONS = ("-q", "-x", "--hypothesis-seed=0", "-p", "no:cacheprovider", "-W", _QUIET)
+_STOP = {signal.SIGINT, signal.SIGTERM}
 _NO_TESTS = 5  # an exit status of pytest
 
 _SECONDS_MORE = 20  # than three times what the tests take without a fault
@@ -44,6 +45,9 @@ class Copy:
         for name in _LOADED:
             import_module(name)
         gc.freeze()
+        # Both raise KeyboardInterrupt, and only while a run is waited for.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
 
     def measure(self, test: str) -> float:
         """Return the seconds that a test file takes without a fault; exit if it does not pass."""
@@ -83,12 +87,14 @@ class Copy:
         run.start()
         assert run.pid is not None  # noqa: S101 - it has started
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP)
             run.join(limit)
             status = run.exitcode
             if status is None:
                 os.kill(run.pid, signal.SIGINT)  # the fixtures end what has a group of its own
                 run.join(_SECONDS_MORE)
         finally:
+            signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
             with suppress(ProcessLookupError):
                 os.killpg(run.pid, signal.SIGKILL)
             run.kill()
@@ -100,6 +106,7 @@ class Copy:
     def _pytest(self, test: str) -> None:
         os.setsid()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP)
         printed = os.open(self._printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(printed, 1)
         os.dup2(printed, 2)
