@@ -9,7 +9,7 @@ QUICK := tests/unit tests/wire -m 'not thorough' \
 	--ignore-glob 'tests/*/test_properties*.py' \
 	--ignore tests/unit/test_verify_cli.py --ignore tests/unit/test_verify_plot.py
 
-.PHONY: help check demo bench micro fuzz soak test compat docs figures lint dist programs clean
+.PHONY: help check demo bench micro fuzz mutants soak test compat docs figures lint dist programs clean
 
 help: ## Show this help
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -42,6 +42,9 @@ micro: $(VENV)/bench.installed ## Micro-benchmarks of this tree beside those of 
 
 fuzz: $(VENV)/fuzz.installed ## Inputs that a fuzzer makes up, against the laws of key, matcher and config: SECONDS=60 each
 	@exec $(BIN)/python -m fuzz $(SECONDS)
+
+mutants: $(VENV)/mutants.installed ## Small faults put into the package, a random sample: do its tests notice? FILES= COUNT= SEED= AT_LEAST=
+	@exec $(BIN)/python -m mutants $(FILES) $(COUNT:%=--count=%) $(SEED:%=--seed=%) $(AT_LEAST:%=--at-least=%)
 
 soak: $(VENV)/demo.installed ## 10,000 sessions while workers, the gateway and the server are killed: nothing is lost
 	@exec $(BIN)/python -m soak

@@ -5,8 +5,8 @@ the context, and the hook puts it on the call. The ledger records which worker a
 
 What ``__all__`` lists is public, here and in ``aiohttp_smg_routing.testing``. All else is private.
 
-PYTEST_DONT_REWRITE: pytest loads fixtures from this package, and would warn that it can't rewrite
-the asserts of modules that are imported already.
+PYTEST_DONT_REWRITE: pytest rewrites the asserts of a distribution that has a plugin, and would warn
+where the package is imported already.
 """
 
 from .config import ConfigError, RoutingConfig

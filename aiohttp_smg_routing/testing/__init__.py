@@ -6,7 +6,7 @@
             await client.post("/sessions/s-1/v1/chat/completions", json={"messages": []})
         recording_gateway.assert_pinned("s-1", turns=3)
 
-If pytest-aiohttp is installed, pytest has the fixtures ``recording_gateway`` and ``smg_gateway``.
+If pytest-asyncio is installed, pytest has the fixtures ``recording_gateway`` and ``smg_gateway``.
 The latter starts the real gateway, and needs the extra ``gateway``. Here both are async context
 managers, for use without pytest. ``docs/testing.md`` has more.
 """

@@ -17,10 +17,10 @@ _POLL_SECONDS = 0.05
 _START_SECONDS = 60
 
 
-def _own_ports() -> range:
+def _own_ports(file: Path = Path("/proc/sys/net/ipv4/ip_local_port_range")) -> range:
     # Documentation/networking/ip-sysctl.rst of Linux; other systems begin at 32768 or above.
     try:
-        first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+        first = int(file.read_text().split()[0])
     except OSError:
         first = 32768
     return range(10_000, first)

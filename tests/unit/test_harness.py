@@ -14,7 +14,7 @@ from harness.processes import ROOT
 from harness.sse import Completion, read_completion
 
 PACKAGE = "aiohttp_smg_routing"
-FOLDERS = ("benchmarks", "demo", "examples", "fuzz", "harness", "soak", "tests")
+FOLDERS = ("benchmarks", "demo", "examples", "fuzz", "harness", "mutants", "soak", "tests")
 FILES = [file for name in FOLDERS for file in sorted((ROOT / name).rglob("*.py"))]
 FILES.append(ROOT / "conftest.py")
 
@@ -32,7 +32,10 @@ def imports(file: Path) -> Iterator[list[str]]:
 
 def test_no_file_edits_the_path_of_imports() -> None:
     editing = re.compile(r"sys\.path(?:\.\w+\(|\[|\s*\+?=[^=])")
-    assert [str(file) for file in FILES if editing.search(file.read_text("utf-8"))] == []
+    found = [
+        str(file.relative_to(ROOT)) for file in FILES if editing.search(file.read_text("utf-8"))
+    ]
+    assert found == ["mutants/trial.py"]  # a forked pytest imports the copy that has the fault
 
 
 def test_no_file_imports_what_is_private_in_the_package() -> None:

@@ -7,6 +7,7 @@ import textwrap
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import FrozenInstanceError, fields
 from functools import partial
 from importlib.machinery import BuiltinImporter
 from itertools import count
@@ -25,6 +26,7 @@ from pytest_aiohttp.plugin import AiohttpClient
 from aiohttp_smg_routing import (
     ROUTING,
     ConfigError,
+    Move,
     PinLedger,
     PinSummary,
     Routing,
@@ -583,3 +585,12 @@ def test_a_missing_prometheus_client_names_the_extra(monkeypatch: pytest.MonkeyP
     monkeypatch.delitem(sys.modules, "prometheus_client")
     with pytest.raises(ConfigError, match=r"pip install 'aiohttp_smg_routing\[metrics\]'"):
         RoutingConfig("http://gateway", metrics="prometheus")
+
+
+@pytest.mark.parametrize(
+    "shown", [Move("s-1", W1, W2, 3), PinSummary()], ids=["Move", "PinSummary"]
+)
+def test_what_the_ledger_shows_can_not_be_changed(shown: Any) -> None:
+    with pytest.raises(FrozenInstanceError):
+        setattr(shown, fields(shown)[0].name, 4)
+    assert not hasattr(shown, "__dict__")

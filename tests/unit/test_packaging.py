@@ -26,6 +26,7 @@ FOLDERS = (
     "examples",
     "fuzz",
     "harness",
+    "mutants",
     "soak",
     "tests",
     ".ci",

@@ -2,6 +2,7 @@ import asyncio
 import socket
 import sys
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
@@ -95,3 +96,7 @@ def test_where_the_system_gives_every_port_it_gives_the_free_ones(
 ) -> None:
     monkeypatch.setattr(processes, "_OWN_PORTS", range(0))
     assert len(set(free_ports(5))) == 5
+
+
+def test_where_the_system_does_not_say_what_it_gives_the_free_ones_are_low(tmp_path: Path) -> None:
+    assert processes._own_ports(tmp_path / "none") == range(10_000, 32768)

@@ -873,7 +873,11 @@ def test_every_cause_is_in_the_docs() -> None:
         (Failure("status", GATEWAY / "v1/v1/x", 404), ("m",), "http_404", "Leave /v1 out"),
         (Failure("status", GATEWAY, 405), ("m",), "http_405", "Check the URL"),
         (Failure("status", GATEWAY, 503), ("m",), "http_503", "GET /workers"),
-        (Failure("status", GATEWAY, 307), ("m",), "http_307", "no redirect"),
+        *(
+            (Failure("status", GATEWAY, status), ("m",), f"http_{status}", "no redirect")
+            for status in (300, 301, 302, 303, 307, 308)
+        ),
+        (Failure("status", GATEWAY, 304), ("m",), "http_304", "log of the gateway"),
         (Failure("status", GATEWAY, 500), ("m",), "http_500", "log of the gateway"),
     ],
 )
@@ -885,6 +889,16 @@ def test_failure_is_explained(
     assert verdict.exit_status == 2
     assert [cause.name for cause in verdict.causes] == [name, "gave_up"]
     assert words in verdict.causes[0].text + verdict.causes[0].advice
+
+
+@pytest.mark.parametrize(
+    ("status", "shown"), [(404, "/a/b answers"), (405, "/a/b answers"), (406, "answers")]
+)
+def test_a_status_that_may_be_of_a_wrong_path_shows_the_path(status: int, shown: str) -> None:
+    turn = Turn("keyed", 1, 1, "failed", failure=Failure("status", GATEWAY / "a/b", status))
+    [cause] = judge(Seen(PLAN, (turn,), 1, models=("m",)), 0.99).causes
+    assert shown in cause.text
+    assert ("/a/b" in cause.text) == ("/a/b" in shown)
 
 
 def test_gateway_that_calls_its_model_unknown_wants_its_name() -> None:

@@ -1,0 +1,114 @@
+"""The command line: ``python -m mutants``."""
+
+import argparse
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from .selection import files, selected
+
+try:
+    from .changes import Faults, Mutant
+except ModuleNotFoundError as error:
+    sys.exit(f"{error}: pip install -e . --group mutants")
+
+from .trial import Copy
+
+ROOT = Path(__file__).parents[1]
+_COUNT = 100  # some fifteen minutes on two cores
+
+
+def arguments() -> argparse.Namespace:
+    """Return what the command line says; exit where it makes no sense."""
+    parser = argparse.ArgumentParser(prog="python -m mutants")
+    known = files(ROOT)
+    parser.add_argument("files", nargs="*", default=known, help="files of the package; all of them")
+    parser.add_argument("--count", type=int, default=_COUNT, help=f"mutants to try; {_COUNT}")
+    parser.add_argument("--seed", type=int, help="draws the same mutants again; random")
+    parser.add_argument("--at-least", type=float, help="exit with 1 if fewer percent are caught")
+    given = parser.parse_args()
+    for file in given.files:
+        if file not in known:
+            parser.error(f"{file} is no file of the package, such as {known[3]}")
+    if given.count < 1:
+        parser.error(f"--count is {given.count}: there is nothing to try")
+    given.files = sorted(set(given.files))  # a seed draws the same from them in any order
+    if given.seed is None:
+        given.seed = random.randrange(10**6)  # noqa: S311 - no secret
+    return given
+
+
+def sample(chosen: Sequence[str], count: int, seed: int) -> list[Mutant]:
+    """Return ``count`` mutants of the files, or all if there are fewer."""
+    faults = [Faults(file, (ROOT / file).read_text(encoding="utf-8")) for file in chosen]
+    places = [(its, number) for its in faults for number in range(len(its))]
+    drawn = random.Random(seed).sample(places, min(count, len(places)))  # noqa: S311
+    return [its[number] for its, number in drawn]
+
+
+def attempt(mutants: Sequence[Mutant]) -> Counter[tuple[str, str]]:
+    """Try each mutant and return how many of a file had which outcome; show those that survive."""
+    counts: Counter[tuple[str, str]] = Counter()
+    with TemporaryDirectory(prefix="mutants-") as folder:
+        copy = Copy(ROOT, Path(folder))
+        try:
+            for test in sorted({test for mutant in mutants for test in selected(mutant.file)}):
+                print(f"without a mutant: {test} {copy.measure(test):.0f} s", flush=True)
+            for number, mutant in enumerate(mutants, 1):
+                started = time.monotonic()
+                outcome = copy.outcome(mutant.file, mutant.after, selected(mutant.file))
+                counts[mutant.file, outcome] += 1
+                seconds = time.monotonic() - started
+                where = f"{mutant.file}:{mutant.line}"
+                print(f"{number}/{len(mutants)} {where} {outcome} {seconds:.0f} s", flush=True)
+                if outcome == "survived":
+                    print(mutant.diff, flush=True)
+        except KeyboardInterrupt:
+            print("Stopped: what follows is of the mutants that were tried.")
+    return counts
+
+
+def table(counts: Counter[tuple[str, str]]) -> str:
+    """Return a row for each file, in Markdown."""
+    lines = [
+        "| file | mutants | caught | timed out | survived |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    outcomes = ("caught", "timed out", "survived")
+    tried = sorted({file for file, _ in counts})
+    for name, its in [*((f"`{file}`", [file]) for file in tried), ("all", tried)]:
+        row = [sum(counts[file, outcome] for file in its) for outcome in outcomes]
+        lines.append(f"| {name} | {sum(row)} | {' | '.join(map(str, row))} |")
+    return "\n".join(lines)
+
+
+def git(*words: str) -> str:
+    """Return what a git command prints about this repository."""
+    return subprocess.check_output(["git", *words], cwd=ROOT, text=True).strip()  # noqa: S603, S607
+
+
+def main() -> int:
+    """Try a sample of mutants, and print how many of them the tests catch."""
+    given = arguments()
+    commit = git("describe", "--always", "--dirty")
+    mutants = sample(given.files, given.count, given.seed)
+    counts = attempt(mutants)
+    tried = counts.total()
+    if tried == 0:
+        return 130
+    survived = sum(count for (_, outcome), count in counts.items() if outcome == "survived")
+    share = 100 * (tried - survived) / tried
+    print(f"\n{table(counts)}\n")
+    print(f"{share:.1f} % are caught; one that takes too long is. Seed {given.seed}, {commit}.")
+    if tried < len(mutants):
+        return 130
+    return 1 if given.at_least is not None and share < given.at_least else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
