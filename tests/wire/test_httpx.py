@@ -1,6 +1,8 @@
 """The outbound half for httpx and httpx2: the contract on the wire that aiohttp's calls have."""
 
 import asyncio
+import functools
+import importlib.util
 import logging
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
@@ -12,7 +14,6 @@ import httpx
 import httpx2
 import pytest
 from aiohttp import web
-from openai import DefaultAioHttpClient
 from pytest_aiohttp.plugin import AiohttpClient
 
 from aiohttp_smg_routing import (
@@ -293,9 +294,10 @@ async def test_a_client_with_the_hooks_in_an_instrumented_process_is_counted_onc
 
 
 async def test_a_transport_of_aiohttps_is_counted_once(gateway: Recorder) -> None:
+    openai = pytest.importorskip("openai")
     routing = Routing(RoutingConfig(gateway.url))
     with routing.instrument():
-        async with DefaultAioHttpClient() as client:
+        async with openai.DefaultAioHttpClient() as client:
             with routing_session("s-1"):
                 for path in (CHAT_COMPLETIONS, "/chat/completions"):
                     await client.post(f"{gateway.url}{path}", headers=SMUGGLED)
@@ -331,6 +333,37 @@ def test_nothing_stays_when_the_last_routing_lets_go(gateway: Recorder, module: 
     after = [vars(it)["_send_single_request"] for it in (module.Client, module.AsyncClient)]
     assert during != before
     assert after == before
+
+
+@MODULES
+async def test_a_wrapper_that_others_put_around_ours_stays_and_does_nothing_more(
+    gateway: Recorder, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sends = "_send_single_request"
+    monkeypatch.setattr(module.AsyncClient, sends, vars(module.AsyncClient)[sends])
+    with Routing(RoutingConfig(gateway.url)).instrument():
+        ours = vars(module.AsyncClient)[sends]
+        theirs = functools.wraps(ours)(lambda self, request: ours(self, request))
+        setattr(module.AsyncClient, sends, theirs)
+    assert vars(module.AsyncClient)[sends] is theirs
+    async with module.AsyncClient() as client:
+        with routing_session("s-1"):
+            await client.post(str(gateway.chat))
+            assert gateway.last.keys == []
+            with Routing(RoutingConfig(gateway.url)).instrument():
+                await client.post(str(gateway.chat))
+                assert gateway.last.keys == [b"s-1"]
+
+
+def test_a_process_without_httpx_has_nothing_to_reach(
+    gateway: Recorder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("httpx", "httpx2"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with Routing(RoutingConfig(gateway.url)).instrument():
+        assert not {"httpx", "httpx2"} & {*sys.modules}
+    assert caplog.records == []
 
 
 @MODULES
