@@ -18,6 +18,8 @@ from yarl import URL
 import aiohttp_smg_routing
 from aiohttp_smg_routing.testing import Recorder, free_port
 
+pytestmark = pytest.mark.thorough
+
 ROOT = str(Path(aiohttp_smg_routing.__file__).parents[1])
 RUN = ("-m", "aiohttp_smg_routing", "run")
 
