@@ -1,4 +1,4 @@
-"""litellm over its aiohttp transport, whose ClientSessions live as long as the process."""
+"""litellm over aiohttp, which is its default, and over httpx; its clients outlive an app."""
 
 from collections.abc import AsyncIterator
 
@@ -12,10 +12,14 @@ from aiohttp_smg_routing.testing import Recorder, recording_gateway
 from .serving import asks, assert_no_crosstalk, play_asks
 
 
-@pytest.fixture(autouse=True)
-async def _close_litellm() -> AsyncIterator[None]:
-    yield
+@pytest.fixture(autouse=True, params=["aiohttp", "httpx"])
+async def _over(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[str]:
+    monkeypatch.setattr(litellm, "disable_aiohttp_transport", request.param == "httpx")
+    yield request.param
     await litellm.close_litellm_async_clients()  # type: ignore[attr-defined,no-untyped-call]
+    litellm.in_memory_llm_clients_cache.flush_cache()  # type: ignore[no-untyped-call]
 
 
 def server(gateway: Recorder) -> web.Application:

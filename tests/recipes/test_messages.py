@@ -1,16 +1,18 @@
-"""Anthropic's SDK through a proxy of its API, streamed and not, before the real gateway."""
+"""Anthropic's SDK: before a proxy of its API, and in a server, by each of its clients."""
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from anthropic import AsyncAnthropic, DefaultAioHttpClient
+from aiohttp import web
+from anthropic import AsyncAnthropic, DefaultAioHttpClient, DefaultAsyncHttpxClient
 from pytest_aiohttp.plugin import AiohttpClient
 
-from aiohttp_smg_routing import RoutingConfig, setup
-from aiohttp_smg_routing.testing import Answer, Call, StartSmgGateway, answer, canned
+from aiohttp_smg_routing import ROUTING, RoutingConfig, setup
+from aiohttp_smg_routing.testing import Answer, Call, Recorder, StartSmgGateway, answer, canned
 
-from .serving import SESSIONS, TURNS
+from .serving import SESSIONS, TURNS, play_asks
 from .unedited import make_app
 
 EVENTS = b"""\
@@ -39,6 +41,21 @@ def streamed(call: Call) -> Answer:
     return canned(call)
 
 
+async def message(sdk: AsyncAnthropic, session_id: str, *, stream: bool) -> None:
+    turn: Any = {
+        "model": "stub",
+        "max_tokens": 16,
+        "messages": [{"role": "user", "content": "hello"}],
+        "metadata": {"user_id": session_id},
+    }
+    if stream:
+        async with sdk.messages.stream(**turn) as events:
+            answered = await events.get_final_message()
+    else:
+        answered = await sdk.messages.create(**turn)
+    assert answered.content[0].text == "ok"  # type: ignore[union-attr]
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_each_session_stays_on_one_worker(
     smg_gateway: StartSmgGateway, aiohttp_client: AiohttpClient, stream: bool
@@ -62,21 +79,62 @@ async def test_each_session_stays_on_one_worker(
         http_client = DefaultAioHttpClient()
         async with AsyncAnthropic(base_url=url, api_key="none", http_client=http_client) as sdk:
             for _ in range(TURNS):
-                turn: Any = {
-                    "model": "stub",
-                    "max_tokens": 16,
-                    "messages": [{"role": "user", "content": "hello"}],
-                    "metadata": {"user_id": session_id},
-                }
-                if stream:
-                    async with sdk.messages.stream(**turn) as events:
-                        message = await events.get_final_message()
-                else:
-                    message = await sdk.messages.create(**turn)
-                assert message.content[0].text == "ok"  # type: ignore[union-attr]
+                await message(sdk, session_id, stream=stream)
 
     await asyncio.gather(*map(agent, SESSIONS))
     for session_id in SESSIONS:
         smg.assert_pinned(session_id, turns=TURNS)
     count = len(SESSIONS)
     assert +await smg.branches() == {"vacant": count, "occupied_hit": count * (TURNS - 1)}
+
+
+# In a server
+
+
+CLIENTS: dict[str, Callable[[], Any]] = {"default": lambda: None, "aiohttp": DefaultAioHttpClient}
+
+
+def serve(app: web.Application, sdk: AsyncAnthropic) -> None:
+    async def ask(request: web.Request) -> web.Response:
+        body = await request.json()
+        await message(sdk, body["user"], stream=body["stream"])
+        return web.Response()
+
+    app.router.add_post("/sessions/{session_id}/ask", ask)
+
+
+def assert_no_crosstalk(gateway: Recorder) -> None:
+    calls = [call for call in gateway.calls if call.path == "/v1/messages"]
+    assert len(calls) == len(SESSIONS) * TURNS
+    for call in calls:
+        assert call.keys == [call.json()["metadata"]["user_id"].encode()]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("http_client", CLIENTS.values(), ids=CLIENTS)
+async def test_a_server_that_calls_by_the_sdk(
+    recording_gateway: Recorder,
+    aiohttp_client: AiohttpClient,
+    http_client: Callable[[], Any],
+    stream: bool,
+) -> None:
+    recording_gateway.answer = streamed
+    app, url = web.Application(), str(recording_gateway.url)
+    async with AsyncAnthropic(base_url=url, api_key="none", http_client=http_client()) as sdk:
+        serve(app, sdk)
+        setup(app, {"gateway": url, "instrument": True, "paths": "/v1/messages"})
+        await play_asks((await aiohttp_client(app)).make_url("/"), stream=stream)
+    assert_no_crosstalk(recording_gateway)
+    assert app[ROUTING].pins.summary().unknown == len(SESSIONS) * TURNS  # each counted once
+
+
+async def test_the_hook_on_one_client_only(
+    recording_gateway: Recorder, aiohttp_client: AiohttpClient
+) -> None:
+    app, url = web.Application(), str(recording_gateway.url)
+    routing = setup(app, {"gateway": url, "paths": "/v1/messages"})
+    http_client = DefaultAsyncHttpxClient(event_hooks=routing.httpx_hooks())
+    async with AsyncAnthropic(base_url=url, api_key="none", http_client=http_client) as sdk:
+        serve(app, sdk)
+        await play_asks((await aiohttp_client(app)).make_url("/"), stream=False)
+    assert_no_crosstalk(recording_gateway)

@@ -1,28 +1,36 @@
-"""OpenAI's SDK on its aiohttp client, which keeps its ClientSession to itself."""
+"""OpenAI's SDK on its default client, which is httpx, and on its aiohttp client."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import pytest
 from aiohttp import web
-from openai import AsyncOpenAI, DefaultAioHttpClient
+from openai import AsyncOpenAI, DefaultAioHttpClient, DefaultAsyncHttpxClient
 from pytest_aiohttp.plugin import AiohttpClient
+from yarl import URL
 
-from aiohttp_smg_routing import ROUTING
-from aiohttp_smg_routing.testing import Recorder, answer
+from aiohttp_smg_routing import ROUTING, setup
+from aiohttp_smg_routing.testing import Recorder, StartSmgGateway, answer
 from harness.agents import chat
 
-from .serving import asks, assert_no_crosstalk, play_asks
+from .serving import SESSIONS, TURNS, asks, assert_no_crosstalk, play_asks
+
+CLIENTS: dict[str, Callable[[], Any]] = {"default": lambda: None, "aiohttp": DefaultAioHttpClient}
 
 
-@pytest.fixture
-async def sdk(recording_gateway: Recorder) -> AsyncIterator[AsyncOpenAI]:
-    base_url = f"{recording_gateway.url}/v1"
-    client = DefaultAioHttpClient()
-    async with AsyncOpenAI(base_url=base_url, api_key="none", http_client=client) as openai:
+@pytest.fixture(params=[*CLIENTS])
+async def sdk(
+    request: pytest.FixtureRequest, recording_gateway: Recorder
+) -> AsyncIterator[AsyncOpenAI]:
+    async with new_sdk(recording_gateway.url, CLIENTS[request.param]()) as openai:
         yield openai
 
 
-def server(gateway: Recorder, sdk: AsyncOpenAI) -> web.Application:
+def new_sdk(gateway: URL, http_client: Any = None) -> AsyncOpenAI:
+    return AsyncOpenAI(base_url=f"{gateway}/v1", api_key="none", http_client=http_client)
+
+
+def asking(sdk: AsyncOpenAI) -> Callable[[web.Request], Any]:
     async def ask(request: web.Request) -> web.Response:
         body = await request.json()
         if body.get("stream"):
@@ -35,25 +43,27 @@ def server(gateway: Recorder, sdk: AsyncOpenAI) -> web.Application:
         await sdk.models.list()  # not a turn
         return web.Response(text=text)
 
-    return asks(ask, gateway.url)
+    return ask
 
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_each_turn_carries_the_key_of_its_session(
     recording_gateway: Recorder, sdk: AsyncOpenAI, aiohttp_client: AiohttpClient, stream: bool
 ) -> None:
-    client = await aiohttp_client(server(recording_gateway, sdk))
+    app = asks(asking(sdk), recording_gateway.url)
+    client = await aiohttp_client(app)
     await play_asks(client.make_url("/"), stream=stream)
     assert_no_crosstalk(recording_gateway)
     others = [call for call in recording_gateway.calls if call.path == "/v1/models"]
     assert others
     assert not any(call.keys for call in others)
+    assert app[ROUTING].pins.summary().unknown == len(SESSIONS) * TURNS  # each counted once
 
 
 async def test_the_sdks_own_retries_carry_it_too(
     recording_gateway: Recorder, sdk: AsyncOpenAI, aiohttp_client: AiohttpClient
 ) -> None:
-    app = server(recording_gateway, sdk)
+    app = asks(asking(sdk), recording_gateway.url)
     client = await aiohttp_client(app)
     busy = answer(status=503, headers={"Retry-After-Ms": "1"})
     recording_gateway.answer_with(busy, busy)
@@ -61,3 +71,41 @@ async def test_the_sdks_own_retries_carry_it_too(
         assert response.status == 200
     recording_gateway.assert_pinned("s-1", turns=3)
     assert app[ROUTING].pins.summary().failed == 2
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_hook_on_one_client_only(
+    recording_gateway: Recorder, aiohttp_client: AiohttpClient, stream: bool
+) -> None:
+    app = web.Application()
+    routing = setup(app, {"gateway": str(recording_gateway.url)})
+    http_client = DefaultAsyncHttpxClient(event_hooks=routing.httpx_hooks())
+    async with (
+        new_sdk(recording_gateway.url, http_client) as sdk,
+        new_sdk(recording_gateway.url) as other,
+    ):
+        app.router.add_post("/sessions/{session_id}/ask", asking(sdk))
+        app.router.add_post("/sessions/{session_id}/other", asking(other))
+        client = await aiohttp_client(app)
+        await play_asks(client.make_url("/"), stream=stream)
+        assert_no_crosstalk(recording_gateway)
+        recording_gateway.calls.clear()
+        await client.post("/sessions/s-1/other", json=chat("s-1"))
+    assert not any(call.keys for call in recording_gateway.calls)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_default_client_stays_on_one_worker_of_the_real_gateway(
+    smg_gateway: StartSmgGateway, aiohttp_client: AiohttpClient, stream: bool
+) -> None:
+    smg = await smg_gateway(3, policy="manual")
+    async with new_sdk(smg.url) as sdk:
+        app = asks(asking(sdk), smg.url)
+        client = await aiohttp_client(app)
+        await play_asks(client.make_url("/"), stream=stream)
+    for session_id in SESSIONS:
+        smg.assert_pinned(session_id, turns=TURNS)
+    count = len(SESSIONS)
+    assert +await smg.branches() == {"vacant": count, "occupied_hit": count * (TURNS - 1)}
+    summary = app[ROUTING].pins.summary()
+    assert (summary.first, summary.kept) == (count, count * (TURNS - 1))
