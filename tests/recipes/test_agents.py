@@ -11,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import litellm
 import pytest
 from aiohttp import ClientSession, web
 from anthropic import AsyncAnthropic
@@ -206,6 +205,8 @@ async def ask_litellm(server: URL) -> None:
 
 async def complete_with_litellm(server: URL, **options: Any) -> None:
     messages = [{"role": "user", "content": "hello"}]
+    import litellm  # it takes seconds, in each process that collects the tests
+
     await litellm.acompletion(
         "openai/stub", messages=messages, api_base=f"{server}v1", api_key="none", **options
     )

@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncIterator
 
-import litellm
 import pytest
 from aiohttp import web
 from pytest_aiohttp.plugin import AiohttpClient
@@ -16,6 +15,8 @@ from .serving import asks, assert_no_crosstalk, play_asks
 async def _over(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[str]:
+    import litellm  # it takes seconds, in each process that collects the tests
+
     monkeypatch.setattr(litellm, "disable_aiohttp_transport", request.param == "httpx")
     yield request.param
     await litellm.close_litellm_async_clients()  # type: ignore[attr-defined,no-untyped-call]
@@ -24,6 +25,8 @@ async def _over(
 
 def server(gateway: Recorder) -> web.Application:
     async def ask(request: web.Request) -> web.Response:
+        import litellm
+
         body = await request.json()
         body["model"] = "openai/stub"
         body["allowed_openai_params"] = ["user"]  # or litellm leaves out whose turn it is
