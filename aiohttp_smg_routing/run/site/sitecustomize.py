@@ -15,21 +15,26 @@ def _begin() -> None:
     given = json.loads(os.environ.get("AIOHTTP_SMG_ROUTING_RUN") or "null")
     if given is None:
         return
-    if not given["children"]:
+    is_child = given["is_child"]
+    if given["children"]:
+        os.environ["AIOHTTP_SMG_ROUTING_RUN"] = json.dumps({**given, "is_child": True})
+    else:
         del os.environ["AIOHTTP_SMG_ROUTING_RUN"]
-        del os.environ["PYTHONPATH"]
-        if given["pythonpath"] is not None:
-            os.environ["PYTHONPATH"] = given["pythonpath"]
+        # What the server's own launcher has added stays.
+        path = os.environ.pop("PYTHONPATH").split(os.pathsep)
+        left = [part for part in path if part != here]
+        if left or given["has_pythonpath"]:
+            os.environ["PYTHONPATH"] = os.pathsep.join(left)
     try:
         run = import_module("aiohttp_smg_routing.run")
-    except ImportError as error:
+    except Exception as error:
         print(
             f"aiohttp-smg-routing run: {sys.executable} can't import it, and no call carries a key "
             f"({error}): install aiohttp_smg_routing where the server runs",
             file=sys.stderr,
         )
     else:
-        run.install(given["config"])
+        run.install(given["config"], is_child=is_child)
 
 
 def _go_on() -> None:
@@ -37,7 +42,9 @@ def _go_on() -> None:
     ours = sys.modules.pop("sitecustomize")
     try:
         import_module("sitecustomize")
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if error.name != "sitecustomize":
+            raise
         sys.modules["sitecustomize"] = ours
 
 
