@@ -99,7 +99,8 @@ class HttpxHook:
         is_judged = before and is_again and before.hook is not self and before.call
         if before and is_judged and before.scope is current_scope():  # else it failed in another
             return before
-        request.extensions[_EXTENSION] = hop = _Hop(self, request, url)
+        hop = _Hop(self, request, url)
+        _keep(hop, request)
         if before and before.header:
             request.headers.pop(before.header, None)
         targets = self._hook.targets  # one look: another thread may change it meanwhile
@@ -116,15 +117,19 @@ class HttpxHook:
         return hop
 
 
+def _keep(hop: _Hop, request: Any) -> None:
+    request.extensions = {**request.extensions, _EXTENSION: hop}  # the old ones may be the caller's
+
+
 @contextmanager
 def _sending(hop: _Hop, request: Any) -> Iterator[None]:
     """Keep the hop in the context and off the request, whose extensions a transport may copy."""
     token = client.under_way.set(hop)
-    request.extensions.pop(_EXTENSION, None)
+    request.extensions = {it: its for it, its in request.extensions.items() if it != _EXTENSION}
     try:
         yield
     finally:
-        request.extensions[_EXTENSION] = hop
+        _keep(hop, request)
         hop.is_over = True
         with suppress(ValueError):  # collected as garbage, in whatever context
             client.under_way.reset(token)

@@ -66,7 +66,8 @@ async def _started(seen: _Seen, source: str, app: web.Application) -> None:
 
 async def _attach(names: Iterable[object], has_all: bool, app: web.Application) -> None:
     for name in names:
-        found = [value for key, value in app.items() if is_named(key, name)]
+        named = [value for key, value in app.items() if is_named(key, name)]
+        found = [value for value in named if compat.is_client_session(value)]
         if found:
             app[ROUTING].attach(found[0])
         else:

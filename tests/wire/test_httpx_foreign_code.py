@@ -4,6 +4,7 @@ import asyncio
 import copy
 import sys
 from collections.abc import Generator
+from contextlib import ExitStack
 from types import ModuleType
 from typing import Any
 
@@ -212,6 +213,30 @@ def test_a_transport_finds_the_extensions_of_the_caller(
         with routing.instrument():
             client.post(CHAT)
     assert found[0] == found[1]
+
+
+@MODULES
+@pytest.mark.parametrize("is_instrumented", [False, True])
+def test_the_extensions_of_one_request_may_serve_another(
+    module: ModuleType,
+    routing: Routing,
+    is_instrumented: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    wire, request = Wire(module), module.Request("POST", CHAT)
+    extensions = request.extensions
+    hooks = {} if is_instrumented else routing.httpx_hooks()
+    with ExitStack() as stack:
+        if is_instrumented:
+            stack.enter_context(routing.instrument())
+        client = stack.enter_context(wire.client(event_hooks=hooks))
+        with routing_session("s-1"):
+            client.send(request)
+            other = module.Request("POST", "http://other/", headers={"X-SMG-Routing-Key": "own"})
+            other.extensions = extensions
+            client.send(other)
+    assert wire.keys == [[b"s-1"], [b"own"]]
+    assert "redirected" not in caplog.text
 
 
 def test_a_module_that_may_not_be_imported_is_no_warning(

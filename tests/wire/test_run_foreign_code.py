@@ -94,3 +94,14 @@ def test_a_child_that_serves_no_app_says_nothing(tmp_path: Path) -> None:
     assert run.stdout == "True\n"
     assert run.stderr.count("served no aiohttp app") == 1
     assert "add --children" in run.stderr
+
+
+def test_a_client_session_that_is_something_else_in_an_app_is_a_warning(tmp_path: Path) -> None:
+    code = (
+        "import asyncio; from aiohttp import web; app = web.Application(); app['client'] = 3; "
+        "asyncio.run(web.AppRunner(app).setup()); print('served')"
+    )
+    env = {"SMG_ROUTING_CLIENT_SESSION": "client"}
+    run = done(tmp_path, *RUN, "--", sys.executable, "-c", code, env=env)
+    assert run.stdout == "served\n"
+    assert "no ClientSession under 'client'" in run.stderr
