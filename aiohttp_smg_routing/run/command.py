@@ -68,9 +68,9 @@ def main(argv: Sequence[str]) -> int:
     environ = {**os.environ, "AIOHTTP_SMG_ROUTING_RUN": json.dumps(run), "PYTHONPATH": path}
     sys.stdout.flush()
     sys.stderr.flush()
-    for name in ("SIGPIPE", "SIGXFSZ"):  # which this Python ignores, and the server would
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_DFL)
+    # This Python ignores them, and so would the server.
+    for ignored in [it for it in signal.Signals if it.name in ("SIGPIPE", "SIGXFSZ")]:
+        signal.signal(ignored, signal.SIG_DFL)
     try:
         os.execve(program, command, environ)  # noqa: S606 - its streams, signals and exit status
     except OSError as error:

@@ -105,3 +105,35 @@ def test_a_client_session_that_is_something_else_in_an_app_is_a_warning(tmp_path
     run = done(tmp_path, *RUN, "--", sys.executable, "-c", code, env=env)
     assert run.stdout == "served\n"
     assert "no ClientSession under 'client'" in run.stderr
+
+
+IN_SERVER = (
+    "import os, sys; "
+    "print('aiohttp_smg_routing' in sys.modules, sorted(it for it in os.environ if 'SMG' in it), "
+    "os.environ.get('PYTHONPATH'))"
+)
+EXECS = {
+    "execv": "os.execv(sys.executable, argv)",
+    "execve": "os.execve(sys.executable, argv, {**os.environ})",
+    "execlp": "os.execlp(sys.executable, *argv)",
+}
+
+
+@pytest.mark.parametrize("call", EXECS.values(), ids=EXECS)
+def test_a_launcher_that_becomes_the_server_hands_the_plugin_on(tmp_path: Path, call: str) -> None:
+    (tmp_path / "server.py").write_text(IN_SERVER)
+    (tmp_path / "launcher.py").write_text(
+        f"import os, sys; argv = [sys.executable, 'server.py']; {call}"
+    )
+    run = done(tmp_path, *RUN, "--", sys.executable, "launcher.py")
+    assert run.stdout == f"True ['SMG_ROUTING_GATEWAY'] {ROOT}\n", run.stderr
+
+
+def test_a_fork_that_becomes_another_program_has_no_plugin(tmp_path: Path) -> None:
+    (tmp_path / "server.py").write_text(IN_SERVER)
+    (tmp_path / "launcher.py").write_text(
+        "import os, sys; os.fork() or os.execv(sys.executable, [sys.executable, 'server.py']); "
+        "os.wait()"
+    )
+    run = done(tmp_path, *RUN, "--", sys.executable, "launcher.py")
+    assert run.stdout == f"False ['SMG_ROUTING_GATEWAY'] {ROOT}\n", run.stderr

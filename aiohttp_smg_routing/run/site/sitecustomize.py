@@ -3,9 +3,11 @@
 import json
 import os
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
+from typing import Any, NoReturn
 
 
 def _begin() -> None:
@@ -25,6 +27,7 @@ def _begin() -> None:
         left = [part for part in path if part != here]
         if left or given["has_pythonpath"]:
             os.environ["PYTHONPATH"] = os.pathsep.join(left)
+        _keep_over_exec(here, given)
     try:
         run = import_module("aiohttp_smg_routing.run")
     except Exception as error:
@@ -35,6 +38,29 @@ def _begin() -> None:
         )
     else:
         run.install(given["config"], is_child=is_child)
+
+
+def _keep_over_exec(here: str, given: dict[str, Any]) -> None:
+    """Stay in this process where it becomes the server by ``exec``, as launchers do."""
+    execve, process = os.execve, os.getpid()
+
+    def keep(path: Any, argv: Any, environ: Mapping[Any, Any]) -> NoReturn:
+        if os.getpid() == process:
+            before = environ.get("PYTHONPATH")
+            run = json.dumps({**given, "has_pythonpath": before is not None})
+            parts = [here, *([before] if before else [])]
+            environ = {
+                **environ,
+                "AIOHTTP_SMG_ROUTING_RUN": run,
+                "PYTHONPATH": os.pathsep.join(parts),
+            }
+        execve(path, argv, environ)
+
+    def keep_own(path: Any, argv: Any, /) -> NoReturn:
+        keep(path, argv, os.environ)
+
+    # The other functions of os call these two.
+    os.execve, os.execv = keep, keep_own  # type: ignore[assignment]
 
 
 def _go_on() -> None:
