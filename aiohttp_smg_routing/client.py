@@ -27,9 +27,23 @@ from .rules import Rules
 
 logger: logging.Logger = logging.getLogger(__name__)
 
-#: True while an httpx client sends a call, which may go through a transport of aiohttp's: the call
-#: is judged and counted once.
-under_way: ContextVar[bool] = ContextVar("aiohttp_smg_routing_under_way", default=False)
+
+class Sending:
+    """A call that an httpx client sends. It may pass another client on its way."""
+
+    def __init__(self, url: URL) -> None:
+        self.url = url
+        self.is_over = False
+
+    def has_within(self, url: URL) -> bool:
+        """Tell whether a call to ``url``, made by code that this call started, is this call."""
+        place = self.url.raw_authority, self.url.raw_path
+        return not self.is_over and place == (url.raw_authority, url.raw_path)
+
+
+#: What an httpx client sends in this context: it is judged and counted once. A transport may make
+#: other calls too, and start tasks that make them later.
+under_way: ContextVar[Sending | None] = ContextVar("aiohttp_smg_routing_under_way", default=None)
 
 
 class Hook(TraceConfig):
@@ -54,9 +68,10 @@ class Hook(TraceConfig):
         params: "TraceRequestStartParams | _Hop",
     ) -> None:
         context.call = None
-        if under_way.get():
-            return
         method, url = params.method, params.url
+        sending = under_way.get()
+        if sending and sending.has_within(url):
+            return
         targets = self.targets  # read once: another thread may change it
         for rules in targets:
             gateway = rules.exact.get((method, url.scheme, url.raw_authority, url.raw_path))

@@ -62,12 +62,20 @@ def unwrap_constructor(layer: Any) -> bool:
     return _unwrap(ClientSession, "__init__", layer)
 
 
+def sender(client: type) -> type:
+    """Return the class that sends for an httpx client: other code may put a subclass in its place.
+
+    OpenTelemetry did so until 0.48.
+    """
+    return [client, *(it for it in client.__mro__ if _HTTPX_SENDS in vars(it))][-1]
+
+
 def wrap_httpx(client: type, send: Callable[..., Any], layer: Any) -> Any:
     """Send each request of an httpx client by ``send(original, request)``; return the wrapper.
 
-    ``client`` is ``Client`` or ``AsyncClient`` of httpx or httpx2. Each hop of a redirect is a
-    request, and so is each try of an auth flow. ``layer`` is as in ``wrap_constructor()``. Raises
-    ``AttributeError`` where this version of httpx sends otherwise.
+    ``client`` is the ``sender()`` of ``Client`` or ``AsyncClient`` of httpx or httpx2. Each hop of
+    a redirect is a request, and so is each try of an auth flow. ``layer`` is as in
+    ``wrap_constructor()``. Raises ``AttributeError`` where this version of httpx sends otherwise.
     """
 
     def around(original: Any) -> Callable[..., Any]:

@@ -5,8 +5,8 @@ import logging
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Generator
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from aiohttp import hdrs
@@ -14,6 +14,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from . import client, compat
+from .context import current_scope
 from .ledger import Call
 from .log import say
 from .rules import Rules
@@ -24,13 +25,22 @@ logger: logging.Logger = logging.getLogger(__name__)
 _EXTENSION = "aiohttp_smg_routing"
 
 
-class _Hop:
+class _Hop(client.Sending):
     """A request that has been judged: one hop of a call."""
 
     def __init__(self, hook: "HttpxHook", request: Any, url: URL) -> None:
-        self.hook, self.request, self.url = hook, weakref.ref(request), url
+        super().__init__(url)
+        self.hook, self.request, self.scope = hook, weakref.ref(request), current_scope()
         self.call: Call | None = None  # until its outcome is counted
         self.header = ""  # that carries the key
+
+    def end(self, response: Any) -> None:
+        """Count the outcome of the request; it is a failure where there is no response."""
+        call, self.call = self.call, None
+        if call and response is None:
+            call.ledger.count("failed")
+        elif call:
+            call.ledger.answered(call, response.status_code, response.headers)
 
 
 class HttpxHook:
@@ -47,44 +57,50 @@ class HttpxHook:
             return _DONE
 
         def response_hook(response: Any) -> _Done:
-            self._end(response.request, response)
+            hop: _Hop | None = response.request.extensions.get(_EXTENSION)
+            if hop:
+                hop.end(response)
             return _DONE
 
         return {"request": [request_hook], "response": [response_hook]}
 
     def send(self, original: Callable[[Any], Any], request: Any) -> Any:
         """Send a request of a sync client."""
-        is_ours, response = self._begin(request), None
-        token = client.under_way.set(True)
-        try:
-            response = original(request)
-            return response
-        finally:
-            client.under_way.reset(token)
-            if is_ours:
-                self._end(request, response)
+        hop, response = self._begin(request), None
+        if hop is client.under_way.get():
+            return original(request)
+        with _sending(hop, request):
+            try:
+                response = original(request)
+                return response
+            finally:
+                hop.end(response)
 
-    async def asend(self, original: Callable[[Any], Any], request: Any) -> Any:
+    async def send_async(self, original: Callable[[Any], Any], request: Any) -> Any:
         """Send a request of an async client."""
-        is_ours, response = self._begin(request), None
-        token = client.under_way.set(True)
-        try:
-            response = await original(request)
-            return response
-        finally:
-            with suppress(ValueError):  # collected as garbage, in whatever context
-                client.under_way.reset(token)
-            if is_ours:
-                self._end(request, response)
+        hop, response = self._begin(request), None
+        if hop is client.under_way.get():
+            return await original(request)
+        with _sending(hop, request):
+            try:
+                response = await original(request)
+                return response
+            finally:
+                hop.end(response)
 
-    def _begin(self, request: Any) -> bool:
-        """Judge a request that is about to leave; False where another hook has done so."""
+    def _begin(self, request: Any) -> _Hop:
+        """Judge a request that is about to leave, unless that is done."""
+        method, url = request.method, URL(str(request.url), encoded=True)
+        sending = client.under_way.get()
+        if isinstance(sending, _Hop) and sending.has_within(url):  # by a transport
+            return sending
         before: _Hop | None = request.extensions.get(_EXTENSION)
         is_again = before is not None and before.request() is request
-        if before and is_again and before.hook is not self and before.call:
-            return False
-        method, url = request.method, URL(str(request.url), encoded=True)
-        request.extensions[_EXTENSION] = hop = _Hop(self, request, url)
+        is_judged = before and is_again and before.hook is not self and before.call
+        if before and is_judged and before.scope is current_scope():  # else it failed in another
+            return before
+        hop = _Hop(self, request, url)
+        _keep(hop, request)
         if before and before.header:
             request.headers.pop(before.header, None)
         targets = self._hook.targets  # one look: another thread may change it meanwhile
@@ -93,22 +109,30 @@ class HttpxHook:
             if gateway is not None:
                 hop.call = _with_key(rules, gateway, method, url, request)
                 hop.header = hop.call.header
-                return True
+                return hop
         if targets and method.upper() == hdrs.METH_POST and not is_again:
             targets[0].note_unmatched(method, url)
             if before and before.header:
                 targets[0].note_redirected(method, before.url, url)
-        return True
+        return hop
 
-    def _end(self, request: Any, response: Any) -> None:
-        """Count the outcome of a request; it is a failure where there is no response."""
-        hop: _Hop | None = request.extensions.get(_EXTENSION)
-        if hop and hop.hook is self and hop.call:
-            call, hop.call = hop.call, None
-            if response is None:
-                call.ledger.count("failed")
-            else:
-                call.ledger.answered(call, response.status_code, response.headers)
+
+def _keep(hop: _Hop, request: Any) -> None:
+    request.extensions = {**request.extensions, _EXTENSION: hop}  # the old ones may be the caller's
+
+
+@contextmanager
+def _sending(hop: _Hop, request: Any) -> Iterator[None]:
+    """Keep the hop in the context and off the request, whose extensions a transport may copy."""
+    token = client.under_way.set(hop)
+    request.extensions = {it: its for it, its in request.extensions.items() if it != _EXTENSION}
+    try:
+        yield
+    finally:
+        _keep(hop, request)
+        hop.is_over = True
+        with suppress(ValueError):  # collected as garbage, in whatever context
+            client.under_way.reset(token)
 
 
 class _Done:
@@ -126,9 +150,11 @@ def _with_key(rules: Rules, gateway: str, method: str, url: URL, request: Any) -
         (name.decode("latin-1"), value.decode("latin-1")) for name, value in request.headers.raw
     )
     call = rules.begin(gateway, method, url, headers)
-    if call.header:
-        raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
-        request.headers = type(request.headers)(raw)
+    if call.header:  # in place: an auth flow may hold the object
+        request.headers.clear()
+        request.headers.update(
+            [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        )
     return call
 
 
@@ -161,11 +187,16 @@ def instrument(rules: Rules) -> Callable[[], None]:
 
 
 def _instrument(name: str) -> None:
-    if name not in sys.modules and importlib.util.find_spec(name) is None:
+    there = sys.modules[name] if name in sys.modules else importlib.util.find_spec(name)
+    if there is None:
         return
     try:
         module = importlib.import_module(name)
-        for kind, send in ((module.Client, _every.send), (module.AsyncClient, _every.asend)):
+        for client_of, send in (
+            (module.Client, _every.send),
+            (module.AsyncClient, _every.send_async),
+        ):
+            kind = compat.sender(client_of)
             _layers[kind] = compat.wrap_httpx(kind, send, _layers.get(kind))
     except Exception as error:
         message = (

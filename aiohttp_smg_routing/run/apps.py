@@ -19,7 +19,8 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 _NO_APP = (
     "this process has ended, and it served no aiohttp app: so no call carried a key. run is for "
-    "servers that serve a web.Application with web.run_app(), AppRunner or gunicorn"
+    "servers that serve a web.Application with web.run_app(), AppRunner or gunicorn; if a process "
+    "that this one starts serves it, add --children"
 )
 
 
@@ -29,13 +30,14 @@ class _Seen:
     has_app = has_forked = False
 
 
-def install(config: str = "") -> None:
+def install(config: str = "", *, is_child: bool = False) -> None:
     """Put the plugin on every app that this process serves from now on.
 
     ``config`` is a TOML file with a table ``[smg_routing]``, or ``package.module:NAME``. Without
     one, the environment variables ``SMG_ROUTING_*`` are the options. It is read when an app starts.
     ``instrument`` is true where the config does not say. An app that calls ``setup()`` itself, or
-    has a sub-app that does, is left as it is.
+    has a sub-app that does, is left as it is. A process that ends without an app logs that, unless
+    it is one of many (``is_child``).
 
     Call it before the server makes its app; ``aiohttp-smg-routing run`` does so.
 
@@ -44,7 +46,8 @@ def install(config: str = "") -> None:
     seen = _Seen()
     compat.wrap_runner(partial(_started, seen, config))
     os.register_at_fork(after_in_parent=partial(setattr, seen, "has_forked", True))
-    atexit.register(_ended, seen)
+    if not is_child:
+        atexit.register(_ended, seen)
 
 
 async def _started(seen: _Seen, source: str, app: web.Application) -> None:
@@ -63,7 +66,8 @@ async def _started(seen: _Seen, source: str, app: web.Application) -> None:
 
 async def _attach(names: Iterable[object], has_all: bool, app: web.Application) -> None:
     for name in names:
-        found = [value for key, value in app.items() if is_named(key, name)]
+        named = [value for key, value in app.items() if is_named(key, name)]
+        found = [value for value in named if compat.is_client_session(value)]
         if found:
             app[ROUTING].attach(found[0])
         else:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,8 @@ from pathlib import Path
 from ..config import ConfigError
 from .config import is_name, load
 
-_USAGE, _NOT_FOUND = 64, 127  # EX_USAGE of sysexits.h; what a shell says of no such command
+_USAGE = 64  # EX_USAGE of sysexits.h
+_NO_PROGRAM, _NOT_FOUND = 126, 127  # what a shell returns
 _SITE = Path(__file__).parent / "site"
 _PYTHON = re.compile(r"python[\d.]*t?(\.exe)?")
 
@@ -56,12 +58,23 @@ def main(argv: Sequence[str]) -> int:
         reason = f"{option} keeps Python from reading PYTHONPATH, which run needs: leave it out"
         return _failed(reason, _USAGE)
     before = os.environ.get("PYTHONPATH")
-    run = {"config": config, "children": given.children, "pythonpath": before}
+    run = {
+        "config": config,
+        "children": given.children,
+        "is_child": False,
+        "has_pythonpath": before is not None,
+    }
     path = os.pathsep.join([str(_SITE), *([before] if before else [])])
     environ = {**os.environ, "AIOHTTP_SMG_ROUTING_RUN": json.dumps(run), "PYTHONPATH": path}
     sys.stdout.flush()
     sys.stderr.flush()
-    return os.execve(program, command, environ)  # noqa: S606 - all that a process has is its own
+    # This Python ignores them, and so would the server.
+    for ignored in [it for it in signal.Signals if it.name in ("SIGPIPE", "SIGXFSZ")]:
+        signal.signal(ignored, signal.SIG_DFL)
+    try:
+        os.execve(program, command, environ)  # noqa: S606 - its streams, signals and exit status
+    except OSError as error:
+        return _failed(f"{command[0]!r} can't be run: {error.strerror}", _NO_PROGRAM)
 
 
 def _failed(reason: str, status: int) -> int:
@@ -72,7 +85,10 @@ def _failed(reason: str, status: int) -> int:
 def _without_site(command: Sequence[str]) -> str:
     """Return the option of a Python's that keeps it from importing ``sitecustomize``, if any."""
     if _PYTHON.fullmatch(Path(command[0]).name):
-        for word in command[1:]:
+        words = iter(command[1:])
+        for word in words:
+            if word in ("-X", "-W"):
+                next(words, "")
             if not word.startswith("-") or word.startswith(("--", "-c", "-m")):
                 break
             if re.search("[EIS]", word.partition("X")[0].partition("W")[0]):

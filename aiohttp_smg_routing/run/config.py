@@ -35,6 +35,9 @@ def is_name(source: str) -> bool:
 
 def _named(source: str) -> Any:
     module, _, name = source.rpartition(":")
+    program = sys.modules["__main__"]  # to import it by its name would run it a second time
+    if module == Path(getattr(program, "__file__", None) or "").stem and hasattr(program, name):
+        return getattr(program, name)
     try:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:

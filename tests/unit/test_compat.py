@@ -435,3 +435,21 @@ def test_a_writer_that_knows_nothing_has_sent_its_answer() -> None:
         write = write_eof = drain = write_headers = enable_compression = enable_chunking = None  # type: ignore[assignment]
 
     assert compat.is_answered(Writer())
+
+
+def test_the_class_that_sends_is_found_below_those_that_others_put_in_its_place() -> None:
+    class Client:
+        def _send_single_request(self, request: object) -> object:
+            return request
+
+    class Instrumented(Client):
+        pass
+
+    class Retrying(Instrumented):
+        def _send_single_request(self, request: object) -> object:
+            return super()._send_single_request(request)
+
+    assert compat.sender(Client) is Client
+    assert compat.sender(Instrumented) is Client
+    assert compat.sender(Retrying) is Client
+    assert compat.sender(int) is int  # sends otherwise: who wraps it is told

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from aiohttp_smg_routing.run import apps, config, install
 from aiohttp_smg_routing.testing import Recorder
 
 URL = "http://10.0.0.1:30000"
-MAPPING = {"gateway": URL, "prefix": "job/"}
+MAPPING: dict[str, object] = {"gateway": URL, "prefix": "job/"}
 CONFIG = RoutingConfig(URL)
 HERE = __name__
 
@@ -68,6 +69,17 @@ def test_a_mapping_of_the_servers_is_read_and_a_config_taken_as_it_is() -> None:
     assert config.load(f"{HERE}:MAPPING").prefix == "job/"
     assert config.load(f"{HERE}:MAPPING").instrument
     assert config.load(f"{HERE}:CONFIG") is CONFIG
+
+
+def test_a_name_of_the_program_that_runs_is_not_imported_a_second_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    program = ModuleType("__main__")
+    program.__file__ = "/srv/server.py"
+    program.CONFIG = CONFIG  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "__main__", program)
+    assert config.load("server:CONFIG") is CONFIG
+    assert "server" not in sys.modules
 
 
 def test_a_file_on_a_python_that_reads_no_toml_names_what_to_install(
@@ -186,17 +198,31 @@ def test_a_process_says_that_it_served_no_app_unless_it_or_a_fork_may_have(
     assert caplog.text == ""
 
 
+@pytest.mark.usefixtures("installed")
+def test_one_of_many_processes_says_nothing_when_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    registered: list[object] = []
+    monkeypatch.setattr(atexit, "register", lambda function, *_: registered.append(function))
+    install(is_child=True)
+    assert registered == []
+    install()
+    assert registered == [apps._ended]
+
+
 # The command
+
+
+class BecameError(Exception):
+    """Where the process would become the server."""
 
 
 def begun(monkeypatch: pytest.MonkeyPatch, *argv: str) -> tuple[list[str], dict[str, str]]:
     """Return what the process would become: its arguments and its environment."""
 
     def execve(program: str, command: list[str], environ: dict[str, str]) -> None:
-        raise ChildProcessError(command, environ)
+        raise BecameError(command, environ)
 
     monkeypatch.setattr(os, "execve", execve)
-    with pytest.raises(ChildProcessError) as caught:
+    with pytest.raises(BecameError) as caught:
         main(["run", *argv])
     command, environ = caught.value.args
     return command, environ
@@ -216,7 +242,12 @@ def test_the_command_starts_with_what_its_python_needs(
     assert (Path(first) / "sitecustomize.py").is_file()
     assert others == ([before] if before else [])
     told = json.loads(environ["AIOHTTP_SMG_ROUTING_RUN"])
-    assert told == {"config": "", "children": True, "pythonpath": before}
+    assert told == {
+        "config": "",
+        "children": True,
+        "is_child": False,
+        "has_pythonpath": before is not None,
+    }
 
 
 def test_a_file_is_passed_on_by_its_whole_path(
@@ -244,6 +275,7 @@ BAD: dict[str, tuple[list[str], int, str]] = {
     "no command": (["--config", "a:B", "--"], 64, "there is no command"),
     "no such command": (["--config", "a:B", "--", "no-such-thing"], 127, "is no command"),
     "isolated": (["--config", "a:B", "--", sys.executable, "-uI", "x"], 64, "-uI keeps Python"),
+    "behind": (["--config", "a:B", sys.executable, "-X", "dev", "-E"], 64, "-E keeps Python"),
 }
 
 
@@ -253,3 +285,13 @@ def test_bad_input_is_a_sentence_and_a_status(
 ) -> None:
     assert main(["run", *argv]) == status
     assert reason in capsys.readouterr().err
+
+
+def test_a_file_that_the_system_can_not_run_is_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "server"
+    file.write_bytes(b"\0not a program")
+    file.chmod(0o755)
+    assert main(["run", "--config", "a:B", "--", str(file)]) == 126
+    assert "can't be run: Exec format error" in capsys.readouterr().err

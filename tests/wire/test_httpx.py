@@ -392,6 +392,33 @@ def test_a_version_that_sends_otherwise_is_named(
     assert "event_hooks=routing.httpx_hooks()" in line
 
 
+@MODULES
+async def test_a_response_hook_alone_counts_nothing(gateway: Recorder, module: ModuleType) -> None:
+    routing = Routing(RoutingConfig(gateway.url))
+    hooks = {"response": routing.httpx_hooks()["response"]}
+    async with module.AsyncClient(event_hooks=hooks) as client:
+        with routing_session("s-1"):
+            assert (await client.post(str(gateway.chat))).status_code == 200
+    assert (gateway.last.keys, routing.pins.summary()) == ([], PinSummary())
+
+
+@MODULES
+async def test_a_transport_that_is_another_client_is_counted_once(
+    gateway: Recorder, module: ModuleType
+) -> None:
+    class Through(module.AsyncBaseTransport):  # type: ignore[misc,name-defined]
+        async def handle_async_request(self, request: Any) -> Any:
+            return await inner.send(request, stream=True)
+
+    routing = Routing(RoutingConfig(gateway.url))
+    with routing.instrument():
+        async with module.AsyncClient() as inner, module.AsyncClient(transport=Through()) as client:
+            with routing_session("s-1"):
+                await client.post(str(gateway.chat))
+    assert [call.keys for call in gateway.calls] == [[b"s-1"]]
+    assert routing.pins.summary() == PinSummary(unknown=1, sessions=1)
+
+
 # In a server
 
 

@@ -1,0 +1,248 @@
+"""Other code that sends, copies, holds or replaces what httpx has: each call keeps its one key."""
+
+import asyncio
+import copy
+import sys
+from collections.abc import Generator
+from contextlib import ExitStack
+from types import ModuleType
+from typing import Any
+
+import httpx
+import httpx2
+import pytest
+from aiohttp import ClientSession
+
+from aiohttp_smg_routing import PinSummary, Routing, RoutingConfig, routing_session
+from aiohttp_smg_routing.testing import Recorder
+
+GATEWAY = "http://gateway:30000"
+CHAT = f"{GATEWAY}/v1/chat/completions"
+MODULES = pytest.mark.parametrize("module", [httpx, httpx2], ids=["httpx", "httpx2"])
+
+
+class Wire:
+    """A transport that keeps the keys of each request, and answers as it is told."""
+
+    def __init__(self, module: ModuleType, *outcomes: int | Exception) -> None:
+        self.module, self.outcomes = module, [*outcomes]
+        self.keys: list[list[bytes]] = []
+        self.requests: list[Any] = []
+
+    def __call__(self, request: Any) -> Any:
+        lines = request.headers.raw
+        self.keys.append([value for name, value in lines if name.lower() == b"x-smg-routing-key"])
+        self.requests.append(request)
+        outcome = self.outcomes.pop(0) if self.outcomes else 200
+        if isinstance(outcome, Exception):
+            raise outcome
+        return self.module.Response(outcome)
+
+    def client(self, **options: Any) -> Any:
+        return self.module.Client(transport=self.module.MockTransport(self), **options)
+
+
+@pytest.fixture
+def routing() -> Routing:
+    return Routing(RoutingConfig(GATEWAY))
+
+
+async def test_a_call_that_an_app_in_the_same_process_makes_carries_its_key(
+    gateway: Recorder,
+) -> None:
+    routing, go_on = Routing(RoutingConfig(gateway.url)), asyncio.Event()
+    tasks: list[asyncio.Task[None]] = []
+
+    with routing.instrument():
+        session = ClientSession()
+    async with session:
+
+        async def turn() -> None:
+            async with session.post(gateway.chat):
+                pass
+
+        async def later() -> None:
+            await go_on.wait()
+            await turn()
+
+        async def app(request: httpx.Request) -> httpx.Response:
+            tasks.append(asyncio.create_task(later()))
+            await turn()
+            return httpx.Response(200)
+
+        transport = httpx.MockTransport(app)
+        with routing.instrument():
+            async with httpx.AsyncClient(transport=transport) as client:
+                with routing_session("s-1"):
+                    await client.post("http://in-process/turn")
+            go_on.set()
+            await asyncio.gather(*tasks)
+    assert [call.keys for call in gateway.calls] == [[b"s-1"], [b"s-1"]]
+    assert routing.pins.summary() == PinSummary(unknown=2, sessions=1)
+
+
+async def test_a_task_that_a_call_started_carries_its_key_on_the_same_url(
+    gateway: Recorder,
+) -> None:
+    routing, go_on = Routing(RoutingConfig(gateway.url)), asyncio.Event()
+    tasks: list[asyncio.Task[None]] = []
+
+    async def later() -> None:
+        await go_on.wait()
+        async with ClientSession() as session, session.post(gateway.chat):
+            pass
+
+    async def send(request: httpx.Request) -> httpx.Response:
+        tasks.append(asyncio.create_task(later()))
+        return httpx.Response(200)
+
+    with routing.instrument():
+        async with httpx.AsyncClient(transport=httpx.MockTransport(send)) as client:
+            with routing_session("s-1"):
+                await client.post(str(gateway.chat))
+        go_on.set()
+        await asyncio.gather(*tasks)
+    assert gateway.last.keys == [b"s-1"]
+
+
+@MODULES
+@pytest.mark.parametrize("is_copied", [False, True])
+def test_a_transport_that_is_another_client_is_counted_once(
+    module: ModuleType, routing: Routing, is_copied: bool
+) -> None:
+    wire = Wire(module)
+    with routing.instrument(), wire.client() as inner:
+
+        def pass_on(it: Any) -> Any:
+            if is_copied:
+                it = module.Request(it.method, it.url, headers=it.headers, content=it.read())
+            return inner.send(it)
+
+        with module.Client(transport=module.MockTransport(pass_on)) as client:
+            with routing_session("s-1"):
+                client.post(CHAT)
+            client.post(CHAT)
+    assert wire.keys == [[b"s-1"], []]
+    assert routing.pins.summary() == PinSummary(unknown=1, untagged=1, missing=1, sessions=1)
+
+
+@MODULES
+def test_a_failure_is_counted_where_a_client_has_the_hooks_in_an_instrumented_process(
+    module: ModuleType, routing: Routing
+) -> None:
+    wire = Wire(module, module.ConnectError("refused"))
+    hooks = routing.httpx_hooks()
+    with routing.instrument(), wire.client(event_hooks=hooks) as client, routing_session("s-1"):
+        with pytest.raises(module.ConnectError):
+            client.post(CHAT)
+        client.event_hooks = {"request": hooks["request"]}
+        client.post(CHAT)
+    assert routing.pins.summary() == PinSummary(failed=1, unknown=1, sessions=1)
+
+
+@MODULES
+@pytest.mark.parametrize("is_instrumented", [False, True])
+def test_a_request_that_failed_carries_the_key_of_the_session_that_sends_it_again(
+    module: ModuleType, routing: Routing, is_instrumented: bool
+) -> None:
+    wire, request = Wire(module, module.ConnectError("refused")), module.Request("POST", CHAT)
+    with (
+        wire.client(event_hooks=routing.httpx_hooks()) as client,
+        routing_session("s-1"),
+        pytest.raises(module.ConnectError),
+    ):
+        client.send(request)
+    other = Routing(RoutingConfig(GATEWAY))
+    hooks = {} if is_instrumented else other.httpx_hooks()
+    with other.instrument(), wire.client(event_hooks=hooks) as client, routing_session("s-2"):
+        client.send(request)
+    assert wire.keys == [[b"s-1"], [b"s-2"]]
+
+
+@MODULES
+def test_a_subclass_in_the_place_of_the_client_leaves_no_client_out(
+    module: ModuleType, routing: Routing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wire, original = Wire(module), module.Client
+    earlier = type("Earlier", (original,), {})
+    replaced = type("Replaced", (original,), {})
+    before = original._send_single_request
+    monkeypatch.setattr(module, "Client", replaced)
+    with routing.instrument():
+        for kind in (original, earlier, replaced):
+            with (
+                kind(transport=module.MockTransport(wire)) as client,
+                routing_session("s-1"),
+            ):
+                client.post(CHAT)
+    assert wire.keys == [[b"s-1"]] * 3
+    assert original._send_single_request is before
+    assert "_send_single_request" not in vars(replaced)
+
+
+@MODULES
+def test_what_an_auth_flow_writes_on_headers_that_it_holds_is_sent(
+    module: ModuleType, routing: Routing
+) -> None:
+    class Auth(module.Auth):  # type: ignore[misc, name-defined]
+        def auth_flow(self, request: Any) -> Generator[Any, Any, None]:
+            headers = request.headers
+            yield request
+            headers["X-Token"] = "new"
+            yield request
+
+    wire = Wire(module, 401)
+    with routing.instrument(), wire.client(auth=Auth()) as client, routing_session("s-1"):
+        client.post(CHAT)
+    assert wire.keys == [[b"s-1"], [b"s-1"]]
+    assert wire.requests[-1].headers["X-Token"] == "new"
+
+
+@MODULES
+def test_a_transport_finds_the_extensions_of_the_caller(
+    module: ModuleType, routing: Routing
+) -> None:
+    found = []
+
+    def send(request: Any) -> Any:
+        found.append(copy.deepcopy(request.extensions))
+        return module.Response(200)
+
+    with module.Client(transport=module.MockTransport(send)) as client, routing_session("s-1"):
+        client.post(CHAT)
+        with routing.instrument():
+            client.post(CHAT)
+    assert found[0] == found[1]
+
+
+@MODULES
+@pytest.mark.parametrize("is_instrumented", [False, True])
+def test_the_extensions_of_one_request_may_serve_another(
+    module: ModuleType,
+    routing: Routing,
+    is_instrumented: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    wire, request = Wire(module), module.Request("POST", CHAT)
+    extensions = request.extensions
+    hooks = {} if is_instrumented else routing.httpx_hooks()
+    with ExitStack() as stack:
+        if is_instrumented:
+            stack.enter_context(routing.instrument())
+        client = stack.enter_context(wire.client(event_hooks=hooks))
+        with routing_session("s-1"):
+            client.send(request)
+            other = module.Request("POST", "http://other/", headers={"X-SMG-Routing-Key": "own"})
+            other.extensions = extensions
+            client.send(other)
+    assert wire.keys == [[b"s-1"], [b"own"]]
+    assert "redirected" not in caplog.text
+
+
+def test_a_module_that_may_not_be_imported_is_no_warning(
+    routing: Routing, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "httpx2", None)
+    with routing.instrument():
+        pass
+    assert caplog.records == []
