@@ -54,11 +54,12 @@ programs: | $(BIN)/python
 	-@.ci/debian nginx nginx
 	-@.ci/debian prometheus promtool
 
-# Half of what a test takes it waits: for a gateway to start, or a worker to be asked.
-JOBS ?= $(shell expr 2 '*' $$(nproc 2> /dev/null || echo 2))
+# One more than there are processors, for tests that wait: for a gateway to start, or a worker.
+# Each file runs on one of them: the snippets of a page build on each other.
+JOBS ?= $(shell expr 1 + $$(nproc 2> /dev/null || echo 2))
 
 test: $(VENV)/test.installed programs ## All tests, the ones on the real gateway included, with branch coverage
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cov --cov-report=term --cov-fail-under=100
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --cov --cov-report=term --cov-fail-under=100
 
 compat: ## Tests with old and new versions, and on each gateway, each in an environment of its own: ENVIRONMENTS="oldest uvloop" runs some
 	@.ci/compat $(ENVIRONMENTS)
