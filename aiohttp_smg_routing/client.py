@@ -175,7 +175,7 @@ def attach(session: ClientSession, hook: Hook) -> None:
 
 # One hook for all routings that use instrument(). So a session that a library keeps for the whole
 # process also serves an app that starts later.
-every = Hook()
+every: Hook = Hook()
 _lock = threading.RLock()
 _layer: Any = None
 
