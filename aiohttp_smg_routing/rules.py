@@ -144,7 +144,7 @@ class Rules(Owner):
             why, remedy = f"{sources} found none in route {scope.route}", "Correct session_id"
         else:
             why = f"it is made by {running_code()}, outside the requests of the app"
-            remedy = "Call setup() on the app whose routes serve the sessions"
+            remedy = "Call setup() on the app that serves sessions; run a thread in copy_context()"
         problem = f"{_shown(method, url)} has no session: {why}"
         if is_noticed:
             message = "%d calls to the gateway, and none had a session. %s. %s."
@@ -203,8 +203,8 @@ class Rules(Owner):
     def note_request(self, method: str, scope: Scope) -> None:
         """Note a request that is over and led to no call that was seen."""
         what = "sessionless" if scope.session_id is None else "idle"
-        is_no_turn = (what == "sessionless" and self._has_tagged) or method != hdrs.METH_POST
-        if is_no_turn or not self._is_noticed(what):
+        is_known = self._has_tagged if what == "sessionless" else self._runs["missing"] > 0
+        if is_known or method != hdrs.METH_POST or not self._is_noticed(what):
             return
         if scope.session_id is None:
             message = "%d POST requests, and no session: %s found none in route %s. Correct it."

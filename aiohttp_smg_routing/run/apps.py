@@ -3,6 +3,7 @@
 import atexit
 import logging
 import os
+import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
@@ -12,6 +13,7 @@ from aiohttp import web
 from .. import compat
 from ..log import say
 from ..plugin import ROUTING, setup
+from ..plugin import logger as plugin_logger
 from ..sources import is_named
 from .config import load
 
@@ -22,6 +24,9 @@ _NO_APP = (
     "servers that serve a web.Application with web.run_app(), AppRunner or gunicorn; if a process "
     "that this one starts serves it, add --children"
 )
+_NO_APP_HERE = (
+    "this process served no aiohttp app itself; those that it started have the plugin too"
+)
 
 
 class _Seen:
@@ -30,14 +35,14 @@ class _Seen:
     has_app = has_forked = False
 
 
-def install(config: str = "", *, is_child: bool = False) -> None:
+def install(config: str = "", *, is_child: bool = False, has_children: bool = False) -> None:
     """Put the plugin on every app that this process serves from now on.
 
     ``config`` is a TOML file with a table ``[smg_routing]``, or ``package.module:NAME``. Without
     one, the environment variables ``SMG_ROUTING_*`` are the options. It is read when an app starts.
     ``instrument`` is true where the config does not say. An app that calls ``setup()`` itself, or
     has a sub-app that does, is left as it is. A process that ends without an app logs that, unless
-    it is one of many (``is_child``).
+    it is one of many (``is_child``); ``has_children`` says that those it starts have the plugin.
 
     Call it before the server makes its app; ``aiohttp-smg-routing run`` does so.
 
@@ -47,7 +52,7 @@ def install(config: str = "", *, is_child: bool = False) -> None:
     compat.wrap_runner(partial(_started, seen, config))
     os.register_at_fork(after_in_parent=partial(setattr, seen, "has_forked", True))
     if not is_child:
-        atexit.register(_ended, seen)
+        atexit.register(_ended, seen, _NO_APP_HERE if has_children else _NO_APP)
 
 
 async def _started(seen: _Seen, source: str, app: web.Application) -> None:
@@ -60,8 +65,28 @@ async def _started(seen: _Seen, source: str, app: web.Application) -> None:
         return
     config = load(source)
     # Which of its apps has the session is not for the config of a whole process to say.
+    app.on_startup.append(_show_lines)
     setup(app, replace(config, client_session=()))
+    app.on_startup.append(_hide_lines)
     app.on_startup.append(partial(_attach, config.client_session, config.instrument))
+
+
+_lines = logging.StreamHandler()
+_lines.setFormatter(logging.Formatter("aiohttp-smg-routing run: %(message)s"))
+
+
+async def _show_lines(_: web.Application) -> None:
+    """Print the start-up line on standard error if the server's logging would drop it."""
+    if not (plugin_logger.isEnabledFor(logging.INFO) and plugin_logger.hasHandlers()):
+        _lines.setStream(sys.stderr)
+        plugin_logger.addHandler(_lines)
+        plugin_logger.setLevel(logging.INFO)
+
+
+async def _hide_lines(_: web.Application) -> None:
+    if _lines in plugin_logger.handlers:
+        plugin_logger.removeHandler(_lines)
+        plugin_logger.setLevel(logging.NOTSET)
 
 
 async def _attach(names: Iterable[object], has_all: bool, app: web.Application) -> None:
@@ -76,6 +101,6 @@ async def _attach(names: Iterable[object], has_all: bool, app: web.Application) 
             say(logger, logging.WARNING, message, name, remedy)
 
 
-def _ended(seen: _Seen) -> None:
+def _ended(seen: _Seen, message: str) -> None:
     if not (seen.has_app or seen.has_forked):
-        say(logger, logging.WARNING, _NO_APP)
+        say(logger, logging.WARNING, message)

@@ -2,6 +2,7 @@
 
 import atexit
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import pytest
 from aiohttp import ClientSession, web
 from pytest_aiohttp.plugin import AiohttpClient
 
-from aiohttp_smg_routing import ROUTING, ConfigError, RoutingConfig, setup
+from aiohttp_smg_routing import ROUTING, ConfigError, RoutingConfig, plugin, setup
 from aiohttp_smg_routing.__main__ import main
 from aiohttp_smg_routing.run import apps, config, install
 from aiohttp_smg_routing.testing import Recorder
@@ -190,22 +191,41 @@ def test_a_process_says_that_it_served_no_app_unless_it_or_a_fork_may_have(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     seen = apps._Seen()
-    apps._ended(seen)
+    apps._ended(seen, apps._NO_APP)
     assert "served no aiohttp app" in caplog.text
     caplog.clear()
     seen.has_forked = True
-    apps._ended(seen)
+    apps._ended(seen, apps._NO_APP)
     assert caplog.text == ""
+
+
+@pytest.mark.usefixtures("installed")
+async def test_the_start_up_line_is_printed_where_logging_would_drop_it(
+    aiohttp_client: AiohttpClient,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("SMG_ROUTING_GATEWAY", URL)
+    install()
+    for level, count in ((logging.WARNING, 1), (logging.INFO, 0)):
+        monkeypatch.setattr(logging.getLogger("aiohttp_smg_routing"), "level", level)
+        plugin.logger.manager._clear_cache()  # type: ignore[attr-defined]
+        await aiohttp_client(web.Application())
+        said = capsys.readouterr().err
+        assert said.count("aiohttp-smg-routing run: POST /v1/chat/completions to") == count
+    assert plugin.logger.handlers == []
+    assert plugin.logger.level == logging.NOTSET
 
 
 @pytest.mark.usefixtures("installed")
 def test_one_of_many_processes_says_nothing_when_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     registered: list[object] = []
-    monkeypatch.setattr(atexit, "register", lambda function, *_: registered.append(function))
+    monkeypatch.setattr(atexit, "register", lambda *given: registered.append(given[2]))
     install(is_child=True)
     assert registered == []
     install()
-    assert registered == [apps._ended]
+    install(has_children=True)
+    assert registered == [apps._NO_APP, apps._NO_APP_HERE]
 
 
 # The command

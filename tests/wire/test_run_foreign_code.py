@@ -93,7 +93,7 @@ def test_a_child_that_serves_no_app_says_nothing(tmp_path: Path) -> None:
     run = done(tmp_path, *RUN, "--children", "--", sys.executable, "-c", code)
     assert run.stdout == "True\n"
     assert run.stderr.count("served no aiohttp app") == 1
-    assert "add --children" in run.stderr
+    assert "those that it started have the plugin too" in run.stderr
 
 
 def test_a_client_session_that_is_something_else_in_an_app_is_a_warning(tmp_path: Path) -> None:

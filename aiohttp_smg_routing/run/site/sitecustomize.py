@@ -37,7 +37,7 @@ def _begin() -> None:
             file=sys.stderr,
         )
     else:
-        run.install(given["config"], is_child=is_child)
+        run.install(given["config"], is_child=is_child, has_children=given["children"])
 
 
 def _keep_over_exec(here: str, given: dict[str, Any]) -> None:
