@@ -4,6 +4,7 @@ import atexit
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,15 @@ HERE = __name__
 def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("SMG_ROUTING_")]:
         monkeypatch.delenv(name)
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    """Ignore again what the command no longer ignores when it becomes the server."""
+    before = {it: signal.getsignal(it) for it in (signal.SIGPIPE, signal.SIGXFSZ)}
+    yield
+    for it, handler in before.items():
+        signal.signal(it, handler)
 
 
 @pytest.fixture
