@@ -54,9 +54,9 @@ programs: | $(BIN)/python
 	-@.ci/debian nginx nginx
 	-@.ci/debian prometheus promtool
 
-# One more than there are processors, for tests that wait: for a gateway to start, or a worker.
+# Twice as many as processors: most of its time a test waits, for a gateway to start or a worker.
 # Each file runs on one of them: the snippets of a page build on each other.
-JOBS ?= $(shell expr 1 + $$(nproc 2> /dev/null || echo 2))
+JOBS ?= $(shell expr 2 '*' $$(nproc 2> /dev/null || echo 2))
 
 test: $(VENV)/test.installed programs ## All tests, the ones on the real gateway included, with branch coverage
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --cov --cov-report=term --cov-fail-under=100

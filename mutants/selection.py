@@ -8,7 +8,7 @@ PACKAGE = "aiohttp_smg_routing"
 # such as test_properties.py and all on the real gateway but those of the fixtures for it.
 TESTS = {
     "__init__": "unit/test_init unit/test_architecture",
-    "__main__": "unit/test_verify_cli",
+    "__main__": "unit/test_verify_cli unit/test_run",
     "client": "wire/test_client wire/test_plugin wire/test_instrument wire/test_never_silent "
     "wire/test_foreign_code unit/test_ledger",
     "compat": "unit/test_compat wire/test_late wire/test_foreign_code wire/test_instrument "
@@ -18,6 +18,7 @@ TESTS = {
     "wire/test_client wire/test_never_silent",
     "gateway": "unit/test_config unit/test_keys wire/test_client wire/test_plugin "
     "wire/test_never_silent unit/test_verify_play unit/test_ledger",
+    "httpx_client": "wire/test_httpx wire/test_httpx_foreign_code",
     "keys": "unit/test_keys unit/test_config unit/test_secrets",
     "ledger": "unit/test_ledger unit/test_metrics wire/test_client",
     "log": "unit/test_log unit/test_context unit/test_ledger wire/test_never_silent "
@@ -29,6 +30,7 @@ TESTS = {
     "wire/test_foreign_code unit/test_metrics",
     "rules": "wire/test_client wire/test_plugin wire/test_never_silent wire/test_late "
     "wire/test_middleware unit/test_context",
+    "run": "unit/test_run wire/test_run wire/test_run_foreign_code",
     "sources": "unit/test_sources wire/test_body wire/test_middleware unit/test_config "
     "wire/test_never_silent",
     "values": "unit/test_config unit/test_secrets wire/test_plugin",
