@@ -91,7 +91,9 @@ def commit() -> str:
         argv = ("git", "-C", str(ROOT), *words)
         return subprocess.run(argv, capture_output=True, text=True, check=False).stdout.strip()  # noqa: S603
 
-    is_changed = git("diff", "--name-only", "HEAD", "--", "*.py", "setup.cfg", ".ci", ":!tests")
+    is_changed = git(
+        "diff", "--name-only", "HEAD", "--", "*.py", "pyproject.toml", ".ci", ":!tests"
+    )
     return (git("rev-parse", "--short", "HEAD") or "unknown") + " with changes" * bool(is_changed)
 
 
