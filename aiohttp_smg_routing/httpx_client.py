@@ -161,25 +161,20 @@ def _with_key(rules: Rules, gateway: str, method: str, url: URL, request: Any) -
 # One hook for every client, as for every ClientSession.
 _every = HttpxHook(client.every)
 _lock = threading.RLock()
-_users = 0
 _layers: dict[type, Any] = {}
 
 
 def instrument(rules: Rules) -> Callable[[], None]:
     """Do what ``client.instrument()`` does, for clients of httpx too; return what undoes it."""
-    global _users
     undo_sessions = client.instrument(rules)
     with _lock:
-        _users += 1
         for name in ("httpx", "httpx2"):
             _instrument(name)
 
     def undo() -> None:
-        global _users
         undo_sessions()
         with _lock:
-            _users -= 1
-            for kind, layer in [*_layers.items()] if not _users else ():
+            for kind, layer in [*_layers.items()] if not client.every.targets else ():
                 if compat.unwrap_httpx(kind, layer):
                     del _layers[kind]
 

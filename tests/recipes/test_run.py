@@ -4,13 +4,10 @@ import asyncio
 import json
 import os
 import re
-import secrets
 import shlex
 import shutil
-import signal
 import sys
-from asyncio import create_subprocess_exec
-from asyncio.subprocess import DEVNULL, PIPE
+from asyncio.subprocess import DEVNULL
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from importlib import import_module
@@ -25,10 +22,10 @@ from yarl import URL
 
 from aiohttp_smg_routing.testing import Recorder, SmgGateway, StartSmgGateway, failure, free_port
 from harness.agents import chat
-from harness.proc import processes_in
 from harness.processes import ROOT, answering, local_url
 
 from ..programs import SCRIPTS, absent
+from ..ray_programs import options, ray_program
 from ..turns import assert_keys, turns_of
 from .serving import SESSIONS, TURNS, play
 
@@ -172,28 +169,8 @@ async def ray_driver(
     folder: Path, argv: tuple[str, ...], given: Mapping[str, str]
 ) -> AsyncIterator[None]:
     """Run a program that has a Ray cluster until the block ends; nothing is left of it."""
-    options = {
-        "address": "local",
-        "num_cpus": 1,
-        "object_store_memory": 80 * 2**20,  # bytes: the least that it takes
-        "include_dashboard": False,
-        "_node_ip_address": "127.0.0.1",
-        "_temp_dir": str(folder),
-    }
-    env = {
-        **{name: text for name, text in os.environ.items() if not name.startswith("RAY_")},
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # or Ray listens beyond loopback
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),  # or it makes one, and keeps it in the home
-        "RAY_INIT": json.dumps(options),
-        "PYTHONPATH": str(ROOT),
-        **given,
-    }
-    with (folder / "log").open("wb") as log:
-        process = await create_subprocess_exec(
-            sys.executable, *argv, cwd=folder, env=env, stdin=PIPE, stdout=DEVNULL, stderr=log
-        )
-    try:
+    env = {"RAY_INIT": json.dumps(options(str(folder), 1)), "PYTHONPATH": str(ROOT), **given}
+    async with ray_program(folder, *argv, env=env, stdout=DEVNULL) as process:
         async with ClientSession() as session:
             while process.returncode is None:
                 with suppress(OSError):
@@ -202,11 +179,3 @@ async def ray_driver(
                 await asyncio.sleep(0.05)
         assert process.returncode is None, (folder / "log").read_text()
         yield
-        await process.communicate(b"")  # its standard input ends, and so does Ray
-        left = processes_in(folder)
-    finally:
-        for pid in {process.pid, *processes_in(folder)}:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        await process.wait()
-    assert left == {}

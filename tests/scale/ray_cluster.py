@@ -15,10 +15,8 @@ from aiohttp import web
 
 from aiohttp_smg_routing import setup
 
+from ..ray_programs import options
 from ..recipes import unedited
-
-# Without it Ray finds the machine's own address, and listens there.
-LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 def make_app() -> web.Application:
@@ -32,15 +30,7 @@ def make_app() -> web.Application:
 
 def main(folder: str, count: int) -> None:
     ray = import_module("ray")
-    ray.init(
-        address="local",
-        num_cpus=count,
-        object_store_memory=80 * 2**20,  # bytes: the least that it takes
-        include_dashboard=False,
-        log_to_driver=False,
-        _node_ip_address="127.0.0.1",
-        _temp_dir=folder,
-    )
+    ray.init(**options(folder, count), log_to_driver=False)
     actors = [import_module("actor").SessionServer.remote() for _ in range(count)]
     for _ in chain([""], sys.stdin):
         print(json.dumps(ray.get([actor.url.remote() for actor in actors])), flush=True)

@@ -3,12 +3,10 @@
 import asyncio
 import json
 import os
-import secrets
 import signal
-import sys
-from asyncio.subprocess import PIPE, Process
+from asyncio.subprocess import Process
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,10 +17,10 @@ from harness.proc import HAS_PROC, processes_in
 from harness.processes import ROOT
 
 from ..programs import absent
+from ..ray_programs import ray_program
 from .cluster import SERVERS, on_one_worker, pid_of, play
 from .front import before_gateways, instead, on_the_page
 from .nginx import nginx
-from .ray_cluster import LOOPBACK
 
 TURNS = 3
 
@@ -32,28 +30,10 @@ async def ray_cluster(folder: Path, gateway: URL) -> AsyncIterator[Process]:
     """Run a cluster of session servers in ``folder``; nothing is left of it after the block."""
     actor = ("from server import make_app", "from tests.scale.ray_cluster import make_app")
     (folder / "actor.py").write_text(instead(on_the_page("python"), actor))
-    env = {
-        **{name: text for name, text in os.environ.items() if not name.startswith("RAY_")},
-        **LOOPBACK,
-        "GATEWAY": str(gateway),
-        "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),  # or it makes one, and keeps it in the home
-    }
-    argv = (sys.executable, "-m", "tests.scale.ray_cluster", str(folder), str(SERVERS))
-    with (folder / "log").open("wb") as log:
-        process = await asyncio.create_subprocess_exec(
-            *argv, cwd=folder, env=env, stdin=PIPE, stdout=PIPE, stderr=log
-        )
-    try:
+    env = {"GATEWAY": str(gateway), "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
+    argv = ("-m", "tests.scale.ray_cluster", str(folder), str(SERVERS))
+    async with ray_program(folder, *argv, env=env) as process:
         yield process
-        await process.communicate(b"")  # its standard input ends, and so does Ray
-        left = processes_in(folder)
-    finally:
-        for pid in {process.pid, *processes_in(folder)}:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        await process.wait()
-    assert left == {}
 
 
 async def addresses(process: Process) -> list[URL]:
