@@ -196,7 +196,7 @@ async def test_key_goes_in_the_header_that_the_gateway_reads() -> None:
 
 async def test_two_sessions_whose_first_turns_are_refused_at_once_are_both_made() -> None:
     made: set[str] = set()
-    both_came, came = asyncio.Event(), 0
+    both_came, one_is_made, came = asyncio.Event(), asyncio.Event(), 0
 
     async def make(request: web.Request) -> web.Response:
         made.add((await request.json())["session_id"])
@@ -205,10 +205,12 @@ async def test_two_sessions_whose_first_turns_are_refused_at_once_are_both_made(
     async def turn(request: web.Request) -> web.StreamResponse:
         nonlocal came
         if request.match_info["id"] in made:
+            one_is_made.set()
             return await stream(request, "ok", {})
         came += 1
         if came == 2:
             both_came.set()
+            await one_is_made.wait()  # the second learns it when the first is through already
         await both_came.wait()
         raise web.HTTPNotFound
 
