@@ -19,7 +19,7 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"{error}: pip install -e . --group demo")
 
-DEBUG_SHARE = 10  # with PYTHONASYNCIODEBUG=1 a turn takes several times as long
+DEBUG_SHARE = 10  # with PYTHONASYNCIODEBUG=1 a turn takes several times as long: fewer are played
 MIB = 2**20
 
 
@@ -135,8 +135,8 @@ def main() -> int:
     options = vars(parser.parse_args())
     file: Path | None = options.pop("json")
     load = Load(**options)
-    smaller = options | {"sessions": -(-load.sessions // DEBUG_SHARE)}
-    loads = [load, Load(**smaller, debug=True)]
+    smaller = {each: -(-options[each] // DEBUG_SHARE) for each in ("sessions", "at_a_time")}
+    loads = [load, Load(**options | smaller, debug=True)]
     return exit_status("soak", play(loads, tables.console(), file))
 
 

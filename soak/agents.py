@@ -22,7 +22,7 @@ WAIT_SECONDS = 120  # for an answer: after that it is lost
 SETTLE_SECONDS = 30  # until a transcript must be right
 HANG_UP_SECONDS = 0.1  # the longest that an agent which is to hang up waits for its answer
 HANG_UPS = 0.02  # the share of the turns that an agent hangs up in
-PAUSE_SECONDS = 1  # of an agent that was told of an error: else it would play on into an outage
+PAUSE_SECONDS = 1  # of an agent that was told of an error: a worker that failed may be back then
 STREAMED = 0.5  # the share of the turns that are streamed
 GATEWAYS_OWN = "X-SMG-Error-Code"  # a header of the errors that come from no worker
 NOTHING = Transcript(0, [])
@@ -82,6 +82,7 @@ class Player:
     """Plays a session with its agent, hangs up now and then, and checks what was kept."""
 
     agent: Agent
+    gateway: Restartable[Any]
     server: Restartable[Any]
     random: Random
     tally: Tally
@@ -105,6 +106,8 @@ class Player:
             outcome = await self.turn(f"turn {number}")
             self.tally.end(outcome)
             if outcome == "reported":
+                # How long an outage lasts is the machine's: no agent plays turn after turn into it.
+                await self.gateway.up.wait()
                 await asyncio.sleep(PAUSE_SECONDS)
             if outcome != "answered":
                 await self.check()

@@ -280,7 +280,8 @@ async def test_an_agent_sees_what_a_session_server_does_wrong(
     monkeypatch.setattr(agents, "STREAMED", 0)
     tally = Tally()
     async with server_that_keeps(times, status, reply) as server:
-        await Player(Agent(client, server.url / "sessions/s-1"), server, Random(1), tally).play(1)
+        agent = Agent(client, server.url / "sessions/s-1")
+        await Player(agent, server, server, Random(1), tally).play(1)
     assert tally.turns == {outcome: 1}
     assert bool(tally.wrong) == is_wrong
 
@@ -293,6 +294,7 @@ async def test_a_turn_that_an_agent_hung_up_in_may_be_kept_once(
     monkeypatch.setattr(agents, "HANG_UPS", 1)
     tally = Tally()
     async with server_that_keeps(times, None) as server:
-        await Player(Agent(client, server.url / "sessions/s-1"), server, Random(1), tally).play(20)
+        agent = Agent(client, server.url / "sessions/s-1")
+        await Player(agent, server, server, Random(1), tally).play(20)
     assert tally.turns == {"hung up": 20}
     assert bool(tally.wrong) == is_wrong
