@@ -55,11 +55,10 @@ programs: | $(BIN)/python
 	-@.ci/debian prometheus promtool
 
 # Twice as many as processors: most of its time a test waits, for a gateway to start or a worker.
-# Each file runs on one of them: the snippets of a page build on each other.
 JOBS ?= $(shell expr 2 '*' $$(nproc 2> /dev/null || echo 2))
 
 test: $(VENV)/test.installed programs ## All tests, the ones on the real gateway included, with branch coverage
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --cov --cov-report=term --cov-fail-under=100
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder --cov --cov-report=term --cov-fail-under=100
 
 compat: ## Tests with old and new versions, and on each gateway, each in an environment of its own: ENVIRONMENTS="oldest uvloop" runs some
 	@.ci/compat $(ENVIRONMENTS)

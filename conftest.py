@@ -5,12 +5,17 @@ itself.
 """
 
 import os
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # or it asks the internet, when imported
+
+# What reaches each line and branch of the package. Coverage makes a test take up to twice as long:
+# the tests of whole programs, and those of thousands of inputs, do without.
+COVERING = ("tests/unit/", "tests/wire/", "tests/gateway/test_testing_")
 
 REMEDY = "These tests need packages that are not here: pip install -e . --group test"
 
@@ -29,6 +34,29 @@ class Page(pytest.File):
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
     """Take each page for a file of tests."""
     return Page.from_parent(parent, path=file_path) if file_path.suffix == ".md" else None
+
+
+@pytest.hookimpl(trylast=True)  # hypothesis has marked its own
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    """Measure coverage in those tests that it is asked of."""
+    for item in items:
+        if not item.nodeid.startswith(COVERING) or "hypothesis" in item.keywords:
+            item.add_marker("no_cover")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Let the snippets of a page run in one process, in order: they build on each other."""
+    if config.getoption("dist") != "loadscope":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Pages(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return file if file.endswith(".md") else nodeid
+
+    return Pages(config, log)
 
 
 @pytest.hookimpl(wrapper=True)

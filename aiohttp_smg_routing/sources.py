@@ -6,7 +6,6 @@ import logging
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
-from functools import cache
 from typing import Any, NamedTuple
 
 from aiohttp import hdrs, web
@@ -195,13 +194,11 @@ _BODY = compat.request_key("aiohttp_smg_routing.body", JsonBody)
 _FOUND = compat.request_key("aiohttp_smg_routing.found", dict)
 
 
+_ANY_BODY = JsonBody(JSON_MAX_SIZE)  # one for all, so that it logs a fault once
+
+
 def _body_of(request: web.Request) -> JsonBody:
-    return request.get(_BODY) or _any_body()
-
-
-@cache
-def _any_body() -> JsonBody:
-    return JsonBody(JSON_MAX_SIZE)  # one for all, so that it logs a fault once
+    return request.get(_BODY) or _ANY_BODY
 
 
 def _at(document: Any, path: str) -> str | int | None:

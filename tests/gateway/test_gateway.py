@@ -14,9 +14,9 @@ from harness.proxies import pinned_server
 from ..smg import SMG
 from ..turns import assert_keys, served, turn, turns_of
 
-SESSIONS = [f"s-{number}" for number in range(200)]
+SESSIONS = [f"s-{number}" for number in range(100)]
 TURNS = 6
-AT_A_TIME = 50
+AT_A_TIME = 30
 
 
 async def play(smg: SmgGateway, aiohttp_client: AiohttpClient, enabled: bool = True) -> None:

@@ -93,7 +93,7 @@ async def test_the_moves_after_a_gateway_has_lost_its_sticky_map_are_seen(
 async def test_turns_at_once_are_counted_to_the_last(
     tmp_path: Path, aiohttp_client: AiohttpClient
 ) -> None:
-    sessions, turns = 500, 10  # the soak plays 10,000 sessions
+    sessions, turns = 200, 5  # the soak plays 10,000 sessions
     async with (
         worker_processes(tmp_path, 3) as workers,
         run_smg_gateway([worker.url for worker in workers], policy="manual") as smg,

@@ -33,6 +33,7 @@ async def test_pinned_is_all_calls_on_one_of_the_workers(smg_gateway: StartSmgGa
                     assert (await response.json())["choices"][0]["message"]["content"] == "ok"
     smg.assert_pinned("s-1", turns=2)
     smg.assert_pinned("s-2")
+    assert +await smg.branches() == {"vacant": 2, "occupied_hit": 1}
 
 
 async def test_not_pinned_is_calls_on_several_workers(smg_gateway: StartSmgGateway) -> None:

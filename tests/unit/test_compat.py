@@ -224,6 +224,8 @@ async def test_a_constructor_that_somebody_has_replaced_binds_as_python_does(
 async def test_what_is_unread_is_read_again_and_nothing_warns(
     aiohttp_client: AiohttpClient,
 ) -> None:
+    compat.unreader.cache_clear()  # it may have been made in a test without coverage
+
     async def handler(request: web.Request) -> web.Response:
         content, unread = request.content, compat.unreader()
         unread(content, b"")  # nothing

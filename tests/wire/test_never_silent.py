@@ -407,6 +407,21 @@ def test_explain_knows_the_other_reasons(config: Any, method: str, problem: str)
     assert routing.explain(method, url) == f"{method} {url} goes out without a key: {problem}"
 
 
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        (URL(f"http://gateway:x{CHAT}", encoded=True), "its host or port cannot be read"),
+        (
+            URL(f"http://gateway/{CHAT}"),
+            f"its path is /{CHAT}, and the gateway's is {CHAT}; write one slash",
+        ),
+    ],
+)
+def test_explain_knows_urls_that_are_odd(url: URL, problem: str) -> None:
+    routing = Routing({"gateway": "http://gateway"})
+    assert routing.explain("POST", url).endswith(f" goes out without a key: {problem}")
+
+
 def test_explain_names_the_gateway_and_the_path_that_are_nearest() -> None:
     routing = Routing(
         {
