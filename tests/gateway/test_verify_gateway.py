@@ -1,5 +1,6 @@
 """``verify`` on the real gateway: the command runs as a user runs it, in a process of its own."""
 
+import fcntl
 import json
 import os
 import re
@@ -121,12 +122,20 @@ def test_one_worker_cannot_tell(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def smg_1_9(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with SMG 1.9.0, which can't be installed beside the newer one."""
-    folder = str(tmp_path_factory.mktemp("smg"))
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", folder]
-    subprocess.run([*pip, "smg==1.9.0"], check=True, timeout=300)  # noqa: S603
-    return folder
+def smg_1_9() -> str:
+    """A folder with SMG 1.9.0, which can't be installed beside the newer one.
+
+    It is in the virtual environment, and made once for all processes that run tests.
+    """
+    folder = Path(sys.prefix, "smg-1.9.0")
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            made = f"{folder}.part"
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", made]
+            subprocess.run([*pip, "smg==1.9.0"], check=True, timeout=300)  # noqa: S603
+            os.rename(made, folder)
+    return str(folder)
 
 
 @pytest.fixture
