@@ -9,7 +9,7 @@ QUICK := tests/unit tests/wire -m 'not thorough' \
 	--ignore-glob 'tests/*/test_properties*.py' \
 	--ignore tests/unit/test_verify_cli.py --ignore tests/unit/test_verify_plot.py
 
-.PHONY: help check demo bench micro fuzz mutants soak test compat docs figures lint dist programs clean
+.PHONY: help check types tests demo bench micro fuzz mutants soak test compat docs figures lint dist programs clean
 
 help: ## Show this help
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/'
@@ -25,10 +25,15 @@ $(VENV)/%.installed: pyproject.toml | $(BIN)/python
 	@touch $@
 
 check: $(VENV)/check.installed ## In a minute and 150 MB: lint, types, and the tests that need no gateway
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync types tests
+
+types:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
 	$(BIN)/mypy --disable-error-code import-not-found --exclude ^tests/recipes/  # without large packages
+
+tests:
 	$(BIN)/python -m pytest -n auto --dist worksteal $(QUICK)
 
 demo: $(VENV)/demo.installed ## Real engines, the real gateway, a session server and agents: the plugin on and off

@@ -92,6 +92,7 @@ def test_ci_runs_make_check_on_each_python_and_all_of_ci_run() -> None:
     assert matrix == re.findall(r"^ +(3\.\d+)$", workflow, re.MULTILINE) == pythons
 
 
+@pytest.mark.thorough
 def test_a_test_file_runs_with_what_it_needs_and_another_names_what_to_install() -> None:
     code = (
         "import sys; sys.modules['sybil'] = sys.modules['matplotlib'] = None; import pytest; "

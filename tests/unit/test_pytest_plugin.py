@@ -37,6 +37,7 @@ def run(folder: Path, test: str, *args: str, program: tuple[str, ...] = ("-m", "
     return done.stdout + done.stderr
 
 
+@pytest.mark.thorough
 def test_a_run_that_asks_for_no_fixture_imports_neither_the_package_nor_aiohttp(
     tmp_path: Path,
 ) -> None:

@@ -451,6 +451,7 @@ async def at_each_step(begin: Callable[[], Trial]) -> int:
     return steps
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("order", ["first", "last"])
 @pytest.mark.parametrize("what", ["lets go", "comes"])
 @pytest.mark.parametrize("gateways", ["two", "one"])

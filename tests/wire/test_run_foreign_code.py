@@ -10,6 +10,8 @@ import pytest
 
 import aiohttp_smg_routing
 
+pytestmark = pytest.mark.thorough
+
 ROOT = str(Path(aiohttp_smg_routing.__file__).parents[1])
 RUN = (sys.executable, "-m", "aiohttp_smg_routing", "run")
 
