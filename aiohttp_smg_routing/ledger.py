@@ -60,7 +60,7 @@ class PinLedger:
         self._rows: OrderedDict[str, tuple[Row, ...]] = OrderedDict()
         self._workers: Counter[str] = Counter()
         self._counts = dict.fromkeys((it.name for it in fields(PinSummary)), 0)
-        self._lock, self._is_working, self._is_shown = threading.RLock(), False, True
+        self._lock, self._is_working, self.is_shown = threading.RLock(), False, True
         self._waiting: deque[partial[None]] = deque()  # done under the lock, in order
         self._moves_log = Capped(logger, "moves", _HINT)
 
@@ -74,10 +74,12 @@ class PinLedger:
         self._catch_up()
         return [row.pin() for row in self._rows.get(self._name(session_id), ())]
 
-    def workers(self) -> dict[str, int]:
-        """Return the number of tracked pins of each worker, as the gateway names it."""
+    def workers(self, within: float | None = None) -> dict[str, int]:
+        """Return each worker's pins: all, or those answered ``within`` the last so many seconds."""
         self._catch_up()
-        return dict(self._workers)
+        if within is None:
+            return dict(self._workers)
+        return Row.by_worker(list(self._rows.values()), list(self._workers), within)
 
     def summary(self) -> PinSummary:
         """Return the counts of all calls so far, including those of sessions that have ended."""
@@ -113,7 +115,7 @@ class PinLedger:
                 is_plain = is_outer and not (self._waiting or self._metrics)
                 is_kept = row and worker and worker == call.worker == row.worker
                 if row and is_kept and is_plain:  # nearly every turn
-                    row.turns += 1
+                    row.count()
                     self._rows.move_to_end(row.session)
                     self._counts["kept"] += 1
                 else:
@@ -167,14 +169,13 @@ class PinLedger:
         self._to_metrics(what, worker, 1)
 
     def _show(self, is_shown: bool) -> None:
-        for worker, pins in self._workers.items() if is_shown != self._is_shown else ():
+        for worker, pins in self._workers.items() if is_shown != self.is_shown else ():
             self._to_metrics("pinned", worker, pins if is_shown else -pins)
-        self._is_shown = is_shown
+        self.is_shown = is_shown
 
     def _end(self, session: str) -> None:
         rows = {(row.gateway, row.key): row for row in self._rows.pop(session, ())}
-        for it in self._beginning.valuerefs():  # copied in one step
-            call = it()
+        for call in [it() for it in self._beginning.valuerefs()]:  # copied in one step
             if call is not None and call.session == session and call.row is None:
                 pin = self._gateways.group[call.gateway], call.key
                 call.row = rows.setdefault(pin, Row(session, *pin))
@@ -190,13 +191,12 @@ class PinLedger:
             self._workers[worker] += change
             if not self._workers[worker]:
                 del self._workers[worker]
-            if self._is_shown:
+            if self.is_shown:
                 self._to_metrics("pinned", worker, change)
 
     def _answered(self, call: Call, worker: str | None) -> None:
         if worker is not None:
-            if not worker.isascii():  # bytes that may not be UTF-8
-                worker = worker.encode("utf-8", "backslashreplace").decode()
+            worker = worker.encode("utf-8", "backslashreplace").decode()  # it may be other bytes
             if len(self._gateways.group) > 1 and self._gateways.named(call.gateway, worker):
                 self._merge()
         row = call.row or self._row_of(call) or self._entered(call)
@@ -206,7 +206,7 @@ class PinLedger:
         if not row.is_over:
             if worker is not None and worker not in (was, row.worker):
                 self._move(row, sys.intern(worker))
-            row.turns += 1
+            row.count()
             self._rows.move_to_end(row.session)
         row.first = row.first or worker
         outcome: Outcome = "first" if was is None else "kept" if worker == was else "moved"
