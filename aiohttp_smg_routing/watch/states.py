@@ -93,8 +93,9 @@ def _workers(page: Gateway) -> Iterator[Cause]:
     if down:
         yield Cause(
             "worker_down",
-            f"{len(down)} of {len(page.workers)} workers are not healthy: {_names(down)}. Sessions "
-            "that are pinned there move, and come back with the worker.",
+            f"{len(down)} of {len(page.workers)} workers {'is' if len(down) == 1 else 'are'} not "
+            f"healthy: {_names(down)}. Sessions that are pinned there move, and come back with the "
+            "worker.",
             known_causes.WORKER_ADVICE,
         )
     if circuits:

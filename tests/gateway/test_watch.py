@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import pty
+import re
 import signal
 import sys
 from asyncio.subprocess import PIPE
@@ -185,6 +186,43 @@ async def test_gateway_and_server_that_are_killed_and_come_back_are_said_to_be_s
                 async with smg_gateway(urls, policy="manual", args=args, port=port) as smg:
                     seen = await watch.until("gateway_restarted", "no_calls")
                     assert seen["gateway"]["restarts"] == 1
+
+
+def shape(block: str) -> list[str]:
+    """Return the words of a block without its figures, a line for all workers that are alike."""
+    head, _, rows = block.partition("\ngateway ")
+    words = " ".join(re.sub(r"\d[\d.:]*", "0", head).split())
+    lines = [re.sub(r"\d[\d.:]*", "0", " ".join(line.split())) for line in rows.splitlines()]
+    return [words, *dict.fromkeys(line for line in lines if line)]
+
+
+async def test_block_on_the_page_is_one_that_the_command_prints() -> None:
+    page = (ROOT / "docs" / "watch.md").read_text("utf-8")
+    block = re.findall(r"```text\n(.*?)```", page, re.DOTALL)[0]
+    assert max(map(len, block.splitlines())) <= 80
+    async with loaded_workers(4, "sglang --enable-metrics") as workers:
+        for worker in workers:
+            worker.cache_hit_rate = 0.9
+        urls = [worker.recorder.url for worker in workers]
+        args = (*POLLS, "--assignment-mode", "min_group")
+        async with (
+            smg_gateway(urls, policy="manual", args=args) as smg,
+            metered_server(smg.url) as server,
+        ):
+            await workers[0].report()
+            sessions = [f"s-{number}" for number in range(20)]
+            await play(server.url, sessions, turns=2)
+            process = await asyncio.create_subprocess_exec(
+                *(*COMMAND, str(smg.metrics_url), str(server.url), "--once", "--interval", "1"),
+                stdout=PIPE,
+                env=ENV,
+            )
+            ended = asyncio.ensure_future(soon(process.communicate()))
+            while not ended.done():
+                await play(server.url, sessions)
+            out, _ = await ended
+    assert process.returncode == 0
+    assert shape(out.decode()) == shape(block)
 
 
 async def test_overloaded_workers_and_the_engines_own_figures_are_shown() -> None:

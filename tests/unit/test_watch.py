@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,6 +32,9 @@ from aiohttp_smg_routing.watch.view import View
 GATEWAY = URL("http://10.0.0.1:29000/metrics")
 SERVER = URL("http://10.0.0.9:8080/metrics")
 W1, W2 = "http://10.0.0.2:8000", "http://10.0.0.3:8000"
+
+ROOT = Path(__file__).parents[2]
+SOURCES = (("watch", "states.py"), ("watch", "judge.py"))
 
 SMG = "smg_tokio_workers 2\n"
 SMG_1_13 = SMG + "smg_worker_requests_total 0\n"
@@ -492,6 +496,17 @@ def test_long_names_keep_both_their_ends() -> None:
         "engine-1.en..local:8000",
         "engine-2.en..local:8000",
     ]
+
+
+def test_the_page_lists_the_causes_that_verify_does_not_have() -> None:
+    code = "".join(
+        (ROOT / "aiohttp_smg_routing").joinpath(*it).read_text("utf-8") for it in SOURCES
+    )
+    found = set(re.findall(r'(?:Cause\(\s*|^    )"(\w+)"[,:]', code, re.MULTILINE))
+    page = (ROOT / "docs/watch.md").read_text("utf-8")
+    rows = re.findall(r"(?m)^\| (`.*?) \| ", page.partition("| cause |")[2].partition("\n\n")[0])
+    listed = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert listed == found - {"no_healthy_workers", "wrong_header"}  # those verify has
 
 
 def test_figures_that_are_no_numbers_are_left_out() -> None:

@@ -159,8 +159,8 @@ def test_log_says_a_cause_when_it_comes_up_and_then_names_it(
         pages(server) as theirs,
     ):
         assert main(["watch", str(url), str(theirs), *FAST]) == 143
-    out = capsys.readouterr().out
-    assert 1 <= out.count("workers are not healthy: http://10.0.0.2:8000") <= 2
+    out = words(capsys)
+    assert 1 <= out.count("1 of 2 workers is not healthy: http://10.0.0.2:8000") <= 2
     assert out.count("As before: worker_down.") > 2
 
 
