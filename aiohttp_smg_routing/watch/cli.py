@@ -60,7 +60,7 @@ def watch(
     signal ends it: 130 Ctrl-C, 143 SIGTERM, 141 if nobody reads what it prints. 64 wrong usage.
     """
     out = terminal(sys.stdout)
-    is_live = out.is_terminal and not (once or as_json)
+    is_live = out.is_terminal and not (out.is_dumb_terminal or once or as_json)
     seconds = interval or (_LIVE if is_live else _PLAIN)
     lines = Json(out) if as_json else Log(out)
     shows: AbstractContextManager[Show] = Picture(out) if is_live else nullcontext(lines)

@@ -16,6 +16,8 @@ from ..verify.call import CallError, Client
 WINDOW_SECONDS = 10
 """The figures of now are those of so many seconds, or of one interval if that is longer."""
 
+_LONGEST = 4 * 2**20  # characters, which take seconds to parse; 1,000 workers have 2 MB
+
 P = TypeVar("P")
 
 
@@ -78,6 +80,8 @@ class Endpoint(Generic[P]):
             await asyncio.gather(self.look(), asyncio.sleep(interval))
 
     def _parse(self, text: str) -> P:
+        if len(text) > _LONGEST:
+            raise ValueError(f"the page has more than {_LONGEST // 2**20} MiB")
         return self._read(samples_of(self._client, text))
 
     def _failed(self, error: str) -> None:

@@ -1,6 +1,7 @@
 """Judges what a moment shows: are sessions pinned now, and what is wrong? All is pure here."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from ..verify import known_causes
 from ..verify.cause import Cause
@@ -20,36 +21,48 @@ _SENT_ADVICE = (
 _SPARE = 20  # calls; fewer may be under way between a session server and its gateway
 
 
+@dataclass(frozen=True, slots=True)
+class Basis:
+    """The counts that the verdict is about."""
+
+    counters: Counters
+    server: Mapping[str, int]
+    when: str
+    """Since when they are counted, as the end of a sentence."""
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether the session server saw enough later turns to tell."""
+        return kept_by_server(self.server).of >= FEWEST
+
+    @property
+    def kept(self) -> Share:
+        """How many later calls were kept: by the session server if it can tell."""
+        return kept_by_server(self.server) if self.is_seen else kept_by_gateway(self.counters)
+
+
 def judge(view: View, min_kept: float) -> Verdict:
     """Return the verdict. "Pinned" needs the share ``min_kept`` of keyed calls, and of kept ones.
 
     It is about the calls of now, or about all since the gateway started if those are too few.
     """
-    counters, when = _counters(view)
-    server = _server_share(view)
-    kept = server if server.of >= FEWEST else kept_by_gateway(counters)
-    told = [*states(view), *_key_causes(view, counters, min_kept)]
-    told += _moves(view, counters, kept, min_kept, {cause.name for cause in told})
-    answer, sentence = _decide(view, counters, kept, {cause.name for cause in told}, min_kept)
-    return Verdict(answer, f"{answer.capitalize()}: {sentence}{when}.", tuple(told))
+    basis = _basis(view)
+    told = [*states(view), *_key_causes(view, basis, min_kept)]
+    told += _moves(view, basis, min_kept, {cause.name for cause in told})
+    answer, sentence = _decide(view, basis, {cause.name for cause in told}, min_kept)
+    return Verdict(answer, f"{answer.capitalize()}: {sentence}.", tuple(told))
 
 
-def _counters(view: View) -> tuple[Counters, str]:
-    """Return the counters to judge by, and when they were counted, as an end of a sentence."""
+def _basis(view: View) -> Basis:
     now = view.now
     if now is not None and _later(now) >= FEWEST:
-        return now, f", in the last {view.gateway.seconds:.0f} s"
-    return view.totals, ", since the gateway started" if view.totals.calls else ""
+        return Basis(now, view.server_now or {}, f", in the last {view.gateway.seconds:.0f} s")
+    return Basis(view.totals, view.server_totals, ", since the gateway started")
 
 
 def _later(counters: Counters) -> int:
     """Return how many calls tell of pins: those of keys that came again, if keys are counted."""
     return kept_by_gateway(counters).of if "manual" in counters.branches else counters.calls
-
-
-def _server_share(view: View) -> Share:
-    now = kept_by_server(view.server_now or {})
-    return now if now.of >= FEWEST else kept_by_server(view.server_totals)
 
 
 def _pools(counters: Counters) -> list[str]:
@@ -72,9 +85,9 @@ def _policies(counters: Counters, pool: str) -> str:
     return " and ".join(sorted(counters.pools[pool]))
 
 
-def _key_causes(view: View, counters: Counters, min_kept: float) -> Iterator[Cause]:
+def _key_causes(view: View, basis: Basis, min_kept: float) -> Iterator[Cause]:
     """Yield why the key does not choose the worker, or why the counters can't tell."""
-    page = view.gateway.page
+    page, counters = view.gateway.page, basis.counters
     if page is None or not counters.calls:
         return
     if view.workers == 1:
@@ -115,11 +128,9 @@ def _uncounted(view: View, policies: str) -> Cause:
     )
 
 
-def _moves(
-    view: View, counters: Counters, kept: Share, min_kept: float, found: set[str]
-) -> Iterator[Cause]:
+def _moves(view: View, basis: Basis, min_kept: float, found: set[str]) -> Iterator[Cause]:
     """Yield why sessions move, or share a key, or call another gateway."""
-    page = view.gateway.page
+    page, counters = view.gateway.page, basis.counters
     if page is None:
         return
     if missed := counters.of("occupied_miss"):
@@ -131,7 +142,7 @@ def _moves(
         yield known_causes.shared_key(f"has met one key only in {view.totals.calls} calls")
     if elsewhere := _calls_elsewhere(view):
         yield elsewhere
-    elif _is_below(kept, min_kept) and not (found or missed or counters.of("cap_respill")):
+    elif _is_below(basis.kept, min_kept) and not (found or missed or counters.of("cap_respill")):
         yield known_causes.pins_lost(page.load.kind, "and see the log of the session server.")
 
 
@@ -153,33 +164,26 @@ def _is_below(share: Share, least: float) -> bool:
     return share.of >= FEWEST and share.part < least * share.of - 1e-9
 
 
-def _decide(
-    view: View, counters: Counters, kept: Share, found: set[str], min_kept: float
-) -> tuple[Answer, str]:
+def _decide(view: View, basis: Basis, found: set[str], min_kept: float) -> tuple[Answer, str]:
     """Return the answer of the first rule that applies; ``docs/watch.md`` has the rules."""
+    counters, kept = basis.counters, basis.kept
     if nothing := _nothing(view, counters, found):
         return "could not tell", nothing
     pools = _pools(counters)
     for pool in pools:
         worker = "worker" if pool == "regular" else f"{pool} worker"
         keyed = _keyed(counters, pool)
-        said = f"the key chose the {worker} of {keyed.part} of {keyed.of} calls"
+        said = f"the key chose the {worker} of {keyed.part} of {keyed.of} calls{basis.when}"
         if _tells(view, counters, pool) and _is_below(keyed, min_kept):
             return "not pinned", said
-    is_seen = _server_share(view).of >= FEWEST
-    if is_seen or "manual" in counters.branches:
-        whose = "session" if is_seen else "key"
-        said = f"{kept.part} of {kept.of} later calls came to the worker of their {whose}"
+    if basis.is_seen or "manual" in counters.branches:
+        came = f"came to the worker of their {'session' if basis.is_seen else 'key'}"
+        said = f"{kept.part} of {kept.of} later calls {came}{basis.when}"
     if _is_below(kept, min_kept):
         return "not pinned", said
-    if unsure := _unsure(
-        counters,
-        kept,
-        found,
-        is_told=is_seen or all(_tells(view, counters, pool) for pool in pools),
-    ):
-        return "could not tell", unsure.format(said)
-    return "pinned", said
+    is_told = basis.is_seen or all(_tells(view, counters, pool) for pool in pools)
+    unsure = _unsure(counters, kept, found, is_told=is_told)
+    return ("could not tell", unsure.format(said)) if unsure else ("pinned", said)
 
 
 def _nothing(view: View, counters: Counters, found: set[str]) -> str:

@@ -13,10 +13,11 @@ from .page import Gateway, Server, Worker
 from .view import Share, View, kept_by_gateway, kept_by_server
 
 _FEWEST_WORKERS = 3  # are shown, however small the terminal is
+_SMALL = 32  # lines; a smaller terminal has no room for outcomes that never were
 _SERVER_ROWS = ("first", "kept", "moved", "unknown", "untagged", "failed", "late", "unmatched")
 _ORDER = (*KEY_BRANCHES, *NO_KEY_BRANCHES)
-_COLUMNS = "{:<{name}}{:>12}{:>14}{:>14}"
-_WORKER_COLUMNS = "{:<{name}} {:<9}{:>9}{:>10}{:>9}{:>7}{:>6}{:>6}"
+_COLUMNS = "{:<{name}} {:>11} {:>13} {:>13}"
+_WORKER_COLUMNS = "{:<{name}} {:<9} {:>8} {:>9} {:>8} {:>6} {:>5} {:>5}"
 _WIDTH = 80
 
 
@@ -29,8 +30,8 @@ def lines(
 ) -> list[str]:
     """Return a moment as plain lines of at most ``width`` columns.
 
-    The second one is the verdict. Workers that are as all others are left out if the lines would
-    be more than ``height``. Of the causes in ``told`` only the names are shown.
+    The second one is the verdict. If ``height`` is small, outcomes that never were and the workers
+    that tell least are left out. Of the causes in ``told`` only the names are shown.
     """
     kind = (view.gateway.page and view.gateway.page.load.kind) or "gateway"
     head = [f"{datetime.now():%H:%M:%S}  {kind} {view.gateway.url}", *wrap(verdict.sentence, width)]
@@ -39,7 +40,8 @@ def lines(
             head += ["", *_wrapped(cause.text, width), *_wrapped(cause.advice, width, "  -> ")]
     if again := [cause.name for cause in verdict.causes if cause.name in told]:
         head += ["", *_wrapped(f"As before: {', '.join(again)}.", width)]
-    body = [*_gateway_lines(view, width), *_server_lines(view, width)]
+    is_small = height is not None and height < _SMALL
+    body = [*_gateway_lines(view, width), *_server_lines(view, width, is_small)]
     body += _pool_lines(view)
     room = None if height is None else max(_FEWEST_WORKERS, height - len(head) - len(body) - 1)
     return [line[:width].rstrip() for line in (*head, *body, *_worker_lines(view, width, room))]
@@ -87,18 +89,18 @@ def _selections(counters: Counters) -> dict[str, int]:
     }
 
 
-def _server_lines(view: View, width: int) -> Iterator[str]:
+def _server_lines(view: View, width: int, is_small: bool) -> Iterator[str]:
     look = view.server
     if look is None or look.page is None:
         return
     yield from _head("session server", look, width)
     now, totals = view.server_now, view.server_totals
     for name in _SERVER_ROWS:
-        yield _row(
-            name, None if now is None else now.get(name, 0), totals.get(name, 0), look, width
-        )
-    shares = None if now is None else kept_by_server(now), kept_by_server(totals)
-    yield _share("kept share", *shares, width)
+        if totals.get(name) or not is_small:
+            grown = None if now is None else now.get(name, 0)
+            yield _row(name, grown, totals.get(name, 0), look, width)
+    share = None if now is None else kept_by_server(now)
+    yield _share("kept share", share, kept_by_server(totals), width)
 
 
 def _head(name: str, look: Look[Any], width: int) -> Iterator[str]:
@@ -133,8 +135,9 @@ def _pool_lines(view: View) -> Iterator[str]:
         return
     states = [_state(worker) for worker in page.workers.values()]
     yield ""
+    count = sum(page.pool_sizes.values())
     yield (
-        f"{sum(page.pool_sizes.values())} workers: {states.count('down')} down, "
+        f"{count} worker{'s' * (count != 1)}: {states.count('down')} down, "
         f"{states.count('open')} with an open circuit, {page.load.overloaded} overloaded"
     )
     for skew, what in ((view.calls_skew, "calls"), (view.sessions_skew, "active sessions")):

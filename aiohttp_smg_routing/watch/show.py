@@ -35,7 +35,8 @@ class Picture:
     def _redraw(self, view: View, verdict: Verdict) -> None:
         width, height = self._console.size
         # A Text, because what a server said must not count as markup.
-        self._last = Text("\n".join(lines(view, verdict, width, height)))
+        text = "\n".join(lines(view, verdict, width, height))
+        self._last = Text(text, no_wrap=True, overflow="crop")
         self._last.highlight_words([verdict.answer.capitalize()], COLOURS[verdict.answer])
         self._live.update(self._last, refresh=True)
 

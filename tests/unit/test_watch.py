@@ -160,7 +160,8 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         view(IDLE, smg({"vacant": 5, "occupied_hit": 4})),
         "could not tell",
         [],
-        "4 of 4 later calls came to the worker of their key, which are too few to tell",
+        "4 of 4 later calls came to the worker of their key, since the gateway started, which are "
+        "too few to tell",
     ),
     "no page yet": (view(None, None), "could not tell", [], "has not answered yet"),
     "no page": (
@@ -179,7 +180,7 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         view(IDLE, smg({"vacant": 5, "occupied_hit": 100}, workers={W1: 105})),
         "could not tell",
         ["one_worker"],
-        "only one worker is known",
+        "only one worker is known, so every session stays on it.",
     ),
     "no worker": (
         view(None, smg(workers={})),
@@ -257,7 +258,7 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         view(IDLE, smg({"vacant": 1, "occupied_hit": 30}, workers={W1: 31, W2: 0})),
         "could not tell",
         ["shared_key"],
-        "30 of 30 later calls came to the worker of their key; but see below",
+        "30 of 30 later calls came to the worker of their key, in the last 10 s; but see below",
     ),
     "one session": (
         view(
@@ -279,7 +280,7 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         view(IDLE, PINNED, (session_server(), session_server(unknown=210))),
         "could not tell",
         ["replicas"],
-        "100 of 100 later calls came to the worker of their key; but see below",
+        "100 of 100 later calls came to the worker of their key, in the last 10 s; but see below",
     ),
     "another gateway has all": (
         view(PINNED, PINNED, (session_server(), session_server(unknown=210))),
@@ -437,6 +438,19 @@ def test_session_server_that_does_not_answer_or_was_restarted_changes_no_verdict
     assert json.loads(document(gone, verdict))["server"]["now"] is None
 
 
+def test_session_server_that_saw_too_few_turns_now_leaves_the_verdict_to_the_gateway() -> None:
+    server = session_server(kept=500, moved=500), session_server(kept=505, moved=500)
+    verdict = judge(view(IDLE, PINNED, server), 0.99)
+    assert verdict.sentence == (
+        "Pinned: 100 of 100 later calls came to the worker of their key, in the last 10 s."
+    )
+    idle = judge(view(PINNED, PINNED, server), 0.99)
+    assert idle.sentence == (
+        "Not pinned: 505 of 1005 later calls came to the worker of their session, since the "
+        "gateway started."
+    )
+
+
 def test_share_that_is_enough_is_exactly_so_much() -> None:
     exactly = view(IDLE, smg({"vacant": 5, "occupied_hit": 90, "occupied_miss": 10}))
     assert judge(exactly, 0.9).answer == "pinned"
@@ -486,6 +500,16 @@ def test_workers_that_are_too_many_for_the_terminal_are_those_that_tell_least() 
     assert set(rows[1:]) == {f"10.0.1.{n}:8000" for n in range(249, 249 - len(rows) + 1, -1)}
     assert told[-1] == f".. and {500 - len(rows)} more workers"
     assert len(lines(seen, judge(seen, 0.99))) > 500  # a log has all
+
+
+def test_outcomes_that_never_were_are_left_out_of_a_small_terminal() -> None:
+    seen = view(IDLE, PINNED, (session_server(), session_server(first=5, kept=95, late=1)))
+    verdict = Verdict("pinned", "Pinned.", ())
+    assert [line.split()[0] for line in lines(seen, verdict, 80, 24) if line][7:12] == (
+        ["session", "first", "kept", "late", "kept"]
+    )
+    assert "moved" in {line.split()[0] for line in lines(seen, verdict, 80, 40) if line}
+    assert len(lines(seen, verdict, 80, 24)) <= 24
 
 
 def test_long_names_keep_both_their_ends() -> None:

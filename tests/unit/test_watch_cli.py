@@ -6,7 +6,7 @@ import pty
 import re
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import Thread
 
 import pytest
@@ -102,6 +102,7 @@ def test_once_as_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> Non
         (web.Response(status=307, headers={"Location": "/"}), "it answers 307"),
         (PINNED + 'smg_worker_selection_total{policy="random"} NaN\n', "_total is nan"),
         (PINNED[: len(PINNED) // 2], "sample"),
+        (PINNED + "# \n" * 2**21, "the page has more than 4 MiB"),
     ],
 )
 def test_page_that_is_none_is_said_to_be_so_with_the_remedy(
@@ -178,19 +179,17 @@ def test_it_ends_when_nobody_reads_what_it_prints(monkeypatch: pytest.MonkeyPatc
         assert main(["watch", str(url), *FAST]) == 141
 
 
-def test_terminal_is_redrawn_and_keeps_the_last_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setenv("LINES", "24")
+def on_terminal(monkeypatch: pytest.MonkeyPatch, kind: str) -> bytes:
+    """Run the command on a terminal of that kind until Ctrl-C; return what came to the terminal."""
+    for name, value in (("TERM", kind), ("COLUMNS", "80"), ("LINES", "24")):
+        monkeypatch.setenv(name, value)
     master, slave = pty.openpty()
     read = bytearray()
 
     def reader() -> None:
-        try:
+        with suppress(OSError):  # the other end is closed
             while chunk := os.read(master, 65536):
                 read.extend(chunk)
-        except OSError:
-            pass  # the other end is closed
 
     thread = Thread(target=reader)
     thread.start()
@@ -199,12 +198,23 @@ def test_terminal_is_redrawn_and_keeps_the_last_picture(monkeypatch: pytest.Monk
         assert main(["watch", str(url), *FAST]) == 130
     thread.join()
     os.close(master)
+    return bytes(read)
+
+
+def test_terminal_is_redrawn_and_keeps_the_last_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = on_terminal(monkeypatch, "xterm")
     entered, left = read.find(b"\x1b[?1049h"), read.rfind(b"\x1b[?1049l")
     assert 0 <= entered < left
     assert read[entered:left].count(b"occupied_hit") > 2
     last = re.sub(rb"\x1b\[[\d;?]*[a-zA-Z]", b"", read[left:]).decode()
     assert "Pinned: 100 of 100 later calls" in last
     assert last.count("occupied_hit") == 1
+
+
+def test_terminal_that_can_not_be_redrawn_gets_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    read = on_terminal(monkeypatch, "dumb")
+    assert b"\x1b" not in read
+    assert read.count(b"occupied_hit") > 2
 
 
 def test_fault_of_the_program_is_no_verdict(
