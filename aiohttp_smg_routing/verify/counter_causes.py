@@ -37,7 +37,13 @@ def by_counters(
     elif unused:
         yield _not_used(seen, counters, unused)
     elif counters.calls < ours:
-        yield known_causes.replicas(seen.load.kind, seen.plan.metrics, counters.calls, ours)
+        yield known_causes.replicas(
+            seen.load.kind,
+            seen.plan.metrics,
+            counters.calls,
+            ours,
+            "Give the metrics of this one with --metrics URL.",
+        )
     else:
         yield from _by_pool(seen, counters, ours)
     if counters.calls > seen.sent:

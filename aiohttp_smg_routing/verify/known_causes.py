@@ -73,13 +73,16 @@ def uncounted(policies: str, advice: str) -> Cause:
     )
 
 
-def replicas(kind: Kind | None, metrics: URL, calls: int, ours: int) -> Cause:
-    """Return the cause for a gateway that routed fewer calls than were made."""
+def replicas(kind: Kind | None, metrics: URL, calls: int, ours: int, advice: str) -> Cause:
+    """Return the cause for a gateway that routed fewer calls than were made.
+
+    ``advice`` is how to name the right one, if it routed none.
+    """
     if calls == 0:
         return Cause(
             "other_gateway",
-            f"The gateway whose metrics are at {metrics} routed none of these calls.",
-            "Give the metrics of this one with --metrics URL.",
+            f"The gateway whose metrics are at {metrics} routed none of {ours} calls.",
+            advice,
         )
     return Cause(
         "replicas",

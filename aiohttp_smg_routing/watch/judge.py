@@ -156,7 +156,13 @@ def _calls_elsewhere(view: View) -> Cause | None:
     routed = view.now.calls + gateway.before.in_flight
     if ours - routed < max(_SPARE, ours / 20):
         return None
-    return known_causes.replicas(gateway.page.load.kind, gateway.url, view.now.calls, ours)
+    return known_causes.replicas(
+        gateway.page.load.kind,
+        gateway.url,
+        view.now.calls,
+        ours,
+        "Give the metrics URL of the gateway that the session server calls.",
+    )
 
 
 def _is_below(share: Share, least: float) -> bool:

@@ -133,6 +133,20 @@ async def test_verdict_on_a_job_that_is_pinned_and_one_that_is_not() -> None:
             assert "policy" in causes(seen)
 
 
+async def test_gateway_that_the_session_server_does_not_call_is_said_to_be_another_one() -> None:
+    async with (
+        smg_gateway(2, policy="manual") as called,
+        smg_gateway(2, policy="manual") as other,
+        metered_server(called.url) as server,
+        watching(other.metrics_url, server.url) as watch,
+    ):
+        await watch.until("no_calls")
+        await play(server.url, [f"s-{number}" for number in range(12)], turns=5)
+        seen = await watch.until("other_gateway")
+    assert seen["verdict"] == "could not tell"
+    assert f"{other.metrics_url} routed none of " in str(seen["causes"])
+
+
 async def test_worker_that_is_killed_is_said_while_it_is_down(tmp_path: Path) -> None:
     sessions = [f"s-{number}" for number in range(12)]
     args = ["--assignment-mode", "min_group"]
