@@ -34,7 +34,7 @@ SERVER = URL("http://10.0.0.9:8080/metrics")
 W1, W2 = "http://10.0.0.2:8000", "http://10.0.0.3:8000"
 
 ROOT = Path(__file__).parents[2]
-SOURCES = (("watch", "states.py"), ("watch", "judge.py"))
+PACKAGE = ROOT / "aiohttp_smg_routing" / "watch"
 
 SMG = "smg_tokio_workers 2\n"
 SMG_1_13 = SMG + "smg_worker_requests_total 0\n"
@@ -455,6 +455,8 @@ def test_share_that_is_enough_is_exactly_so_much() -> None:
     exactly = view(IDLE, smg({"vacant": 5, "occupied_hit": 90, "occupied_miss": 10}))
     assert judge(exactly, 0.9).answer == "pinned"
     assert judge(exactly, 0.91).answer == "not pinned"
+    seven = view(IDLE, smg({"vacant": 5, "occupied_hit": 7, "occupied_miss": 93}))
+    assert judge(seven, 0.07).answer == "pinned"  # 0.07 * 100 is a little more than 7
 
 
 def test_figures_of_each_branch_worker_and_outcome() -> None:
@@ -523,9 +525,7 @@ def test_long_names_keep_both_their_ends() -> None:
 
 
 def test_the_page_lists_the_causes_that_verify_does_not_have() -> None:
-    code = "".join(
-        (ROOT / "aiohttp_smg_routing").joinpath(*it).read_text("utf-8") for it in SOURCES
-    )
+    code = "".join((PACKAGE / name).read_text("utf-8") for name in ("states.py", "judge.py"))
     found = set(re.findall(r'(?:Cause\(\s*|^    )"(\w+)"[,:]', code, re.MULTILINE))
     page = (ROOT / "docs/watch.md").read_text("utf-8")
     rows = re.findall(r"(?m)^\| (`.*?) \| ", page.partition("| cause |")[2].partition("\n\n")[0])
@@ -564,6 +564,26 @@ def test_figures_of_now_are_of_the_last_ten_seconds_or_of_one_interval() -> None
         endpoint._add(at, gateway_of(PINNED))
         seconds.append(endpoint.seen.seconds)
     assert seconds == [0, 4, 8, 12, 12, 44]
+
+
+def test_endpoint_says_since_when_there_is_no_page() -> None:
+    endpoint = Endpoint(CLIENT, GATEWAY, read_gateway, gateway_shrank)
+    endpoint._failed("it answers 500")
+    since = endpoint.seen.since
+    endpoint._failed("it answers 503")
+    assert (endpoint.seen.error, endpoint.seen.since) == ("it answers 503", since)
+    endpoint._add(1, gateway_of(PINNED))
+    assert (endpoint.seen.error, endpoint.seen.since) == ("", None)
+
+
+def test_wide_letters_take_no_second_line_of_the_terminal() -> None:
+    out = StringIO()
+    seen = view(None, smg({"vacant": 20}, workers={"a" + 40 * "漢": 10, W2: 10}))
+    with Picture(Console(file=out, force_terminal=True, width=30, height=40)) as redraw:
+        redraw(seen, judge(seen, 0.99))
+        drawn = out.getvalue().splitlines()
+    [row] = [number for number, line in enumerate(drawn) if "漢" in line]
+    assert drawn[row + 1].startswith("10.0..")
 
 
 def test_picture_that_was_never_drawn_leaves_nothing() -> None:

@@ -109,7 +109,8 @@ def test_page_that_is_none_is_said_to_be_so_with_the_remedy(
     page: str | web.Response, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pages(page) as url:
-        assert main(["watch", str(url), "--once"]) == 2  # it does not wait for a second look
+        # It would wait for a second look in vain.
+        assert main(["watch", str(url), "--once", "--interval", "1000"]) == 2
     out = words(capsys)
     assert f"could not be read at {url}/metrics, since " in out
     assert "--prometheus-port" in out
@@ -123,7 +124,7 @@ def test_nobody_at_the_url(capsys: pytest.CaptureFixture[str]) -> None:
     assert status == 0  # the gateway alone tells
     assert "The session server's metrics could not be read" in out
     assert 'metrics = "prometheus"' in out
-    assert main(["watch", f"http://127.0.0.1:{free_port()}", "--once"]) == 2
+    assert main(["watch", f"http://127.0.0.1:{free_port()}", *ONCE]) == 2
     assert "The gateway's counters could not be read" in words(capsys)
 
 
