@@ -16,6 +16,7 @@ from .facts import (
     OVERLOADED,
     POLICY_BRANCHES,
     SELECTIONS,
+    SESSION_SERVER,
     TROUBLES,
     WORKER_CALLS,
 )
@@ -114,6 +115,7 @@ def counted(samples: Iterable[Sample]) -> tuple[Counters, Load]:
             overloaded += _count(sample)
         elif sample.name == KV_USAGE:
             usage[worker] = max(sample.value, usage.get(worker, 0.0))
+    names = {name for name in names if not name.startswith(SESSION_SERVER)}
     kind = next((kind for begin, kind in KINDS if any(n.startswith(begin) for n in names)), None)
     if kind is None:
         raise ValueError("what answers there is no SMG gateway's metrics")

@@ -69,6 +69,9 @@ KINDS: Final[tuple[tuple[str, Kind], ...]] = (
     ("smg_", "sglang-router"),
 )
 
+#: The beginning of the plugin's own series, and of one that SMG has beside many others.
+SESSION_SERVER: Final = "smg_routing_"
+
 #: How to make each kind of gateway route on a key.
 POLICY_ADVICE: Final[Mapping[Kind | None, str]] = {
     "smg": "Launch the gateway with --policy manual or --policy consistent_hashing, or keep its "

@@ -40,6 +40,11 @@ class Look(Generic[P]):
     restarted: datetime | None = None
     """When that was seen last."""
 
+    @property
+    def span(self) -> str:
+        """How long now is, in words."""
+        return f"last {self.seconds:.{0 if self.seconds >= 1 else 1}f} s"
+
 
 class Endpoint(Generic[P]):
     """A page of metrics at ``url``.

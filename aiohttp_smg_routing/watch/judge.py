@@ -56,7 +56,7 @@ def judge(view: View, min_kept: float) -> Verdict:
 def _basis(view: View) -> Basis:
     now = view.now
     if now is not None and _later(now) >= FEWEST:
-        return Basis(now, view.server_now or {}, f", in the last {view.gateway.seconds:.0f} s")
+        return Basis(now, view.server_now or {}, f", in the {view.gateway.span}")
     return Basis(view.totals, view.server_totals, ", since the gateway started")
 
 

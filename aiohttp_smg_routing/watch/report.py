@@ -105,7 +105,7 @@ def _server_lines(view: View, width: int, is_small: bool) -> Iterator[str]:
 
 def _head(name: str, look: Look[Any], width: int) -> Iterator[str]:
     yield ""
-    now = f"last {look.seconds:.0f} s" if look.before else "now"
+    now = look.span if look.before else "now"
     yield _columns(name, "per second", now, "since start", width)
 
 

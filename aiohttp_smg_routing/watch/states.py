@@ -125,7 +125,7 @@ def _traffic(view: View) -> Iterator[Cause]:
     elif view.now is not None and not view.now.calls:
         yield Cause(
             "idle",
-            f"The gateway has routed no call in the last {view.gateway.seconds:.0f} s.",
+            f"The gateway has routed no call in the {view.gateway.span}.",
             "If the job should be busy now, see the session server and its log.",
         )
 
@@ -133,7 +133,7 @@ def _traffic(view: View) -> Iterator[Cause]:
 def _skew(view: View, page: Gateway) -> Iterator[Cause]:
     for skew, what, fewest in (
         (view.sessions_skew, "active sessions", _FEWEST_SESSIONS),
-        (view.calls_skew, f"calls of the last {view.gateway.seconds:.0f} s", _FEWEST_CALLS),
+        (view.calls_skew, f"calls of the {view.gateway.span}", _FEWEST_CALLS),
     ):
         if skew:  # where sessions are known, calls are not asked: some sessions are busier
             if skew.most >= fewest and skew.ratio >= HOT:

@@ -564,6 +564,7 @@ def test_figures_of_now_are_of_the_last_ten_seconds_or_of_one_interval() -> None
         endpoint._add(at, gateway_of(PINNED))
         seconds.append(endpoint.seen.seconds)
     assert seconds == [0, 4, 8, 12, 12, 44]
+    assert [Look(GATEWAY, seconds=it).span for it in (44.4, 0.3)] == ["last 44 s", "last 0.3 s"]
 
 
 def test_endpoint_says_since_when_there_is_no_page() -> None:

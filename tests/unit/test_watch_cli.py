@@ -97,6 +97,7 @@ def test_once_as_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> Non
     [
         ("<html><body>Hello</body></html>", "what answers there is no"),
         ("node_load1 0.5\n", "what answers there is no SMG gateway's metrics"),
+        (session_server(kept=9), "what answers there is no SMG gateway's metrics"),
         (web.Response(status=500, text="sick"), "it answers 500 (sick)"),
         (web.Response(status=404), "it answers 404"),
         (web.Response(status=307, headers={"Location": "/"}), "it answers 307"),
