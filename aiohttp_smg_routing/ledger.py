@@ -3,6 +3,7 @@
 import logging
 import sys
 import threading
+import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, fields
@@ -45,9 +46,8 @@ class Call:
 class PinLedger:
     """Which worker answered which session of an app: ``app[ROUTING].pins``.
 
-    It keeps the ``track_sessions`` sessions that called last. Any thread may use it at any point,
-    even a finalizer or a signal handler that interrupts it. ``count()``, ``answered()`` and
-    ``show()`` are for the plugin alone.
+    It keeps the ``track_sessions`` sessions that called last. Any thread may use it at any point, a
+    finalizer or a signal handler, too. ``count()``, ``answered()``, ``show()`` are the plugin's.
     """
 
     def __init__(self, config: RoutingConfig, metrics: Metrics | None = None) -> None:
@@ -60,7 +60,7 @@ class PinLedger:
         self._rows: OrderedDict[str, tuple[Row, ...]] = OrderedDict()
         self._workers: Counter[str] = Counter()
         self._counts = dict.fromkeys((it.name for it in fields(PinSummary)), 0)
-        self._lock, self._is_working, self.is_shown = threading.RLock(), False, True
+        self._lock, self._is_working, self._is_shown = threading.RLock(), False, True
         self._waiting: deque[partial[None]] = deque()  # done under the lock, in order
         self._moves_log = Capped(logger, "moves", _HINT)
 
@@ -115,7 +115,7 @@ class PinLedger:
                 is_plain = is_outer and not (self._waiting or self._metrics)
                 is_kept = row and worker and worker == call.worker == row.worker
                 if row and is_kept and is_plain:  # nearly every turn
-                    row.count()
+                    row.turns, row.answered = row.turns + 1, time.monotonic()
                     self._rows.move_to_end(row.session)
                     self._counts["kept"] += 1
                 else:
@@ -169,9 +169,9 @@ class PinLedger:
         self._to_metrics(what, worker, 1)
 
     def _show(self, is_shown: bool) -> None:
-        for worker, pins in self._workers.items() if is_shown != self.is_shown else ():
+        for worker, pins in self._workers.items() if is_shown != self._is_shown else ():
             self._to_metrics("pinned", worker, pins if is_shown else -pins)
-        self.is_shown = is_shown
+        self._is_shown = is_shown
 
     def _end(self, session: str) -> None:
         rows = {(row.gateway, row.key): row for row in self._rows.pop(session, ())}
@@ -191,7 +191,7 @@ class PinLedger:
             self._workers[worker] += change
             if not self._workers[worker]:
                 del self._workers[worker]
-            if self.is_shown:
+            if self._is_shown:
                 self._to_metrics("pinned", worker, change)
 
     def _answered(self, call: Call, worker: str | None) -> None:
@@ -206,7 +206,7 @@ class PinLedger:
         if not row.is_over:
             if worker is not None and worker not in (was, row.worker):
                 self._move(row, sys.intern(worker))
-            row.count()
+            row.turns, row.answered = row.turns + 1, time.monotonic()
             self._rows.move_to_end(row.session)
         row.first = row.first or worker
         outcome: Outcome = "first" if was is None else "kept" if worker == was else "moved"

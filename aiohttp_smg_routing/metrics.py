@@ -90,11 +90,6 @@ class Row:
     is_over: bool = False  # the session has ended, or was pushed out
     into: "Row | None" = None  # the row that it was merged into
 
-    def count(self) -> None:
-        """Count a call that was answered."""
-        self.turns += 1
-        self.answered = time.monotonic()
-
     def absorb(self, other: "Row") -> None:
         """Take in another row, because the gateways of both now count as one."""
         self.turns, self.moves = self.turns + other.turns, self.moves + other.moves
@@ -189,7 +184,7 @@ class PrometheusMetrics:
             ledger.news.tell()
         for metric in self._all:
             yield from metric.collect()
-        yield self._active(ledger for ledger in ledgers if ledger.is_shown)
+        yield self._active(ledger for ledger in ledgers if ledger._is_shown)
 
     def _active(self, ledgers: Iterable[Any]) -> "Metric":
         """Return the active sessions. A scrape counts them: nobody calls when they cease to be."""
