@@ -889,7 +889,7 @@ def reading(pins: PinLedger) -> Callable[[], object]:
     play(pins, ("a", W1), ("b", W2), ("c", W1))
 
     def read() -> None:
-        pins.sessions(), pins.of("a"), pins.workers(), pins.summary()
+        pins.sessions(), pins.of("a"), pins.workers(), pins.workers(60), pins.summary()
 
     return read
 
@@ -1148,6 +1148,7 @@ def read_all(pins: PinLedger) -> None:
     pins.sessions()
     pins.of("a")
     pins.workers()
+    pins.workers(60)
     pins.summary()
 
 
