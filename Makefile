@@ -7,7 +7,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # What needs no gateway, no engine and no large package, and is quick.
 QUICK := tests/unit tests/wire -m 'not thorough' \
 	--ignore-glob 'tests/*/test_properties*.py' \
-	--ignore tests/unit/test_verify_cli.py --ignore tests/unit/test_verify_plot.py
+	--ignore tests/unit/test_verify_cli.py --ignore tests/unit/test_verify_plot.py \
+	--ignore tests/unit/test_watch_cli.py
 
 .PHONY: help check types tests demo bench micro fuzz mutants soak test compat docs figures lint dist programs clean
 
@@ -58,6 +59,7 @@ soak: $(VENV)/demo.installed ## 10,000 sessions while workers, the gateway and t
 programs: | $(BIN)/python
 	-@.ci/debian nginx nginx
 	-@.ci/debian prometheus promtool
+	-@.ci/debian prometheus prometheus
 
 # Twice as many as processors: most of its time a test waits, for a gateway to start or a worker.
 JOBS ?= $(shell expr 2 '*' $$(nproc 2> /dev/null || echo 2))

@@ -32,8 +32,10 @@ def _run(argv: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return _USAGE
-    from .verify.cli import run
+    from .verify.cli import cli, run
+    from .watch.cli import watch
 
+    cli.add_command(watch)
     return run(argv)
 
 

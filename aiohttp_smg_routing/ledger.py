@@ -3,6 +3,7 @@
 import logging
 import sys
 import threading
+import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, fields
@@ -45,9 +46,8 @@ class Call:
 class PinLedger:
     """Which worker answered which session of an app: ``app[ROUTING].pins``.
 
-    It keeps the ``track_sessions`` sessions that called last. Any thread may use it at any point,
-    even a finalizer or a signal handler that interrupts it. ``count()``, ``answered()`` and
-    ``show()`` are for the plugin alone.
+    It keeps the ``track_sessions`` sessions that called last. Any thread may use it at any point, a
+    finalizer or a signal handler, too. ``count()``, ``answered()``, ``show()`` are the plugin's.
     """
 
     def __init__(self, config: RoutingConfig, metrics: Metrics | None = None) -> None:
@@ -74,10 +74,12 @@ class PinLedger:
         self._catch_up()
         return [row.pin() for row in self._rows.get(self._name(session_id), ())]
 
-    def workers(self) -> dict[str, int]:
-        """Return the number of tracked pins of each worker, as the gateway names it."""
+    def workers(self, within: float | None = None) -> dict[str, int]:
+        """Return each worker's pins: all, or those answered ``within`` the last so many seconds."""
         self._catch_up()
-        return dict(self._workers)
+        if within is None:
+            return dict(self._workers)
+        return Row.by_worker(list(self._rows.values()), list(self._workers), within)
 
     def summary(self) -> PinSummary:
         """Return the counts of all calls so far, including those of sessions that have ended."""
@@ -113,7 +115,7 @@ class PinLedger:
                 is_plain = is_outer and not (self._waiting or self._metrics)
                 is_kept = row and worker and worker == call.worker == row.worker
                 if row and is_kept and is_plain:  # nearly every turn
-                    row.turns += 1
+                    row.turns, row.answered = row.turns + 1, time.monotonic()
                     self._rows.move_to_end(row.session)
                     self._counts["kept"] += 1
                 else:
@@ -173,8 +175,7 @@ class PinLedger:
 
     def _end(self, session: str) -> None:
         rows = {(row.gateway, row.key): row for row in self._rows.pop(session, ())}
-        for it in self._beginning.valuerefs():  # copied in one step
-            call = it()
+        for call in [it() for it in self._beginning.valuerefs()]:  # copied in one step
             if call is not None and call.session == session and call.row is None:
                 pin = self._gateways.group[call.gateway], call.key
                 call.row = rows.setdefault(pin, Row(session, *pin))
@@ -195,8 +196,7 @@ class PinLedger:
 
     def _answered(self, call: Call, worker: str | None) -> None:
         if worker is not None:
-            if not worker.isascii():  # bytes that may not be UTF-8
-                worker = worker.encode("utf-8", "backslashreplace").decode()
+            worker = worker.encode("utf-8", "backslashreplace").decode()  # it may be other bytes
             if len(self._gateways.group) > 1 and self._gateways.named(call.gateway, worker):
                 self._merge()
         row = call.row or self._row_of(call) or self._entered(call)
@@ -206,7 +206,7 @@ class PinLedger:
         if not row.is_over:
             if worker is not None and worker not in (was, row.worker):
                 self._move(row, sys.intern(worker))
-            row.turns += 1
+            row.turns, row.answered = row.turns + 1, time.monotonic()
             self._rows.move_to_end(row.session)
         row.first = row.first or worker
         outcome: Outcome = "first" if was is None else "kept" if worker == was else "moved"

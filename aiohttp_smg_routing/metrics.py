@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections import Counter as Count
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
@@ -85,15 +86,26 @@ class Row:
     worker: str | None = None
     turns: int = 0
     moves: int = 0
+    answered: float = 0.0  # when it was last, as time.monotonic() has it
     is_over: bool = False  # the session has ended, or was pushed out
     into: "Row | None" = None  # the row that it was merged into
 
     def absorb(self, other: "Row") -> None:
         """Take in another row, because the gateways of both now count as one."""
         self.turns, self.moves = self.turns + other.turns, self.moves + other.moves
+        self.answered = max(self.answered, other.answered)
         if self.worker is None:
             self.first, self.worker = other.first, other.worker
         other.worker, other.into = None, self
+
+    @staticmethod
+    def by_worker(
+        rows: Iterable[tuple["Row", ...]], workers: Iterable[str], within: float
+    ) -> dict[str, int]:
+        """Return how many rows each of the workers has that were answered within the seconds."""
+        since = time.monotonic() - within
+        found = Count(row.worker for its in rows for row in its if row.answered >= since)
+        return {worker: found[worker] for worker in workers}
 
     def pin(self) -> SessionPin:
         """Return what users see of it."""
@@ -102,6 +114,7 @@ class Row:
 
 # Apps that share a registry share the metrics on it: it takes each name once.
 _on_registry: "WeakKeyDictionary[CollectorRegistry, PrometheusMetrics]" = WeakKeyDictionary()
+ACTIVE_SECONDS = 600  # a session that was answered since counts as active
 _BESIDE = {
     "missing": (
         "smg_routing_missing_session",
@@ -122,13 +135,13 @@ class PrometheusMetrics:
     """The metrics on one registry, which collects them from here. No label has a session id.
 
     In prometheus-client's multi-process mode, which can't remove series, the series of a worker
-    stays when the worker has gone.
+    stays when the worker has gone. There are no active sessions there: it collects nothing.
     """
 
     def __init__(self) -> None:
         from prometheus_client import Counter, Gauge
 
-        self.untold: WeakSet[Any] = WeakSet()
+        self.ledgers: WeakSet[Any] = WeakSet()
         self._lock = threading.RLock()
         self._pins: Count[str] = Count()
         self._calls = Counter(
@@ -162,13 +175,29 @@ class PrometheusMetrics:
         """Yield the metrics without values: a registry reads their names when it takes them."""
         for metric in self._all:
             yield from metric.describe()
+        yield self._active(())
 
     def collect(self) -> Iterator["Metric"]:
         """Yield the metrics with their values, for a scrape of the registry."""
-        for news in list(self.untold):
-            news.tell()
+        ledgers = list(self.ledgers)
+        for ledger in ledgers:
+            ledger.news.tell()
         for metric in self._all:
             yield from metric.collect()
+        yield self._active(ledger for ledger in ledgers if ledger._is_shown)
+
+    def _active(self, ledgers: Iterable[Any]) -> "Metric":
+        """Return the active sessions. A scrape counts them: nobody calls when they cease to be."""
+        from prometheus_client.core import GaugeMetricFamily
+
+        text = "Tracked sessions with an answer in the last ten minutes, by the worker."
+        family = GaugeMetricFamily("smg_routing_active_sessions", text, labels=["worker"])
+        active: Count[str] = Count()
+        for ledger in ledgers:
+            active.update(ledger.workers(ACTIVE_SECONDS))
+        for worker, sessions in active.items():
+            family.add_metric([worker], sessions)
+        return family
 
     def add(self, what: Counted, worker: str | None, change: int) -> None:
         """Count what the ledger saw. A worker's series end with its last pin."""

@@ -169,7 +169,7 @@ def _ledger(config: RoutingConfig) -> PinLedger:
     metrics = _metrics(config)
     ledger = PinLedger(config, metrics.add if metrics else None)
     if metrics:
-        metrics.untold.add(ledger.news)
+        metrics.ledgers.add(ledger)
     return ledger
 
 

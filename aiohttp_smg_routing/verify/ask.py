@@ -1,7 +1,7 @@
 """Asks the gateway about itself: its models, its workers and their load, its counters."""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import isfinite
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -16,6 +16,7 @@ from .facts import (
     OVERLOADED,
     POLICY_BRANCHES,
     SELECTIONS,
+    SESSION_SERVER,
     TROUBLES,
     WORKER_CALLS,
 )
@@ -72,32 +73,49 @@ async def read_metrics(client: Client, metrics: URL) -> tuple[Counters, Load]:
 
     Raises ``CallError``, and ``ValueError``.
     """
-    text = await client.text(metrics)
+    return counted(samples_of(client, await client.text(metrics)))
+
+
+def samples_of(client: Client, text: str) -> list[Sample]:
+    """Return all samples of a page of metrics, with printable labels. Raises ``ValueError``."""
+    try:
+        return [
+            sample._replace(
+                labels={name: client.printable(value) for name, value in sample.labels.items()}
+            )
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        ]
+    except IndexError as error:  # the parser raises it for odd lines
+        raise ValueError("what answers there is no page of metrics") from error
+
+
+def counted(samples: Iterable[Sample]) -> tuple[Counters, Load]:
+    """Return the counters of a gateway's page, and its kind and load. Raises ``ValueError``."""
     pools: defaultdict[str, Counter[str]] = defaultdict(Counter)
     branches: defaultdict[str, Counter[str]] = defaultdict(Counter)
     workers: Counter[str] = Counter()
     usage: dict[str, float] = {}
     overloaded = troubles = 0
     names = set()
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            names.add(sample.name)
-            labels = {name: client.printable(value) for name, value in sample.labels.items()}
-            worker = labels.get("worker", "")
-            troubles += _count(sample) if _is_trouble(sample) else 0
-            if policy := POLICY_BRANCHES.get(sample.name):
-                branches[policy][labels.get("branch", "")] += _count(sample)
-            elif sample.name in SELECTIONS:
-                pool = pools[labels.get("worker_type", "regular")]
-                pool[labels.get("policy", "")] += _count(sample)
-                if worker:
-                    workers[worker] += _count(sample)
-            elif sample.name == WORKER_CALLS:
+    for sample in samples:
+        names.add(sample.name)
+        labels, worker = sample.labels, sample.labels.get("worker", "")
+        troubles += _count(sample) if _is_trouble(sample) else 0
+        if policy := POLICY_BRANCHES.get(sample.name):
+            branches[policy][labels.get("branch", "")] += _count(sample)
+        elif sample.name in SELECTIONS:
+            pool = pools[labels.get("worker_type", "regular")]
+            pool[labels.get("policy", "")] += _count(sample)
+            if worker:
                 workers[worker] += _count(sample)
-            elif sample.name == OVERLOADED:
-                overloaded += _count(sample)
-            elif sample.name == KV_USAGE:
-                usage[worker] = max(sample.value, usage.get(worker, 0.0))
+        elif sample.name == WORKER_CALLS:
+            workers[worker] += _count(sample)
+        elif sample.name == OVERLOADED:
+            overloaded += _count(sample)
+        elif sample.name == KV_USAGE:
+            usage[worker] = max(sample.value, usage.get(worker, 0.0))
+    names = {name for name in names if not name.startswith(SESSION_SERVER)}
     kind = next((kind for begin, kind in KINDS if any(n.startswith(begin) for n in names)), None)
     if kind is None:
         raise ValueError("what answers there is no SMG gateway's metrics")
@@ -127,7 +145,7 @@ def growth(before: Counters | None, after: Counters | None) -> Counters | None:
 
     Return None if either is unknown, or if one shrank because the gateway was restarted.
     """
-    if before is None or after is None or _shrank(before, after):
+    if before is None or after is None or shrank(before, after):
         return None
 
     def grown(now: Mapping[str, int], then: Mapping[str, int]) -> dict[str, int]:
@@ -147,7 +165,7 @@ def growth(before: Counters | None, after: Counters | None) -> Counters | None:
     )
 
 
-def _shrank(before: Counters, after: Counters) -> bool:
+def shrank(before: Counters, after: Counters) -> bool:
     """Tell whether the gateway was restarted in between."""
     pairs = (
         *((then, after.pools.get(name, {})) for name, then in before.pools.items()),
@@ -168,7 +186,7 @@ class Follower:
         """Return the worker whose count alone grew, by one call, since the last time; else None."""
         try:
             now, _ = await read_metrics(self._client, self._metrics)
-        except (CallError, ValueError, IndexError):
+        except (CallError, ValueError):
             return None
         before, self._counters = self._counters, now
         grown = growth(before, now)

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 
+from . import known_causes
 from .cause import Cause
 from .counter_causes import by_counters, other_calls
 from .counting import answering, fresh_ids, key_use, pools
 from .evidence import Evidence, bounds, more_than_chance
-from .facts import POLICY_ADVICE, REPLICAS_ADVICE
+from .facts import POLICY_ADVICE
 from .seen import Answer, Seen
 from .summary import Summary
 
@@ -22,11 +23,7 @@ def causes(
     if evidence.played == "nothing":
         return
     if evidence.one_worker:
-        yield Cause(
-            "one_worker",
-            "Only one worker is known for this model.",
-            "Start a second one; until then there is nothing to pin.",
-        )
+        yield known_causes.one_worker()
         return
     if answer == "pinned":
         if counters and counters.calls > seen.sent and evidence.key == "untold":
@@ -56,13 +53,7 @@ def _too_few(later: int) -> Cause:
 def _by_moves(seen: Seen, *, better: bool) -> Cause:
     metrics = "give the gateway's metrics with --metrics URL to tell which it is."
     if better:
-        return Cause(
-            "pins_lost",
-            "The key keeps sessions together, but not always: replicas behind one address do not "
-            "share their pins, a restart forgets them, and a worker that fails or is overloaded "
-            "loses them.",
-            f"{REPLICAS_ADVICE[seen.load.kind]}; {metrics}",
-        )
+        return known_causes.pins_lost(seen.load.kind, metrics)
     return Cause(
         "policy",
         "The gateway does not route on the key, or the key does not reach it, or replicas that do "

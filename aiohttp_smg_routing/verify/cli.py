@@ -207,7 +207,7 @@ def _verify(
 
     with Stop() as stop:
         try:
-            asyncio.run(stop.run(play, ready))
+            asyncio.run(stop.run(play.run(ready)))
         finally:
             bars.stop()
         seen = play.seen

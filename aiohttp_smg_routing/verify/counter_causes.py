@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from . import known_causes
 from .cause import Cause
 from .counting import (
     counts_any_call,
@@ -24,13 +25,6 @@ from .facts import (
 from .seen import Counters, Seen
 from .summary import Summary
 
-_WORKER_ADVICE = "See GET /workers and the logs of the workers that are not healthy."
-_SERVER_ADVICE = (
-    "Look at the session server, at the likeliest first: does it call another host than the "
-    "gateway of the plugin's config? Does a source find a session id in each request? Is the hook "
-    "on the ClientSession that calls the gateway? Is the plugin enabled?"
-)
-
 
 def by_counters(
     seen: Seen, counters: Counters, keyed: Summary, control: Summary
@@ -43,7 +37,13 @@ def by_counters(
     elif unused:
         yield _not_used(seen, counters, unused)
     elif counters.calls < ours:
-        yield _replicas(seen, counters.calls, ours)
+        yield known_causes.replicas(
+            seen.load.kind,
+            seen.plan.metrics,
+            counters.calls,
+            ours,
+            "Give the metrics of this one with --metrics URL.",
+        )
     else:
         yield from _by_pool(seen, counters, ours)
     if counters.calls > seen.sent:
@@ -57,35 +57,15 @@ def _by_pool(seen: Seen, counters: Counters, ours: int) -> Iterator[Cause]:
     for pool in pools(seen):
         policy, used = policy_of(counters, pool), keyed_calls(counters, pool)
         if policy in UNCOUNTED_POLICIES:
-            yield Cause(
-                "uncounted",
-                f"The gateway's policy is {policy}: its counters do not tell whether the key is "
-                "used.",
+            yield known_causes.uncounted(
+                policy,
                 "Run it with --concurrency 1 when nothing else calls the gateway: then its "
                 "counters name the worker of each turn.",
             )
         elif counts_any_call(seen, pool):
-            yield _any_key(policy)
+            yield known_causes.any_key(policy)
         elif 0 < used < ours:
             yield _key_lost(seen, f"{policy}", used, ours)
-
-
-def _any_key(policy: str | None) -> Cause:
-    if policy == "prefix_hash":
-        return Cause(
-            "prefix_hash",
-            "The gateway's policy is prefix_hash: SMG 1.10 and newer hash the key in place of the "
-            "prompt, but these counters do not tell whether it arrives.",
-            "See that the key reaches the gateway, or launch it with --policy manual or --policy "
-            "consistent_hashing, whose counters tell.",
-        )
-    return Cause(
-        "any_key",
-        "The gateway counts calls without our key, too, as routed by a key: consistent_hashing "
-        "before SMG 1.13 hashes Authorization, X-Forwarded-For or Cookie where there is no key.",
-        "Use SMG 1.13 or --policy manual, whose counters tell; and see that nothing before the "
-        "gateway puts a key on every call.",
-    )
 
 
 def _by_branches(
@@ -112,32 +92,22 @@ def _by_branches(
             f"{REPLICAS_ADVICE[seen.load.kind]}.",
         )
     if spilled := counters.of("cap_respill"):
-        yield Cause(
-            "shared_key",
-            f"The gateway took {spilled} calls to another worker because too many with the same "
-            "key were in flight at once.",
-            "Give each session an id of its own.",
-        )
+        yield known_causes.spilled(spilled)
     elif is_ours(seen) and any(keys_shared(seen, keyed, control, pool) for pool in pools(seen)):
         sessions = keyed.sessions + control.answered
         told = f"tells only {vacant // share or 1} of {sessions} sessions apart"
         if "manual" in counters.branches and not vacant:
             told = f"met no new key in {sessions} sessions"
-        yield Cause(
-            "shared_key",
-            f"The gateway {told}: they share a key.",
-            "Give each session an id, and so a key, of its own.",
-        )
+        yield known_causes.shared_key(told)
     moved = keyed.outcomes["moved"]
     if missed := counters.of("occupied_miss"):
-        text = f"{missed} calls found the worker of their session gone."
-        yield Cause("worker_lost", text, _WORKER_ADVICE)
+        yield known_causes.worker_lost(missed)
     elif moved and counters.of("routing_key_hit") >= keyed.answered + control.answered:
         yield Cause(
             "worker_lost",
             f"{moved} turns moved although the gateway hashes the key: workers failed, or came or "
             "went, or a session's key changes.",
-            _WORKER_ADVICE,
+            known_causes.WORKER_ADVICE,
         )
 
 
@@ -151,21 +121,6 @@ def other_calls(seen: Seen, counters: Counters) -> Cause:
     )
 
 
-def _replicas(seen: Seen, calls: int, ours: int) -> Cause:
-    if calls == 0:
-        return Cause(
-            "other_gateway",
-            f"The gateway whose metrics are at {seen.plan.metrics} routed none of these calls.",
-            "Give the metrics of this one with --metrics URL.",
-        )
-    return Cause(
-        "replicas",
-        f"The gateway whose metrics are at {seen.plan.metrics} routed {calls} of {ours} calls: "
-        "others behind the same address routed the rest, and replicas do not share their pins.",
-        f"{REPLICAS_ADVICE[seen.load.kind]}.",
-    )
-
-
 def _not_used(seen: Seen, counters: Counters, unused: list[str]) -> Cause:
     """Return why the key chose no worker in the pools ``unused``."""
     kind = seen.load.kind
@@ -174,7 +129,7 @@ def _not_used(seen: Seen, counters: Counters, unused: list[str]) -> Cause:
             "key_lost",
             f"None of the session server's calls reached the gateway whose metrics are at "
             f"{seen.plan.metrics}.",
-            _SERVER_ADVICE,
+            known_causes.SERVER_ADVICE,
         )
     policies = " and ".join(sorted({policy_of(counters, pool) or "unknown" for pool in unused}))
     if one_for_all(seen) and policies in UNCOUNTED_POLICIES:
@@ -200,20 +155,18 @@ def _not_used(seen: Seen, counters: Counters, unused: list[str]) -> Cause:
             f"Launch the gateway with --{pool}-policy {POOL_POLICIES[kind]}.",
         )
     if not counters.of(*NO_KEY_BRANCHES):
-        text = f"The gateway's policy is {policies}: it does not route on the key."
         if counters.of("no_healthy_workers"):
-            text = f"The gateway's policy is {policies}, but it finds no healthy worker for a call."
-            return Cause("no_healthy_workers", text, _WORKER_ADVICE)
-        return Cause("policy", text, POLICY_ADVICE[kind])
+            return known_causes.no_healthy_workers(policies)
+        return known_causes.policy(kind, policies)
     return _key_lost(seen, policies, 0, counters.calls)
 
 
 def _key_lost(seen: Seen, policies: str, used: int, calls: int) -> Cause:
-    return Cause(
-        "key_lost",
-        f"The policy is {policies}, but only {used} of {calls} calls came with a key that the "
-        "gateway accepts.",
-        _SERVER_ADVICE
+    return known_causes.key_lost(
+        policies,
+        used,
+        calls,
+        known_causes.SERVER_ADVICE
         if seen.plan.through
         else "Look at what stands before the gateway: a proxy may drop the header. Give --header "
         "NAME if the gateway reads another one.",

@@ -69,13 +69,17 @@ KINDS: Final[tuple[tuple[str, Kind], ...]] = (
     ("smg_", "sglang-router"),
 )
 
+#: The beginning of the plugin's own series, and of one that SMG has beside many others.
+SESSION_SERVER: Final = "smg_routing_"
+
 #: How to make each kind of gateway route on a key.
 POLICY_ADVICE: Final[Mapping[Kind | None, str]] = {
     "smg": "Launch the gateway with --policy manual or --policy consistent_hashing, or keep its "
     "policy and add --routing-key-override.",
     "sglang-router": "Launch sglang-router 0.3.1 or newer with --policy manual.",
     "vllm-router": "Launch vllm-router with --policy consistent_hash, and send the key as "
-    'X-Session-ID: --header X-Session-ID here, header = "X-Session-ID" in the plugin\'s config.',
+    'X-Session-ID: header = "X-Session-ID" in the plugin\'s config, or --header X-Session-ID of '
+    "verify.",
     None: "SMG and sglang-router route on it under --policy manual; vllm-router routes on "
     "X-Session-ID under --policy consistent_hash (--header X-Session-ID).",
 }

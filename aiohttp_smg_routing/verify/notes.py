@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 
 from ..gateway import VALID_KEY
+from . import known_causes
 from .cause import Cause
 from .counting import worker_count
 from .facts import KV_USAGE_LIMIT
@@ -38,7 +39,7 @@ def notes(seen: Seen, keyed: Summary, answer: Answer) -> Iterator[Cause]:
         yield Cause(
             "one_sided",
             f"All {keyed.sessions} sessions that kept their key began on one worker.",
-            _spread(seen),
+            known_causes.spread(seen.load.kind),
         )
     yield from _load(seen)
     yield from _caches(keyed, answer)
@@ -76,16 +77,6 @@ def _unnamed(seen: Seen) -> Cause:
     )
 
 
-def _spread(seen: Seen) -> str:
-    distinct = "Use keys that differ in more than their tail"
-    match seen.load.kind:
-        case "smg":
-            return f"Spread them with --assignment-mode min_group. {distinct}."
-        case "sglang-router":
-            return f"Spread them with --assignment-mode min_group (0.3.2 and newer). {distinct}."
-    return f"See whether the gateway routes on this header. {distinct}."
-
-
 def _keys(seen: Seen) -> Iterator[Cause]:
     keys = seen.plan.ids()
     bad = [key for key in keys if not VALID_KEY.fullmatch(key)]
@@ -109,28 +100,15 @@ def _keys(seen: Seen) -> Iterator[Cause]:
 
 def _load(seen: Seen) -> Iterator[Cause]:
     load = seen.load
-    fullest = max(load.kv_usage.values(), default=0.0)
-    off = (
-        "Launch the gateway with --disable-worker-overload-protection"
-        if load.can_protect
-        else "Launch the gateway without the options that limit its workers' load"
-    )
     if load.overloaded:
-        yield Cause(
-            "overloaded",
-            f"The gateway leaves {load.overloaded} overloaded "
-            f"worker{'s' * (load.overloaded != 1)} out of routing (the fullest KV cache is at "
-            f"{fullest:.0%}): sessions that are pinned there move, and come back when the load "
-            "falls. If all workers are overloaded, it follows no pin.",
-            f"{off}: then a session waits for its own worker. Or add workers.",
-        )
-    elif load.can_protect and fullest < KV_USAGE_LIMIT:
+        yield known_causes.overloaded(load)
+    elif load.can_protect and max(load.kv_usage.values(), default=0.0) < KV_USAGE_LIMIT:
         yield Cause(
             "overload_protection",
             "No worker is overloaded, so this run can't tell whether overload protection is on, as "
             "it is by default since SMG 1.12. It moves sessions off a worker that has 8 waiting "
             f"calls or a KV cache that is {KV_USAGE_LIMIT:.0%} full.",
-            f"{off}, unless you do already.",
+            f"{known_causes.protection_off(load)}, unless you do already.",
         )
 
 

@@ -13,7 +13,7 @@ from .call import CallError, Client, Reply
 from .chain import Chain
 from .facts import UNCOUNTED_POLICIES
 from .schedule import Session, message, prompt, schedule, seeded
-from .seen import Counters, Failure, Outcome, Plan, Seen, Turn
+from .seen import NO_ANSWER, Counters, Failure, Outcome, Plan, Seen, Turn
 from .summary import with_cached_tokens
 
 PROBES = 4  # calls without any key, before the turns
@@ -118,13 +118,13 @@ class Play:
             await self._counters(client)
 
     async def _counters(self, client: Client) -> Counters | None:
-        self._see(no_counters="no answer in time")
+        self._see(no_counters=NO_ANSWER)
         try:
             counters, load = await ask.read_metrics(client, self._seen.plan.metrics)
         except CallError as error:
-            self._see(no_counters=error.failure.text or self._seen.no_counters)
+            self._see(no_counters=error.failure.reason)
             return None
-        except (ValueError, IndexError) as error:  # the parser raises both for odd lines
+        except ValueError as error:
             self._see(no_counters=client.clean(str(error)))
             return None
         before = self._seen.load

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from textwrap import wrap
-from typing import Any, get_args
+from typing import Any, Final, get_args
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -17,7 +17,7 @@ from .judge import Verdict
 from .seen import ARM_TITLES, ARMS, Arm, Outcome, Plan, Seen, Turn
 from .summary import Summary, summarise
 
-_COLOURS = {"pinned": "bold green", "not pinned": "bold red", "could not tell": "bold yellow"}
+COLOURS: Final = {"pinned": "bold green", "not pinned": "bold red", "could not tell": "bold yellow"}
 
 
 class Bars:
@@ -154,7 +154,7 @@ _ROWS: dict[str, Callable[[Summary], str]] = {
 def show_verdict(verdict: Verdict, console: Console) -> None:
     """Print the verdict in a sentence, then each cause and what to do about it."""
     console.print()
-    _print(console, verdict.sentence, _COLOURS[verdict.answer])
+    _print(console, verdict.sentence, COLOURS[verdict.answer])
     for cause in verdict.causes:
         console.print()
         _print(console, cause.text)

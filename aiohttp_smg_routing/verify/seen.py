@@ -14,6 +14,8 @@ Outcome = Literal["first", "kept", "moved", "unknown", "failed"]
 FailureKind = Literal["refused", "timeout", "status", "broken"]
 Kind = Literal["smg", "sglang-router", "vllm-router"]
 
+NO_ANSWER: Final = "no answer in time"
+
 ARMS: Final[tuple[Arm, ...]] = ("keyed", "control")
 ARM_TITLES: Final[Mapping[Arm, str]] = {
     "keyed": "same session",
@@ -80,6 +82,15 @@ class Failure:
     url: URL
     status: int | None = None
     text: str = ""
+
+    @property
+    def reason(self) -> str:
+        """The same in a few words."""
+        if self.status is None:
+            return self.text or NO_ANSWER
+        return (
+            f"it answers {self.status} ({self.text})" if self.text else f"it answers {self.status}"
+        )
 
 
 @dataclass(frozen=True, slots=True)

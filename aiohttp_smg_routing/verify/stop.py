@@ -2,12 +2,10 @@
 
 import asyncio
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from functools import partial
 from types import FrameType
-
-from .play import Play
-from .seen import Seen
+from typing import Any
 
 
 class Stop:
@@ -38,10 +36,10 @@ class Stop:
             self.received = signal.Signals(number)
             self._cancel()
 
-    async def run(self, play: Play, ready: Callable[[Seen], None]) -> None:
-        """Play to the end, or until a signal. Nothing is left running."""
+    async def run(self, work: Coroutine[Any, Any, object]) -> None:
+        """Do ``work`` to its end, or until a signal. Nothing is left running."""
         loop = asyncio.get_running_loop()
-        task = asyncio.ensure_future(play.run(ready))
+        task = asyncio.ensure_future(work)
         self._cancel = partial(loop.call_soon_threadsafe, task.cancel)
         if self.received is not None:  # it came before the run began
             task.cancel()

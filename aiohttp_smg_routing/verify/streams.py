@@ -24,6 +24,7 @@ class _Lasting:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self.is_broken: bool = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
@@ -48,6 +49,12 @@ class _Lasting:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self._stream.fileno())
         os.close(nowhere)
+        self.is_broken = True
+
+
+def is_broken(stream: TextIO) -> bool:
+    """Tell whether a stream of ``lasting()`` has lost its reader."""
+    return isinstance(stream, _Lasting) and stream.is_broken
 
 
 def terminal(stream: TextIO) -> Console:

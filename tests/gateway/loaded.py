@@ -13,12 +13,16 @@ POLLS = ("--load-monitor-interval", "1")
 """Has the gateway ask every second; by default it asks every 10."""
 
 Kind = Literal["vllm", "sglang", "sglang --enable-metrics"]
-# Each engine's names for its KV usage and for the calls that wait. SGLang's own page of loads is
-# there without its metrics, and the gateway asks for it first.
+# Each engine's names for its KV usage, for the calls that wait, and for the hit rate of its prefix
+# cache. SGLang's own page of loads is there without its metrics, and the gateway asks for it first.
 _LOADS = "/v1/loads"
 _SERIES = {
     "vllm": ("vllm:kv_cache_usage_perc", "vllm:num_requests_waiting"),
-    "sglang --enable-metrics": ("sglang:token_usage", "sglang:num_queue_reqs"),
+    "sglang --enable-metrics": (
+        "sglang:token_usage",
+        "sglang:num_queue_reqs",
+        "sglang:cache_hit_rate",
+    ),
 }
 
 
@@ -30,6 +34,7 @@ class LoadedWorker:
     kind: Kind
     kv_usage: float = 0.1
     waiting: int = 0
+    cache_hit_rate: float = 0
     _polled: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -47,8 +52,9 @@ class LoadedWorker:
         if path == _LOADS:
             load = {"dp_rank": 0, "token_usage": self.kv_usage, "num_waiting_reqs": self.waiting}
             return answer({"loads": [{**load, "num_running_reqs": 0}]})
-        kv_usage, waiting = _SERIES[self.kind]
-        return answer(f"{kv_usage} {self.kv_usage}\n{waiting} {self.waiting}\n".encode())
+        values = (self.kv_usage, self.waiting, self.cache_hit_rate)
+        pairs = zip(_SERIES[self.kind], values, strict=False)
+        return answer("".join(f"{name} {value}\n" for name, value in pairs).encode())
 
     async def report(self, *, kv_usage: float = 0.1, waiting: int = 0) -> None:
         """Report this load from now on, and return when the gateway goes by it."""

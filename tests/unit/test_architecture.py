@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "aiohttp_smg_routing"
 CORE = sorted(file.stem for file in PACKAGE.glob("[!_]*.py"))
-FOLDERS = ["run", "testing", "verify"]
+FOLDERS = ["run", "testing", "verify", "watch"]
 ROW = re.compile(r"^\| `(\w+)` \| .+ \| (.+) \|$", re.MULTILINE)
 # aiohttp with what it brings itself, and what the extra ``metrics`` brings.
 ALLOWED = {"aiohttp", "multidict", "yarl", "prometheus_client", PACKAGE.name}

@@ -356,6 +356,38 @@ def test_a_session_that_was_pushed_out_is_entered_anew_while_an_old_call_is_unde
     assert pins.workers() == {W1: 1}
 
 
+def test_active_pins_are_those_with_an_answer_in_the_last_seconds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    pins = ledger()
+    play(pins, ("a", W1), ("b", W1), ("c", W2), ("d", None))
+    now += 50
+    play(pins, ("b", W1), ("d", W1))
+    assert pins.workers(60) == pins.workers() == {W1: 3, W2: 1}
+    now += 20
+    assert pins.workers(60) == {W1: 2, W2: 0}  # the worker is still there
+    play(pins, ("a", W2))
+    assert pins.workers(60) == {W1: 2, W2: 1}
+    pins.end("a")
+    assert pins.workers(60) == {W1: 2, W2: 0}
+
+
+def test_pins_of_gateways_that_count_as_one_are_as_active_as_the_one_that_was_answered_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    pins = ledger(A, B)
+    play(pins, ("a", W1), gateway=A)
+    now += 50
+    play(pins, ("a", W2), gateway=B)
+    now += 20
+    play(pins, ("b", W1), gateway=B)  # shows that the gateways share a worker
+    assert pins.workers(60) == {W1: 2}
+
+
 def test_a_pin_that_was_read_stays_as_it_was() -> None:
     pins = ledger()
     play(pins, ("a", W1), ("a", W1))
@@ -857,7 +889,7 @@ def reading(pins: PinLedger) -> Callable[[], object]:
     play(pins, ("a", W1), ("b", W2), ("c", W1))
 
     def read() -> None:
-        pins.sessions(), pins.of("a"), pins.workers(), pins.summary()
+        pins.sessions(), pins.of("a"), pins.workers(), pins.workers(60), pins.summary()
 
     return read
 
@@ -1116,6 +1148,7 @@ def read_all(pins: PinLedger) -> None:
     pins.sessions()
     pins.of("a")
     pins.workers()
+    pins.workers(60)
     pins.summary()
 
 

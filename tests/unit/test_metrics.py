@@ -121,6 +121,8 @@ async def test_metrics_say_what_the_ledger_says(
         'smg_routing_calls_total{outcome="failed"}': 1,
         f'smg_routing_sessions{{worker="{W1}"}}': 1,
         f'smg_routing_sessions{{worker="{W2}"}}': 1,
+        f'smg_routing_active_sessions{{worker="{W1}"}}': 1,
+        f'smg_routing_active_sessions{{worker="{W2}"}}': 1,
         f'smg_routing_worker_calls_total{{worker="{W1}"}}': 3,
         f'smg_routing_worker_calls_total{{worker="{W2}"}}': 2,
         "smg_routing_missing_session_total": 1,
@@ -250,6 +252,26 @@ async def test_an_app_that_is_started_twice_shows_its_sessions_again(
     assert series(registry)['smg_routing_calls_total{outcome="kept"}'] == 3
 
 
+async def test_active_sessions_are_those_of_the_apps_that_run(
+    monkeypatch: pytest.MonkeyPatch, registry: CollectorRegistry
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("aiohttp_smg_routing.metrics.time.monotonic", lambda: now)
+    one, two = counting(registry), counting(registry)
+    play(one.pins, ("a", W1), ("b", W2))
+    play(two.pins, ("a", W1))
+    active = 'smg_routing_active_sessions{worker="%s"}'
+    assert {series(registry)[active % W1], series(registry)[active % W2]} == {2, 1}
+    now += 599
+    play(one.pins, ("a", W1))
+    now += 2  # nobody calls, and b ceases to be active
+    assert {name: series(registry)[active % name] for name in (W1, W2)} == {W1: 1, W2: 0}
+    one.pins.show(False)
+    assert series(registry)[active % W1] == 0
+    two.pins.show(False)
+    assert not [name for name in series(registry) if "active" in name]
+
+
 def test_apps_that_share_a_registry_share_the_metrics(registry: CollectorRegistry) -> None:
     routings = [counting(registry) for _ in range(3)]
     for number, routing in enumerate(routings):
@@ -326,7 +348,7 @@ def test_workers_that_come_and_go_leave_no_series(registry: CollectorRegistry) -
         pins.end("ends")
     assert sessions_of(registry) == pins.workers()
     assert len(pins.workers()) == 2
-    assert len([name for name in series(registry) if "worker=" in name]) == 4
+    assert len([name for name in series(registry) if "worker=" in name]) == 2 * 3
 
 
 def test_a_late_answer_of_a_worker_that_has_no_session_any_more_leaves_no_series(

@@ -29,6 +29,7 @@ OURS = {
     "smg_routing_calls_total",
     "smg_routing_worker_calls_total",
     "smg_routing_sessions",
+    "smg_routing_active_sessions",
     "smg_routing_missing_session_total",
     "smg_routing_late_total",
     "smg_routing_unmatched_total",

@@ -1,0 +1,159 @@
+"""The causes that ``verify`` and ``watch`` both find, each in the same words."""
+
+from yarl import URL
+
+from .cause import Cause
+from .facts import POLICY_ADVICE, REPLICAS_ADVICE
+from .seen import Kind, Load
+
+WORKER_ADVICE = "See GET /workers and the logs of the workers that are not healthy."
+SERVER_ADVICE = (
+    "Look at the session server, at the likeliest first: does it call another host than the "
+    "gateway of the plugin's config? Does a source find a session id in each request? Is the hook "
+    "on the ClientSession that calls the gateway? Is the plugin enabled?"
+)
+
+
+def one_worker() -> Cause:
+    """Return the cause for a gateway that has no choice."""
+    return Cause(
+        "one_worker",
+        "Only one worker is known for this model.",
+        "Start a second one; until then there is nothing to pin.",
+    )
+
+
+def policy(kind: Kind | None, policies: str) -> Cause:
+    """Return the cause for a policy that ignores keys."""
+    text = f"The gateway's policy is {policies}: it does not route on the key."
+    return Cause("policy", text, POLICY_ADVICE[kind])
+
+
+def no_healthy_workers(policies: str) -> Cause:
+    """Return the cause for calls that found no worker."""
+    text = f"The gateway's policy is {policies}, but it finds no healthy worker for a call."
+    return Cause("no_healthy_workers", text, WORKER_ADVICE)
+
+
+def key_lost(policies: str, used: int, calls: int, advice: str) -> Cause:
+    """Return the cause for calls that came without a key."""
+    return Cause(
+        "key_lost",
+        f"The policy is {policies}, but only {used} of {calls} calls came with a key that the "
+        "gateway accepts.",
+        advice,
+    )
+
+
+def any_key(policies: str | None) -> Cause:
+    """Return the cause for a policy that may count calls without our key as routed by it."""
+    if policies == "prefix_hash":
+        return Cause(
+            "prefix_hash",
+            "The gateway's policy is prefix_hash: SMG 1.10 and newer hash the key in place of the "
+            "prompt, but these counters do not tell whether it arrives.",
+            "See that the key reaches the gateway, or launch it with --policy manual or --policy "
+            "consistent_hashing, whose counters tell.",
+        )
+    return Cause(
+        "any_key",
+        "The gateway counts calls without our key, too, as routed by a key: consistent_hashing "
+        "before SMG 1.13 hashes Authorization, X-Forwarded-For or Cookie where there is no key.",
+        "Use SMG 1.13 or --policy manual, whose counters tell; and see that nothing before the "
+        "gateway puts a key on every call.",
+    )
+
+
+def uncounted(policies: str, advice: str) -> Cause:
+    """Return the cause for a policy that counts no keys."""
+    return Cause(
+        "uncounted",
+        f"The gateway's policy is {policies}: its counters do not tell whether the key is used.",
+        advice,
+    )
+
+
+def replicas(kind: Kind | None, metrics: URL, calls: int, ours: int, advice: str) -> Cause:
+    """Return the cause for a gateway that routed fewer calls than were made.
+
+    ``advice`` is how to name the right one, if it routed none.
+    """
+    if calls == 0:
+        return Cause(
+            "other_gateway",
+            f"The gateway whose metrics are at {metrics} routed none of {ours} calls.",
+            advice,
+        )
+    return Cause(
+        "replicas",
+        f"The gateway whose metrics are at {metrics} routed {calls} of {ours} calls: "
+        "others behind the same address routed the rest, and replicas do not share their pins.",
+        f"{REPLICAS_ADVICE[kind]}.",
+    )
+
+
+def pins_lost(kind: Kind | None, then: str) -> Cause:
+    """Return the cause for sessions that stay more often than by chance, but not always."""
+    return Cause(
+        "pins_lost",
+        "The key keeps sessions together, but not always: replicas behind one address do not "
+        "share their pins, a restart forgets them, and a worker that fails or is overloaded "
+        "loses them.",
+        f"{REPLICAS_ADVICE[kind]}; {then}",
+    )
+
+
+def worker_lost(missed: int) -> Cause:
+    """Return the cause for keys whose worker was not there."""
+    text = f"{missed} calls found the worker of their session gone."
+    return Cause("worker_lost", text, WORKER_ADVICE)
+
+
+def spilled(calls: int) -> Cause:
+    """Return the cause for calls with one key that were too many at once."""
+    return Cause(
+        "shared_key",
+        f"The gateway took {calls} calls to another worker because too many with the same "
+        "key were in flight at once.",
+        "Give each session an id of its own.",
+    )
+
+
+def shared_key(told: str) -> Cause:
+    """Return the cause for sessions that the gateway can't tell apart."""
+    return Cause(
+        "shared_key",
+        f"The gateway {told}: they share a key.",
+        "Give each session an id, and so a key, of its own.",
+    )
+
+
+def overloaded(load: Load) -> Cause:
+    """Return the cause for a gateway that leaves workers out."""
+    fullest = max(load.kv_usage.values(), default=0.0)
+    return Cause(
+        "overloaded",
+        f"The gateway leaves {load.overloaded} overloaded "
+        f"worker{'s' * (load.overloaded != 1)} out of routing (the fullest KV cache is at "
+        f"{fullest:.0%}): sessions that are pinned there move, and come back when the load "
+        "falls. If all workers are overloaded, it follows no pin.",
+        f"{protection_off(load)}: then a session waits for its own worker. Or add workers.",
+    )
+
+
+def protection_off(load: Load) -> str:
+    """Say how to launch the gateway so that it leaves no worker out."""
+    if load.can_protect:
+        return "Launch the gateway with --disable-worker-overload-protection"
+    return "Launch the gateway without the options that limit its workers' load"
+
+
+def spread(kind: Kind | None) -> str:
+    """Say how to spread sessions over the workers."""
+    distinct = "Use keys that differ in more than their tail"
+    match kind:
+        case "smg":
+            return f"Spread them with --assignment-mode min_group. {distinct}."
+        case "sglang-router":
+            return f"Spread them with --assignment-mode min_group (0.3.2 and newer). {distinct}."
+    return f"See whether the gateway routes on this header. {distinct}."

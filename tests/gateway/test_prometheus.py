@@ -1,0 +1,257 @@
+"""Every query of the dashboard and of the alerts finds something in a real Prometheus.
+
+It scrapes a run in which what the alerts are about happens: sessions move, a worker has all of
+them, keys are lost, calls have no session, are late, or go to another gateway.
+"""
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from aiohttp import ClientSession, web
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from yarl import URL
+
+from aiohttp_smg_routing.testing import SmgGateway, free_port, smg_gateway
+from harness.agents import CHAT, chat
+from harness.processes import answering, local_url
+from harness.proxies import CLIENT, pinned_server
+from harness.servers import serve
+
+from ..programs import program
+from ..smg import names_workers
+from ..unit.test_monitoring import ALERTS, DASHBOARD, DOCS, OUTCOMES, expressions
+from ..waiting import PATIENCE_SECONDS
+from .loaded import POLLS, loaded_workers
+from .test_watch import once
+
+SESSIONS = [f"s-{number}" for number in range(60)]
+
+#: The alerts whose expression finds nothing here, and why.
+SILENT = {
+    "SmgRidOutranksKey": "SMG 1.12 and newer let the key outrank a rid",
+    "SmgRoutingKeyIgnored": "keys that are lost on their way, as here, are SmgRoutingKeyDropped's",
+}
+
+
+@asynccontextmanager
+async def metered(
+    gateway: URL, *, other: URL | None = None, **config: object
+) -> AsyncIterator[URL]:
+    """Run a session server with metrics of its own, which also calls an ``other`` gateway."""
+    registry = CollectorRegistry()
+    app = pinned_server(gateway, metrics="prometheus", metrics_registry=registry, **config)
+    ended = asyncio.Event()
+    tasks = []
+
+    async def metrics(request: web.Request) -> web.Response:
+        headers = {"Content-Type": CONTENT_TYPE_LATEST}
+        return web.Response(body=generate_latest(registry), headers=headers)
+
+    async def elsewhere(request: web.Request) -> web.Response:
+        url = (other or gateway) / CHAT
+        async with request.app[CLIENT].post(url, json=await request.json()) as answer:
+            return web.Response(status=answer.status)
+
+    async def late(request: web.Request) -> web.Response:
+        async def work() -> None:
+            await ended.wait()
+            async with request.app[CLIENT].post(gateway / CHAT, json=chat("late")) as answer:
+                await answer.read()
+
+        tasks.append(asyncio.ensure_future(work()))
+        return web.Response()
+
+    async def wait_for_late(request: web.Request) -> web.Response:
+        ended.set()
+        await asyncio.gather(*tasks)
+        return web.Response()
+
+    app.router.add_get("/metrics", metrics)
+    app.router.add_post("/elsewhere/{session_id}", elsewhere)
+    app.router.add_post("/late/{session_id}", late)
+    app.router.add_post("/wait", wait_for_late)
+    async with serve(app) as url:
+        yield url
+
+
+@asynccontextmanager
+async def prometheus(folder: Path, jobs: Mapping[str, Sequence[URL]]) -> AsyncIterator[URL]:
+    """Run Prometheus until the block ends, with the alert rules."""
+    config = {
+        "global": {"scrape_interval": "1s", "evaluation_interval": "1s"},
+        "rule_files": [str(DOCS / "alerts.yml")],
+        "scrape_configs": [
+            {
+                "job_name": job,
+                "scrape_timeout": "1s",
+                "static_configs": [{"targets": [f"{url.host}:{url.port}" for url in urls]}],
+            }
+            for job, urls in jobs.items()
+        ],
+    }
+    file = folder / "prometheus.yml"
+    file.write_text(json.dumps(config))  # JSON is YAML, too
+    url = local_url(free_port())
+    argv = (
+        program("prometheus", "prometheus"),
+        *(f"--config.file={file}", f"--storage.tsdb.path={folder / 'data'}"),
+        *(f"--web.listen-address={url.host}:{url.port}", "--log.level=error"),
+    )
+    async with answering(url / "-/ready", *argv):
+        yield url
+
+
+class Asking:
+    """Asks Prometheus."""
+
+    def __init__(self, client: ClientSession, url: URL) -> None:
+        self._client = client
+        self._url = url
+
+    async def get(self, path: str, **params: str) -> Any:
+        url = self._url / "api/v1" / path
+        async with self._client.get(url, params=params) as response:
+            answer = await response.json()
+        assert answer["status"] == "success", answer
+        return answer["data"]
+
+    async def query(self, expr: str) -> list[Any]:
+        found: list[Any] = (await self.get("query", query=expr))["result"]
+        return found
+
+    async def silent(self, queries: Mapping[str, str]) -> list[str]:
+        """Return those that find nothing, once no more is to be expected of the next scrapes."""
+        loop = asyncio.get_running_loop()
+        deadline, left = loop.time() + PATIENCE_SECONDS, dict(queries)
+        while left and loop.time() < deadline:
+            for name, expr in [*left.items()]:
+                if await self.query(expr):
+                    del left[name]
+            if not {*left} - {*SILENT}:
+                break
+            await asyncio.sleep(0.2)
+        return sorted(left)
+
+
+async def post(client: ClientSession, url: URL, session_id: str, **headers: str) -> None:
+    async with client.post(url, json=chat(session_id), headers=headers) as response:
+        assert response.status == 200, await response.text()
+
+
+async def turns(client: ClientSession, server: URL, sessions: Sequence[str]) -> None:
+    urls = [server / "sessions" / session_id / CHAT for session_id in sessions]
+    await asyncio.gather(*map(post, [client] * len(urls), urls, sessions))
+
+
+def branch(name: str) -> str:
+    return f'smg_manual_policy_branch_total{{branch="{name}"}} > 0'
+
+
+def alert_expressions() -> dict[str, str]:
+    """Return the PromQL of each alert by its name; those of two lines and more are blocks."""
+    found = re.findall(r"- alert: (\w+)\n +expr: (?:\|\n((?: {10}.*\n)+)|(.+)\n)", ALERTS)
+    return {name: block or line for name, block, line in found}
+
+
+def variables() -> dict[str, str]:
+    """Return what fills each variable of the dashboard, as PromQL."""
+    queries = {
+        it["name"]: re.fullmatch(r"label_values\((.+), (\w+)\)", it["query"]["query"])
+        for it in DASHBOARD["templating"]["list"]
+    }
+    asked = {name: f"count by ({it[2]}) ({it[1]})" for name, it in queries.items() if it}
+    assert len(asked) == len(queries)
+    return {name: re.sub(r"\$\w+", ".+", query) for name, query in asked.items()}
+
+
+@names_workers
+async def test_every_query_of_the_dashboard_and_the_alerts_finds_something(tmp_path: Path) -> None:
+    async with AsyncExitStack() as stack:
+        enter = stack.enter_async_context
+        workers = await enter(loaded_workers(2))
+        urls = [worker.recorder.url for worker in workers]
+        args = (*POLLS, "--worker-overload-protection")
+        manual, hashing, override = [
+            await enter(smg_gateway(urls, policy="manual", args=args)),
+            await enter(smg_gateway(2, policy="consistent_hashing")),
+            await enter(smg_gateway(2, policy="cache_aware", args=("--routing-key-override",))),
+        ]
+        server = await enter(metered(manual.url))
+        wrong_header = await enter(metered(manual.url, header="X-Lost"))
+        unnamed = await enter(metered(override.url, worker_header="X-Unnamed"))
+        unmatched = await enter(metered(URL("http://127.0.0.1:9"), other=manual.url))
+        client = await enter(ClientSession())
+        jobs = {
+            "servers": [server],
+            "wrong header": [wrong_header],
+            "unnamed": [unnamed],
+            "unmatched": [unmatched],
+            "gateways": [smg.metrics_url for smg in (manual, hashing, override)],
+        }
+        asking = Asking(client, await enter(prometheus(tmp_path, jobs)))
+        up = {job: f'sum(up{{job="{job}"}}) == {len(urls)}' for job, urls in jobs.items()}
+        assert await asking.silent(up) == []  # rate() misses what came before the first scrape
+
+        await workers[0].report(kv_usage=0.95)
+        for _ in range(3):  # all sessions are on the other worker
+            await turns(client, server, SESSIONS)
+        # A branch has a series from its first call on: rate() needs one that comes later.
+        assert await asking.silent({"hits": branch("occupied_hit")}) == []
+        await turns(client, server, SESSIONS)
+        await turns(client, wrong_header, SESSIONS)
+        await workers[0].report(kv_usage=0.1)
+        await workers[1].report(kv_usage=0.95)
+        await turns(client, server, SESSIONS)  # and now they move
+        await turns(client, unnamed, SESSIONS[:20])
+        await bad_calls(client, server, unmatched)
+        for key in ({"X-SMG-Routing-Key": "k"}, {}):
+            await post(client, hashing.url / CHAT, "s-1", **key)
+
+        queries = {**dict(expressions()), **variables()}
+        assert await asking.silent(queries) == []
+        assert await asking.silent(alert_expressions()) == sorted(SILENT)
+        rules = [rule for group in (await asking.get("rules"))["groups"] for rule in group["rules"]]
+        assert {rule["name"] for rule in rules} >= {*alert_expressions()}
+        assert [rule for rule in rules if rule["health"] != "ok"] == []
+        await assert_watch_says_the_same(asking, manual, server)
+
+
+async def bad_calls(client: ClientSession, server: URL, unmatched: URL) -> None:
+    """Make calls that have no session, are late, or go to another gateway than the config's."""
+    for number in range(20):
+        await post(client, server / CHAT, "no session")
+        await post(client, server / "late" / f"late-{number}", "late")
+        await post(client, unmatched / "elsewhere" / f"s-{number}", "unmatched")
+    await post(client, server / "wait", "late")
+
+
+async def assert_watch_says_the_same(asking: Asking, smg: SmgGateway, server: URL) -> None:
+    _, seen = await once(smg.metrics_url, server)
+    of_gateway = f'instance="127.0.0.1:{smg.metrics_url.port}"'
+    of_server = f'instance="127.0.0.1:{server.port}"'
+
+    async def values(label: str, expr: str) -> dict[str, float]:
+        found = await asking.query(f"sum by ({label}) ({expr})")
+        return {it["metric"][label]: float(it["value"][1]) for it in found}
+
+    gateway, counted = seen["gateway"], seen["server"]
+    # By now nobody calls. A scrape may be a second old.
+    total = sum(counted["total"][name] for name in OUTCOMES)
+    scraped = f"sum(smg_routing_calls_total{{{of_server}}}) == {total}"
+    assert await asking.silent({"all calls": scraped}) == []
+    branches = await values("branch", f"smg_manual_policy_branch_total{{{of_gateway}}}")
+    assert gateway["total"]["branches"]["manual"] == branches
+    calls = await values("worker", f"smg_worker_cb_outcomes_total{{{of_gateway}}}")
+    assert {name: worker["calls"] for name, worker in gateway["workers"].items()} == calls
+    usage = await values("worker", f"smg_engine_token_usage{{{of_gateway}}}")
+    assert {name: worker["token_usage"] for name, worker in gateway["workers"].items()} == usage
+    outcomes = await values("outcome", f"smg_routing_calls_total{{{of_server}}}")
+    assert {name: counted["total"][name] for name in outcomes} == outcomes
+    active = await values("worker", f"smg_routing_active_sessions{{{of_server}}}")
+    assert counted["active_sessions"] == active
+    assert counted["total"]["moved"] == len(SESSIONS)

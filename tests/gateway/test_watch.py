@@ -1,0 +1,304 @@
+"""``watch`` on the real gateway: real turns, workers and servers that are killed, and signals."""
+
+import asyncio
+import json
+import os
+import pty
+import re
+import signal
+import sys
+from asyncio.subprocess import PIPE
+from collections import deque
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import ClientSession, web
+from yarl import URL
+
+from aiohttp_smg_routing.testing import free_port, smg_gateway
+from harness.agents import CHAT, chat
+from harness.processes import ROOT
+from harness.servers import serve
+from harness.workers import worker_processes
+
+from ..metered import metered_server
+from ..waiting import soon
+from .loaded import POLLS, loaded_workers
+
+COMMAND = (sys.executable, "-m", "aiohttp_smg_routing", "watch")
+FAST = ("--interval", "0.2")
+ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+async def once(*args: str | URL) -> tuple[int | None, dict[str, Any]]:
+    """Look once; return the exit status and the document."""
+    argv = [*COMMAND, *map(str, args), "--once", "--json", *FAST]
+    process = await asyncio.create_subprocess_exec(*argv, stdout=PIPE, stderr=PIPE, env=ENV)
+    out, err = await soon(process.communicate())
+    assert err == b"", err.decode()
+    return process.returncode, json.loads(out)
+
+
+def causes(seen: dict[str, Any]) -> list[str]:
+    return [cause["name"] for cause in seen["causes"]]
+
+
+async def play(server: URL, sessions: Iterable[str], turns: int = 1) -> None:
+    """Play turns of sessions through a session server, each session at its own pace."""
+
+    async def one(session_id: str) -> None:
+        url = server / "sessions" / session_id / CHAT
+        for number in range(1, turns + 1):
+            async with client.post(url, json=chat(session_id, number)) as response:
+                await response.read()
+
+    async with ClientSession() as client:
+        await asyncio.gather(*map(one, sessions))
+
+
+@dataclass
+class Watching:
+    """The command as it runs, and the documents that it prints."""
+
+    process: asyncio.subprocess.Process
+
+    async def until(self, *names: str, verdict: str | None = None) -> dict[str, Any]:
+        """Read documents up to one with these causes; return it."""
+        assert self.process.stdout is not None
+        told: deque[Any] = deque(maxlen=3)
+
+        async def read() -> dict[str, Any]:
+            assert self.process.stdout is not None
+            while line := await self.process.stdout.readline():
+                seen: dict[str, Any] = json.loads(line)
+                told.append((seen["sentence"], causes(seen)))
+                if {*names} <= {*causes(seen)} and verdict in (None, seen["verdict"]):
+                    return seen
+            raise AssertionError(f"it ended: {told}")
+
+        try:
+            return await soon(read())
+        except asyncio.TimeoutError:
+            raise AssertionError(f"it still says {told}") from None
+
+
+@asynccontextmanager
+async def watching(*args: str | URL) -> AsyncIterator[Watching]:
+    """Run the command for a program until the block ends; SIGTERM ends it in order."""
+    argv = [*COMMAND, *map(str, args), "--json", *FAST]
+    process = await asyncio.create_subprocess_exec(*argv, stdout=PIPE, stderr=PIPE, env=ENV)
+    try:
+        yield Watching(process)
+        process.terminate()
+        _, err = await soon(process.communicate())
+        assert (process.returncode, err) == (143, b"")
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.communicate()
+
+
+async def test_verdict_on_a_job_that_is_pinned_and_one_that_is_not() -> None:
+    sessions = [f"s-{number}" for number in range(12)]
+    async with loaded_workers(3) as workers:
+        urls = [worker.recorder.url for worker in workers]
+        args = ("--assignment-mode", "min_group")
+        async with (
+            smg_gateway(urls, policy="manual", args=args) as smg,
+            metered_server(smg.url) as server,
+        ):
+            status, seen = await once(smg.metrics_url, server.url)
+            assert (status, causes(seen)) == (2, ["no_calls"])
+            await play(server.url, sessions, turns=5)
+            status, seen = await once(smg.metrics_url, server.url)
+            assert (status, seen["verdict"], causes(seen)) == (0, "pinned", ["idle"])
+            manual = seen["gateway"]["total"]["branches"]["manual"]
+            assert manual == {"vacant": 12, "occupied_hit": 48}
+            assert seen["server"]["total"]["kept"] == 48
+            assert sum(seen["server"]["active_sessions"].values()) == 12
+            assert sum(worker["calls"] for worker in seen["gateway"]["workers"].values()) == 60
+            status, alone = await once(smg.metrics_url)
+            assert (status, alone["server"]) == (0, None)
+        async with (
+            smg_gateway(urls, policy="random") as smg,
+            metered_server(smg.url) as server,
+        ):
+            await play(server.url, sessions, turns=5)
+            status, seen = await once(smg.metrics_url, server.url)
+            assert (status, seen["verdict"]) == (1, "not pinned")
+            assert "policy" in causes(seen)
+
+
+async def test_gateway_that_the_session_server_does_not_call_is_said_to_be_another_one() -> None:
+    async with (
+        smg_gateway(2, policy="manual") as called,
+        smg_gateway(2, policy="manual") as other,
+        metered_server(called.url) as server,
+        watching(other.metrics_url, server.url) as watch,
+    ):
+        await watch.until("no_calls")
+        await play(server.url, [f"s-{number}" for number in range(12)], turns=5)
+        seen = await watch.until("other_gateway")
+    assert seen["verdict"] == "could not tell"
+    assert f"{other.metrics_url} routed none of " in str(seen["causes"])
+
+
+async def test_worker_that_is_killed_is_said_while_it_is_down(tmp_path: Path) -> None:
+    sessions = [f"s-{number}" for number in range(12)]
+    args = ["--assignment-mode", "min_group"]
+    args += ["--health-check-interval-secs", "1", "--health-failure-threshold", "1"]
+    async with worker_processes(tmp_path, 3) as workers:
+        urls = [worker.url for worker in workers]
+        async with (
+            smg_gateway(urls, policy="manual", args=args) as smg,
+            metered_server(smg.url) as server,
+            watching(smg.metrics_url, server.url) as watch,
+        ):
+            await play(server.url, sessions, turns=3)
+            await watch.until(verdict="pinned")
+            await workers[0].kill()
+            seen = await watch.until("worker_down")
+            assert seen["gateway"]["workers"][str(workers[0].url.origin())]["healthy"] is False
+            await play(server.url, sessions)
+            seen = await watch.until("worker_lost")
+            assert seen["server"]["total"]["moved"] > 0
+
+
+async def test_gateway_and_server_that_are_killed_and_come_back_are_said_to_be_so() -> None:
+    sessions = [f"s-{number}" for number in range(12)]
+    port = free_port()
+    async with loaded_workers(2) as workers:
+        urls = [worker.recorder.url for worker in workers]
+        metrics = free_port()
+        args = ("--prometheus-port", str(metrics))  # it counts as the last one that is given
+        url = URL(f"http://127.0.0.1:{metrics}/metrics")
+        async with metered_server(URL(f"http://127.0.0.1:{port}")) as server:
+            async with (
+                smg_gateway(urls, policy="manual", args=args, port=port),
+                watching(url, server.url) as watch,
+            ):
+                await play(server.url, sessions, turns=3)
+                await watch.until(verdict="pinned")
+                await server.kill()
+                seen = await watch.until("no_server_counters")
+                assert seen["server"]["total"]["first"] == 12  # what was there stays
+                assert seen["server"]["now"] is None
+                await server.start()
+                await watch.until("server_restarted")
+            async with watching(url, server.url) as watch:
+                await watch.until("no_counters", verdict="could not tell")
+                async with smg_gateway(urls, policy="manual", args=args, port=port) as smg:
+                    await watch.until("no_calls")
+                    await play(server.url, sessions, turns=3)
+                    await watch.until(verdict="pinned")
+                    smg.process.kill()
+                    seen = await watch.until("no_counters", verdict="could not tell")
+                async with smg_gateway(urls, policy="manual", args=args, port=port) as smg:
+                    seen = await watch.until("gateway_restarted", "no_calls")
+                    assert seen["gateway"]["restarts"] == 1
+
+
+def shape(block: str) -> list[str]:
+    """Return the words of a block without its figures, a line for all workers that are alike."""
+    head, _, rows = block.partition("\ngateway ")
+    words = " ".join(re.sub(r"\d[\d.:]*", "0", head).split())
+    lines = [re.sub(r"\d[\d.:]*", "0", " ".join(line.split())) for line in rows.splitlines()]
+    return [words, *dict.fromkeys(line for line in lines if line)]
+
+
+async def test_block_on_the_page_is_one_that_the_command_prints() -> None:
+    page = (ROOT / "docs" / "watch.md").read_text("utf-8")
+    block = re.findall(r"```text\n(.*?)```", page, re.DOTALL)[0]
+    assert max(map(len, block.splitlines())) <= 80
+    async with loaded_workers(4, "sglang --enable-metrics") as workers:
+        for worker in workers:
+            worker.cache_hit_rate = 0.9
+        urls = [worker.recorder.url for worker in workers]
+        args = (*POLLS, "--assignment-mode", "min_group")
+        async with (
+            smg_gateway(urls, policy="manual", args=args) as smg,
+            metered_server(smg.url) as server,
+        ):
+            await workers[0].report()
+            sessions = [f"s-{number}" for number in range(20)]
+            await play(server.url, sessions, turns=2)
+            process = await asyncio.create_subprocess_exec(
+                *(*COMMAND, str(smg.metrics_url), str(server.url), "--once", "--interval", "1"),
+                stdout=PIPE,
+                env=ENV,
+            )
+            ended = asyncio.ensure_future(soon(process.communicate()))
+            while not ended.done():
+                await play(server.url, sessions)
+            out, _ = await ended
+    assert process.returncode == 0
+    assert shape(out.decode()) == shape(block)
+
+
+async def test_overloaded_workers_and_the_engines_own_figures_are_shown() -> None:
+    args = (*POLLS, "--worker-overload-protection")
+    async with loaded_workers(2, "sglang --enable-metrics") as workers:
+        for worker in workers:
+            worker.cache_hit_rate = 0.75
+        urls = [worker.recorder.url for worker in workers]
+        async with (
+            smg_gateway(urls, policy="manual", args=args) as smg,
+            metered_server(smg.url) as server,
+        ):
+            await workers[0].report(kv_usage=0.95)
+            await play(server.url, [f"s-{number}" for number in range(12)], turns=2)
+            _, seen = await once(smg.metrics_url)
+    assert "overloaded" in causes(seen)
+    one, other = (seen["gateway"]["workers"][str(url.origin())] for url in urls)
+    assert (one["token_usage"], other["token_usage"]) == (0.95, 0.1)
+    assert one["cache_hit_rate"] == 0.75
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+async def test_endpoint_that_hangs_holds_up_neither_the_picture_nor_a_signal(
+    number: signal.Signals, status: int
+) -> None:
+    hanging, asked = asyncio.Event(), asyncio.Event()
+
+    async def hang(request: web.Request) -> web.Response:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        await response.write(b"smg_")  # a page that never ends
+        asked.set()
+        await hanging.wait()
+        return web.Response()
+
+    app = web.Application()
+    app.router.add_get("/metrics", hang)
+    master, slave = pty.openpty()
+    async with serve(app) as url:
+        process = await asyncio.create_subprocess_exec(
+            *(*COMMAND, str(url), *FAST),
+            stdin=slave,
+            stdout=slave,
+            stderr=PIPE,
+            env={**ENV, "TERM": "xterm", "COLUMNS": "80", "LINES": "24"},
+        )
+        os.close(slave)
+        loop = asyncio.get_running_loop()
+        read = bytearray()
+        await soon(asked.wait())
+        while read.count(b"has not answered yet") < 3:  # it is drawn again and again
+            read += await soon(loop.run_in_executor(None, os.read, master, 65536))
+        process.send_signal(number)
+        ended = asyncio.ensure_future(soon(process.communicate()))
+        try:
+            while True:
+                read += await soon(loop.run_in_executor(None, os.read, master, 65536))
+        except OSError:  # the other end is closed
+            pass
+        _, err = await ended
+        hanging.set()
+    os.close(master)
+    assert (process.returncode, err) == (status, b"")
+    left = bytes(read).rpartition(b"\x1b[?1049l")[2]  # what stays on the terminal
+    assert b": the gateway has not answered yet." in left

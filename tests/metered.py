@@ -1,0 +1,36 @@
+"""A session server that serves its metrics, as a process of its own."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from yarl import URL
+
+from harness.processes import Restartable, answering, command, held_port, local_url
+from harness.proxies import pinned_server
+
+
+async def metrics(request: web.Request) -> web.Response:
+    return web.Response(body=generate_latest(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+def main(gateway: str, port: int) -> None:
+    """Be the server, until it is killed."""
+    app = pinned_server(URL(gateway), metrics="prometheus")
+    app.router.add_get("/metrics", metrics)
+    web.run_app(app, host="127.0.0.1", port=port, print=lambda _: None)
+
+
+@asynccontextmanager
+async def metered_server(gateway: URL) -> AsyncIterator[Restartable[object]]:
+    """Run it before ``gateway`` until the block ends. It can be killed, and run again."""
+    with held_port() as port:
+        url = local_url(port)
+        argv = command(main, gateway=str(gateway), port=port)
+        server: Restartable[object] = Restartable(url, lambda: answering(url / "metrics", *argv))
+        await server.start()
+        try:
+            yield server
+        finally:
+            await server.kill()

@@ -1,0 +1,67 @@
+"""``watch`` on the gateway of this environment, and what ``docs/gateways.md`` says it can say."""
+
+import asyncio
+import json
+import sys
+from typing import Any
+
+import pytest
+from aiohttp import ClientSession
+
+from aiohttp_smg_routing import Routing, RoutingConfig, routing_session
+from aiohttp_smg_routing.testing import SmgGateway
+from harness.agents import CHAT
+
+from .launch import FACTS, HEADER, PACKAGE, launched, random_turn
+
+SESSIONS = [f"s-{number}" for number in range(12)]
+[PINNING] = FACTS["launch it with"]
+PINNED, NOT_PINNED = "`watch`, pinning policy", "`watch`, other policy"
+
+
+async def play(gateway: SmgGateway) -> None:
+    """Play five turns of each session, with the plugin on the client."""
+    routing = Routing(RoutingConfig(gateway.url, header=HEADER))
+    async with ClientSession(trace_configs=[routing.trace_config()]) as client:
+
+        async def one(session_id: str) -> None:
+            with routing_session(session_id):
+                for _ in range(5):
+                    body = random_turn(session_id)
+                    async with client.post(gateway.url / CHAT, json=body) as response:
+                        assert response.status == 200
+
+        await asyncio.gather(*map(one, SESSIONS))
+
+
+async def watch(gateway: SmgGateway) -> tuple[int | None, dict[str, Any]]:
+    """Look once; return the exit status and the document."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "aiohttp_smg_routing", "watch", str(gateway.metrics_url)),
+        *("--once", "--json", "--interval", "0.1"),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, err = await process.communicate()
+    assert err == b"", err.decode()
+    return process.returncode, json.loads(out)
+
+
+@pytest.mark.parametrize(
+    ("launch", "expected"), [(PINNING, FACTS[PINNED]), ("round_robin", FACTS[NOT_PINNED])]
+)
+async def test_what_watch_says(launch: str, expected: list[str]) -> None:
+    async with launched(launch) as gateway:
+        status, seen = await watch(gateway)
+        assert (status, seen["sentence"]) == (2, "Could not tell: the gateway has routed no call.")
+        assert seen["gateway"]["kind"] == PACKAGE
+        await play(gateway)
+        status, seen = await watch(gateway)
+    assert [str(status)] == expected, seen
+    policy = launch.split()[0]
+    assert seen["gateway"]["total"]["pools"] == {"regular": {policy: 60}}
+    workers = seen["gateway"]["workers"]
+    assert {*workers} == {str(worker.url.origin()) for worker in gateway.workers}
+    assert sum(worker["calls"] for worker in workers.values()) == 60
+    assert {worker["healthy"] for worker in workers.values()} == {True}
+    assert {worker["circuit"] for worker in workers.values()} == {"closed"}

@@ -1,0 +1,594 @@
+"""``watch``: what it reads on a page, what it concludes, and how it says so."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from yarl import URL
+
+from aiohttp_smg_routing.verify.ask import samples_of
+from aiohttp_smg_routing.verify.call import Client
+from aiohttp_smg_routing.verify.judge import Verdict
+from aiohttp_smg_routing.watch.document import document
+from aiohttp_smg_routing.watch.endpoint import Endpoint, Look
+from aiohttp_smg_routing.watch.judge import judge
+from aiohttp_smg_routing.watch.page import (
+    Gateway,
+    Server,
+    gateway_shrank,
+    read_gateway,
+    read_server,
+)
+from aiohttp_smg_routing.watch.report import lines
+from aiohttp_smg_routing.watch.show import Picture
+from aiohttp_smg_routing.watch.view import View
+
+GATEWAY = URL("http://10.0.0.1:29000/metrics")
+SERVER = URL("http://10.0.0.9:8080/metrics")
+W1, W2 = "http://10.0.0.2:8000", "http://10.0.0.3:8000"
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "aiohttp_smg_routing" / "watch"
+
+SMG = "smg_tokio_workers 2\n"
+SMG_1_13 = SMG + "smg_worker_requests_total 0\n"
+NO_PAGE: Any = None
+
+
+def smg(
+    branches: Mapping[str, int] | None = None,
+    *,
+    policy: str = "manual",
+    calls: int | None = None,
+    workers: Mapping[str, int] | None = None,
+    health: Mapping[str, int] | None = None,
+    circuits: Mapping[str, int] | None = None,
+    kind: str = SMG_1_13,
+    more: str = "",
+) -> str:
+    """Return a page as SMG writes it, or sglang-router if ``kind`` is empty."""
+    branches = {} if branches is None else branches
+    calls = sum(branches.values()) if calls is None else calls
+    workers = {W1: calls // 2, W2: calls - calls // 2} if workers is None else workers
+    series = "consistent_hashing" if policy == "consistent_hashing" else "manual"
+    page = [
+        *(f'smg_{series}_policy_branch_total{{branch="{b}"}} {n}' for b, n in branches.items()),
+        *(f'smg_worker_cb_outcomes_total{{worker="{w}"}} {n}' for w, n in workers.items()),
+        *(f'smg_worker_health{{worker="{w}"}} {(health or {}).get(w, 1)}' for w in workers),
+        *(f'smg_worker_cb_state{{worker="{w}"}} {(circuits or {}).get(w, 0)}' for w in workers),
+        f'smg_worker_pool_size{{worker_type="regular",model="m"}} {len(workers)}',
+    ]
+    if calls:
+        page.append(f'smg_worker_selection_total{{policy="{policy}"}} {calls}')
+    return kind + "\n".join(page) + "\n" + more
+
+
+def vllm(policy: str = "consistent_hash", calls: Sequence[int] = (50, 50)) -> str:
+    """Return a page as vllm-router 0.1.17 writes it."""
+    labels = [f'policy="{policy}",worker="http://10.0.0.{n}:8000"' for n in range(len(calls))]
+    pairs = zip(labels, calls, strict=True)
+    page = [f"vllm_router_policy_decisions_total{{{label}}} {n}" for label, n in pairs]
+    page += [f'vllm_router_worker_health{{worker="http://10.0.0.{n}:8000"}} 1' for n in (0, 1)]
+    return "\n".join(page) + "\n"
+
+
+def session_server(
+    active: Mapping[str, int] | None = None,
+    sessions: Mapping[str, int] | None = None,
+    **counts: int,
+) -> str:
+    """Return a page of the plugin's series."""
+    outcomes = ("first", "kept", "moved", "unknown", "untagged", "failed")
+    page = [f'smg_routing_calls_total{{outcome="{o}"}} {counts.get(o, 0)}' for o in outcomes]
+    page += [f"smg_routing_{name}_total {counts.get(name, 0)}" for name in ("late", "unmatched")]
+    page += [f'smg_routing_active_sessions{{worker="{w}"}} {n}' for w, n in (active or {}).items()]
+    page += [f'smg_routing_sessions{{worker="{w}"}} {n}' for w, n in (sessions or {}).items()]
+    return "\n".join(page) + "\n"
+
+
+class Anybody:
+    """A ``Client`` that knows no secret, and is open for nothing."""
+
+    printable = Client.printable
+    _secrets: Sequence[str] = ()
+
+
+CLIENT: Any = Anybody()
+
+
+def gateway_of(text: str) -> Gateway:
+    return read_gateway(samples_of(CLIENT, text))
+
+
+def server_of(text: str) -> Server:
+    return read_server(samples_of(CLIENT, text))
+
+
+def view(
+    before: str | None,
+    after: str | None,
+    server: tuple[str | None, str | None] | None = None,
+    **look: Any,
+) -> View:
+    """Return what is seen of these pages, 10 seconds apart."""
+    gateway = Look(GATEWAY, page_of(after), page_of(before), seconds=10, **look)
+    if server is None:
+        return View(gateway)
+    first, last = (None if text is None else server_of(text) for text in server)
+    return View(gateway, Look(SERVER, last, first, seconds=10))
+
+
+def page_of(text: str | None) -> Gateway | None:
+    return None if text is None else gateway_of(text)
+
+
+def names(verdict: Verdict) -> list[str]:
+    return [cause.name for cause in verdict.causes]
+
+
+IDLE = smg()
+PINNED = smg({"vacant": 5, "occupied_hit": 100})
+
+CASES: dict[str, tuple[View, str, list[str], str]] = {
+    "pinned now": (
+        view(IDLE, PINNED),
+        "pinned",
+        [],
+        "100 of 100 later calls came to the worker of their key, in the last 10 s",
+    ),
+    "pinned by the session server, too": (
+        view(IDLE, PINNED, (session_server(), session_server(first=5, kept=99, moved=1))),
+        "pinned",
+        [],
+        "99 of 100 later calls came to the worker of their session",
+    ),
+    "idle, and pinned before that": (
+        view(PINNED, PINNED),
+        "pinned",
+        ["idle"],
+        "100 of 100 later calls came to the worker of their key, since the gateway started",
+    ),
+    "first look, and so nothing of now": (view(None, PINNED), "pinned", [], "since the gateway"),
+    "no call yet": (view(IDLE, IDLE), "could not tell", ["no_calls"], "has routed no call"),
+    "too few": (
+        view(IDLE, smg({"vacant": 5, "occupied_hit": 4})),
+        "could not tell",
+        [],
+        "4 of 4 later calls came to the worker of their key, since the gateway started, which are "
+        "too few to tell",
+    ),
+    "no page yet": (view(None, None), "could not tell", [], "has not answered yet"),
+    "no page": (
+        view(None, None, error="it answers 404", since=datetime(2026, 1, 1, 12, 0, 0)),
+        "could not tell",
+        ["no_counters"],
+        "could not be read",
+    ),
+    "no page any more": (
+        view(IDLE, PINNED, error="no answer in time", since=datetime(2026, 1, 1, 12, 0, 0)),
+        "could not tell",
+        ["no_counters"],
+        "can't be read any more",
+    ),
+    "one worker": (
+        view(IDLE, smg({"vacant": 5, "occupied_hit": 100}, workers={W1: 105})),
+        "could not tell",
+        ["one_worker"],
+        "only one worker is known, so every session stays on it.",
+    ),
+    "no worker": (
+        view(None, smg(workers={})),
+        "could not tell",
+        ["no_healthy_workers", "no_calls"],
+        "",
+    ),
+    "policy that ignores keys": (
+        view(IDLE, smg(policy="round_robin", calls=100)),
+        "not pinned",
+        ["policy"],
+        "the key chose the worker of 0 of 100 calls",
+    ),
+    "policy that ignores keys, of sglang-router": (
+        view(None, smg(policy="round_robin", calls=100, kind="")),
+        "not pinned",
+        ["policy"],
+        "the key chose the worker of 0 of 100 calls",
+    ),
+    "override": (
+        view(IDLE, smg({"vacant": 5, "occupied_hit": 100}, policy="cache_aware")),
+        "pinned",
+        [],
+        "100 of 100",
+    ),
+    "keys lost": (
+        view(IDLE, smg({"vacant": 5, "occupied_hit": 50, "no_routing_id": 50})),
+        "not pinned",
+        ["key_lost"],
+        "the key chose the worker of 55 of 105 calls",
+    ),
+    "all keys lost, which the session server sends": (
+        view(IDLE, smg({"no_routing_id": 50}), (session_server(), session_server(unknown=50))),
+        "not pinned",
+        ["key_lost"],
+        "the key chose the worker of 0 of 50 calls",
+    ),
+    "no healthy worker": (
+        view(IDLE, smg({"no_healthy_workers": 50}, health={W1: 0, W2: 0})),
+        "not pinned",
+        ["worker_down", "no_healthy_workers"],
+        "the key chose the worker of 0 of 50 calls",
+    ),
+    "worker lost": (
+        view(IDLE, smg({"occupied_hit": 90, "occupied_miss": 10}, health={W1: 0})),
+        "not pinned",
+        ["worker_down", "worker_lost"],
+        "90 of 100 later calls came to the worker of their key",
+    ),
+    "circuit open": (
+        view(IDLE, smg({"vacant": 2, "occupied_hit": 100}, circuits={W1: 1})),
+        "pinned",
+        ["circuit_open"],
+        "",
+    ),
+    "circuit open, of sglang-router": (
+        view(IDLE, smg({"vacant": 2, "occupied_hit": 100}, circuits={W1: 1}, kind="")),
+        "pinned",
+        ["circuit_open"],
+        "",
+    ),
+    "overloaded": (
+        view(IDLE, smg({"no_healthy_workers": 50}, more='smg_workers_overloaded{model="m"} 2\n')),
+        "not pinned",
+        ["overloaded"],
+        "the key chose the worker of 0 of 50 calls",
+    ),
+    "one key in too many calls at once": (
+        view(IDLE, smg({"vacant": 2, "occupied_hit": 80, "cap_respill": 20}, policy="random")),
+        "not pinned",
+        ["shared_key"],
+        "80 of 100",
+    ),
+    "one key for all": (
+        view(IDLE, smg({"vacant": 1, "occupied_hit": 30}, workers={W1: 31, W2: 0})),
+        "could not tell",
+        ["shared_key"],
+        "30 of 30 later calls came to the worker of their key, in the last 10 s; but see below",
+    ),
+    "one session": (
+        view(
+            IDLE,
+            smg({"vacant": 1, "occupied_hit": 30}, workers={W1: 31, W2: 0}),
+            (session_server(), session_server({W1: 1}, {W1: 1}, first=1, kept=30)),
+        ),
+        "pinned",
+        [],
+        "30 of 30",
+    ),
+    "sessions move, and nothing at the gateway says why": (
+        view(IDLE, PINNED, (session_server(), session_server(first=5, kept=50, moved=50))),
+        "not pinned",
+        ["pins_lost"],
+        "50 of 100 later calls came to the worker of their session",
+    ),
+    "another gateway has the rest": (
+        view(IDLE, PINNED, (session_server(), session_server(unknown=210))),
+        "could not tell",
+        ["replicas"],
+        "100 of 100 later calls came to the worker of their key, in the last 10 s; but see below",
+    ),
+    "another gateway has all": (
+        view(PINNED, PINNED, (session_server(), session_server(unknown=210))),
+        "could not tell",
+        ["idle", "other_gateway"],
+        "but see below",
+    ),
+    "turns that were under way are no other gateway's": (
+        view(
+            PINNED + f'smg_worker_requests_active{{worker="{W1}"}} 200\n',
+            PINNED,
+            (session_server(), session_server(unknown=210)),
+        ),
+        "pinned",
+        ["idle"],
+        "",
+    ),
+    "hashed": (
+        view(IDLE, smg({"routing_key_hit": 100}, policy="consistent_hashing")),
+        "pinned",
+        [],
+        "the key chose the worker of 100 of 100 calls",
+    ),
+    "hashed, while a worker is down": (
+        view(IDLE, smg({"routing_key_hit": 100}, policy="consistent_hashing", health={W1: 0})),
+        "could not tell",
+        ["worker_down"],
+        "but some workers are left out",
+    ),
+    "hashed, which SMG 1.12 does with an API key, too": (
+        view(IDLE, smg({"routing_key_hit": 100}, policy="consistent_hashing", kind=SMG)),
+        "could not tell",
+        ["any_key"],
+        "the gateway's counters do not tell",
+    ),
+    "the same, and the session server tells": (
+        view(
+            IDLE,
+            smg({"routing_key_hit": 100}, policy="consistent_hashing", kind=SMG),
+            (session_server(), session_server(first=10, kept=90)),
+        ),
+        "pinned",
+        ["any_key"],
+        "90 of 90 later calls came to the worker of their session",
+    ),
+    "hashed, without a key": (
+        view(IDLE, smg({"routing_key_hit": 5, "random_fallback": 95}, policy="consistent_hashing")),
+        "not pinned",
+        ["key_lost"],
+        "the key chose the worker of 5 of 100 calls",
+    ),
+    "prefix_hash": (
+        view(IDLE, smg(policy="prefix_hash", calls=100)),
+        "could not tell",
+        ["prefix_hash"],
+        "",
+    ),
+    "vllm-router": (view(vllm(calls=(0, 0)), vllm()), "could not tell", ["uncounted"], ""),
+    "vllm-router, one worker for all": (
+        view(vllm(calls=(0, 0)), vllm(calls=(0, 40))),
+        "could not tell",
+        ["wrong_header"],
+        "do not tell",
+    ),
+    "vllm-router that ignores keys": (
+        view(None, vllm("round_robin")),
+        "not pinned",
+        ["policy"],
+        "the key chose the worker of 0 of 100 calls",
+    ),
+    "one side has the sessions": (
+        view(
+            IDLE,
+            PINNED,
+            (session_server(), session_server({W1: 20, W2: 0}, {W1: 20, W2: 9}, first=5, kept=100)),
+        ),
+        "pinned",
+        ["one_sided"],
+        "",
+    ),
+    "one side has the calls": (
+        view(IDLE, smg({"vacant": 5, "occupied_hit": 100}, workers={W1: 105, W2: 0})),
+        "pinned",
+        ["one_sided"],
+        "",
+    ),
+    "calls of a session server that are wrong": (
+        view(
+            IDLE,
+            PINNED,
+            (session_server(late=1), session_server(kept=100, late=3, untagged=2, unmatched=1)),
+        ),
+        "pinned",
+        ["untagged", "late", "unmatched"],
+        "",
+    ),
+    "restarts": (
+        view(None, PINNED, restarts=2, restarted=datetime(2026, 1, 1, 12, 0, 0)),
+        "pinned",
+        ["gateway_restarted"],
+        "",
+    ),
+    "two pools, one of which has a policy that ignores keys": (
+        view(
+            IDLE,
+            smg(
+                {"vacant": 5, "occupied_hit": 95},
+                calls=0,
+                more='smg_worker_selection_total{worker_type="prefill",policy="manual"} 100\n'
+                'smg_worker_selection_total{worker_type="decode",policy="round_robin"} 100\n'
+                'smg_worker_pool_size{worker_type="prefill"} 2\n',
+            ),
+        ),
+        "not pinned",
+        ["policy"],
+        "the key chose the decode worker of 0 of 100 calls",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_verdict_and_causes(case: str) -> None:
+    seen, answer, causes, words = CASES[case]
+    verdict = judge(seen, 0.99)
+    assert (verdict.answer, names(verdict)) == (answer, causes), verdict.sentence
+    assert words in verdict.sentence
+    for cause in verdict.causes:
+        assert cause.text.endswith(".")
+        assert cause.advice.endswith((".", "?"))
+    json.loads(document(seen, verdict))
+    for width, height in ((80, None), (80, 24), (30, 10), (1, 1)):
+        assert max(map(len, lines(seen, verdict, width, height))) <= width
+
+
+def test_session_server_that_does_not_answer_or_was_restarted_changes_no_verdict() -> None:
+    noon = datetime(2026, 1, 1, 12, 0, 0)
+    gateway = view(IDLE, PINNED).gateway
+    page = server_of(session_server(kept=1))
+    silent = View(gateway, Look(SERVER, error="it answers 500", since=noon))
+    verdict = judge(silent, 0.99)
+    assert (verdict.answer, names(verdict)) == ("pinned", ["no_server_counters"])
+    assert "could not be read at http://10.0.0.9:8080/metrics, since 12:00:00: it answers 500." in (
+        verdict.causes[0].text
+    )
+    assert json.loads(document(silent, verdict))["server"]["error"] == "it answers 500"
+    gone = View(gateway, Look(SERVER, page, page, 10, "no answer in time", noon, 1, noon))
+    verdict = judge(gone, 0.99)
+    assert (verdict.answer, names(verdict)) == (
+        "pinned",
+        ["no_server_counters", "server_restarted"],
+    )
+    assert "Its figures are from before that." in verdict.causes[0].text
+    told = "\n".join(lines(gone, verdict))
+    assert "kept                                                -" not in told
+    assert json.loads(document(gone, verdict))["server"]["now"] is None
+
+
+def test_session_server_that_saw_too_few_turns_now_leaves_the_verdict_to_the_gateway() -> None:
+    server = session_server(kept=500, moved=500), session_server(kept=505, moved=500)
+    verdict = judge(view(IDLE, PINNED, server), 0.99)
+    assert verdict.sentence == (
+        "Pinned: 100 of 100 later calls came to the worker of their key, in the last 10 s."
+    )
+    idle = judge(view(PINNED, PINNED, server), 0.99)
+    assert idle.sentence == (
+        "Not pinned: 505 of 1005 later calls came to the worker of their session, since the "
+        "gateway started."
+    )
+
+
+def test_share_that_is_enough_is_exactly_so_much() -> None:
+    exactly = view(IDLE, smg({"vacant": 5, "occupied_hit": 90, "occupied_miss": 10}))
+    assert judge(exactly, 0.9).answer == "pinned"
+    assert judge(exactly, 0.91).answer == "not pinned"
+    seven = view(IDLE, smg({"vacant": 5, "occupied_hit": 7, "occupied_miss": 93}))
+    assert judge(seven, 0.07).answer == "pinned"  # 0.07 * 100 is a little more than 7
+
+
+def test_figures_of_each_branch_worker_and_outcome() -> None:
+    more = "".join(
+        f'smg_{name}{{worker="{W1}",dp_rank="{rank}"}} {value}\n'
+        for rank in (0, 1)
+        for name, value in (
+            ("engine_token_usage", 0.2 + rank / 5),
+            ("engine_cache_hit_rate", 0.9),
+            ("worker_routing_keys_active", 3),
+        )
+    )
+    after = smg({"vacant": 5, "occupied_hit": 99, "occupied_miss": 1}, circuits={W2: 2}, more=more)
+    server = session_server({W1: 2, W2: 1}, {W1: 4, W2: 5}, first=5, kept=97, moved=3)
+    seen = view(PINNED.replace("100", "50"), after, (session_server(), server))
+    told = "\n".join(lines(seen, judge(seen, 0.99)))
+    for words in (
+        "occupied_hit                                     4.9            49            99",
+        "occupied_miss                                    0.1             1             1",
+        "policy manual                                    0.0             0           105",
+        "kept share                                                   98.0%         99.0%",
+        "moved                                            0.3             3             3",
+        "kept share                                                   97.0%         97.0%",
+        "2 workers: 0 down, 0 with an open circuit, 0 overloaded",
+        "active sessions of the fullest worker over the mean: 2 / 1.5 = 1.33",
+        "10.0.0.2:8000           ok             0.0        52        4      2   30%   90%",
+        "10.0.0.3:8000           half open      0.0        53        5      1     -     -",
+    ):
+        assert words in told
+    alone = view(None, after)
+    told = "\n".join(lines(alone, judge(alone, 0.99)))
+    assert "ok               -        52        6          30%   90%" in told
+
+
+def test_workers_that_are_too_many_for_the_terminal_are_those_that_tell_least() -> None:
+    workers = {f"http://10.0.{n // 250}.{n % 250}:8000": n for n in range(500)}
+    health = {"http://10.0.0.7:8000": 0}
+    seen = view(None, smg({"vacant": 2, "occupied_hit": 50}, workers=workers, health=health))
+    told = lines(seen, judge(seen, 0.99), 80, 30)
+    assert len(told) == 30
+    rows = [line.split()[0] for line in told if line.startswith("10.0.")]
+    assert rows[0] == "10.0.0.7:8000"  # the one that is down, though it had few calls
+    assert set(rows[1:]) == {f"10.0.1.{n}:8000" for n in range(249, 249 - len(rows) + 1, -1)}
+    assert told[-1] == f".. and {500 - len(rows)} more workers"
+    assert len(lines(seen, judge(seen, 0.99))) > 500  # a log has all
+
+
+def test_outcomes_that_never_were_are_left_out_of_a_small_terminal() -> None:
+    seen = view(IDLE, PINNED, (session_server(), session_server(first=5, kept=95, late=1)))
+    verdict = Verdict("pinned", "Pinned.", ())
+    assert [line.split()[0] for line in lines(seen, verdict, 80, 24) if line][7:12] == (
+        ["session", "first", "kept", "late", "kept"]
+    )
+    assert "moved" in {line.split()[0] for line in lines(seen, verdict, 80, 40) if line}
+    assert len(lines(seen, verdict, 80, 24)) <= 24
+
+
+def test_long_names_keep_both_their_ends() -> None:
+    names = [f"http://engine-{n}.engines.default.svc.cluster.local:8000" for n in (1, 2)]
+    seen = view(None, smg({"vacant": 20}, workers=dict.fromkeys(names, 10)))
+    told = lines(seen, judge(seen, 0.99))
+    assert [line.split()[0] for line in told[-2:]] == [
+        "engine-1.en..local:8000",
+        "engine-2.en..local:8000",
+    ]
+
+
+def test_the_page_lists_the_causes_that_verify_does_not_have() -> None:
+    code = "".join((PACKAGE / name).read_text("utf-8") for name in ("states.py", "judge.py"))
+    found = set(re.findall(r'(?:Cause\(\s*|^    )"(\w+)"[,:]', code, re.MULTILINE))
+    page = (ROOT / "docs/watch.md").read_text("utf-8")
+    rows = re.findall(r"(?m)^\| (`.*?) \| ", page.partition("| cause |")[2].partition("\n\n")[0])
+    listed = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert listed == found - {"no_healthy_workers", "wrong_header"}  # those verify has
+
+
+def test_figures_that_are_no_numbers_are_left_out() -> None:
+    more = f'smg_engine_token_usage{{worker="{W1}"}} NaN\n'
+    assert gateway_of(smg(calls=10, more=more)).workers[W1].token_usage is None
+    odd = session_server({W1: 3}, kept=5) + 'smg_routing_sessions{worker="w"} NaN\n'
+    assert server_of(odd).sessions == {"w": 0}
+
+
+@pytest.mark.parametrize("text", ["", "node_load1 0.5\n", "<html>\n", "smg_routing_calls 1\n"])
+def test_pages_of_something_else_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"what answers there|could not|invalid"):
+        server_of(text)
+    with pytest.raises(ValueError, match=r"what answers there|could not|invalid"):
+        gateway_of(text.replace("smg_routing", "x"))
+
+
+def test_a_server_that_exports_no_active_sessions_is_shown_without_them() -> None:
+    """prometheus-client's multi-process mode has none."""
+    page = session_server(sessions={W1: 5}, kept=9)
+    seen = view(None, PINNED, (None, page))
+    assert server_of(page).active is None
+    told = "\n".join(lines(seen, judge(seen, 0.99)))
+    assert "ok               -        52        5      -     -     -" in told
+
+
+def test_figures_of_now_are_of_the_last_ten_seconds_or_of_one_interval() -> None:
+    endpoint = Endpoint(CLIENT, GATEWAY, read_gateway, gateway_shrank)
+    seconds = []
+    for at in (0, 4, 8, 12, 16, 60):
+        endpoint._add(at, gateway_of(PINNED))
+        seconds.append(endpoint.seen.seconds)
+    assert seconds == [0, 4, 8, 12, 12, 44]
+    assert [Look(GATEWAY, seconds=it).span for it in (44.4, 0.3)] == ["last 44 s", "last 0.3 s"]
+
+
+def test_endpoint_says_since_when_there_is_no_page() -> None:
+    endpoint = Endpoint(CLIENT, GATEWAY, read_gateway, gateway_shrank)
+    endpoint._failed("it answers 500")
+    since = endpoint.seen.since
+    endpoint._failed("it answers 503")
+    assert (endpoint.seen.error, endpoint.seen.since) == ("it answers 503", since)
+    endpoint._add(1, gateway_of(PINNED))
+    assert (endpoint.seen.error, endpoint.seen.since) == ("", None)
+
+
+def test_wide_letters_take_no_second_line_of_the_terminal() -> None:
+    out = StringIO()
+    seen = view(None, smg({"vacant": 20}, workers={"a" + 40 * "漢": 10, W2: 10}))
+    with Picture(Console(file=out, force_terminal=True, width=30, height=40)) as redraw:
+        redraw(seen, judge(seen, 0.99))
+        drawn = out.getvalue().splitlines()
+    [row] = [number for number, line in enumerate(drawn) if "漢" in line]
+    assert drawn[row + 1].startswith("10.0..")
+
+
+def test_picture_that_was_never_drawn_leaves_nothing() -> None:
+    out = StringIO()
+    with Picture(Console(file=out, force_terminal=True)):
+        pass
+    assert re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", out.getvalue()) == ""
