@@ -69,10 +69,11 @@ FURTHER_GROUPED = (replace(HASHED, key="group"),)
 
 def arms(sessions: Sequence[Session], *, every: bool) -> Iterator[Arm]:
     """Yield the arms that play a trace: the main ones, or ``every`` one."""
-    yield from MAIN
     has_groups = any(session.group for session in sessions)
+    yield PINNED
     if has_groups:
         yield GROUPED
+    yield from MAIN[1:]
     if every:
         yield from FURTHER
         if has_groups:
