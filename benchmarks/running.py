@@ -100,7 +100,7 @@ def measure(
     run: Run,
     *,
     json_file: Path | None,
-    picture: Path,
+    picture: Path | None,
     markdown_file: Path | None,
     draw: Draw,
     width: int = WIDTH,
@@ -127,7 +127,8 @@ def measure(
         show(results, console)
         if json_file:
             write_json(results, json_file)
-        draw(results.parts, picture)
+        if picture:
+            draw(results.parts, picture)
         if markdown_file:
             markdown_file.write_text(markdown(results), encoding="utf-8")
         written = [str(file) for file in (json_file, picture, markdown_file) if file]

@@ -63,7 +63,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command(context_settings={"show_default": True})
-@click.argument("traces", nargs=-1, required=True, metavar="FILE...", type=_FILE, callback=_traces)
+@click.argument("traces", nargs=-1, metavar="[FILE]...", type=_FILE, callback=_traces)
 @click.option("--sessions", type=click.IntRange(1), default=SESSIONS, help="Sessions to play.")
 @click.option("--workers", type=click.IntRange(1, 512), default=WORKERS)
 @click.option("--at-once", type=click.IntRange(1), help="Sessions at a time. [default: all]")
@@ -111,6 +111,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     default="trace-results.svg", help="The picture: FILE.svg or FILE.png.")  # fmt: skip
 @click.option("--markdown", "markdown_file", metavar="FILE", type=_FILE, callback=output_file,
     help="Write the tables as Markdown too.")  # fmt: skip
+@click.option("--check", is_flag=True, help="Compare the model with real engines, first.")
 @click.option("--quick", is_flag=True, help="Only show that it works: its figures mean nothing.")
 def main(
     traces: Sequence[Trace],
@@ -129,8 +130,11 @@ def main(
     picture: Path,
     markdown_file: Path | None,
     quick: bool,
+    check: bool,
 ) -> None:
     """Play recorded agent sessions through the real gateway, on workers that are a model.
+
+    Without a FILE, --check alone compares the model with real engines.
 
     FILE is JSONL, or .jsonl.xz: a line is a call with session_id, timestamp, input and output, or a
     session with session_id, messages and perhaps group. A file that is not in this folder is looked
@@ -139,13 +143,15 @@ def main(
     Exit status: 0 it measured, whatever came out, 1 it failed, 2 it was called wrongly; 129, 130
     and 143 where a signal ended it.
     """
+    if not (traces or check):
+        raise click.UsageError("name the files of a trace, or --check")
     # Arms that move their sessions are what is measured: no news for the log.
     logging.getLogger("aiohttp_smg_routing").setLevel(logging.ERROR)
     if quick:
         sessions, workers, scale = QUICK_SESSIONS, QUICK_WORKERS, QUICK_SCALE
     speed = replace(SPEED, prefill=prefill, running=running)
     settings = Settings(workers, speed, scale, at_once or 0, pause)
-    loads: dict[str, Load] = {}
+    loads: dict[str, Load] = {"check": partial(_check, quick)} if check else {}
     for file, recorded in traces:
         grown = grow(recorded, sessions)
         known = list(arms(grown, every=every or bool(only)))
@@ -159,11 +165,17 @@ def main(
     run_measure(
         run,
         json_file=json_file,
-        picture=picture,
+        picture=picture if traces else None,
         markdown_file=markdown_file,
         draw=draw,
         width=WIDTH,
     )
+
+
+def _check(quick: bool) -> tuple[str, Measure]:
+    from . import check  # it needs the engines' packages
+
+    return check.TITLE, partial(check.measure, quick=quick)
 
 
 def _load(job: Job) -> tuple[str, Measure]:

@@ -24,7 +24,7 @@ def draw(parts: Sequence[Part], file: Path) -> None:
     """Draw the first and the last room of the first two traces, as ``.svg`` or ``.png``."""
     shown = [
         [(part, table) for table in dict.fromkeys([part.tables[0], part.tables[-1]])]
-        for part in parts[:PANELS]
+        for part in [part for part in parts if OF_LIMIT in part.tables[0].columns][:PANELS]
     ]
     columns = max(map(len, shown), default=1)
     lines = max((len(table.rows) for row in shown for _, table in row), default=1)
