@@ -122,20 +122,26 @@ def measure(
     if stopped_by:
         print(f"Stopped by {stopped_by.name}; all processes are gone.", file=sys.stderr)
         sys.exit(128 + stopped_by)
-    results = run.results
-    if results.parts:  # what was measured before a failure is worth reading
-        show(results, console)
-        if json_file:
-            write_json(results, json_file)
-        if picture:
-            draw(results.parts, picture)
-        if markdown_file:
-            markdown_file.write_text(markdown(results), encoding="utf-8")
-        written = [str(file) for file in (json_file, picture, markdown_file) if file]
-        console.print(f"Written: {', '.join(written)}.", soft_wrap=True)
+    if run.parts:  # what was measured before a failure is worth reading
+        show(run.results, console)
+        files = json_file, picture, markdown_file
+        _write(run.results, draw, *files)
+        if written := [str(file) for file in files if file]:
+            console.print(f"Written: {', '.join(written)}.", soft_wrap=True)
     if failure:
         print(f"The benchmark failed: {failure}", file=sys.stderr)
         sys.exit(FAILED)
+
+
+def _write(
+    results: Results, draw: Draw, json_file: Path | None, picture: Path | None, text: Path | None
+) -> None:
+    if json_file:
+        write_json(results, json_file)
+    if picture:
+        draw(results.parts, picture)
+    if text:
+        text.write_text(markdown(results), encoding="utf-8")
 
 
 def _reason(error: Exception) -> str:
