@@ -45,9 +45,9 @@ def _traces(ctx: click.Context, param: click.Parameter, values: Sequence[Path]) 
         except TraceError as error:
             raise click.BadParameter(str(error)) from None
         except OSError as error:
-            where = f", nor in the folder that {FOLDER} names" * (FOLDER in os.environ)
             raise click.BadParameter(
-                f"{str(value)!r} can't be read{where}: {error.strerror}"
+                f"{str(file)!r} can't be read: {error.strerror}. Name a file that is there, or set"
+                f" {FOLDER} to the folder that has it."
             ) from None
     names = [_name(file) for file, _ in traces]
     if len(set(names)) < len(names):
