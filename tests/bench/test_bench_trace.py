@@ -151,7 +151,8 @@ def test_copies_share_what_all_sessions_share_and_differ_from_there_on() -> None
     grown = grow(recorded, 5)
     assert [each.id for each in grown] == ["a", "b", "a-copy-1", "b-copy-1", "a-copy-2"]
     assert grown[:2] == recorded
-    copy, again = grown[2], grown[4]
+    copy, other, again = grown[2:]
+    assert other.prompt(0) == "system; <copy-1>B"
     assert copy.prompt(0) == "system; <copy-1>task A"
     assert copy.prompt(1) == "system; <copy-1>task A, more"
     assert again.prompt(0) == "system; <copy-2>task A"
@@ -250,6 +251,23 @@ def test_a_smaller_shared_cache_gives_less_and_one_that_is_too_small_says_so() -
     assert (large > 0.5, small) == (True, 0)
     with pytest.raises(ValueError, match="cache has 100 tokens, and a call of 640"):
         shared_cache(calls, 100, 4)
+
+
+def test_an_output_that_is_said_again_was_used_last() -> None:
+    cache = PrefixCache(4)
+
+    def take(prompt: str, output: str = "") -> int:
+        names = chain(prompt + output, 1)
+        held = cache.begin(names[: len(prompt) // BLOCK], len(names))
+        assert held is not None
+        cache.end(held, names)
+        return held.cached
+
+    a, x = "a" * BLOCK, "x" * BLOCK
+    for prompt, output in ((a, x), ("b" * BLOCK, ""), (a, x)):
+        take(prompt, output)
+    assert take("c" * 2 * BLOCK) == 0  # it displaces the b
+    assert take(a + x) == 2
 
 
 def test_a_running_call_keeps_its_blocks_whatever_else_comes() -> None:
@@ -447,6 +465,7 @@ def test_the_pause_is_that_of_the_option_or_as_recorded_or_a_second() -> None:
     recorded, given = Settings(1, Speed()), Settings(1, Speed(), pause=60)
     assert [pause(each, recorded) for each in (None, 0.0, 2.5)] == [1, 0, 2.5]
     assert [pause(each, given) for each in (None, 0.0, 2.5)] == [60, 60, 60]
+    assert pause(2.5, Settings(1, Speed(), pause=0)) == 0
 
 
 def test_the_check_fails_where_the_model_is_off_or_arms_change_places() -> None:
