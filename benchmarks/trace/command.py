@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import click
@@ -26,10 +27,14 @@ FOLDER = "TRACE_FOLDER"
 
 WIDTH = 132  # of a table in a file
 SPEED = Speed()
-SESSIONS, WORKERS, SCALE = 320, 16, 8
+SESSIONS, WORKERS = 256, 16
+SCALE = 10  # so SMG, which polls every 10 s, can poll each second instead, but not faster
 MAIN_ROOMS, ALL_ROOMS = (1.0, 0.5), (1.0, 0.5, 0.125)
 QUICK_SESSIONS, QUICK_WORKERS, QUICK_SCALE = 12, 3, 40
 ARM_NAMES = [arm.name for arm in (*MAIN, GROUPED, *FURTHER, *FURTHER_GROUPED)]
+
+OLDEST = (1, 12)
+"""The version of SMG that brought worker overload protection, which some arms turn on."""
 
 Trace = tuple[Path, list[Session]]
 
@@ -145,6 +150,11 @@ def main(
     """
     if not (traces or check):
         raise click.UsageError("name the files of a trace, or --check")
+    if tuple(map(int, version("smg").split(".")[:2])) < OLDEST:
+        raise click.UsageError(
+            f"the arms need smg {'.'.join(map(str, OLDEST))} or newer, and {version('smg')} is"
+            " installed."
+        )
     # Arms that move their sessions are what is measured: no news for the log.
     logging.getLogger("aiohttp_smg_routing").setLevel(logging.ERROR)
     if quick:
