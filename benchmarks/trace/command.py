@@ -5,12 +5,13 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import click
 
 from aiohttp_smg_routing.verify.options import FiniteRange, output_file, picture_file
+from benchmarks import MISSING
 from benchmarks.running import Load, Measure, Run
 from benchmarks.running import measure as run_measure
 
@@ -70,7 +71,9 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.command(context_settings={"show_default": True})
 @click.argument("traces", nargs=-1, metavar="[FILE]...", type=_FILE, callback=_traces)
 @click.option("--sessions", type=click.IntRange(1), default=SESSIONS, help="Sessions to play.")
-@click.option("--workers", type=click.IntRange(1, 512), default=WORKERS)
+@click.option(
+    "--workers", type=click.IntRange(1, 512), default=WORKERS, help="Workers behind the gateway."
+)
 @click.option("--at-once", type=click.IntRange(1), help="Sessions at a time. [default: all]")
 @click.option(
     "--room",
@@ -150,11 +153,7 @@ def main(
     """
     if not (traces or check):
         raise click.UsageError("name the files of a trace, or --check")
-    if tuple(map(int, version("smg").split(".")[:2])) < OLDEST:
-        raise click.UsageError(
-            f"the arms need smg {'.'.join(map(str, OLDEST))} or newer, and {version('smg')} is"
-            " installed."
-        )
+    _require_gateway()
     # Arms that move their sessions are what is measured: no news for the log.
     logging.getLogger("aiohttp_smg_routing").setLevel(logging.ERROR)
     if quick:
@@ -180,6 +179,16 @@ def main(
         draw=draw,
         width=WIDTH,
     )
+
+
+def _require_gateway() -> None:
+    try:
+        installed = version("smg")
+    except PackageNotFoundError as error:
+        raise click.UsageError(MISSING.format(error)) from None
+    if tuple(map(int, installed.split(".")[:2])) < OLDEST:
+        needed = ".".join(map(str, OLDEST))
+        raise click.UsageError(f"the arms need smg {needed} or newer, and this is {installed}.")
 
 
 def _check(quick: bool) -> tuple[str, Measure]:

@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -569,6 +570,24 @@ def test_a_wrong_option_is_said_before_anything_starts(
     assert outcome.exit_code == 2, outcome.output
     assert complaint in outcome.stderr
     assert sorted(os.listdir(tmp_path)) == ["bad.jsonl", "t.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("installed", "complaint"),
+    [("1.11.4", "need smg 1.12 or newer, and this is 1.11.4"), (None, "--group bench")],
+)
+def test_a_gateway_that_is_too_old_or_missing_is_said(
+    installed: str | None, complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(package: str) -> str:
+        if installed is None:
+            raise PackageNotFoundError(package)
+        return installed
+
+    monkeypatch.setattr("benchmarks.trace.command.version", version)
+    outcome = CliRunner().invoke(main, [str(write(tmp_path / "t.jsonl", GOOD))])
+    assert outcome.exit_code == 2
+    assert complaint in outcome.stderr
 
 
 async def test_an_interrupt_stops_the_player_and_all_that_it_started(folder: Path) -> None:
