@@ -167,7 +167,7 @@ async def call(
         return type(error).__name__
     seconds = time.monotonic() - sent
     if response.status != 200:
-        return f"status {response.status}: {content[:200].decode(errors='replace')}"
+        return refusal(response.status, content)
     document = json.loads(content)
     timings, usage = document["timings"], document["usage"]
     return {
@@ -179,3 +179,12 @@ async def call(
         "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
         "outside": seconds - (timings["done"] - timings["arrived"]) / scale,
     }
+
+
+def refusal(status: int, content: bytes) -> str:
+    """Return what a refused call is counted as: the status, and the gateway's code of the error."""
+    try:
+        code = json.loads(content)["error"]["code"]
+    except (LookupError, TypeError, ValueError):
+        return f"status {status}"
+    return f"status {status}, {code}"

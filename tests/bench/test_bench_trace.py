@@ -27,7 +27,7 @@ from benchmarks.trace.grow import grow
 from benchmarks.trace.limit import shared_cache
 from benchmarks.trace.measure import OF_LIMIT, called
 from benchmarks.trace.measure import Job as Plan
-from benchmarks.trace.play import Settings, chat, pause
+from benchmarks.trace.play import Settings, chat, pause, play, refusal
 from benchmarks.trace.read import Session, TraceError, Turn, read
 from benchmarks.trace.worker import model_workers
 from harness.agents import CHAT
@@ -467,6 +467,31 @@ def test_the_pause_is_that_of_the_option_or_as_recorded_or_a_second() -> None:
     assert [pause(each, recorded) for each in (None, 0.0, 2.5)] == [1, 0, 2.5]
     assert [pause(each, given) for each in (None, 0.0, 2.5)] == [60, 60, 60]
     assert pause(2.5, Settings(1, Speed(), pause=0)) == 0
+
+
+async def test_a_call_that_is_refused_is_counted_and_its_session_goes_on() -> None:
+    long = session("s", "a" * 100, "a" * 2000, "a" * 120)
+    speed = Speed(tokens=800, per_token=1)
+    steps: list[None] = []
+    played = await play(PINNED, [long], Settings(1, speed, 100), lambda: steps.append(None))
+    assert [answered.number for answered in played.calls] == [0, 2]
+    assert len(steps) == 3
+    [(failure, count)] = played.failures.items()
+    assert (failure.startswith("status 400"), count) == (True, 1)
+
+
+@pytest.mark.parametrize(
+    ("content", "counted"),
+    [
+        (b'{"error": {"code": "no_workers"}}', "status 503, no_workers"),
+        (b'{"error": "no"}', "status 503"),
+        (b"no", "status 503"),
+    ],
+)
+def test_a_refusal_is_counted_by_its_status_and_the_code_of_the_gateway(
+    content: bytes, counted: str
+) -> None:
+    assert refusal(503, content) == counted
 
 
 def test_the_check_fails_where_the_model_is_off_or_arms_change_places() -> None:
