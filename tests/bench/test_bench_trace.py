@@ -25,9 +25,18 @@ from benchmarks.trace.command import main
 from benchmarks.trace.engine import Engine, Job, Speed, TooLongError
 from benchmarks.trace.grow import grow
 from benchmarks.trace.limit import shared_cache
-from benchmarks.trace.measure import OF_LIMIT, called
+from benchmarks.trace.measure import (
+    OF_LIMIT,
+    Room,
+    called,
+    first_token,
+    fullest,
+    moves,
+    notes,
+    of_machine,
+)
 from benchmarks.trace.measure import Job as Plan
-from benchmarks.trace.play import Settings, chat, pause, play, refusal
+from benchmarks.trace.play import Call, Played, Settings, chat, pause, play, refusal
 from benchmarks.trace.read import Session, TraceError, Turn, read
 from benchmarks.trace.worker import model_workers
 from harness.agents import CHAT
@@ -467,6 +476,42 @@ def test_the_pause_is_that_of_the_option_or_as_recorded_or_a_second() -> None:
     assert [pause(each, recorded) for each in (None, 0.0, 2.5)] == [1, 0, 2.5]
     assert [pause(each, given) for each in (None, 0.0, 2.5)] == [60, 60, 60]
     assert pause(2.5, Settings(1, Speed(), pause=0)) == 0
+
+
+def answered(session: int, number: int, worker: str, **values: float) -> Call:
+    """Return a call of 100 tokens that took a second in the worker, and nothing outside."""
+    known = {"begun": number, "first_token": 0.5, "inside": 1, "outside": 0}
+    tokens = {"prompt_tokens": 100, "cached_tokens": 0}
+    return Call(session, number, worker, **{**known, **tokens, **values})  # type: ignore[arg-type]
+
+
+def test_a_call_moved_if_the_one_before_in_its_session_was_elsewhere() -> None:
+    later, first = answered(0, 1, "b"), answered(0, 0, "a")
+    calls = [later, answered(1, 0, "b"), first, answered(0, 2, "b"), answered(1, 1, "b")]
+    assert moves(Played(calls)) == 1
+
+
+def test_the_fullest_worker_is_the_one_with_most_tokens_beside_the_mean_of_all_workers() -> None:
+    calls = [answered(0, 0, "a", prompt_tokens=300), answered(1, 0, "b"), answered(2, 0, "b")]
+    assert fullest(4)(Played(calls)) == pytest.approx(300 / 125)
+
+
+def test_the_first_token_has_the_real_time_of_the_gateway_unscaled() -> None:
+    calls = [answered(number, 0, "a", first_token=number, outside=0.25) for number in range(3)]
+    assert first_token(50)(Played(calls)) == pytest.approx(1.25)
+
+
+def test_the_share_of_the_machine_is_told_and_complained_of_above_a_limit() -> None:
+    sessions = [session("a", "x" * 100)]
+    plan = Plan("t", sessions, [PINNED], (1,), Settings(1, Speed(), scale=10))
+    for outside, share, word in ((0.01, 0.1 / 1.1, "not the model's"), (0.05, 1 / 3, "--scale")):
+        played = Played([answered(0, 0, "a", outside=outside)])
+        assert of_machine(played, 10) == pytest.approx(share)
+        room = Room(1, 160)
+        room.rounds[PINNED.name].append(played)
+        *_, said = notes(plan, [room])
+        assert f"{share:.0%}".replace("%", " %") in said
+        assert word in said
 
 
 async def test_a_call_that_is_refused_is_counted_and_its_session_goes_on() -> None:
