@@ -18,7 +18,7 @@ from benchmarks.running import measure as run_measure
 from .arms import FURTHER, FURTHER_GROUPED, GROUPED, MAIN, arms
 from .engine import Speed
 from .grow import grow
-from .measure import Job, measure
+from .measure import Plan, measure
 from .picture import draw
 from .play import Settings
 from .read import Session, TraceError, read
@@ -167,9 +167,9 @@ def main(
         chosen = [arm for arm in known if not only or arm.name in only]
         if not chosen:
             raise click.UsageError(f"{file} has no groups, which the chosen arms need")
-        sizes = rooms or (ALL_ROOMS if every else MAIN_ROOMS)
-        job = Job(_name(file), grown, chosen, sizes, settings, rounds)
-        loads[job.name] = partial(_load, job)
+        sizes = tuple(dict.fromkeys(rooms)) or (ALL_ROOMS if every else MAIN_ROOMS)
+        plan = Plan(_name(file), grown, chosen, sizes, settings, rounds)
+        loads[plan.name] = partial(_load, plan)
     run = Run(loads, quick)
     run_measure(
         run,
@@ -197,5 +197,5 @@ def _check(quick: bool) -> tuple[str, Measure]:
     return check.TITLE, partial(check.measure, quick=quick)
 
 
-def _load(job: Job) -> tuple[str, Measure]:
-    return f"Agent trace {job.name}", partial(measure, job=job)
+def _load(plan: Plan) -> tuple[str, Measure]:
+    return f"Agent trace {plan.name}", partial(measure, plan=plan)

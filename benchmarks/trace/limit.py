@@ -4,11 +4,11 @@ from collections.abc import Iterable, Sequence
 
 from .cache import BLOCK, PrefixCache, tokens_in
 
-Played = tuple[Sequence[int], int, int]
+Blocks = tuple[Sequence[int], int, int]
 """The blocks of a call's prompt and output, the characters of its prompt, and of both."""
 
 
-def shared_cache(calls: Iterable[Played], tokens: float, per_token: float) -> float:
+def shared_cache(calls: Iterable[Blocks], tokens: float, per_token: float) -> float:
     """Return the share of the prompt tokens that one LRU cache of so many tokens gives, 0 to 1.
 
     ``tokens`` is ``inf`` for the most that the trace allows. A call's blocks are there for the

@@ -10,8 +10,7 @@ from benchmarks.figures import Figure, Part, Progress, Table
 
 from .arms import Arm
 from .cache import BLOCK, chain
-from .limit import Played as Blocks
-from .limit import shared_cache
+from .limit import Blocks, shared_cache
 from .play import Played, Settings, play
 from .read import Session
 
@@ -24,7 +23,7 @@ ROOMS = {1: "all sessions", 1 / 2: "half of the sessions", 1 / 8: "an eighth of 
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class Plan:
     """A trace that is to be played: its sessions, in each room by each arm."""
 
     name: str
@@ -62,55 +61,51 @@ class Room:
     one_lru: float = 0
 
 
-async def measure(progress: Progress, job: Job) -> Part:
-    """Play all arms of a job in all rooms; return the tables."""
-    rooms = [Room(room, job.tokens(room)) for room in job.rooms]
+async def measure(progress: Progress, plan: Plan) -> Part:
+    """Play all arms of a plan in all rooms; return the tables."""
+    rooms = [Room(room, plan.tokens(room)) for room in plan.rooms]
     plays = [
         (number, room, arm)
-        for number in range(1, job.rounds + 1)
+        for number in range(1, plan.rounds + 1)
         for room in rooms
-        for arm in job.arms
+        for arm in plan.arms
     ]
     for count, (number, room, arm) in enumerate(plays):
         state = f"room for {called(room.room)}: {arm.name}"
-        state += f", round {number} of {job.rounds}" * (job.rounds > 1)
+        state += f", round {number} of {plan.rounds}" * (plan.rounds > 1)
         done = 0
 
         def step(count: int = count, state: str = state) -> None:
             nonlocal done
             done += 1
-            progress((count + done / job.calls) / len(plays), state)
+            progress((count + done / plan.calls) / len(plays), state)
 
         progress(count / len(plays), state)
-        speed = replace(job.settings.speed, tokens=room.tokens)
-        settings = replace(job.settings, speed=speed)
-        played = await play(arm, job.sessions, settings, step)
+        speed = replace(plan.settings.speed, tokens=room.tokens)
+        settings = replace(plan.settings, speed=speed)
+        played = await play(arm, plan.sessions, settings, step)
         if not played.calls:
             raise RuntimeError(f"no call of {arm.name} was answered: {dict(played.failures)}")
         room.rounds[arm.name].append(played)
         if not room.limit:
             progress((count + 1) / len(plays), "what one cache for all would give")
-            set_limits(job, room, played)
-    tables = tuple(table(job, room) for room in rooms)
-    title = f"Agent trace {job.name}"
-    return Part(title, title, tables, tuple(notes(job, rooms)), headline(job, rooms))
+            set_limits(plan, room, played)
+    tables = tuple(table(plan, room) for room in rooms)
+    title = f"Agent trace {plan.name}"
+    return Part(title, title, tables, tuple(notes(plan, rooms)), headline(plan, rooms))
 
 
-def set_limits(job: Job, room: Room, played: Played) -> None:
+def set_limits(plan: Plan, room: Room, played: Played) -> None:
     """Work out what one cache would give, in the order in which the calls of an arm began."""
-    per_token = job.settings.speed.per_token
-
-    def calls(order: Sequence[tuple[int, int]]) -> Iterator[Blocks]:
-        for place, number in order:
-            session = job.sessions[place]
-            prompt, output = session.prompt(number), session.turns[number].output
-            names = array("q", chain(prompt + output, per_token))
-            yield names, len(prompt), len(prompt) + len(output)
-
-    ordered = sorted(played.calls, key=lambda call: call.begun)
-    blocks = list(calls([(call.session, call.number) for call in ordered]))
+    per_token = plan.settings.speed.per_token
+    blocks: list[Blocks] = []
+    for call in sorted(played.calls, key=lambda call: call.begun):
+        session = plan.sessions[call.session]
+        prompt, output = session.prompt(call.number), session.turns[call.number].output
+        names = array("q", chain(prompt + output, per_token))  # a fifth of a list's memory
+        blocks.append((names, len(prompt), len(prompt) + len(output)))
     room.limit = shared_cache(blocks, float("inf"), per_token)
-    room.one_lru = shared_cache(blocks, room.tokens * job.settings.workers, per_token)
+    room.one_lru = shared_cache(blocks, room.tokens * plan.settings.workers, per_token)
 
 
 def cached(played: Played) -> float:
@@ -123,7 +118,7 @@ def first_token(percent: int) -> Callable[[Played], float]:
     """Return what gives that percentile of the time to first token, in seconds of the model.
 
     It is queue and prefill, and the time in which client, gateway and worker passed the call on:
-    that time is the wall's, which a real job would spend too.
+    that time is the wall's, which a real plan would spend too.
     """
 
     def percentile(played: Played) -> float:
@@ -161,9 +156,9 @@ def of_machine(played: Played, scale: float) -> float:
     return outside / (outside + sum(call.inside for call in played.calls))
 
 
-def table(job: Job, room: Room) -> Table:
+def table(plan: Plan, room: Room) -> Table:
     """Return the table of a room: the limits, and a row for each arm."""
-    settings = job.settings
+    settings = plan.settings
     columns: Mapping[str, tuple[Callable[[Played], float], str]] = {
         CACHED: (cached, "share"),
         OF_LIMIT: (lambda played: cached(played) / room.limit, "share"),
@@ -183,8 +178,8 @@ def table(job: Job, room: Room) -> Table:
     at_once = f", {settings.at_once} at a time" if settings.at_once else ""
     title = (
         f"Room for {called(room.room)}: {settings.workers} workers with a cache of"
-        f" {room.tokens:,} tokens each; {len(job.sessions):,} sessions{at_once},"
-        f" {job.calls:,} calls"
+        f" {room.tokens:,} tokens each; {len(plan.sessions):,} sessions{at_once},"
+        f" {plan.calls:,} calls"
     )
     return Table(title, ("", *columns), tuple(rows))
 
@@ -194,7 +189,7 @@ def called(room: float) -> str:
     return ROOMS.get(room, f"{100 * room:g} % of the sessions")
 
 
-def headline(job: Job, rooms: Sequence[Room]) -> str:
+def headline(plan: Plan, rooms: Sequence[Room]) -> str:
     """Say in a sentence which arm came next to the limit in each room, and which was the last."""
     sentences = []
     for room in rooms:
@@ -208,9 +203,9 @@ def headline(job: Job, rooms: Sequence[Room]) -> str:
     return " ".join(sentences).replace("%", " %").replace("  %", " %")
 
 
-def notes(job: Job, rooms: Sequence[Room]) -> Iterator[str]:
+def notes(plan: Plan, rooms: Sequence[Room]) -> Iterator[str]:
     """Yield how to read the tables, and what was wrong."""
-    settings, speed = job.settings, job.settings.speed
+    settings, speed = plan.settings, plan.settings.speed
     yield (
         "All seconds are the model's. A worker prefills"
         f" {speed.prefill:,.0f} tokens a second, one prompt after the other; a decode step takes"
@@ -221,7 +216,7 @@ def notes(job: Job, rooms: Sequence[Room]) -> Iterator[str]:
     )
     yield (
         "The limit is the most that the trace allows. One LRU cache for all has the size of all"
-        f" caches together. Both take the calls in the order in which {job.arms[0].name} began"
+        f" caches together. Both take the calls in the order in which {plan.arms[0].name} began"
         " them. First turns count too."
     )
     yield (
@@ -236,7 +231,7 @@ def notes(job: Job, rooms: Sequence[Room]) -> Iterator[str]:
                     failed = True
                     yield f"Failed under {name}, its session went on: {count} calls, {failure}"
                 behind = max(behind, of_machine(played, settings.scale))
-        if room.tokens == settings.speed.needs(max(session.length for session in job.sessions)):
+        if room.tokens == settings.speed.needs(max(session.length for session in plan.sessions)):
             yield (
                 f"Room for {called(room.room)}: the caches are larger than that, because a worker"
                 f" has room for the longest call, {room.tokens:,} tokens."

@@ -27,6 +27,7 @@ from benchmarks.trace.grow import grow
 from benchmarks.trace.limit import shared_cache
 from benchmarks.trace.measure import (
     OF_LIMIT,
+    Plan,
     Room,
     called,
     first_token,
@@ -35,7 +36,6 @@ from benchmarks.trace.measure import (
     notes,
     of_machine,
 )
-from benchmarks.trace.measure import Job as Plan
 from benchmarks.trace.play import Call, Played, Settings, chat, pause, play, refusal
 from benchmarks.trace.read import Session, TraceError, Turn, read
 from benchmarks.trace.worker import model_workers
