@@ -25,6 +25,7 @@ from .worker import model_workers
 GROUP = "header:X-Group-Id"
 CALL_SECONDS = 900  # the longest that a call may take, on the wall
 NO_PAUSE_KNOWN = 1.0
+STARTS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,19 @@ async def play(
     arm: Arm, sessions: Sequence[Session], settings: Settings, done: Callable[[], None]
 ) -> Played:
     """Play all sessions on fresh workers and a fresh gateway; ``done`` is called at each turn."""
+    for _ in range(STARTS - 1):
+        try:
+            return await _play(arm, sessions, settings, done)
+        except RuntimeError as error:
+            # A run has hundreds of ports: another program may take one before its worker does.
+            if "address already in use" not in str(error).lower():
+                raise
+    return await _play(arm, sessions, settings, done)
+
+
+async def _play(
+    arm: Arm, sessions: Sequence[Session], settings: Settings, done: Callable[[], None]
+) -> Played:
     scale = settings.scale
     poll = ("--load-monitor-interval", str(max(1, round(DEFAULT_POLL / scale))))
     async with (

@@ -5,6 +5,7 @@ import json
 import lzma
 import os
 import signal
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError
@@ -18,6 +19,7 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aiohttp_smg_routing.testing import free_ports
 from benchmarks.trace.arms import GROUPED, MAIN, PINNED, RANDOM, arms
 from benchmarks.trace.cache import BLOCK, PrefixCache, chain, tokens_in
 from benchmarks.trace.check import Row, verdict
@@ -523,6 +525,23 @@ async def test_a_call_that_is_refused_is_counted_and_its_session_goes_on() -> No
     assert len(steps) == 3
     [(failure, count)] = played.failures.items()
     assert (failure.startswith("status 400"), count) == (True, 1)
+
+
+async def test_an_arm_starts_again_where_another_program_has_taken_a_port(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        given: list[list[int]] = []
+
+        def ports(count: int) -> list[int]:
+            given.append(free_ports(count) if given else [other.getsockname()[1]])
+            return given[-1]
+
+        monkeypatch.setattr("benchmarks.trace.worker.free_ports", ports)
+        one = Settings(1, Speed(), 100)
+        played = await play(PINNED, [session("s", "a")], one, lambda: None)
+    assert (len(played.calls), len(given)) == (1, 2)
 
 
 @pytest.mark.parametrize(
