@@ -223,14 +223,14 @@ def notes(plan: Plan, rooms: Sequence[Room]) -> Iterator[str]:
         "Fullest / mean: the prompt tokens of the fullest worker. Moved: calls whose session had"
         " the call before on another worker."
     )
-    behind, failed = 0.0, False
+    behind, failed = (0.0, ""), False
     for room in rooms:
         for name, rounds in room.rounds.items():
             for played in rounds:
                 for failure, count in played.failures.items():
                     failed = True
                     yield f"Failed under {name}, its session went on: {count} calls, {failure}"
-                behind = max(behind, of_machine(played, settings.scale))
+                behind = max(behind, (of_machine(played, settings.scale), name))
         if room.tokens == settings.speed.needs(max(session.length for session in plan.sessions)):
             yield (
                 f"Room for {called(room.room)}: the caches are larger than that, because a worker"
@@ -238,8 +238,9 @@ def notes(plan: Plan, rooms: Sequence[Room]) -> Iterator[str]:
             )
     if not failed:
         yield "No call failed."
-    kept = f"Up to {behind:.0%} of the calls' time was the machine's own".replace("%", " %")
-    if behind > BEHIND:
+    kept = f"Up to {behind[0]:.0%} of the calls' time was the machine's own".replace("%", " %")
+    kept += f" (under {behind[1]})"
+    if behind[0] > BEHIND:
         yield f"{kept}: it did not keep up. Play again with fewer sessions or a lower --scale."
     else:
         yield f"{kept}, and not the model's."
