@@ -40,8 +40,8 @@ tests:
 demo: $(VENV)/demo.installed ## Real engines, the real gateway, a session server and agents: the plugin on and off
 	@exec $(BIN)/python -m demo
 
-bench: $(VENV)/bench.installed ## What the plugin costs and what pinning gains: PARTS="call cache" runs some of it
-	@exec $(BIN)/python -m benchmarks $(PARTS)
+bench: $(VENV)/bench.installed ## What the plugin costs and what pinning gains: PARTS="call cache" runs some of it; PARTS=trace TRACES="FILE FILE"
+	@exec $(BIN)/python -m benchmarks $(PARTS) $(TRACES)
 
 micro: $(VENV)/bench.installed ## Micro-benchmarks of this tree beside those of BASE, the commit before by default
 	@.ci/micro $(BASE)

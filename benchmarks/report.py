@@ -138,7 +138,8 @@ def conclusion(results: Results) -> list[str]:
         lines.append("A quick run: it shows that all of it works, and its figures mean nothing.")
     count = sum(1 for _ in results.figures)
     reached = len(results.with_verdict("reached"))
-    lines.append(f"{reached} of {count} limits reached.")
+    if count:
+        lines.append(f"{reached} of {count} limits reached.")
     lines += [
         f"{verdict.capitalize()}: {'; '.join(places)}."
         for verdict in ("missed", "too noisy to tell")

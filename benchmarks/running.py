@@ -1,0 +1,150 @@
+"""Runs parts one after the other, shows how far they are, and writes what they measured."""
+
+import asyncio
+import sys
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import Progress as Bars
+from rich.progress import TaskID, TextColumn
+
+from harness import tables
+from harness.stopping import FAILURES, run_until_signal
+
+from . import MISSING
+from .figures import Part, Progress
+from .report import Results, machine, markdown, show, write_json
+
+FAILED = 1
+REFRESH_SECONDS = 0.2
+WIDTH = 100  # of what goes into a file
+
+Measure = Callable[[Progress], Awaitable[Part]]
+Load = Callable[[], tuple[str, Measure]]
+"""Returns the title of a part, and what measures it."""
+
+
+class Draw(Protocol):
+    """Draws a picture of what was measured into a file."""
+
+    def __call__(self, parts: Sequence[Part], file: Path) -> None:
+        """Draw."""
+
+
+@dataclass(slots=True)
+class Run:
+    """A run of the benchmark: what it is to do, and what it has measured so far."""
+
+    loads: Mapping[str, Load]
+    """Its parts by name. A part is loaded when it begins."""
+
+    quick: bool
+    parts: dict[str, Part] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    async def work(self, console: Console) -> None:
+        """Measure part by part. A file gets a line for each, a terminal gets bars."""
+        columns = TextColumn("{task.percentage:>3.0f} %"), TextColumn("{task.fields[state]}")
+        # No refresh from a thread: its CPU time would be one of what is measured in this process.
+        with tables.bars(console, *columns, auto_refresh=False) as bars:
+            waiting = {
+                name: bars.add_task(f"{name:8}", start=False, total=1, state="")
+                for name in self.loads
+            }
+            for name, bar in waiting.items():
+                # Imported by now and no sooner: what a part brings in is not in another's way.
+                title, measure = self.loads[name]()
+                bars.start_task(bar)
+                shown = Shown(console, bars, bar, name)
+                shown(0, title)
+                begin = time.perf_counter()
+                self.parts[name] = await measure(shown)
+                self.seconds[name] = time.perf_counter() - begin
+                shown(1, "done")
+
+    @property
+    def results(self) -> Results:
+        """What has been measured so far."""
+        return Results(tuple(self.parts.values()), self.seconds, machine(), self.quick)
+
+
+@dataclass(slots=True)
+class Shown:
+    """The progress of a part: its bar, or in a file a line for each new thing that it is at."""
+
+    console: Console
+    bars: Bars
+    bar: TaskID
+    name: str
+    state: str = ""
+    refreshed: float = 0
+
+    def __call__(self, share: float, state: str) -> None:
+        """Show how far the part is, 0 to 1, and what it is at."""
+        self.bars.update(self.bar, completed=share, state=state)
+        now = time.monotonic()
+        if now - self.refreshed > REFRESH_SECONDS or state != self.state:
+            self.bars.refresh()
+            self.refreshed = now
+        if state != self.state and not self.console.is_interactive:
+            self.console.print(f"{self.name}: {state}", soft_wrap=True)
+        self.state = state
+
+
+def measure(
+    run: Run,
+    *,
+    json_file: Path | None,
+    picture: Path | None,
+    markdown_file: Path | None,
+    draw: Draw,
+    width: int = WIDTH,
+) -> None:
+    """Measure, show the results, and write the files; leave with the exit status.
+
+    ``width`` is how many characters a line has where there is no terminal.
+    """
+    console = tables.console()
+    if not console.is_terminal:
+        console.width = width
+    try:
+        failure = ""
+        stopped_by = asyncio.run(run_until_signal(run.work(console)))
+    except Exception as error:
+        if not isinstance(error, FAILURES):
+            traceback.print_exc()
+        failure, stopped_by = _reason(error), None
+    if stopped_by:
+        print(f"Stopped by {stopped_by.name}; all processes are gone.", file=sys.stderr)
+        sys.exit(128 + stopped_by)
+    if run.parts:  # what was measured before a failure is worth reading
+        show(run.results, console)
+        files = json_file, picture, markdown_file
+        _write(run.results, draw, *files)
+        if written := [str(file) for file in files if file]:
+            console.print(f"Written: {', '.join(written)}.", soft_wrap=True)
+    if failure:
+        print(f"The benchmark failed: {failure}", file=sys.stderr)
+        sys.exit(FAILED)
+
+
+def _write(
+    results: Results, draw: Draw, json_file: Path | None, picture: Path | None, text: Path | None
+) -> None:
+    if json_file:
+        write_json(results, json_file)
+    if picture:
+        draw(results.parts, picture)
+    if text:
+        text.write_text(markdown(results), encoding="utf-8")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError):
+        return MISSING.format(error)
+    return str(error) or repr(error)

@@ -1,0 +1,96 @@
+"""A prefix cache as vLLM and SGLang have one: blocks of tokens, hashed in a chain, LRU."""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+BLOCK = 16
+"""Tokens in a block; only whole blocks are reused."""
+
+
+def tokens_in(characters: int, per_token: float) -> int:
+    """Return how many tokens a text of so many characters is."""
+    return max(1, int(characters / per_token))
+
+
+def chain(text: str, per_token: float) -> list[int]:
+    """Return the names of the whole blocks of a text. A name stands for all that is before, too."""
+    size = int(BLOCK * per_token)
+    names, before = [], 0
+    for begin in range(0, len(text) - size + 1, size):
+        before = hash((before, text[begin : begin + size]))
+        names.append(before)
+    return names
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a running call holds: named blocks, and room for what it has still to write."""
+
+    names: Sequence[int]
+    cached: int
+    """How many of them were in the cache."""
+
+    room: int
+
+
+class PrefixCache:
+    """The blocks of one worker, or of one cache for all.
+
+    A running call holds its blocks, and no other call can displace them. When it ends they stay,
+    until their room is needed: then the block that was used longest ago goes first, and of those
+    that one call used last, the one at the end of its text. So no block outlives the one before it.
+    """
+
+    def __init__(self, blocks: float) -> None:
+        self.blocks = blocks
+        """How many blocks there are; ``inf`` for a cache that displaces nothing."""
+
+        self._calls: dict[int, int] = {}  # how many calls hold the block
+        self._idle: OrderedDict[int, None] = OrderedDict()  # the next one to go comes first
+        self._room = 0
+
+    @property
+    def held(self) -> int:
+        """How many blocks running calls hold."""
+        return len(self._calls) + self._room
+
+    def begin(self, names: Sequence[int], blocks: int) -> Held | None:
+        """Hold the blocks of a prompt and the room for ``blocks`` in all.
+
+        Return None where running calls leave too little room.
+        """
+        calls, idle = self._calls, self._idle
+        cached = shared = 0
+        for name in names:
+            if name in calls:
+                shared += 1
+            elif name not in idle:
+                break
+            cached += 1
+        room = blocks - len(names)
+        if self.held + len(names) - shared + room > self.blocks:
+            return None
+        for name in names:
+            idle.pop(name, None)
+            calls[name] = calls.get(name, 0) + 1
+        self._room += room
+        while len(idle) + self.held > self.blocks:
+            idle.popitem(last=False)
+        return Held(names, cached, room)
+
+    def end(self, held: Held, names: Sequence[int]) -> None:
+        """Keep the blocks of a call that has ended: ``names`` are those of prompt and output."""
+        self._room -= held.room
+        calls, idle = self._calls, self._idle
+        for place in range(len(names) - 1, -1, -1):
+            name = names[place]
+            if place < len(held.names):
+                calls[name] -= 1
+                if calls[name]:
+                    continue
+                del calls[name]
+            elif name in calls:
+                continue
+            idle[name] = None
+            idle.move_to_end(name)

@@ -1,0 +1,30 @@
+"""How much of the prompt tokens a cache could give that all workers had in common."""
+
+from collections.abc import Iterable, Sequence
+
+from .cache import BLOCK, PrefixCache, tokens_in
+
+Blocks = tuple[Sequence[int], int, int]
+"""The blocks of a call's prompt and output, the characters of its prompt, and of both."""
+
+
+def shared_cache(calls: Iterable[Blocks], tokens: float, per_token: float) -> float:
+    """Return the share of the prompt tokens that one LRU cache of so many tokens gives, 0 to 1.
+
+    ``tokens`` is ``inf`` for the most that the trace allows. A call's blocks are there for the
+    next one at once, as if no two calls ran at the same time.
+    """
+    cache = PrefixCache(tokens // BLOCK)
+    size = int(BLOCK * per_token)
+    cached = prompts = 0
+    for names, prompt, characters in calls:
+        held = cache.begin(names[: prompt // size], -(-characters // size))
+        if held is None:
+            raise ValueError(
+                f"the cache has {tokens} tokens, and a call of {characters} characters"
+            )
+        cache.end(held, names)
+        tokens_of_prompt = tokens_in(prompt, per_token)
+        cached += BLOCK * min(held.cached, (tokens_of_prompt - 1) // BLOCK)
+        prompts += tokens_of_prompt
+    return cached / prompts

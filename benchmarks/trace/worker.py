@@ -1,0 +1,212 @@
+"""Workers for the real gateway: an engine that is a model, behind the API of a real one.
+
+A call's prompt is the text of its messages. What the model is to say stands beside it in the body,
+as ``reply``, because the trace knows it. The answer comes when the engine has it, whole. Its
+``usage`` has the cached tokens, and its ``timings`` say when the engine did what. Many workers are
+one process, and bare protocols: the machine's time is to be the gateway's.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from functools import partial
+from typing import Any, cast
+
+from yarl import URL
+
+from aiohttp_smg_routing.testing import answer, failure, free_ports
+from benchmarks.servers import content_length
+from harness.processes import answering, command, local_url, together
+from harness.workers import MODEL, models
+
+from .engine import Engine, Job, Speed, TooLongError
+
+PROCESSES = 2
+CONTEXT = 10**6  # tokens: the gateway lets every call through, and the engine judges
+
+
+@asynccontextmanager
+async def model_workers(count: int, speed: Speed, scale: float) -> AsyncIterator[tuple[URL, ...]]:
+    """Run workers with cold caches until the block ends; yield their URLs.
+
+    ``scale`` is how many seconds of the model pass in a second.
+    """
+    urls = tuple(map(local_url, free_ports(count)))
+    shares = [urls[first::PROCESSES] for first in range(min(PROCESSES, count))]
+    processes = (
+        answering(
+            share[-1] / "health",
+            *command(main, ports=[url.port for url in share], speed=asdict(speed), scale=scale),
+        )
+        for share in shares
+    )
+    async with together(processes):
+        yield urls
+
+
+class Worker:
+    """One worker: an engine, and the connections that wait for it."""
+
+    def __init__(self, speed: Speed, scale: float) -> None:
+        self.engine = Engine(speed)
+        self._scale = scale
+        self._asked: dict[int, tuple[Job, Connection]] = {}
+        self._alarm: asyncio.TimerHandle | None = None
+
+    def now(self) -> float:
+        """Return the time of the model. All processes have the same."""
+        return time.monotonic() * self._scale
+
+    def take(self, body: bytes, connection: "Connection") -> None:
+        """Take a call.
+
+        Raises ``TooLongError``; and ``LookupError``, ``TypeError`` or ``ValueError`` for no call.
+        """
+        document = json.loads(body)
+        prompt = "".join(message["content"] for message in document["messages"])
+        job = Job(prompt, document["reply"], self.now())
+        self._answer(job.at)  # what is over by now is not in its way
+        self.engine.take(job)
+        self._asked[id(job)] = job, connection
+        self._set_alarm()
+
+    def _ring(self) -> None:
+        self._answer(self.now())
+        self._set_alarm()
+
+    def _answer(self, now: float) -> None:
+        for job in self.engine.until(now):
+            _, connection = self._asked.pop(id(job))
+            connection.say(completion(job, now))
+
+    def _set_alarm(self) -> None:
+        if self._alarm:
+            self._alarm.cancel()
+        self._alarm = None
+        if self._asked:
+            at = max(self.engine.next / self._scale, time.monotonic())
+            # The clock of the loop is the same one, with asyncio and with uvloop.
+            loop = asyncio.get_running_loop()
+            self._alarm = loop.call_later(at - time.monotonic(), self._ring)
+
+    def metrics(self) -> bytes:
+        """Return what the gateway polls, as vLLM names it."""
+        engine = self.engine
+        self._answer(self.now())
+        values = {
+            "num_requests_running": engine.running,
+            "num_requests_waiting": len(engine.waiting),
+            "kv_cache_usage_perc": engine.usage,
+            "prefix_cache_queries_total": engine.prompt_tokens,
+            "prefix_cache_hits_total": engine.cached_tokens,
+            "prompt_tokens_total": engine.prompt_tokens,
+            "generation_tokens_total": engine.output_tokens,
+        }
+        labels = f'{{engine="0",model_name="{MODEL}"}}'
+        return "".join(f"vllm:{name}{labels} {value}\n" for name, value in values.items()).encode()
+
+
+def completion(job: Job, now: float) -> bytes:
+    """Return the answer to a call, made at ``now``."""
+    document = {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "created": 1,
+        "model": MODEL,
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": job.output},
+                "finish_reason": "stop",
+            }
+        ],
+        "usage": {
+            "prompt_tokens": job.prompt_tokens,
+            "completion_tokens": job.output_tokens,
+            "total_tokens": job.prompt_tokens + job.output_tokens,
+            "prompt_tokens_details": {"cached_tokens": job.cached_tokens},
+        },
+        "timings": {
+            "arrived": job.at,
+            "begun": job.begun,
+            "first_token": job.first_token,
+            "done": job.done,
+            "late": now - job.done,
+        },
+    }
+    return answer(document)
+
+
+class Connection(asyncio.Protocol):
+    """A keep-alive connection to a worker, with one call at a time."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._buffer = bytearray()
+        self._needed = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the transport."""
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's own kind is no subclass
+
+    def say(self, content: bytes) -> None:
+        """Send an answer, if anybody is still there."""
+        if not self._transport.is_closing():
+            self._transport.write(content)
+
+    def data_received(self, data: bytes) -> None:
+        """Take each request that is complete."""
+        self._buffer += data
+        while len(self._buffer) >= self._needed:
+            end = self._buffer.find(b"\r\n\r\n")
+            if end < 0:
+                return
+            head = bytes(self._buffer[:end])
+            self._needed = end + 4 + content_length(head)
+            if len(self._buffer) >= self._needed:
+                body = bytes(self._buffer[end + 4 : self._needed])
+                del self._buffer[: self._needed]
+                self._needed = 0
+                self._request(head, body)
+
+    def _request(self, head: bytes, body: bytes) -> None:
+        method, path, *_ = head.split(b" ", 2)
+        if method == b"POST" and path == b"/v1/chat/completions":
+            try:
+                self._worker.take(body, self)
+            except TooLongError as error:
+                self.say(failure(400, str(error)))
+            except (LookupError, TypeError, ValueError) as error:
+                self.say(failure(400, f"no call of a trace: {error!r}"))
+        elif path == b"/metrics":
+            self.say(answer(self._worker.metrics()))
+        elif path == b"/v1/models":
+            self.say(answer(_models()))
+        elif path == b"/health":
+            self.say(answer())
+        else:
+            self.say(failure(404, "a worker of the benchmark does not have it"))
+
+
+def _models() -> dict[str, Any]:
+    document: dict[str, Any] = models()
+    document["data"][0]["max_model_len"] = CONTEXT
+    return document
+
+
+def main(ports: Sequence[int], speed: dict[str, Any], scale: float) -> None:
+    """Be the process of some workers, until it is killed."""
+    asyncio.run(_run(ports, Speed(**speed), scale))
+
+
+async def _run(ports: Sequence[int], speed: Speed, scale: float) -> None:
+    loop = asyncio.get_running_loop()
+    for port in ports:
+        worker = Worker(speed, scale)
+        server = await loop.create_server(
+            partial(Connection, worker), "127.0.0.1", port, backlog=4096
+        )
+    await server.serve_forever()
