@@ -1,5 +1,6 @@
 """The command lines: ``python -m benchmarks [PART ...]``, ``… trace FILE ...``."""
 
+import logging
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -97,6 +98,8 @@ def run() -> None:
             from .trace.command import main as trace
         except ModuleNotFoundError as error:
             sys.exit(MISSING.format(error))
+        # Arms that move their sessions are what is measured: no news for the log.
+        logging.getLogger("aiohttp_smg_routing").setLevel(logging.ERROR)
         trace(sys.argv[2:], prog_name=f"python -m benchmarks {TRACE}")
     main()
 

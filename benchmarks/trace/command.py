@@ -1,6 +1,5 @@
 """The command line: ``python -m benchmarks trace FILE ...``."""
 
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -154,8 +153,6 @@ def main(
     if not (traces or check):
         raise click.UsageError("name the files of a trace, or --check")
     _require_gateway()
-    # Arms that move their sessions are what is measured: no news for the log.
-    logging.getLogger("aiohttp_smg_routing").setLevel(logging.ERROR)
     if quick:
         sessions, workers, scale = QUICK_SESSIONS, QUICK_WORKERS, QUICK_SCALE
     speed = replace(SPEED, prefill=prefill, running=running)
