@@ -109,7 +109,7 @@ def _load(seen: Seen) -> Iterator[Cause]:
             "it is by default since SMG 1.12. It moves sessions off a worker that has 8 waiting "
             f"calls or a KV cache that is {KV_USAGE_LIMIT:.0%} full.",
             f"{known_causes.protection_off(load)}, unless you do already, or the caches are too "
-            "small for the sessions that run at a time (docs/performance.md, the table at its top).",
+            "small for the sessions that run at a time (the first table of docs/performance.md).",
         )
 
 
