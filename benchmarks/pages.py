@@ -7,8 +7,9 @@ A figure stands in a block: between two comments, which readers don't see.
 
 A command runs once, in an empty folder. Each of its blocks, on whichever page, gets what the
 command printed, or wrote into ``figures.md``: all of it, or what stands under the heading that the
-block names. The command, the commit and the machine stand below. Pictures that it wrote, such as
-``performance.svg``, go to ``docs/images``. A command that fails or is interrupted changes no page.
+block names. The command, the commit and the machine stand below. Pictures that it wrote and one of
+these pages names, such as ``performance.svg``, go to ``docs/images``. A command that fails or is
+interrupted changes no page.
 """
 
 import argparse
@@ -138,7 +139,8 @@ def renew(command: str, pages: Iterable[Path]) -> None:
 
     texts = {page: BLOCK.sub(renewed, page.read_text("utf-8")) for page in pages}
     for name, picture in output.pictures.items():
-        _write(IMAGES / name, picture)
+        if any(name in text for text in texts.values()):
+            _write(IMAGES / name, picture)
     for page, text in texts.items():
         _write(page, text.encode())
 

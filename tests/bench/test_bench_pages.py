@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import pages as renewing
+from benchmarks.pages import Output
 from harness.proc import processes_in
 from harness.processes import running
 
@@ -139,3 +141,16 @@ async def test_an_interrupted_command_leaves_its_page_and_no_process(
     assert page.read_text() == block(command)
     assert processes_in(tmp_path) == {}
     assert os.listdir(tmp_path) == ["page.md"]
+
+
+def test_a_picture_that_no_page_names_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "docs/images").mkdir(parents=True)
+    page = tmp_path / "docs/page.md"
+    page.write_text(f"![A picture](images/named.svg)\n\n{block(BODY)}")
+    pictures = {"named.svg": b"<svg/>", "other.svg": b"<svg/>"}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(renewing, "run", lambda command: Output("text", pictures, f"`{command}`"))
+    renewing.renew(BODY, [page])
+    assert [each.name for each in (tmp_path / "docs/images").iterdir()] == ["named.svg"]
