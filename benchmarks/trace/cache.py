@@ -13,9 +13,14 @@ def tokens_in(characters: int, per_token: float) -> int:
     return max(1, int(characters / per_token))
 
 
+def characters_in_block(per_token: float) -> int:
+    """Return how many characters a block is."""
+    return int(BLOCK * per_token)
+
+
 def chain(text: str, per_token: float) -> list[int]:
     """Return the names of the whole blocks of a text. A name stands for all that is before, too."""
-    size = int(BLOCK * per_token)
+    size = characters_in_block(per_token)
     names, before = [], 0
     for begin in range(0, len(text) - size + 1, size):
         before = hash((before, text[begin : begin + size]))
@@ -32,6 +37,13 @@ class Held:
     """How many of them were in the cache."""
 
     room: int
+
+    def reused(self, prompt_tokens: int) -> int:
+        """Return the prompt tokens that need not be computed: all but one, at the most.
+
+        The next token comes from that one.
+        """
+        return BLOCK * min(self.cached, (prompt_tokens - 1) // BLOCK)
 
 
 class PrefixCache:
@@ -78,6 +90,17 @@ class PrefixCache:
         while len(idle) + self.held > self.blocks:
             idle.popitem(last=False)
         return Held(names, cached, room)
+
+    def begin_call(
+        self, names: Sequence[int], prompt: int, characters: int, per_token: float
+    ) -> Held | None:
+        """Hold what a call needs: ``names`` are the blocks of its prompt and output.
+
+        ``prompt`` and ``characters`` are the characters of its prompt and of both. Return None
+        where running calls leave too little room.
+        """
+        size = characters_in_block(per_token)
+        return self.begin(names[: prompt // size], -(-characters // size))
 
     def end(self, held: Held, names: Sequence[int]) -> None:
         """Keep the blocks of a call that has ended: ``names`` are those of prompt and output."""

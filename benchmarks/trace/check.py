@@ -184,7 +184,7 @@ def replayed(real: Sequence[Asked], sessions: Sequence[Session], speed: Speed) -
         if held is None:
             raise RuntimeError("a call is longer than the cache")
         caches[call.worker].end(held, names)
-        tokens = BLOCK * min(held.cached, (len(prompt) - 1) // BLOCK)
+        tokens = held.reused(len(prompt))
         said.append(replace(call, prompt_tokens=len(prompt), cached_tokens=tokens))
     return said
 

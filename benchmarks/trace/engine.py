@@ -153,15 +153,13 @@ class Engine:
         if self._prefilling or not self.waiting or self.running >= self.speed.running:
             return
         job = self.waiting[0]
-        size = int(BLOCK * self.speed.per_token)
-        characters = len(job.prompt) + len(job.output)
-        held = self.cache.begin(job.names[: len(job.prompt) // size], -(-characters // size))
+        prompt, characters = len(job.prompt), len(job.prompt) + len(job.output)
+        held = self.cache.begin_call(job.names, prompt, characters, self.speed.per_token)
         if held is None:
             return
         self.waiting.popleft()
-        # One token at least is computed: the next one comes from it.
-        blocks = min(held.cached, (job.prompt_tokens - 1) // BLOCK)
-        job.held, job.begun, job.cached_tokens = held, now, BLOCK * blocks
+        job.held, job.begun = held, now
+        job.cached_tokens = held.reused(job.prompt_tokens)
         job.first_token = now + (job.prompt_tokens - job.cached_tokens) / self.speed.prefill
         self._prefilling = job
         self.prompt_tokens += job.prompt_tokens

@@ -15,16 +15,15 @@ def shared_cache(calls: Iterable[Blocks], tokens: float, per_token: float) -> fl
     next one at once, as if no two calls ran at the same time.
     """
     cache = PrefixCache(tokens // BLOCK)
-    size = int(BLOCK * per_token)
     cached = prompts = 0
     for names, prompt, characters in calls:
-        held = cache.begin(names[: prompt // size], -(-characters // size))
+        held = cache.begin_call(names, prompt, characters, per_token)
         if held is None:
             raise ValueError(
                 f"the cache has {tokens} tokens, and a call of {characters} characters"
             )
         cache.end(held, names)
         tokens_of_prompt = tokens_in(prompt, per_token)
-        cached += BLOCK * min(held.cached, (tokens_of_prompt - 1) // BLOCK)
+        cached += held.reused(tokens_of_prompt)
         prompts += tokens_of_prompt
     return cached / prompts
