@@ -4,6 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
+# The tests start hundreds of Pythons: without this each would compile all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 # What needs no gateway, no engine and no large package, and is quick.
 QUICK := tests/unit tests/wire -m 'not thorough' \
 	--ignore-glob 'tests/*/test_properties*.py' \
