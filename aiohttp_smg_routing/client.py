@@ -29,14 +29,14 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 
 class Sending:
-    """A call that an httpx client sends. It may pass another client on its way."""
+    """A call that an httpx client sends. Another client, such as aiohttp's, may carry it."""
 
     def __init__(self, url: URL) -> None:
         self.url = url
         self.is_over = False
 
     def has_within(self, url: URL) -> bool:
-        """Tell whether a call to ``url``, made by code that this call started, is this call."""
+        """Tell whether a call to ``url``, made while this one is under way, is the same call."""
         place = self.url.raw_authority, self.url.raw_path
         return not self.is_over and place == (url.raw_authority, url.raw_path)
 

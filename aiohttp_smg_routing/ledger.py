@@ -47,7 +47,7 @@ class PinLedger:
     """Which worker answered which session of an app: ``app[ROUTING].pins``.
 
     It keeps the ``track_sessions`` sessions that called last. Any thread may use it at any point, a
-    finalizer or a signal handler, too. ``count()``, ``answered()``, ``show()`` are the plugin's.
+    finalizer or a signal handler, too. ``count()``, ``answered()``, ``show()`` are internal.
     """
 
     def __init__(self, config: RoutingConfig, metrics: Metrics | None = None) -> None:

@@ -75,7 +75,7 @@ def inbound(rules: Rules) -> Middleware:
 
 
 def _send_in_scope(response: web.Response, method: str, scope: Scope, rules: Rules) -> None:
-    """Make any task that sends the body of an answer do it in the scope of this code.
+    """Have the body of an answer sent in the scope of this code, whichever task sends it.
 
     The request lasts until then. If a middleware runs the handler in a task, as ``wait_for()`` does
     before Python 3.12, aiohttp sends the body outside that task.

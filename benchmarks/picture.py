@@ -25,7 +25,7 @@ _STYLE = {**STYLE, "axes.spines.left": False}
 _TICKS: Mapping[Unit, str] = {"ratio": "{:g}", "share": "{:g} %", "s": "{:g} s", "bytes": "{:,g} B"}
 """The units that are drawn. CPU times are the machine's own, and counts are in the tables."""
 _NOT_DRAWN = ("wall time",)
-"""Columns that are. They are in the tables: on the axis of the first tokens they'd take it all."""
+"""Columns that are not drawn, only in the tables: they would fill the axis of the first tokens."""
 
 _COLUMN_WIDTH, _AXES_LEFT, _AXES_WIDTH = 6.4, 2.1, 4.1  # inches, as all that follow
 _SERIES_HEIGHT, _LINE_HEIGHT, _HEAD, _FOOT = 0.17, 0.155, 0.42, 0.72

@@ -20,13 +20,13 @@ async def interleave(
     for a unit of work. One chunk of each comes first and doesn't count. ``step`` is called with
     the share of the rounds that are done, 0 to 1.
 
-    Many short rounds tell more than few long ones: what disturbs the machine then meets all arms
-    of a round, or is one round of hundreds, which no median minds.
+    Many short rounds tell more than a few long ones: a disturbance then hits all arms of a round,
+    or only one round of hundreds, which does not change the median.
     """
     for arm in shuffled(list(arms)):
         await arms[arm]()
-    # What lives by now would be searched through in one arm's chunk and not in another's. The
-    # collector itself stays on: what an arm makes, it has to pay for.
+    # The collector would scan the objects that exist now in one arm's chunk and not in another's.
+    # It stays on, because an arm has to pay for the objects that it makes.
     gc.collect()
     gc.freeze()
     try:
@@ -51,8 +51,8 @@ def added_up(rounds: Sequence[Mapping[str, float]], count: int) -> list[dict[str
 def on_one_cpu() -> Iterator[None]:
     """Keep this process, and those that it starts meanwhile, on one CPU, where the system can.
 
-    Processes that take turns, one asleep while the other works, are not woken on another CPU then,
-    whose caches are cold: that is half of the noise of a stream.
+    Otherwise processes that take turns are woken on another CPU, whose caches are cold: that makes
+    half of the noise of a stream.
     """
     if sys.platform != "linux":
         yield

@@ -50,14 +50,14 @@ class Run:
     async def work(self, console: Console) -> None:
         """Measure part by part. A file gets a line for each, a terminal gets bars."""
         columns = TextColumn("{task.percentage:>3.0f} %"), TextColumn("{task.fields[state]}")
-        # No refresh from a thread: its CPU time would be one of what is measured in this process.
+        # No refresh from a thread: this process's CPU time is measured, and would include it.
         with tables.bars(console, *columns, auto_refresh=False) as bars:
             waiting = {
                 name: bars.add_task(f"{name:8}", start=False, total=1, state="")
                 for name in self.loads
             }
             for name, bar in waiting.items():
-                # Imported by now and no sooner: what a part brings in is not in another's way.
+                # Imported only now, so that the imports of one part do not disturb another.
                 title, measure = self.loads[name]()
                 bars.start_task(bar)
                 shown = Shown(console, bars, bar, name)

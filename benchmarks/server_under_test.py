@@ -1,8 +1,8 @@
 """The session server under test, a process of its own.
 
 It is either whole, which is the one in ``examples/``, or the barest proxy there could be. One
-process has all its arms, each on a port of its own, so that they share its memory, its age and its
-luck.
+process has all its arms, each on a port of its own, so that all arms run under the same
+conditions.
 """
 
 import asyncio

@@ -56,7 +56,7 @@ _NOTES = (
 
 
 class Engine(asyncio.Protocol):
-    """What answers the session server: a stream, of which each chunk is asked for."""
+    """The engine behind the session server: it streams an answer, each chunk on request."""
 
     def __init__(self, chats: Mapping[str, "Chat"]) -> None:
         self._chats = chats
@@ -81,7 +81,7 @@ class Engine(asyncio.Protocol):
 
 
 class Chat(Connection):
-    """An agent that has the engine go on when it has a chunk."""
+    """An agent that asks the engine for the next chunk when it has received one."""
 
     def __init__(self, user: str, session_id: str = "s-1") -> None:
         super().__init__()
@@ -130,11 +130,11 @@ class Chat(Connection):
 
 
 def with_their_share(pieces: Sequence[Mapping[str, float]], count: int) -> list[dict[str, float]]:
-    """Return the pieces from the midst of streams of ``count``, each with its share of the rest.
+    """Return the middle pieces of streams of ``count``, each with its share of the rest.
 
-    The rest is what it costs to begin a stream and to end it: by how much a piece that does so is
-    dearer than others, at the median. It is every ``count``-th. Many pieces tell more than few
-    whole streams, none of which goes undisturbed.
+    The rest is the cost to begin and to end a stream: how much more a piece that does so costs
+    than others, at the median. That is every ``count``-th piece. Many pieces tell more than a few
+    whole streams, because every whole stream is disturbed.
     """
     midst = [piece for place, piece in enumerate(pieces, 1) if place % count]
     ends = pieces[count - 1 :: count]

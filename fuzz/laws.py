@@ -18,8 +18,8 @@ ROUTING = Routing({"gateway": "http://gw.example/base"})
 CHAT = URL("http://gw.example/base/v1/chat/completions")
 #: The name of the session id in a ``pin_by``.
 SESSION_ID = "session_id"
-#: Where it stands in a config a credential may stand. Hypothesis tries each text that stands in the
-#: code, also as the name of an option, which an error has to show: so it does not stand there.
+#: It marks where a config may hold a credential. Hypothesis tries each string of the code, also as
+#: the name of an option, which an error has to show. So the code does not contain it whole.
 HIDDEN = "-".join(("hush", "7f3a"))
 
 

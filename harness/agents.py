@@ -20,12 +20,12 @@ WORKER_HEADER = "X-SMG-Routed-Worker-Id"
 
 
 def conversation(turns: int) -> list[Message]:
-    """Return what an agent has said by so many turns."""
+    """Return the messages that an agent has sent after so many turns."""
     return [{"role": "user", "content": f"turn {number}"} for number in range(turns)]
 
 
 def chat(session_id: str, turns: int = 1, **fields: object) -> dict[str, Any]:
-    """Return the body of a turn: the conversation so far, and as ``user`` whose it is."""
+    """Return the body of a turn: the conversation so far, and the session id as ``user``."""
     return {"model": "stub", "user": session_id, "messages": conversation(turns), **fields}
 
 
@@ -34,14 +34,14 @@ class Reply:
     """What an agent got for a turn."""
 
     status: int | None = None
-    """None where it was hung up on without a word."""
+    """None if the server hung up before it sent a status."""
 
     body: bytes = b""
     whole: bool = True
     """Whether the connection held to the end of the answer."""
 
     broke: str = field(default="", compare=False)
-    """The name of the error by which it did not."""
+    """The name of the error that broke the connection; empty if none did."""
 
     headers: Mapping[str, str] = field(default_factory=dict, compare=False)
 
@@ -58,7 +58,7 @@ class Reply:
 
     @property
     def error(self) -> Mapping[str, Any]:
-        """The error that it was told of, as OpenAI words one; empty where there is none to read."""
+        """The error that the agent got, in OpenAI's form; empty if there is none to read."""
         try:
             error = json.loads(self.body)["error"]
         except (LookupError, TypeError, ValueError):

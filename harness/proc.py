@@ -71,12 +71,12 @@ def _descriptors() -> Iterator[tuple[int, str]]:
 async def until_refused(url: URL) -> None:
     """Return when nobody listens at ``url`` any more.
 
-    It is not asked by a connection: one that a server has not come to when it closes is one that it
-    never closes, and it is complained of.
+    It opens no connection: a server that closes before it accepts one never closes that connection,
+    and a warning about it would follow.
     """
     while True:
         with suppress(OSError), socket.socket() as probe:
-            # Beside connections of the port there may be another socket, beside a listener not.
+            # A socket can bind beside connections of the port, but not beside a listener.
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((url.host, url.port))
             return

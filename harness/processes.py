@@ -68,7 +68,7 @@ async def answering(url: URL, *argv: str) -> AsyncIterator[Process]:
 async def together(contexts: Iterable[AbstractAsyncContextManager[T]]) -> AsyncIterator[list[T]]:
     """Enter contexts side by side, and leave them at the end of the block.
 
-    Where one fails, the others are waited for: what came up after that would be left behind.
+    If one fails, wait for the others first: one that started later would be left running.
     """
     async with AsyncExitStack() as stack:
         starts = map(stack.enter_async_context, contexts)
@@ -109,8 +109,8 @@ async def running(folder: Path, *argv: str, **env: str) -> AsyncIterator[Process
 def held_port(port: int | None = None) -> Iterator[int]:
     """Keep a loopback port for a server of ours, before it starts and after it died.
 
-    Linux gives such a port to nobody who takes any port, and lets in who asks for this one. Other
-    systems let in nobody, so there it is only looked for.
+    Linux gives such a port to no program that asks for any port, but to one that asks for it. Other
+    systems would refuse that one too, so there the port is found and not kept.
     """
     with socket.socket() as held:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -33,7 +33,7 @@ async def client_session(app: web.Application) -> AsyncIterator[None]:
 def naive_proxy(
     upstream: URL, forward: Forward = copied, back: frozenset[str] = frozenset()
 ) -> Callable[[web.Request], Awaitable[web.Response]]:
-    """Return the handler that is out there: it sends on the headers that ``forward`` returns.
+    """Return the handler of such a proxy: it sends on the headers that ``forward`` returns.
 
     ``back`` are the names of those that it passes on with the answer.
     """

@@ -96,7 +96,7 @@ async def session_server(
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=PIPE,
                 stderr=output,
-                # The plugin of this checkout, whichever is installed: it is what is spoken of.
+                # The plugin of this checkout, even if another is installed: it is under test.
                 env={**os.environ, "PYTHONPATH": str(ROOT), **env},
                 cwd=folder,  # what it leaves behind, a process or a file, is found there
                 start_new_session=True,  # a Ctrl-C in the terminal is not for it

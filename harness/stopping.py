@@ -16,7 +16,7 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 async def run_until_signal(work: Coroutine[Any, Any, T]) -> T | signal.Signals:
-    """Do ``work`` and return its result; or the signal that ended it, with nothing left behind."""
+    """Do ``work`` and return its result, or the signal that ended it once all is cleaned up."""
     received: list[signal.Signals] = []
 
     def stop(number: signal.Signals) -> None:
@@ -38,7 +38,7 @@ async def run_until_signal(work: Coroutine[Any, Any, T]) -> T | signal.Signals:
 
 
 def exit_status(name: str, work: Coroutine[Any, Any, int]) -> int:
-    """Do the ``work`` of a program, which returns its exit status; say so where it did not end."""
+    """Do the ``work`` of a program and return its exit status; print why if it did not end."""
     try:
         outcome = asyncio.run(run_until_signal(work))
     except FAILURES as error:

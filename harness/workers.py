@@ -1,8 +1,8 @@
 """Workers behind the real gateway, each a process: they note who called, and fail as they are told.
 
-Each turn that a worker receives is a line of a file at once, so that a kill takes nothing with it.
-A turn whose body has ``"hold": PORT`` is not answered by the worker on that port, only begun when
-it is streamed; one with ``"hold": true`` by none.
+A worker writes each turn that it receives to a file at once, so that a kill loses none.
+The worker on that port does not answer a turn whose body has ``"hold": PORT``. It only begins the
+answer if it is streamed. No worker answers a turn with ``"hold": true``.
 """
 
 import asyncio

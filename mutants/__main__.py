@@ -52,7 +52,7 @@ def sample(chosen: Sequence[str], count: int, seed: int) -> list[Mutant]:
 
 
 def attempt(mutants: Sequence[Mutant]) -> Counter[tuple[str, str]]:
-    """Try each mutant and return how many of a file had which outcome; show those that survive."""
+    """Try each mutant and return the count of each outcome by file; show those that survive."""
     counts: Counter[tuple[str, str]] = Counter()
     with TemporaryDirectory(prefix="mutants-") as folder:
         copy = Copy(ROOT, Path(folder))

@@ -51,7 +51,7 @@ def _other_name(text: cst.SimpleString) -> Iterator[cst.CSTNode]:
         yield from islice(mutators.operator_string(text), 1)
 
 
-def _never_entered(loop: Any) -> Iterator[cst.CSTNode]:  # to mutmut an IfExp: it has a test, too
+def _never_entered(loop: Any) -> Iterator[cst.CSTNode]:  # treated as an IfExp: both have a test
     yield from islice(mutators.operator_if_exp(loop), 1)
 
 

@@ -18,13 +18,13 @@ from pathlib import Path
 _LOADED = ("pytest", "aiohttp.test_utils", "aiohttp.web", "hypothesis.strategies")
 
 _FORK = multiprocessing.get_context("fork")
-# pytest says of hypothesis, which has a plugin, that it is loaded too early to be rewritten.
+# pytest warns that hypothesis, which has a plugin, is imported too early to be rewritten.
 _QUIET = "ignore:Module already imported"
 _OPTIONS = ("-q", "-x", "--hypothesis-seed=0", "-p", "no:cacheprovider", "-W", _QUIET)
 _STOP = {signal.SIGINT, signal.SIGTERM}
 _NO_TESTS = 5  # an exit status of pytest
 
-_SECONDS_MORE = 20  # than three times what the tests take without a fault
+_SECONDS_MORE = 20  # added to three times what the tests take without a fault
 
 
 class Copy:
@@ -58,7 +58,7 @@ class Copy:
         return self._seconds[test]
 
     def outcome(self, file: str, text: str, tests: tuple[str, ...]) -> str:
-        """Return what ``tests`` make of a file with another text: the fastest are run first."""
+        """Return the outcome of ``tests`` if a file has another text. The fastest run first."""
         with self._changed(self._tree / file, text):
             for test in sorted(tests, key=self._seconds.__getitem__):
                 status = self._run(test, _SECONDS_MORE + 3 * self._seconds[test])

@@ -34,7 +34,7 @@ class Report(NamedTuple):
     user: str
     text: str
     error: ErrorKind
-    """The connection broke when part of the answer was there, or the gateway calls it its own."""
+    """Whether the answer was cut off, or the gateway reported the error as its own, or neither."""
 
     since: float
     until: float
@@ -164,7 +164,7 @@ class Player:
         return "reported"
 
     async def through_kills(self, request: Callable[[], Awaitable[T]]) -> T | None:
-        """Return what the session server says of the session, None where a kill took that with it.
+        """Return what the session server says of the session, or None if a kill lost the session.
 
         A request that a kill breaks is made again.
         """
@@ -181,12 +181,12 @@ class Player:
                     raise
 
     async def check(self) -> None:
-        """See that each turn is kept that was answered, once, and no other.
+        """Check that each answered turn is kept once, and that no other turn is kept.
 
-        The turn just hung up in may not be over yet. Whether it is kept is read here; from now on
-        it must be, or must not.
+        The turn that the agent just hung up on may not be over. It may be kept or not, but what is
+        found here must not change later.
         """
-        # Where several are wrong, there is nothing to wait for in all others.
+        # Once several transcripts are wrong, do not wait for the others.
         patience = SETTLE_SECONDS if len(self.tally.wrong) < 3 else 0
         deadline = asyncio.get_running_loop().time() + patience
         while True:

@@ -21,7 +21,7 @@ def causes(
     gateway: Restartable[Any],
     workers: Sequence[Worker],
 ) -> tuple[Counter[str], list[Report]]:
-    """Return how many reports came of what, and those that came of nothing that failed."""
+    """Return how many reports each cause explains, and the reports that no fault explains."""
     tries: dict[tuple[str, str], list[tuple[Worker, Received]]] = defaultdict(list)
     reported = {(report.user, report.text) for report in reports}
     for worker in workers:
@@ -43,9 +43,9 @@ def causes(
 
 
 def is_of_workers(report: Report, tries: Tries, workers: Sequence[Worker]) -> bool:
-    """Tell whether workers failed at each try that they received, and one refused all others.
+    """Tell whether workers failed each try that they received, and one was down for the others.
 
-    Where no worker received any, the gateway must have told of it.
+    If no worker received a try, the gateway must have reported the error as its own.
     """
     failed = all(
         turn.fault or worker.process.was_down(turn.at, report.until) for worker, turn in tries

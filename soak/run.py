@@ -49,7 +49,7 @@ GATEWAY_ARGS = (
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """So many sessions of so many turns, so many at a time."""
+    """How many sessions are played, of how many turns, and how many at a time."""
 
     sessions: int
     turns: int
@@ -86,10 +86,10 @@ class Outcome:
 
     faults: Counter[str] = field(default_factory=Counter)
     causes: Counter[str] = field(default_factory=Counter)
-    """What the turns that were reported as errors came of."""
+    """How many of the turns that were reported as errors each cause explains."""
 
     unexplained: list[Report] = field(default_factory=list)
-    """Those that came of nothing that failed."""
+    """The reported turns that no fault explains."""
 
     descriptors: tuple[int, int] | None = None
     """What the session server had open before the first turn and after the last."""

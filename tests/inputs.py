@@ -1,4 +1,4 @@
-"""What the laws are tried with: the same inputs in every run, and texts that are none too kind."""
+"""Inputs for the laws: the same in every run, with awkward texts."""
 
 import string
 

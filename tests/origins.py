@@ -48,7 +48,7 @@ class Arrived:
         return self.at_gateway and line == f"POST {gateway.path}".encode()
 
     def but_routing(self) -> list[bytes]:
-        """Return its header lines but those that choose a worker, and but ``Connection``."""
+        """Return its header lines except ``Connection`` and those that choose a worker."""
         names = {*_ROUTING, "connection"}
         return [
             line

@@ -15,7 +15,7 @@ async def soon(awaitable: Awaitable[T]) -> T:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Wait until ``condition`` holds, which nobody tells of."""
+    """Wait by polling until ``condition`` holds, if no event announces it."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + PATIENCE_SECONDS
     while not condition():

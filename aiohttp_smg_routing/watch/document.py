@@ -1,4 +1,4 @@
-"""Says a moment in JSON, for a program."""
+"""Shows the state at a moment as JSON, for a program."""
 
 import json
 from collections.abc import Mapping

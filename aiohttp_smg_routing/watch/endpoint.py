@@ -1,4 +1,4 @@
-"""Looks at a page of metrics again and again, and keeps what the figures of now are made of."""
+"""Polls a page of metrics, and keeps what the current figures are made of."""
 
 import asyncio
 from collections import deque
@@ -14,7 +14,7 @@ from ..verify.ask import samples_of
 from ..verify.call import CallError, Client
 
 WINDOW_SECONDS = 10
-"""The figures of now are those of so many seconds, or of one interval if that is longer."""
+"""The current figures cover so many seconds, or one interval if that is longer."""
 
 _LONGEST = 4 * 2**20  # characters, which take seconds to parse; 1,000 workers have 2 MB
 

@@ -1,4 +1,4 @@
-"""Says a moment in lines, for a terminal or a log."""
+"""Shows the state at a moment as lines, for a terminal or a log."""
 
 from collections.abc import Collection, Iterator
 from datetime import datetime

@@ -18,14 +18,14 @@ LATER_BRANCHES = ("occupied_hit", "occupied_miss", "cap_respill")
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """So many of so many."""
+    """A part, and the whole that it is a part of."""
 
     part: int
     of: int
 
     @property
     def value(self) -> float | None:
-        """The share, 0 to 1; None of nothing."""
+        """The share, 0 to 1; None if the whole is 0."""
         return self.part / self.of if self.of else None
 
 

@@ -44,7 +44,7 @@ POINTS = 0.02
 APART = 0.1
 """Arms that are nearer to each other than this may change places: chance plays in them."""
 
-# Not round_robin: with so few sessions it is a matter of lockstep which workers have seen one.
+# Not round_robin: with so few sessions, lockstep decides which workers have seen a session.
 ARMS = (PINNED, HASHED, CACHE_AWARE, RANDOM)
 QUICK_ARMS = (PINNED, RANDOM)
 ENGINE_MODEL, ENGINE_BLOCKS = "random-llama", 2

@@ -80,7 +80,7 @@ class Engine:
         self.prompt_tokens = self.cached_tokens = self.output_tokens = 0
         self._prefilling: Job | None = None
         self._decoding: list[tuple[float, int, Job]] = []
-        self._steps = 0.0  # that a call would have seen which decodes since the beginning
+        self._steps = 0.0  # of a call that decodes since the beginning
         self._steps_at = 0.0
         self._count = 0
 

@@ -62,7 +62,7 @@ class Failing:
 
 @asynccontextmanager
 async def failing_gateway(where: Where) -> AsyncIterator[Failing]:
-    """Run the real gateway, with what is before it or behind it to fail."""
+    """Run the real gateway; what stands before it, or its workers, can be made to fail."""
     async with smg_gateway(3, policy="manual", args=ARGS) as smg, recording_gateway() as front:
         workers = Failing(smg.url, smg.workers, _named, smg)
         workers.answer(_named)

@@ -23,7 +23,7 @@ SESSIONS = [f"s-{number}" for number in range(12)]
 
 
 def is_failure_of_the_gateway(got: Reply) -> bool:
-    """Tell whether the gateway, or the lack of it, is what the agent was told of."""
+    """Tell whether the agent's error came from the gateway, or from its absence."""
     # A stream that broke off, or an error that the gateway has a code for.
     return bool(got.error.get("code")) if got.whole else got.status == 200
 

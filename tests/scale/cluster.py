@@ -42,7 +42,7 @@ async def kill(gateway: SmgGateway) -> None:
 
 @asynccontextmanager
 async def server_processes(*told: URL) -> AsyncIterator[list[URL]]:
-    """Run the session servers, each a process; ``told`` in turn are whom they call."""
+    """Run the session servers as processes; each calls one of ``told``, in turn."""
     async with together(map(server_process, islice(cycle(told), SERVERS))) as started:
         yield started
 

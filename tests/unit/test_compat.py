@@ -38,7 +38,7 @@ with warnings.catch_warnings():
 
 
 class Claiming:
-    """What says that it is a session."""
+    """An object that claims to be a session."""
 
     __class__ = ClientSession  # type: ignore[assignment]
 
