@@ -13,12 +13,14 @@ lines ``smg launch`` and ``python server.py`` run the real gateway and that file
 import ast
 import asyncio
 import inspect
+import json
 import re
 import shlex
 import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from importlib import import_module
@@ -49,6 +51,7 @@ sys.modules["tomllib"] = tomllib  # Python 3.10 has none, as a comment in README
 ROOT = Path(__file__).parents[1]
 GATEWAY = "http://10.0.0.1:30000"
 PORT = "8080"
+SERVER = f"http://127.0.0.1:{PORT}"
 ELSEWHERE = (  # the first four in tests/recipes
     *("aiohttp-smg-routing", "export", "gunicorn", "ray"),
     *("python3", "ruff"),
@@ -65,6 +68,7 @@ class Page:
         self.loop = asyncio.new_event_loop()
         self._programs = AsyncExitStack()
         self._folder = self._programs.enter_context(tempfile.TemporaryDirectory())
+        self._played: Counter[str] = Counter()  # the turns of each session
         self._ports = dict(zip(("30000", PORT), map(str, free_ports(2)), strict=True))
         self.smg: SmgGateway
         self._gateway = recording_gateway()
@@ -144,16 +148,29 @@ class Page:
 
     async def play_on_server(self, *, sessions: int, turns: int) -> None:
         """Play through the program and the real gateway, every other turn streamed."""
-        url = f"http://127.0.0.1:{self._ports[PORT]}{CHAT}"
+        names = [f"s-{number}" for number in range(1, sessions + 1)]
         for number in range(turns):
-            for session in range(sessions):
-                body = {"model": "stub", **TURN, "stream": bool(number % 2)}
-                async with self._session.post(url.format(session_id=session), json=body) as answer:
-                    text = await answer.text()
-                    assert answer.status == 200, text
-                    assert ("data: [DONE]" in text) == body["stream"]
-        for session in range(sessions):
-            self.smg.assert_pinned(session, turns=turns)
+            for session_id in names:
+                if self._played[session_id] <= number:  # else the page has done it
+                    body = {"model": "stub", **TURN, "stream": bool(number % 2)}
+                    await self._turn(CHAT.format(session_id=session_id), body)
+        for session_id in names:
+            self.smg.assert_pinned(session_id, turns=turns)
+
+    async def curl(self, words: Sequence[str]) -> None:
+        """Send the turn that ``curl URL -H HEADER -d BODY`` sends to the program."""
+        url, *options = words
+        assert options[::2] == ["-H", "-d"], options
+        assert options[1] == "Content-Type: application/json"
+        await self._turn(url.removeprefix(SERVER), json.loads(options[3]) | {"model": "stub"})
+
+    async def _turn(self, path: str, body: Mapping[str, Any]) -> None:
+        url = f"http://127.0.0.1:{self._ports[PORT]}{path}"
+        async with self._session.post(url, json=body) as answer:
+            text = await answer.text()
+            assert answer.status == 200, text
+            assert ("data: [DONE]" in text) == body.get("stream", False)
+        self._played[path.split("/")[2]] += 1
 
     async def verify(self, words: Sequence[str]) -> None:
         """Run ``aiohttp-smg-routing verify`` on the real gateway, which pins."""
@@ -248,19 +265,20 @@ def shell(example: Example) -> None:
         elif page and words[:1] == ["verify"]:
             page.run(page.verify(words))
         elif page and command == "curl":
-            page.run(prints(page, line, Path(example.path).read_text()))
+            is_turn = words[0].startswith(SERVER)
+            page.run(page.curl(words) if is_turn else prints(page, line, Path(example.path)))
         elif command not in ELSEWHERE:
             raise AssertionError(f"nothing looks after {line!r}")
 
 
-async def prints(page: Page, line: str, text: str) -> None:
-    """Assert that a page has what ``curl -s METRICS | grep NAME`` prints."""
+async def prints(page: Page, line: str, path: Path) -> None:
+    """Assert that the page at ``path`` has what ``curl -s METRICS | grep NAME`` prints."""
     found = re.fullmatch(r"curl -s http://127.0.0.1:29000/metrics \| grep \^(\w+)", line)
     assert found, line
     async with ClientSession() as session, session.get(page.smg.metrics_url) as response:
         lines = [it for it in (await response.text()).splitlines() if it.startswith(found[1])]
     assert lines
-    assert set(lines) <= set(text.splitlines())  # the gateway has them in any order
+    assert set(lines) <= set(path.read_text().splitlines())  # the gateway has them in any order
 
 
 def saved(example: Example) -> str:
