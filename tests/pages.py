@@ -266,19 +266,21 @@ def shell(example: Example) -> None:
             page.run(page.verify(words))
         elif page and command == "curl":
             is_turn = words[0].startswith(SERVER)
-            page.run(page.curl(words) if is_turn else prints(page, line, Path(example.path)))
+            page.run(
+                page.curl(words) if is_turn else prints(page, line, Path(example.path).read_text())
+            )
         elif command not in ELSEWHERE:
             raise AssertionError(f"nothing looks after {line!r}")
 
 
-async def prints(page: Page, line: str, path: Path) -> None:
-    """Assert that the page at ``path`` has what ``curl -s METRICS | grep NAME`` prints."""
+async def prints(page: Page, line: str, text: str) -> None:
+    """Assert that a page has what ``curl -s METRICS | grep NAME`` prints."""
     found = re.fullmatch(r"curl -s http://127.0.0.1:29000/metrics \| grep \^(\w+)", line)
     assert found, line
     async with ClientSession() as session, session.get(page.smg.metrics_url) as response:
         lines = [it for it in (await response.text()).splitlines() if it.startswith(found[1])]
     assert lines
-    assert set(lines) <= set(path.read_text().splitlines())  # the gateway has them in any order
+    assert set(lines) <= set(text.splitlines())  # the gateway has them in any order
 
 
 def saved(example: Example) -> str:
