@@ -46,7 +46,10 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Let the snippets of a page run in one process, in order: they build on each other."""
+    """Let one process run a page, in order, and a file of recipes.
+
+    The snippets of a page build on each other. A recipe's library takes seconds to import.
+    """
     if config.getoption("dist") != "loadscope":
         return None
     from xdist.scheduler import LoadScopeScheduling
@@ -54,7 +57,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Pages(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
-            return file if file.endswith(".md") else nodeid
+            return file if file.endswith(".md") or file.startswith("tests/recipes/") else nodeid
 
     return Pages(config, log)
 

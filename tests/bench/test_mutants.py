@@ -7,15 +7,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from mutants.selection import PACKAGE, TESTS, files, selected
 
-pytest.importorskip("mutmut")
-
-from mutants.__main__ import sample
-from mutants.changes import Faults
+if TYPE_CHECKING:  # to import mutmut takes long, in each process that collects this file
+    from mutants.changes import Faults
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,6 +40,12 @@ def test_sign():
     assert sign(-2) == "negative"
     assert sign(2) == "positive"
 """
+
+
+def faults_of(code: str) -> "Faults":
+    from mutants.changes import Faults
+
+    return Faults(FILE, code)
 
 
 @pytest.fixture
@@ -98,7 +103,7 @@ def test_what_no_test_notices_is_shown_and_nothing_is_left(tree: Path) -> None:
     row = re.search(rf"^\| `{FILE}` \| (\d+) \| (\d+) \| 0 \| 4 \|$", printed, re.MULTILINE)
     assert row
     tried, caught = map(int, row.groups())
-    assert tried == caught + 4 == len(Faults(FILE, _CODE))
+    assert tried == caught + 4 == len(faults_of(_CODE))
     assert f"{100 * caught / tried:.1f} % are caught" in printed
     commit = subprocess.check_output(["git", "describe", "--always"], cwd=tree, text=True)  # noqa: S607
     assert printed.endswith(f"Seed 3, {commit.strip()}.\n")
@@ -110,6 +115,8 @@ def test_too_few_that_are_caught_fail_if_asked(tree: Path) -> None:
 
 
 def test_a_seed_draws_the_same_mutants_again() -> None:
+    from mutants.__main__ import sample
+
     def drawn(seed: int) -> list[str]:
         return [mutant.diff for mutant in sample([FILE], 3, seed)]
 
@@ -214,7 +221,7 @@ def test_wrong_arguments_get_a_sentence(tree: Path, words: list[str], sentence: 
     ],
 )
 def test_these_are_the_faults_that_a_line_can_have(code: str, mutants: set[str]) -> None:
-    faults = Faults("a.py", code)
+    faults = faults_of(code)
     assert {faults[number].after for number in range(len(faults))} == mutants
 
 

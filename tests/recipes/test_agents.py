@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 from aiohttp import ClientSession, web
-from anthropic import AsyncAnthropic
-from openai import AsyncOpenAI
 from pytest_aiohttp.plugin import AiohttpClient
 from yarl import URL
 
@@ -181,6 +179,8 @@ async def test_an_agent_without_an_id_is_pinned_by_its_base_url(
 
 
 async def ask_openai(server: URL) -> None:
+    from openai import AsyncOpenAI
+
     async with AsyncOpenAI(base_url=f"{server}v1", api_key="none") as sdk:
         message: Any = {"role": "user", "content": "hello"}
         await sdk.chat.completions.create(
@@ -190,6 +190,8 @@ async def ask_openai(server: URL) -> None:
 
 
 async def ask_anthropic(server: URL) -> None:
+    from anthropic import AsyncAnthropic
+
     async with AsyncAnthropic(base_url=str(server), api_key="none") as sdk:
         await sdk.messages.create(
             model="stub",

@@ -2,11 +2,10 @@
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from aiohttp import web
-from anthropic import AsyncAnthropic, DefaultAioHttpClient, DefaultAsyncHttpxClient
 from pytest_aiohttp.plugin import AiohttpClient
 
 from aiohttp_smg_routing import ROUTING, RoutingConfig, setup
@@ -14,6 +13,9 @@ from aiohttp_smg_routing.testing import Answer, Call, Recorder, StartSmgGateway,
 
 from .serving import SESSIONS, TURNS, play_asks
 from .unedited import make_app
+
+if TYPE_CHECKING:  # to import it takes seconds, in each process that collects this file
+    from anthropic import AsyncAnthropic
 
 EVENTS = b"""\
 event: message_start
@@ -35,13 +37,25 @@ data: {"type":"message_stop"}
 """
 
 
+def new_sdk(url: str, http_client: Any = None) -> "AsyncAnthropic":
+    from anthropic import AsyncAnthropic
+
+    return AsyncAnthropic(base_url=url, api_key="none", http_client=http_client)
+
+
+def aiohttp_of_the_sdk() -> Any:
+    from anthropic import DefaultAioHttpClient
+
+    return DefaultAioHttpClient()
+
+
 def streamed(call: Call) -> Answer:
     if call.path == "/v1/messages" and call.json().get("stream"):
         return answer(EVENTS, headers={"Content-Type": "text/event-stream"})
     return canned(call)
 
 
-async def message(sdk: AsyncAnthropic, session_id: str, *, stream: bool) -> None:
+async def message(sdk: "AsyncAnthropic", session_id: str, *, stream: bool) -> None:
     turn: Any = {
         "model": "stub",
         "max_tokens": 16,
@@ -76,8 +90,7 @@ async def test_each_session_stays_on_one_worker(
     url = str((await aiohttp_client(app)).make_url("/"))
 
     async def agent(session_id: str) -> None:
-        http_client = DefaultAioHttpClient()
-        async with AsyncAnthropic(base_url=url, api_key="none", http_client=http_client) as sdk:
+        async with new_sdk(url, aiohttp_of_the_sdk()) as sdk:
             for _ in range(TURNS):
                 await message(sdk, session_id, stream=stream)
 
@@ -91,10 +104,10 @@ async def test_each_session_stays_on_one_worker(
 # In a server
 
 
-CLIENTS: dict[str, Callable[[], Any]] = {"default": lambda: None, "aiohttp": DefaultAioHttpClient}
+CLIENTS: dict[str, Callable[[], Any]] = {"default": lambda: None, "aiohttp": aiohttp_of_the_sdk}
 
 
-def serve(app: web.Application, sdk: AsyncAnthropic) -> None:
+def serve(app: web.Application, sdk: "AsyncAnthropic") -> None:
     async def ask(request: web.Request) -> web.Response:
         body = await request.json()
         await message(sdk, body["user"], stream=body["stream"])
@@ -120,7 +133,7 @@ async def test_a_server_that_calls_by_the_sdk(
 ) -> None:
     recording_gateway.answer = streamed
     app, url = web.Application(), str(recording_gateway.url)
-    async with AsyncAnthropic(base_url=url, api_key="none", http_client=http_client()) as sdk:
+    async with new_sdk(url, http_client()) as sdk:
         serve(app, sdk)
         setup(app, {"gateway": url, "instrument": True, "paths": "/v1/messages"})
         await play_asks((await aiohttp_client(app)).make_url("/"), stream=stream)
@@ -131,10 +144,12 @@ async def test_a_server_that_calls_by_the_sdk(
 async def test_the_hook_on_one_client_only(
     recording_gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
+    from anthropic import DefaultAsyncHttpxClient
+
     app, url = web.Application(), str(recording_gateway.url)
     routing = setup(app, {"gateway": url, "paths": "/v1/messages"})
     http_client = DefaultAsyncHttpxClient(event_hooks=routing.httpx_hooks())
-    async with AsyncAnthropic(base_url=url, api_key="none", http_client=http_client) as sdk:
+    async with new_sdk(url, http_client) as sdk:
         serve(app, sdk)
         await play_asks((await aiohttp_client(app)).make_url("/"), stream=False)
     assert_no_crosstalk(recording_gateway)

@@ -1,11 +1,10 @@
 """OpenAI's SDK on its default client, which is httpx, and on its aiohttp client."""
 
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from aiohttp import web
-from openai import AsyncOpenAI, DefaultAioHttpClient, DefaultAsyncHttpxClient
 from pytest_aiohttp.plugin import AiohttpClient
 from yarl import URL
 
@@ -15,22 +14,34 @@ from harness.agents import chat
 
 from .serving import SESSIONS, TURNS, asks, assert_no_crosstalk, play_asks
 
-CLIENTS: dict[str, Callable[[], Any]] = {"default": lambda: None, "aiohttp": DefaultAioHttpClient}
+if TYPE_CHECKING:  # to import it takes seconds, in each process that collects this file
+    from openai import AsyncOpenAI
+
+
+def aiohttp_of_the_sdk() -> Any:
+    from openai import DefaultAioHttpClient
+
+    return DefaultAioHttpClient()
+
+
+CLIENTS: dict[str, Callable[[], Any]] = {"default": lambda: None, "aiohttp": aiohttp_of_the_sdk}
 
 
 @pytest.fixture(params=[*CLIENTS])
 async def sdk(
     request: pytest.FixtureRequest, recording_gateway: Recorder
-) -> AsyncIterator[AsyncOpenAI]:
+) -> "AsyncIterator[AsyncOpenAI]":
     async with new_sdk(recording_gateway.url, CLIENTS[request.param]()) as openai:
         yield openai
 
 
-def new_sdk(gateway: URL, http_client: Any = None) -> AsyncOpenAI:
+def new_sdk(gateway: URL, http_client: Any = None) -> "AsyncOpenAI":
+    from openai import AsyncOpenAI
+
     return AsyncOpenAI(base_url=f"{gateway}/v1", api_key="none", http_client=http_client)
 
 
-def asking(sdk: AsyncOpenAI) -> Callable[[web.Request], Any]:
+def asking(sdk: "AsyncOpenAI") -> Callable[[web.Request], Any]:
     async def ask(request: web.Request) -> web.Response:
         body = await request.json()
         if body.get("stream"):
@@ -48,7 +59,7 @@ def asking(sdk: AsyncOpenAI) -> Callable[[web.Request], Any]:
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_each_turn_carries_the_key_of_its_session(
-    recording_gateway: Recorder, sdk: AsyncOpenAI, aiohttp_client: AiohttpClient, stream: bool
+    recording_gateway: Recorder, sdk: "AsyncOpenAI", aiohttp_client: AiohttpClient, stream: bool
 ) -> None:
     app = asks(asking(sdk), recording_gateway.url)
     client = await aiohttp_client(app)
@@ -61,7 +72,7 @@ async def test_each_turn_carries_the_key_of_its_session(
 
 
 async def test_the_sdks_own_retries_carry_it_too(
-    recording_gateway: Recorder, sdk: AsyncOpenAI, aiohttp_client: AiohttpClient
+    recording_gateway: Recorder, sdk: "AsyncOpenAI", aiohttp_client: AiohttpClient
 ) -> None:
     app = asks(asking(sdk), recording_gateway.url)
     client = await aiohttp_client(app)
@@ -77,6 +88,8 @@ async def test_the_sdks_own_retries_carry_it_too(
 async def test_the_hook_on_one_client_only(
     recording_gateway: Recorder, aiohttp_client: AiohttpClient, stream: bool
 ) -> None:
+    from openai import DefaultAsyncHttpxClient
+
     app = web.Application()
     routing = setup(app, {"gateway": str(recording_gateway.url)})
     http_client = DefaultAsyncHttpxClient(event_hooks=routing.httpx_hooks())
