@@ -99,7 +99,7 @@ async def test_sessions_that_move_fail_the_demo() -> None:
     """The arm without the plugin, measured for real, does not pass for one with it."""
     console = Console(file=StringIO(), width=80)
     arm = await demo.play_arm(
-        Load(SESSIONS, TURNS, WORKERS),
+        Load(SESSIONS, TURNS, WORKERS, system_characters=100),
         plugin=False,
         progress=Progress(console=console, disable=True),
     )

@@ -16,7 +16,7 @@ import pytest
 from yarl import URL
 
 from aiohttp_smg_routing.testing import SmgGateway, smg_gateway
-from harness.engines import engines
+from harness.engines import engines, write_model
 from harness.processes import together
 from harness.servers import serve, session_server
 
@@ -324,10 +324,13 @@ def test_gateway_that_asks_for_an_api_key_gets_it(tmp_path: Path) -> None:
 
 
 def test_real_engines_tell_their_cached_tokens(tmp_path: Path) -> None:
+    model = tmp_path / "model.gguf"
+    write_model(model, blocks=1)
+
     @asynccontextmanager
     async def real() -> AsyncIterator[SmgGateway]:
         async with (
-            engines(2, slots=12, context=2048) as urls,
+            engines(2, slots=12, context=2048, model=model) as urls,
             smg_gateway(urls, policy="manual", args=("--assignment-mode", "min_group")) as smg,
         ):
             yield smg
