@@ -16,8 +16,7 @@ import pytest
 from yarl import URL
 
 from aiohttp_smg_routing.testing import SmgGateway, smg_gateway
-from harness.engines import engines, write_model
-from harness.processes import together
+from harness.processes import ROOT, together
 from harness.servers import serve, session_server
 
 from ..verify_servers import in_background, proxy, stub_engines
@@ -324,27 +323,24 @@ def test_gateway_that_asks_for_an_api_key_gets_it(tmp_path: Path) -> None:
 
 
 def test_real_engines_tell_their_cached_tokens(tmp_path: Path) -> None:
-    model = tmp_path / "model.gguf"
-    write_model(model, blocks=1)
-
-    @asynccontextmanager
-    async def real() -> AsyncIterator[SmgGateway]:
-        async with (
-            engines(2, slots=12, context=2048, model=model) as urls,
-            smg_gateway(urls, policy="manual", args=("--assignment-mode", "min_group")) as smg,
-        ):
-            yield smg
-
     load = ("--sessions", "5", "--turns", "4", "--concurrency", "2", "--max-tokens", "4")
-    with in_background(real()) as smg:
-        run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url, *load)
-    assert run.status == 0, run.out
-    arms = run.json["arms"]
+    done = subprocess.run(  # noqa: S603
+        [sys.executable, "-m", "benchmarks.pins", *load, "--json", "seen.json"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Pinned: 15 of 15 later turns stayed" in done.stdout
+    assert (tmp_path / "pins.svg").read_text("utf-8").startswith("<?xml")
+    seen = json.loads((tmp_path / "seen.json").read_text("utf-8"))
+    arms = seen["arms"]
     assert arms["keyed"]["kept"] == 15
     # Every later prompt is the one before, the reply, and a little more.
     assert arms["keyed"]["cached_share"] > 0.6
     # A turn that comes to another worker finds less than those that stay.
-    moved = [turn for turn in run.json["turns"] if turn["outcome"] == "moved"]
+    moved = [turn for turn in seen["turns"] if turn["outcome"] == "moved"]
     cached, prompts = (sum(turn[name] for turn in moved) for name in TOKENS)
     assert arms["keyed"]["cached_share"] > cached / prompts
 

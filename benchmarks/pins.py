@@ -1,0 +1,48 @@
+"""What ``verify`` prints and draws of a gateway that pins, before real engines.
+
+docs/verify.md has it. Options are those of ``verify``.
+
+python -m benchmarks.pins [OPTION ...]
+"""
+
+import asyncio
+import sys
+from asyncio.subprocess import PIPE
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from aiohttp_smg_routing.testing import SmgGateway, smg_gateway
+from harness.engines import engines, write_model
+
+WORKERS = 3
+SLOTS, CONTEXT, BLOCKS = 24, 2048, 2
+LAUNCH = ("--assignment-mode", "min_group")
+OPTIONS = ("--concurrency", "2")  # more would wait for the two cores
+PICTURE = "pins.svg"
+
+
+async def main(options: Sequence[str]) -> int:
+    """Start engines and gateway, and run ``verify``; return its exit status."""
+    with TemporaryDirectory(prefix="pins-") as folder:
+        model = Path(folder, "model.gguf")
+        write_model(model, blocks=BLOCKS)
+        async with (
+            engines(WORKERS, slots=SLOTS, context=CONTEXT, model=model) as urls,
+            smg_gateway(urls, policy="manual", args=LAUNCH) as smg,
+        ):
+            return await verify(smg, options)
+
+
+async def verify(smg: SmgGateway, options: Sequence[str]) -> int:
+    """Run ``verify`` on the gateway and print what it prints; return its exit status."""
+    where = ("verify", str(smg.url), "--metrics", str(smg.metrics_url))
+    argv = (sys.executable, "-m", "aiohttp_smg_routing", *where, *options, "--plot", PICTURE)
+    process = await asyncio.create_subprocess_exec(*argv, stdout=PIPE)
+    printed, _ = await process.communicate()
+    print("```text", printed.decode().rstrip(), "```", sep="\n")
+    return process.returncode or 0
+
+
+if __name__ == "__main__":
+    sys.exit(asyncio.run(main(sys.argv[1:] or OPTIONS)))
