@@ -177,7 +177,7 @@ async def test_models_may_take_as_long_as_a_turn(monkeypatch: pytest.MonkeyPatch
     app = fake_gateway(slow, models=slow)
     app.router.add_get("/slow/workers", slow)
     monkeypatch.setattr(ask, "BRIEF", 0.1)
-    async with serve(app) as url, Client(5, None) as client:
+    async with serve(app) as url, Client(60, None) as client:
         assert await ask.models(client, url) == ("m",)
         assert await ask.healthy_workers(client, url / "slow", "m") is None
 
