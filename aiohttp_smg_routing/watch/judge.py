@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ..verify import known_causes
 from ..verify.cause import Cause
-from ..verify.counting import keyed_calls, policy_of
+from ..verify.counting import keyed_calls, policy_of, sharing
 from ..verify.evidence import FEWEST
 from ..verify.facts import CACHE_KEEPERS, KEY_ONLY_POLICIES, NO_KEY_BRANCHES, UNCOUNTED_POLICIES
 from ..verify.judge import Verdict
@@ -28,7 +28,9 @@ class Basis:
     counters: Counters
     server: Mapping[str, int]
     when: str
-    """Since when they are counted, as the end of a sentence."""
+    """Since when the gateway's are counted, as the end of a sentence."""
+    server_when: str
+    """The same of the session server's."""
 
     @property
     def is_seen(self) -> bool:
@@ -44,7 +46,7 @@ class Basis:
 def judge(view: View, min_kept: float) -> Verdict:
     """Return the verdict. "Pinned" needs the share ``min_kept`` of keyed calls, and of kept ones.
 
-    It is about the calls of now, or about all since the gateway started if those are too few.
+    It is about the calls of now, or about all so far if too few of those tell of pins.
     """
     basis = _basis(view)
     told = [*states(view), *_key_causes(view, basis, min_kept)]
@@ -54,15 +56,23 @@ def judge(view: View, min_kept: float) -> Verdict:
 
 
 def _basis(view: View) -> Basis:
-    now = view.now
-    if now is not None and _later(now) >= FEWEST:
-        return Basis(now, view.server_now or {}, f", in the {view.gateway.span}")
-    return Basis(view.totals, view.server_totals, ", since the gateway started")
+    now, server_now = view.now, view.server_now or {}
+    if now is not None and max(_telling(now), kept_by_server(server_now).of) >= FEWEST:
+        server_when = f", in the {view.server.span}" if view.server else ""
+        return Basis(now, server_now, f", in the {view.gateway.span}", server_when)
+    whens = ", since the gateway started", ", since the session server started"
+    return Basis(view.totals, view.server_totals, *whens)
 
 
-def _later(counters: Counters) -> int:
-    """Return how many calls tell of pins: those of keys that came again, if keys are counted."""
-    return kept_by_gateway(counters).of if "manual" in counters.branches else counters.calls
+def _telling(counters: Counters) -> int:
+    """Return how many calls tell of pins: those whose key came again, or chose no worker."""
+    return counters.calls - _new_keys(counters)
+
+
+def _new_keys(counters: Counters) -> int:
+    """Return how many keys came for the first time. Each pool that pins them has counted them."""
+    pools = max((sharing(counters, pool) for pool in _pools(counters)), default=1)
+    return counters.of("vacant") // max(1, pools)
 
 
 def _pools(counters: Counters) -> list[str]:
@@ -138,7 +148,7 @@ def _moves(view: View, basis: Basis, min_kept: float, found: set[str]) -> Iterat
     if spilled := counters.of("cap_respill"):
         yield known_causes.spilled(spilled)
     sessions = sum(view.server.page.sessions.values()) if view.server and view.server.page else 0
-    if view.totals.of("vacant") == 1 != sessions and kept_by_gateway(view.totals).of >= FEWEST:
+    if _new_keys(view.totals) == 1 != sessions and kept_by_gateway(view.totals).of >= FEWEST:
         yield known_causes.shared_key(f"has met one key only in {view.totals.calls} calls")
     if elsewhere := _calls_elsewhere(view):
         yield elsewhere
@@ -173,7 +183,7 @@ def _is_below(share: Share, least: float) -> bool:
 def _decide(view: View, basis: Basis, found: set[str], min_kept: float) -> tuple[Answer, str]:
     """Return the answer of the first rule that applies; ``docs/watch.md`` has the rules."""
     counters, kept = basis.counters, basis.kept
-    if nothing := _nothing(view, counters, found):
+    if nothing := _nothing(view, found):
         return "could not tell", nothing
     pools = _pools(counters)
     for pool in pools:
@@ -183,8 +193,8 @@ def _decide(view: View, basis: Basis, found: set[str], min_kept: float) -> tuple
         if _tells(view, counters, pool) and _is_below(keyed, min_kept):
             return "not pinned", said
     if basis.is_seen or "manual" in counters.branches:
-        came = f"came to the worker of their {'session' if basis.is_seen else 'key'}"
-        said = f"{kept.part} of {kept.of} later calls {came}{basis.when}"
+        whose, when = ("session", basis.server_when) if basis.is_seen else ("key", basis.when)
+        said = f"{kept.part} of {kept.of} later calls came to the worker of their {whose}{when}"
     if _is_below(kept, min_kept):
         return "not pinned", said
     is_told = basis.is_seen or all(_tells(view, counters, pool) for pool in pools)
@@ -192,7 +202,7 @@ def _decide(view: View, basis: Basis, found: set[str], min_kept: float) -> tuple
     return ("could not tell", unsure.format(said)) if unsure else ("pinned", said)
 
 
-def _nothing(view: View, counters: Counters, found: set[str]) -> str:
+def _nothing(view: View, found: set[str]) -> str:
     """Say why there is nothing to judge, if there isn't."""
     if view.gateway.page is None:
         return (
@@ -202,7 +212,7 @@ def _nothing(view: View, counters: Counters, found: set[str]) -> str:
         )
     if view.gateway.error:
         return "the gateway's metrics can't be read any more"
-    if not counters.calls:
+    if not view.totals.calls:
         return "the gateway has routed no call"
     return "only one worker is known, so every session stays on it" if "one_worker" in found else ""
 

@@ -135,6 +135,8 @@ def names(verdict: Verdict) -> list[str]:
 IDLE = smg()
 PINNED = smg({"vacant": 5, "occupied_hit": 100})
 
+LONG = {"vacant": 500, "occupied_hit": 200_000}  # of a gateway that has run for long
+
 CASES: dict[str, tuple[View, str, list[str], str]] = {
     "pinned now": (
         view(IDLE, PINNED),
@@ -218,6 +220,46 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         ["key_lost"],
         "the key chose the worker of 0 of 50 calls",
     ),
+    "keys lost just now, after many that were pinned": (
+        view(smg(LONG), smg({**LONG, "no_routing_id": 1000})),
+        "not pinned",
+        ["key_lost"],
+        "the key chose the worker of 0 of 1000 calls, in the last 10 s",
+    ),
+    "most keys lost just now, under the override": (
+        view(
+            smg(LONG, policy="random"),
+            smg({**LONG, "occupied_hit": 200_005}, policy="random", calls=201_500),
+        ),
+        "not pinned",
+        ["key_lost"],
+        "the key chose the worker of 5 of 1000 calls, in the last 10 s",
+    ),
+    "all workers overloaded just now, after many calls that were pinned": (
+        view(
+            smg(LONG),
+            smg({**LONG, "no_healthy_workers": 99}, more='smg_workers_overloaded{model="m"} 2\n'),
+        ),
+        "not pinned",
+        ["overloaded"],
+        "the key chose the worker of 0 of 99 calls, in the last 10 s",
+    ),
+    "all sessions move just now, as after a restart of the gateway": (
+        view(
+            smg({"vacant": 1}),
+            smg({"vacant": 100}),
+            (session_server(kept=10**6), session_server(kept=10**6, moved=60)),
+        ),
+        "not pinned",
+        ["pins_lost"],
+        "0 of 60 later calls came to the worker of their session, in the last 10 s",
+    ),
+    "turns end, and none begins": (
+        view(PINNED, PINNED, (session_server(), session_server(kept=15))),
+        "pinned",
+        ["idle"],
+        "15 of 15 later calls came to the worker of their session, in the last 10 s",
+    ),
     "no healthy worker": (
         view(IDLE, smg({"no_healthy_workers": 50}, health={W1: 0, W2: 0})),
         "not pinned",
@@ -259,6 +301,23 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         "could not tell",
         ["shared_key"],
         "30 of 30 later calls came to the worker of their key, in the last 10 s; but see below",
+    ),
+    "one key for all, of prefill and decode workers": (
+        view(
+            IDLE,
+            smg(
+                {"vacant": 2, "occupied_hit": 60},
+                calls=0,
+                more="".join(
+                    f'smg_worker_selection_total{{worker_type="{pool}",policy="manual"}} 31\n'
+                    f'smg_worker_pool_size{{worker_type="{pool}"}} 2\n'
+                    for pool in ("prefill", "decode")
+                ),
+            ),
+        ),
+        "could not tell",
+        ["shared_key"],
+        "but see below",
     ),
     "one session": (
         view(
@@ -447,7 +506,7 @@ def test_session_server_that_saw_too_few_turns_now_leaves_the_verdict_to_the_gat
     idle = judge(view(PINNED, PINNED, server), 0.99)
     assert idle.sentence == (
         "Not pinned: 505 of 1005 later calls came to the worker of their session, since the "
-        "gateway started."
+        "session server started."
     )
 
 
