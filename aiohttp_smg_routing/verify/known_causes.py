@@ -128,6 +128,16 @@ def shared_key(told: str) -> Cause:
     )
 
 
+def key_changes(keys: int, calls: str, guess: str = "") -> Cause:
+    """Return the cause for calls of one session that carry several keys."""
+    return Cause(
+        "key_changes",
+        f"The gateway met {keys} new keys in {calls}: {guess}the session server sends a session's "
+        "turns under more than one key.",
+        "Point session_id at an id that is the same in each turn of a session.",
+    )
+
+
 def overloaded(load: Load) -> Cause:
     """Return the cause for a gateway that leaves workers out."""
     fullest = max(load.kv_usage.values(), default=0.0)

@@ -18,6 +18,7 @@ _SENT_ADVICE = (
     "The session server sends keys. Look at what stands before the gateway: a proxy may drop the "
     "header. See that `header` in the plugin's config is the one that this gateway reads."
 )
+_FEWEST_KEYS = 50  # all new; fewer may be of sessions that all begin just now
 _SPARE = 20  # calls; fewer may be under way between a session server and its gateway
 
 
@@ -150,6 +151,12 @@ def _moves(view: View, basis: Basis, min_kept: float, found: set[str]) -> Iterat
     sessions = sum(view.server.page.sessions.values()) if view.server and view.server.page else 0
     if _new_keys(view.totals) == 1 != sessions and kept_by_gateway(view.totals).of >= FEWEST:
         yield known_causes.shared_key(f"has met one key only in {view.totals.calls} calls")
+    recent = view.now if view.now and view.now.calls else view.totals
+    new = _new_keys(recent)
+    if new >= _FEWEST_KEYS and basis.counters is view.totals and _telling(recent) < FEWEST:
+        when = f" in the {view.gateway.span}" if recent is view.now else ""
+        guess = "unless no session has had its second turn, "
+        yield known_causes.key_changes(new, f"{recent.calls} calls{when}", guess)
     if elsewhere := _calls_elsewhere(view):
         yield elsewhere
     elif _is_below(basis.kept, min_kept) and not (found or missed or counters.of("cap_respill")):
@@ -158,10 +165,14 @@ def _moves(view: View, basis: Basis, min_kept: float, found: set[str]) -> Iterat
 
 def _calls_elsewhere(view: View) -> Cause | None:
     """Return the cause for turns of the server that this gateway did not route."""
-    gateway = view.gateway
-    if not (view.now and view.server_now and gateway.page and gateway.before):
+    gateway, server = view.gateway, view.server
+    if not (view.now and server and view.server_now and gateway.page and gateway.before):
         return None
-    ours = sum(view.server_now.get(name, 0) for name in KEYED)
+    if gateway.before.in_flight is None or server.seconds > 1.5 * gateway.seconds:
+        return None
+    # A page that is slow to come is looked at less often: its now may be longer.
+    longer = max(1, server.seconds / gateway.seconds)
+    ours = int(sum(view.server_now.get(name, 0) for name in KEYED) / longer)
     # Turns that the server finished now may have been routed before.
     routed = view.now.calls + gateway.before.in_flight
     if ours - routed < max(_SPARE, ours / 20):
@@ -221,7 +232,7 @@ def _unsure(counters: Counters, kept: Share, found: set[str], *, is_told: bool) 
     """Say why nobody can tell whether sessions stay, if so; ``{}`` is what was counted."""
     if not is_told:
         return "the gateway's counters do not tell whether a key chose the worker"
-    if found & {"shared_key", "replicas", "other_gateway"}:
+    if found & {"shared_key", "key_changes", "replicas", "other_gateway"}:
         return "{}; but see below"
     if kept.of < FEWEST and ("manual" in counters.branches or counters.calls < FEWEST):
         return "{}, which are too few to tell"

@@ -63,8 +63,8 @@ class Gateway:
     workers: Mapping[str, Worker] = field(default_factory=dict)
     pool_sizes: Mapping[str, int] = field(default_factory=dict)
     """How many workers of each kind it has."""
-    in_flight: int = 0
-    """How many calls its workers have now."""
+    in_flight: int | None = None
+    """How many calls its workers have now; None if it doesn't say, as vllm-router."""
     tells_keys: bool = True
     """Whether ``consistent_hashing`` counts a call as keyed by our key alone."""
 
@@ -98,6 +98,7 @@ def read_gateway(samples: Sequence[Sample]) -> Gateway:
                 values[worker][sample.name].append(sample.value)
     # SMG has a 0 where the engine has no figure.
     has_hit_rates = any(sum(its[_CACHE_HIT_RATE]) for its in values.values())
+    in_flight = int(sum(sum(its[_IN_FLIGHT]) for its in values.values()))
     return Gateway(
         counters,
         load,
@@ -113,7 +114,7 @@ def read_gateway(samples: Sequence[Sample]) -> Gateway:
             for name, its in values.items()
         },
         dict(sizes) or {"regular": len(values)},
-        int(sum(sum(its[_IN_FLIGHT]) for its in values.values())),
+        None if load.kind == "vllm-router" else in_flight,
         load.kind != "smg" or any(sample.name == _SINCE_1_13 for sample in samples),
     )
 

@@ -254,6 +254,24 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         ["pins_lost"],
         "0 of 60 later calls came to the worker of their session, in the last 10 s",
     ),
+    "each call has a key of its own": (
+        view(IDLE, smg({"vacant": 100})),
+        "could not tell",
+        ["key_changes"],
+        "0 of 0 later calls came to the worker of their key, since the gateway started; but see",
+    ),
+    "each call has a key of its own, after many calls that were pinned": (
+        view(smg(LONG), smg({**LONG, "vacant": 600})),
+        "could not tell",
+        ["key_changes"],
+        "200000 of 200000 later calls came to the worker of their key, since the gateway started; ",
+    ),
+    "each call had a key of its own, until now": (
+        view(smg({"vacant": 100}), smg({"vacant": 100})),
+        "could not tell",
+        ["idle", "key_changes"],
+        "",
+    ),
     "turns end, and none begins": (
         view(PINNED, PINNED, (session_server(), session_server(kept=15))),
         "pinned",
@@ -508,6 +526,23 @@ def test_session_server_that_saw_too_few_turns_now_leaves_the_verdict_to_the_gat
         "Not pinned: 505 of 1005 later calls came to the worker of their session, since the "
         "session server started."
     )
+
+
+@pytest.mark.parametrize(("seconds", "turns"), [(11.3, 1130), (60, 6000)])
+def test_page_of_the_session_server_that_comes_seldom_tells_of_no_other_gateway(
+    seconds: float, turns: int
+) -> None:
+    gateway = view(smg({"vacant": 9}), smg({"vacant": 9, "occupied_hit": 1000})).gateway
+    before, page = server_of(session_server()), server_of(session_server(kept=turns))
+    verdict = judge(View(gateway, Look(SERVER, page, before, seconds)), 0.99)
+    assert (verdict.answer, names(verdict)) == ("pinned", [])
+    assert verdict.sentence.endswith(f"in the last {seconds:.0f} s.")
+
+
+def test_turns_that_vllm_router_routed_before_are_no_other_gateway_s() -> None:
+    """It doesn't say how many calls are in flight."""
+    server = session_server(unknown=100), session_server(unknown=500)
+    assert names(judge(view(vllm(), vllm(calls=(60, 60)), server), 0.99)) == ["uncounted"]
 
 
 def test_share_that_is_enough_is_exactly_so_much() -> None:
