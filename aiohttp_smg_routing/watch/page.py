@@ -18,6 +18,8 @@ _CIRCUITS: Final[Mapping[int, Circuit]] = {0: "closed", 1: "open", 2: "half open
 #: What a gateway says of each worker: SMG and sglang-router, and vllm-router.
 _HEALTH: Final = frozenset(("smg_worker_health", "vllm_router_worker_health"))
 _CIRCUIT: Final = frozenset(("smg_worker_cb_state", "vllm_router_cb_state"))
+#: The state and the circuit of a worker that was taken off sglang-router 0.3.2.
+_REMOVED: Final = -1
 _IN_FLIGHT: Final = "smg_worker_requests_active"
 _KEYS: Final = "smg_worker_routing_keys_active"
 _TOKEN_USAGE: Final = "smg_engine_token_usage"  # noqa: S105 - of a KV cache
@@ -85,9 +87,10 @@ def read_gateway(samples: Sequence[Sample]) -> Gateway:
     """Return a gateway's page. Raises ``ValueError`` if it is none."""
     counters, load = counted(samples)
     # A gateway has other series with this label, which number its threads.
+    removed = {_worker_of(it) for it in samples if it.value == _REMOVED}
+    named = {*counters.workers, *(_worker_of(it) for it in samples)} - removed - {""}
     values: dict[str, defaultdict[str, list[float]]] = {
-        name: defaultdict(list)
-        for name in sorted({*counters.workers, *(_worker_of(it) for it in samples)} - {""})
+        name: defaultdict(list) for name in sorted(named)
     }
     sizes: Counter[str] = Counter()
     for sample in samples:

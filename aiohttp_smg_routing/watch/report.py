@@ -168,7 +168,7 @@ def _most_telling(view: View, page: Gateway, names: list[str], room: int) -> lis
 
     def weight(name: str) -> tuple[bool, int, int]:
         worker = page.workers.get(name, Worker())
-        return _state(worker) != "ok", calls.get(name, 0), worker.calls
+        return _state(worker) not in ("ok", "-"), calls.get(name, 0), worker.calls
 
     return sorted(sorted(names, key=weight, reverse=True)[: room - 1])
 
@@ -176,6 +176,8 @@ def _most_telling(view: View, page: Gateway, names: list[str], room: int) -> lis
 def _state(worker: Worker) -> str:
     if worker.healthy is False:
         return "down"
+    if worker.healthy is worker.circuit is None:
+        return "-"  # the session server alone names it
     return "ok" if worker.circuit in ("closed", None) else worker.circuit
 
 

@@ -545,6 +545,19 @@ def test_turns_that_vllm_router_routed_before_are_no_other_gateway_s() -> None:
     assert names(judge(view(vllm(), vllm(calls=(60, 60)), server), 0.99)) == ["uncounted"]
 
 
+def test_counters_that_begin_anew_again_and_again_may_be_those_of_several() -> None:
+    """A balancer before the metrics of several processes looks like restarts."""
+    noon = datetime(2026, 1, 1, 12, 0, 0)
+    for restarts, is_told in ((1, False), (2, True)):
+        gateway = Look(GATEWAY, gateway_of(PINNED), restarts=restarts, restarted=noon)
+        server = Look(SERVER, server_of(session_server()), restarts=restarts, restarted=noon)
+        told = judge(View(gateway, server), 0.99).causes[:2]
+        assert [cause.name for cause in told] == ["gateway_restarted", "server_restarted"]
+        for cause in told:
+            assert (" answer there in turn" in cause.text) is is_told
+            assert ("give the URL of a single one" in cause.advice) is is_told
+
+
 def test_share_that_is_enough_is_exactly_so_much() -> None:
     exactly = view(IDLE, smg({"vacant": 5, "occupied_hit": 90, "occupied_miss": 10}))
     assert judge(exactly, 0.9).answer == "pinned"
@@ -598,6 +611,17 @@ def test_workers_that_are_too_many_for_the_terminal_are_those_that_tell_least() 
     assert len(lines(seen, judge(seen, 0.99))) > 500  # a log has all
 
 
+def test_workers_that_the_gateway_no_longer_has_are_not_said_to_be_ok() -> None:
+    sessions = {W1: 5, W2: 3}
+    server = session_server(), session_server(sessions, sessions, first=8, kept=100)
+    removed = smg({"vacant": 8, "occupied_hit": 99}, health={W2: -1}, circuits={W2: -1}, kind="")
+    seen = view(None, removed, server)
+    assert [*gateway_of(removed).workers] == [W1]
+    told = "\n".join(lines(seen, judge(seen, 0.99)))
+    assert "10.0.0.2:8000           ok " in told
+    assert "10.0.0.3:8000           -  " in told
+
+
 def test_outcomes_that_never_were_are_left_out_of_a_small_terminal() -> None:
     seen = view(IDLE, PINNED, (session_server(), session_server(first=5, kept=95, late=1)))
     verdict = Verdict("pinned", "Pinned.", ())
@@ -630,6 +654,9 @@ def test_the_page_lists_the_causes_that_verify_does_not_have() -> None:
 def test_figures_that_are_no_numbers_are_left_out() -> None:
     more = f'smg_engine_token_usage{{worker="{W1}"}} NaN\n'
     assert gateway_of(smg(calls=10, more=more)).workers[W1].token_usage is None
+    assert gateway_of(smg(calls=10, more=more)).load.kv_usage == {}
+    with pytest.raises(ValueError, match="no page of metrics"):
+        gateway_of(smg(calls=10, more=more.replace("NaN", 400 * "9")))
     odd = session_server({W1: 3}, kept=5) + 'smg_routing_sessions{worker="w"} NaN\n'
     assert server_of(odd).sessions == {"w": 0}
 
