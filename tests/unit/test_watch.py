@@ -15,6 +15,7 @@ from yarl import URL
 from aiohttp_smg_routing.verify.ask import samples_of
 from aiohttp_smg_routing.verify.call import Client
 from aiohttp_smg_routing.verify.judge import Verdict
+from aiohttp_smg_routing.verify.streams import terminal
 from aiohttp_smg_routing.watch.document import document
 from aiohttp_smg_routing.watch.endpoint import Endpoint, Look
 from aiohttp_smg_routing.watch.judge import judge
@@ -698,10 +699,25 @@ def test_endpoint_says_since_when_there_is_no_page() -> None:
     assert (endpoint.seen.error, endpoint.seen.since) == ("", None)
 
 
-def test_wide_letters_take_no_second_line_of_the_terminal() -> None:
+def test_picture_follows_a_terminal_that_is_resized(monkeypatch: pytest.MonkeyPatch) -> None:
     out = StringIO()
+    monkeypatch.setattr(out, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "200")
+    seen = view(None, PINNED)
+    with Picture(terminal(out)) as redraw:
+        for columns, width in ((200, 80), (40, 40), (100, 80)):
+            monkeypatch.setenv("COLUMNS", str(columns))
+            out.truncate(out.seek(0))
+            redraw(seen, judge(seen, 0.99))
+            drawn = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", out.getvalue()).splitlines()
+            assert max(map(len, drawn)) == width
+
+
+def test_wide_letters_take_no_second_line_of_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = StringIO()
+    monkeypatch.setenv("COLUMNS", "30")
     seen = view(None, smg({"vacant": 20}, workers={"a" + 40 * "漢": 10, W2: 10}))
-    with Picture(Console(file=out, force_terminal=True, width=30, height=40)) as redraw:
+    with Picture(Console(file=out, force_terminal=True, height=40)) as redraw:
         redraw(seen, judge(seen, 0.99))
         drawn = out.getvalue().splitlines()
     [row] = [number for number, line in enumerate(drawn) if "漢" in line]
