@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ..verify import known_causes
 from ..verify.cause import Cause
-from ..verify.counting import keyed_calls, policy_of, sharing
+from ..verify.counting import CHANCE, keyed_calls, policy_of, sharing
 from ..verify.evidence import FEWEST
 from ..verify.facts import CACHE_KEEPERS, KEY_ONLY_POLICIES, NO_KEY_BRANCHES, UNCOUNTED_POLICIES
 from ..verify.judge import Verdict
@@ -19,6 +19,7 @@ _SENT_ADVICE = (
     "header. See that `header` in the plugin's config is the one that this gateway reads."
 )
 _FEWEST_KEYS = 50  # all new; fewer may be of sessions that all begin just now
+_LEFT_OUT = frozenset(("worker_down", "circuit_open", "overloaded"))
 _SPARE = 20  # calls; fewer may be under way between a session server and its gateway
 
 
@@ -105,6 +106,8 @@ def _key_causes(view: View, basis: Basis, min_kept: float) -> Iterator[Cause]:
         yield known_causes.one_worker()
         return
     kind = page.load.kind
+    sent = any(view.server_totals.get(name) for name in KEYED)
+    advice = _SENT_ADVICE if sent else known_causes.SERVER_ADVICE
     for pool in _pools(counters):
         policies, keyed = _policies(counters, pool), _keyed(counters, pool)
         if policies in ("prefix_hash", "consistent_hashing") and not _tells(view, counters, pool):
@@ -113,12 +116,17 @@ def _key_causes(view: View, basis: Basis, min_kept: float) -> Iterator[Cause]:
             yield _uncounted(view, policies)
         elif (keyed.value or 0) >= min_kept or page.load.overloaded:
             pass  # an overloaded gateway leaves its policy aside, and states() has it
-        elif keyed.part or counters.of(*NO_KEY_BRANCHES):
-            sent = any(view.server_totals.get(name) for name in KEYED)
-            advice = _SENT_ADVICE if sent else known_causes.SERVER_ADVICE
+        elif _keyed(view.totals, pool).part or counters.of(*NO_KEY_BRANCHES):
             yield known_causes.key_lost(policies, keyed.part, keyed.of, advice)
         elif counters.of("no_healthy_workers"):
             yield known_causes.no_healthy_workers(policies)
+        elif kind == "smg":  # the override shows only where a key comes
+            yield known_causes.policy(
+                kind,
+                policies,
+                ", unless it has --routing-key-override",
+                f" If it has that already, no key reaches it. {advice}",
+            )
         else:
             yield known_causes.policy(kind, policies)
 
@@ -148,19 +156,44 @@ def _moves(view: View, basis: Basis, min_kept: float, found: set[str]) -> Iterat
         yield known_causes.worker_lost(missed)
     if spilled := counters.of("cap_respill"):
         yield known_causes.spilled(spilled)
-    sessions = sum(view.server.page.sessions.values()) if view.server and view.server.page else 0
-    if _new_keys(view.totals) == 1 != sessions and kept_by_gateway(view.totals).of >= FEWEST:
-        yield known_causes.shared_key(f"has met one key only in {view.totals.calls} calls")
-    recent = view.now if view.now and view.now.calls else view.totals
-    new = _new_keys(recent)
-    if new >= _FEWEST_KEYS and basis.counters is view.totals and _telling(recent) < FEWEST:
-        when = f" in the {view.gateway.span}" if recent is view.now else ""
-        guess = "unless no session has had its second turn, "
-        yield known_causes.key_changes(new, f"{recent.calls} calls{when}", guess)
+    yield from _one_key(view, found)
+    yield from _many_keys(view, basis)
     if elsewhere := _calls_elsewhere(view):
         yield elsewhere
     elif _is_below(basis.kept, min_kept) and not (found or missed or counters.of("cap_respill")):
         yield known_causes.pins_lost(page.load.kind, "and see the log of the session server.")
+
+
+def _one_key(view: View, found: set[str]) -> Iterator[Cause]:
+    """Yield that sessions share a key."""
+    totals, server = view.totals, view.server.page if view.server else None
+    sessions = sum(server.sessions.values()) if server else 0
+    if "manual" in totals.branches:
+        if _new_keys(totals) == 1 != sessions and kept_by_gateway(totals).of >= FEWEST:
+            yield known_causes.shared_key(f"has met one key only in {totals.calls} calls")
+        return
+    got = [name for name, calls in totals.workers.items() if calls]
+    is_chance = sessions and view.workers ** (1.0 - sessions) >= CHANCE
+    is_one = len(got) == 1 < view.workers and not (is_chance or found & _LEFT_OUT)
+    if is_one and totals.of("routing_key_hit") >= FEWEST:
+        yield known_causes.shared_key(
+            f"sent all {totals.calls} calls to one worker of {view.workers}",
+            "unless they are of few sessions, ",
+        )
+
+
+def _many_keys(view: View, basis: Basis) -> Iterator[Cause]:
+    """Yield that a session has many keys. A hash does not count new ones, but the ledger does."""
+    counters = view.now if view.now and view.now.calls else view.totals
+    new = _new_keys(counters)
+    if "manual" not in view.totals.branches:
+        counters, new = basis.counters, basis.server.get("first", 0)
+    elif _telling(counters) >= FEWEST:
+        return
+    if new >= _FEWEST_KEYS and not basis.is_seen:
+        when = f" in the {view.gateway.span}" if counters is view.now else ""
+        guess = "unless no session has had its second turn, "
+        yield known_causes.key_changes(new, f"{counters.calls} calls{when}", guess)
 
 
 def _calls_elsewhere(view: View) -> Cause | None:
@@ -236,6 +269,6 @@ def _unsure(counters: Counters, kept: Share, found: set[str], *, is_told: bool) 
         return "{}; but see below"
     if kept.of < FEWEST and ("manual" in counters.branches or counters.calls < FEWEST):
         return "{}, which are too few to tell"
-    if kept.of < FEWEST and found & {"worker_down", "circuit_open", "overloaded"}:
+    if kept.of < FEWEST and found & _LEFT_OUT:
         return "{}, but some workers are left out"
     return ""

@@ -273,6 +273,65 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         ["idle", "key_changes"],
         "",
     ),
+    "all keys lost just now, under the override": (
+        view(smg(LONG, policy="random"), smg(LONG, policy="random", calls=201_500)),
+        "not pinned",
+        ["key_lost"],
+        "the key chose the worker of 0 of 1000 calls, in the last 10 s",
+    ),
+    "each call has a key of its own, which is hashed": (
+        view(
+            IDLE,
+            smg({"routing_key_hit": 100}, policy="consistent_hashing"),
+            (session_server(), session_server(first=100)),
+        ),
+        "could not tell",
+        ["key_changes"],
+        "but see below",
+    ),
+    "one key for all, which is hashed": (
+        view(
+            None,
+            smg({"routing_key_hit": 40}, policy="consistent_hashing", workers={W1: 40, W2: 0}),
+        ),
+        "could not tell",
+        ["shared_key"],
+        "but see below",
+    ),
+    "one key for many sessions, which is hashed": (
+        view(
+            None,
+            smg({"routing_key_hit": 40}, policy="consistent_hashing", workers={W1: 40, W2: 0}),
+            (None, session_server({W1: 2}, {W1: 20}, first=20, kept=20)),
+        ),
+        "could not tell",
+        ["shared_key"],
+        "but see below",
+    ),
+    "few sessions, which are hashed to one worker": (
+        view(
+            None,
+            smg({"routing_key_hit": 40}, policy="consistent_hashing", workers={W1: 40, W2: 0}),
+            (None, session_server({W1: 2}, {W1: 2}, first=2, kept=38)),
+        ),
+        "pinned",
+        [],
+        "38 of 38",
+    ),
+    "one key, or one worker that is not down": (
+        view(
+            None,
+            smg(
+                {"routing_key_hit": 40},
+                policy="consistent_hashing",
+                workers={W1: 40, W2: 0},
+                health={W2: 0},
+            ),
+        ),
+        "could not tell",
+        ["worker_down"],
+        "but some workers are left out",
+    ),
     "turns end, and none begins": (
         view(PINNED, PINNED, (session_server(), session_server(kept=15))),
         "pinned",
@@ -557,6 +616,13 @@ def test_counters_that_begin_anew_again_and_again_may_be_those_of_several() -> N
         for cause in told:
             assert (" answer there in turn" in cause.text) is is_told
             assert ("give the URL of a single one" in cause.advice) is is_told
+
+
+def test_remedy_of_a_policy_is_also_that_of_an_override_without_a_key() -> None:
+    """The gateway doesn't say whether it was launched with the override."""
+    [cause] = judge(view(None, smg(policy="cache_aware", calls=50)), 0.99).causes
+    assert "unless it has --routing-key-override" in cause.text
+    assert "If it has that already, no key reaches it. Look at the session server" in cause.advice
 
 
 def test_share_that_is_enough_is_exactly_so_much() -> None:
