@@ -87,8 +87,10 @@ def samples_of(client: Client, text: str) -> list[Sample]:
             for family in text_string_to_metric_families(text)
             for sample in family.samples
         ]
-    except (IndexError, OverflowError) as error:  # odd lines, and overlong numbers
-        raise ValueError("what answers there is no page of metrics") from error
+    except (ValueError, IndexError, OverflowError) as error:  # odd lines, and overlong numbers
+        # The parser's own words may be none.
+        said = "what answers there is no page of metrics"
+        raise ValueError(f"{said}: {error}" if str(error) else said) from error
 
 
 def counted(samples: Iterable[Sample]) -> tuple[Counters, Load]:

@@ -127,7 +127,7 @@ def _traffic(view: View) -> Iterator[Cause]:
             "Play a turn. If you did, the session server calls another gateway, or this is the "
             "metrics URL of another one.",
         )
-    elif view.now is not None and not view.now.calls:
+    elif view.now and not (view.now.calls or (view.gateway.page and view.gateway.page.in_flight)):
         yield Cause(
             "idle",
             f"The gateway has routed no call in the {view.gateway.span}.",

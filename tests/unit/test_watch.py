@@ -158,6 +158,12 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         "100 of 100 later calls came to the worker of their key, since the gateway started",
     ),
     "first look, and so nothing of now": (view(None, PINNED), "pinned", [], "since the gateway"),
+    "long turns, and so no call that begins just now": (
+        view(PINNED, PINNED + f'smg_worker_requests_active{{worker="{W1}"}} 9\n'),
+        "pinned",
+        [],
+        "100 of 100 later calls",
+    ),
     "no call yet": (view(IDLE, IDLE), "could not tell", ["no_calls"], "has routed no call"),
     "too few": (
         view(IDLE, smg({"vacant": 5, "occupied_hit": 4})),
