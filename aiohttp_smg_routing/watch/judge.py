@@ -100,7 +100,7 @@ def _policies(counters: Counters, pool: str) -> str:
 def _key_causes(view: View, basis: Basis, min_kept: float) -> Iterator[Cause]:
     """Yield why the key does not choose the worker, or why the counters can't tell."""
     page, counters = view.gateway.page, basis.counters
-    if page is None or not counters.calls:
+    if page is None or not view.totals.calls:
         return
     if view.workers == 1:
         yield known_causes.one_worker()
@@ -116,10 +116,10 @@ def _key_causes(view: View, basis: Basis, min_kept: float) -> Iterator[Cause]:
             yield _uncounted(view, policies)
         elif (keyed.value or 0) >= min_kept or page.load.overloaded:
             pass  # an overloaded gateway leaves its policy aside, and states() has it
+        elif 2 * counters.of("no_healthy_workers") > keyed.of - keyed.part:
+            yield known_causes.no_healthy_workers(policies)
         elif _keyed(view.totals, pool).part or counters.of(*NO_KEY_BRANCHES):
             yield known_causes.key_lost(policies, keyed.part, keyed.of, advice)
-        elif counters.of("no_healthy_workers"):
-            yield known_causes.no_healthy_workers(policies)
         elif kind == "smg":  # the override shows only where a key comes
             yield known_causes.policy(
                 kind,

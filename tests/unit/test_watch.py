@@ -350,6 +350,25 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         ["worker_down", "no_healthy_workers"],
         "the key chose the worker of 0 of 50 calls",
     ),
+    "no healthy worker just now, after many calls that were pinned": (
+        view(
+            smg(LONG),
+            smg({**LONG, "occupied_hit": 200_050, "no_healthy_workers": 50}, health={W1: 0, W2: 0}),
+        ),
+        "not pinned",
+        ["worker_down", "no_healthy_workers"],
+        "the key chose the worker of 50 of 100 calls",
+    ),
+    "turns end on the one worker that there is": (
+        view(
+            smg({"occupied_hit": 100}, workers={W1: 100}),
+            smg({"occupied_hit": 100}, workers={W1: 100}),
+            (session_server(), session_server(kept=15)),
+        ),
+        "could not tell",
+        ["idle", "one_worker"],
+        "only one worker is known",
+    ),
     "worker lost": (
         view(IDLE, smg({"occupied_hit": 90, "occupied_miss": 10}, health={W1: 0})),
         "not pinned",
