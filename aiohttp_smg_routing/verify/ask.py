@@ -81,13 +81,16 @@ def samples_of(client: Client, text: str) -> list[Sample]:
     try:
         return [
             sample._replace(
-                labels={name: client.printable(value) for name, value in sample.labels.items()}
+                labels={name: client.printable(value) for name, value in sample.labels.items()},
+                value=float(sample.value),
             )
             for family in text_string_to_metric_families(text)
             for sample in family.samples
         ]
-    except IndexError as error:  # the parser raises it for odd lines
-        raise ValueError("what answers there is no page of metrics") from error
+    except (ValueError, IndexError, OverflowError) as error:  # odd lines, and overlong numbers
+        # The parser's own words may be none.
+        said = "what answers there is no page of metrics"
+        raise ValueError(f"{said}: {error}" if str(error) else said) from error
 
 
 def counted(samples: Iterable[Sample]) -> tuple[Counters, Load]:
@@ -113,7 +116,7 @@ def counted(samples: Iterable[Sample]) -> tuple[Counters, Load]:
             workers[worker] += _count(sample)
         elif sample.name == OVERLOADED:
             overloaded += _count(sample)
-        elif sample.name == KV_USAGE:
+        elif sample.name == KV_USAGE and isfinite(sample.value):
             usage[worker] = max(sample.value, usage.get(worker, 0.0))
     names = {name for name in names if not name.startswith(SESSION_SERVER)}
     kind = next((kind for begin, kind in KINDS if any(n.startswith(begin) for n in names)), None)

@@ -78,12 +78,7 @@ def _by_branches(
     pins = share * (len({turn.session for turn in seen.turns if turn.arm == "keyed"}))
     pins += share * sum(turn.arm == "control" for turn in seen.turns)
     if seen.plan.through and vacant > pins and hits < vacant - pins:
-        yield Cause(
-            "key_changes",
-            f"The gateway met {vacant} new keys in {counters.calls} calls: the session server "
-            "sends a session's turns under more than one key.",
-            "Point session_id at an id that is the same in each turn of a session.",
-        )
+        yield known_causes.key_changes(vacant, f"{counters.calls} calls")
     elif vacant > pins:
         yield Cause(
             "pinned_again",

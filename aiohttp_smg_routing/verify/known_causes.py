@@ -23,10 +23,10 @@ def one_worker() -> Cause:
     )
 
 
-def policy(kind: Kind | None, policies: str) -> Cause:
-    """Return the cause for a policy that ignores keys."""
-    text = f"The gateway's policy is {policies}: it does not route on the key."
-    return Cause("policy", text, POLICY_ADVICE[kind])
+def policy(kind: Kind | None, policies: str, unless: str = "", then: str = "") -> Cause:
+    """Return the cause for a policy that ignores keys, ``unless`` something that is not known."""
+    text = f"The gateway's policy is {policies}: it does not route on the key{unless}."
+    return Cause("policy", text, POLICY_ADVICE[kind] + then)
 
 
 def no_healthy_workers(policies: str) -> Cause:
@@ -119,12 +119,22 @@ def spilled(calls: int) -> Cause:
     )
 
 
-def shared_key(told: str) -> Cause:
+def shared_key(told: str, unless: str = "") -> Cause:
     """Return the cause for sessions that the gateway can't tell apart."""
     return Cause(
         "shared_key",
-        f"The gateway {told}: they share a key.",
+        f"The gateway {told}: {unless}they share a key.",
         "Give each session an id, and so a key, of its own.",
+    )
+
+
+def key_changes(keys: int, calls: str, guess: str = "") -> Cause:
+    """Return the cause for calls of one session that carry several keys."""
+    return Cause(
+        "key_changes",
+        f"The gateway met {keys} new keys in {calls}: {guess}the session server sends a session's "
+        "turns under more than one key.",
+        "Point session_id at an id that is the same in each turn of a session.",
     )
 
 
@@ -153,7 +163,7 @@ def spread(kind: Kind | None) -> str:
     distinct = "Use keys that differ in more than their tail"
     match kind:
         case "smg":
-            return f"Spread them with --assignment-mode min_group. {distinct}."
+            return f"Spread them with --policy manual --assignment-mode min_group. {distinct}."
         case "sglang-router":
             return f"Spread them with --assignment-mode min_group (0.3.2 and newer). {distinct}."
     return f"See whether the gateway routes on this header. {distinct}."

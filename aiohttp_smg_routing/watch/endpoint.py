@@ -18,6 +18,8 @@ WINDOW_SECONDS = 10
 
 _LONGEST = 4 * 2**20  # characters, which take seconds to parse; 1,000 workers have 2 MB
 
+_LONGEST_LINE = 64 * 2**10  # characters; the parser's time grows with their square
+
 P = TypeVar("P")
 
 
@@ -87,6 +89,8 @@ class Endpoint(Generic[P]):
     def _parse(self, text: str) -> P:
         if len(text) > _LONGEST:
             raise ValueError(f"the page has more than {_LONGEST // 2**20} MiB")
+        if max(map(len, text.splitlines()), default=0) > _LONGEST_LINE:
+            raise ValueError(f"the page has a line of more than {_LONGEST_LINE // 2**10} KiB")
         return self._read(samples_of(self._client, text))
 
     def _failed(self, error: str) -> None:

@@ -18,6 +18,8 @@ _CIRCUITS: Final[Mapping[int, Circuit]] = {0: "closed", 1: "open", 2: "half open
 #: What a gateway says of each worker: SMG and sglang-router, and vllm-router.
 _HEALTH: Final = frozenset(("smg_worker_health", "vllm_router_worker_health"))
 _CIRCUIT: Final = frozenset(("smg_worker_cb_state", "vllm_router_cb_state"))
+#: The state and the circuit of a worker that was taken off sglang-router 0.3.2.
+_REMOVED: Final = -1
 _IN_FLIGHT: Final = "smg_worker_requests_active"
 _KEYS: Final = "smg_worker_routing_keys_active"
 _TOKEN_USAGE: Final = "smg_engine_token_usage"  # noqa: S105 - of a KV cache
@@ -63,8 +65,8 @@ class Gateway:
     workers: Mapping[str, Worker] = field(default_factory=dict)
     pool_sizes: Mapping[str, int] = field(default_factory=dict)
     """How many workers of each kind it has."""
-    in_flight: int = 0
-    """How many calls its workers have now."""
+    in_flight: int | None = None
+    """How many calls its workers have now; None if it doesn't say, as vllm-router."""
     tells_keys: bool = True
     """Whether ``consistent_hashing`` counts a call as keyed by our key alone."""
 
@@ -85,9 +87,10 @@ def read_gateway(samples: Sequence[Sample]) -> Gateway:
     """Return a gateway's page. Raises ``ValueError`` if it is none."""
     counters, load = counted(samples)
     # A gateway has other series with this label, which number its threads.
+    removed = {_worker_of(it) for it in samples if it.value == _REMOVED}
+    named = {*counters.workers, *(_worker_of(it) for it in samples)} - removed - {""}
     values: dict[str, defaultdict[str, list[float]]] = {
-        name: defaultdict(list)
-        for name in sorted({*counters.workers, *(_worker_of(it) for it in samples)} - {""})
+        name: defaultdict(list) for name in sorted(named)
     }
     sizes: Counter[str] = Counter()
     for sample in samples:
@@ -98,6 +101,7 @@ def read_gateway(samples: Sequence[Sample]) -> Gateway:
                 values[worker][sample.name].append(sample.value)
     # SMG has a 0 where the engine has no figure.
     has_hit_rates = any(sum(its[_CACHE_HIT_RATE]) for its in values.values())
+    in_flight = int(sum(sum(its[_IN_FLIGHT]) for its in values.values()))
     return Gateway(
         counters,
         load,
@@ -113,7 +117,7 @@ def read_gateway(samples: Sequence[Sample]) -> Gateway:
             for name, its in values.items()
         },
         dict(sizes) or {"regular": len(values)},
-        int(sum(sum(its[_IN_FLIGHT]) for its in values.values())),
+        None if load.kind == "vllm-router" else in_flight,
         load.kind != "smg" or any(sample.name == _SINCE_1_13 for sample in samples),
     )
 

@@ -18,13 +18,13 @@ _SERVER_ROWS = ("first", "kept", "moved", "unknown", "untagged", "failed", "late
 _ORDER = (*KEY_BRANCHES, *NO_KEY_BRANCHES)
 _COLUMNS = "{:<{name}} {:>11} {:>13} {:>13}"
 _WORKER_COLUMNS = "{:<{name}} {:<9} {:>8} {:>9} {:>8} {:>6} {:>5} {:>5}"
-_WIDTH = 80
+WIDTH = 80
 
 
 def lines(
     view: View,
     verdict: Verdict,
-    width: int = _WIDTH,
+    width: int = WIDTH,
     height: int | None = None,
     told: Collection[str] = (),
 ) -> list[str]:
@@ -121,7 +121,7 @@ def _share(name: str, now: Share | None, total: Share, width: int) -> str:
 
 
 def _columns(name: str, first: str, second: str, third: str, width: int) -> str:
-    room = max(10, min(width, _WIDTH) - 40)
+    room = max(10, min(width, WIDTH) - 40)
     return _COLUMNS.format(_cut(name, room), first, second, third, name=room)
 
 
@@ -168,7 +168,7 @@ def _most_telling(view: View, page: Gateway, names: list[str], room: int) -> lis
 
     def weight(name: str) -> tuple[bool, int, int]:
         worker = page.workers.get(name, Worker())
-        return _state(worker) != "ok", calls.get(name, 0), worker.calls
+        return _state(worker) not in ("ok", "-"), calls.get(name, 0), worker.calls
 
     return sorted(sorted(names, key=weight, reverse=True)[: room - 1])
 
@@ -176,6 +176,8 @@ def _most_telling(view: View, page: Gateway, names: list[str], room: int) -> lis
 def _state(worker: Worker) -> str:
     if worker.healthy is False:
         return "down"
+    if worker.healthy is None and worker.circuit is None:
+        return "-"  # the session server alone names it
     return "ok" if worker.circuit in ("closed", None) else worker.circuit
 
 
@@ -198,7 +200,7 @@ def _whole(value: float | None) -> str:
 
 
 def _worker_columns(name: str, *values: str, width: int) -> str:
-    room = max(10, min(width, _WIDTH) - 57)
+    room = max(10, min(width, WIDTH) - 57)
     return _WORKER_COLUMNS.format(_cut(name.removeprefix("http://"), room), *values, name=room)
 
 

@@ -9,7 +9,7 @@ from rich.text import Text
 from ..verify.judge import Verdict
 from ..verify.report import COLOURS
 from .document import document
-from .report import lines
+from .report import WIDTH, lines
 from .view import View
 
 Show = Callable[[View, Verdict], None]
@@ -33,6 +33,8 @@ class Picture:
             self._console.print(self._last, soft_wrap=True)
 
     def _redraw(self, view: View, verdict: Verdict) -> None:
+        # The console was given a width, which may be more than a terminal that has shrunk.
+        self._console.width = min(WIDTH, Console(file=self._console.file).width)
         width, height = self._console.size
         # A Text, because what a server said must not count as markup.
         text = "\n".join(lines(view, verdict, width, height))

@@ -52,14 +52,19 @@ def _gateway(look: Look[Gateway]) -> Iterator[Cause]:
         yield Cause(
             "gateway_restarted",
             f"The gateway's counters began anew at {_at(look.restarted)}: it was restarted"
-            f"{_times(look.restarts)}. What came before is not counted. Under manual, a restart "
-            "forgets all pins, and sessions move once.",
-            "Read its log for why it ended. SMG's --policy consistent_hashing needs no memory.",
+            f"{_times(look.restarts, 'gateways')}. What came before is not counted. Under manual, "
+            "a restart forgets all pins, and sessions move once.",
+            "Read its log for why it ended. SMG's --policy consistent_hashing needs no memory."
+            f"{_each(look.restarts)}",
         )
 
 
-def _times(count: int) -> str:
-    return f", {count} times by now" if count > 1 else ""
+def _times(count: int, several: str) -> str:
+    return f", {count} times by now, or several {several} answer there in turn" if count > 1 else ""
+
+
+def _each(count: int) -> str:
+    return " If several answer in turn, give the URL of a single one." if count > 1 else ""
 
 
 def _server(look: Look[Server]) -> Iterator[Cause]:
@@ -76,8 +81,8 @@ def _server(look: Look[Server]) -> Iterator[Cause]:
         yield Cause(
             "server_restarted",
             f"The session server's counts began anew at {_at(look.restarted)}: it was restarted"
-            f"{_times(look.restarts)}. The gateway's pins stay.",
-            "Read its log for why it ended.",
+            f"{_times(look.restarts, 'processes')}. The gateway's pins stay.",
+            f"Read its log for why it ended.{_each(look.restarts)}",
         )
 
 
@@ -122,7 +127,7 @@ def _traffic(view: View) -> Iterator[Cause]:
             "Play a turn. If you did, the session server calls another gateway, or this is the "
             "metrics URL of another one.",
         )
-    elif view.now is not None and not view.now.calls:
+    elif view.now and not (view.now.calls or (view.gateway.page and view.gateway.page.in_flight)):
         yield Cause(
             "idle",
             f"The gateway has routed no call in the {view.gateway.span}.",

@@ -242,8 +242,14 @@ async def assert_watch_says_the_same(asking: Asking, smg: SmgGateway, server: UR
     gateway, counted = seen["gateway"], seen["server"]
     # By now nobody calls. A scrape may be a second old.
     total = sum(counted["total"][name] for name in OUTCOMES)
-    scraped = f"sum(smg_routing_calls_total{{{of_server}}}) == {total}"
-    assert await asking.silent({"all calls": scraped}) == []
+    branches_total = sum(gateway["total"]["branches"]["manual"].values())
+    calls_total = sum(worker["calls"] for worker in gateway["workers"].values())
+    scraped = {
+        "outcomes": f"sum(smg_routing_calls_total{{{of_server}}}) == {total}",
+        "branches": f"sum(smg_manual_policy_branch_total{{{of_gateway}}}) == {branches_total}",
+        "calls": f"sum(smg_worker_cb_outcomes_total{{{of_gateway}}}) == {calls_total}",
+    }
+    assert await asking.silent(scraped) == []
     branches = await values("branch", f"smg_manual_policy_branch_total{{{of_gateway}}}")
     assert gateway["total"]["branches"]["manual"] == branches
     calls = await values("worker", f"smg_worker_cb_outcomes_total{{{of_gateway}}}")

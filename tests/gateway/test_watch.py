@@ -27,7 +27,7 @@ from harness.workers import worker_processes
 
 from ..metered import metered_server
 from ..waiting import soon
-from .loaded import POLLS, loaded_workers
+from .loaded import POLLS, loaded_workers, report
 
 COMMAND = (sys.executable, "-m", "aiohttp_smg_routing", "watch")
 FAST = ("--interval", "0.2")
@@ -223,7 +223,7 @@ async def test_block_on_the_page_is_one_that_the_command_prints() -> None:
             smg_gateway(urls, policy="manual", args=args) as smg,
             metered_server(smg.url) as server,
         ):
-            await workers[0].report()
+            await report(workers)
             sessions = [f"s-{number}" for number in range(20)]
             await play(server.url, sessions, turns=2)
             process = await asyncio.create_subprocess_exec(

@@ -15,6 +15,7 @@ from yarl import URL
 from aiohttp_smg_routing.verify.ask import samples_of
 from aiohttp_smg_routing.verify.call import Client
 from aiohttp_smg_routing.verify.judge import Verdict
+from aiohttp_smg_routing.verify.streams import terminal
 from aiohttp_smg_routing.watch.document import document
 from aiohttp_smg_routing.watch.endpoint import Endpoint, Look
 from aiohttp_smg_routing.watch.judge import judge
@@ -135,6 +136,8 @@ def names(verdict: Verdict) -> list[str]:
 IDLE = smg()
 PINNED = smg({"vacant": 5, "occupied_hit": 100})
 
+LONG = {"vacant": 500, "occupied_hit": 200_000}  # of a gateway that has run for long
+
 CASES: dict[str, tuple[View, str, list[str], str]] = {
     "pinned now": (
         view(IDLE, PINNED),
@@ -155,6 +158,12 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         "100 of 100 later calls came to the worker of their key, since the gateway started",
     ),
     "first look, and so nothing of now": (view(None, PINNED), "pinned", [], "since the gateway"),
+    "long turns, and so no call that begins just now": (
+        view(PINNED, PINNED + f'smg_worker_requests_active{{worker="{W1}"}} 9\n'),
+        "pinned",
+        [],
+        "100 of 100 later calls",
+    ),
     "no call yet": (view(IDLE, IDLE), "could not tell", ["no_calls"], "has routed no call"),
     "too few": (
         view(IDLE, smg({"vacant": 5, "occupied_hit": 4})),
@@ -218,11 +227,147 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         ["key_lost"],
         "the key chose the worker of 0 of 50 calls",
     ),
+    "keys lost just now, after many that were pinned": (
+        view(smg(LONG), smg({**LONG, "no_routing_id": 1000})),
+        "not pinned",
+        ["key_lost"],
+        "the key chose the worker of 0 of 1000 calls, in the last 10 s",
+    ),
+    "most keys lost just now, under the override": (
+        view(
+            smg(LONG, policy="random"),
+            smg({**LONG, "occupied_hit": 200_005}, policy="random", calls=201_500),
+        ),
+        "not pinned",
+        ["key_lost"],
+        "the key chose the worker of 5 of 1000 calls, in the last 10 s",
+    ),
+    "all workers overloaded just now, after many calls that were pinned": (
+        view(
+            smg(LONG),
+            smg({**LONG, "no_healthy_workers": 99}, more='smg_workers_overloaded{model="m"} 2\n'),
+        ),
+        "not pinned",
+        ["overloaded"],
+        "the key chose the worker of 0 of 99 calls, in the last 10 s",
+    ),
+    "all sessions move just now, as after a restart of the gateway": (
+        view(
+            smg({"vacant": 1}),
+            smg({"vacant": 100}),
+            (session_server(kept=10**6), session_server(kept=10**6, moved=60)),
+        ),
+        "not pinned",
+        ["pins_lost"],
+        "0 of 60 later calls came to the worker of their session, in the last 10 s",
+    ),
+    "each call has a key of its own": (
+        view(IDLE, smg({"vacant": 100})),
+        "could not tell",
+        ["key_changes"],
+        "0 of 0 later calls came to the worker of their key, since the gateway started; but see",
+    ),
+    "each call has a key of its own, after many calls that were pinned": (
+        view(smg(LONG), smg({**LONG, "vacant": 600})),
+        "could not tell",
+        ["key_changes"],
+        "200000 of 200000 later calls came to the worker of their key, since the gateway started; ",
+    ),
+    "each call had a key of its own, until now": (
+        view(smg({"vacant": 100}), smg({"vacant": 100})),
+        "could not tell",
+        ["idle", "key_changes"],
+        "",
+    ),
+    "all keys lost just now, under the override": (
+        view(smg(LONG, policy="random"), smg(LONG, policy="random", calls=201_500)),
+        "not pinned",
+        ["key_lost"],
+        "the key chose the worker of 0 of 1000 calls, in the last 10 s",
+    ),
+    "each call has a key of its own, which is hashed": (
+        view(
+            IDLE,
+            smg({"routing_key_hit": 100}, policy="consistent_hashing"),
+            (session_server(), session_server(first=100)),
+        ),
+        "could not tell",
+        ["key_changes"],
+        "but see below",
+    ),
+    "one key for all, which is hashed": (
+        view(
+            None,
+            smg({"routing_key_hit": 40}, policy="consistent_hashing", workers={W1: 40, W2: 0}),
+        ),
+        "could not tell",
+        ["shared_key"],
+        "but see below",
+    ),
+    "one key for many sessions, which is hashed": (
+        view(
+            None,
+            smg({"routing_key_hit": 40}, policy="consistent_hashing", workers={W1: 40, W2: 0}),
+            (None, session_server({W1: 2}, {W1: 20}, first=20, kept=20)),
+        ),
+        "could not tell",
+        ["shared_key"],
+        "but see below",
+    ),
+    "few sessions, which are hashed to one worker": (
+        view(
+            None,
+            smg({"routing_key_hit": 40}, policy="consistent_hashing", workers={W1: 40, W2: 0}),
+            (None, session_server({W1: 2}, {W1: 2}, first=2, kept=38)),
+        ),
+        "pinned",
+        [],
+        "38 of 38",
+    ),
+    "one key, or one worker that is not down": (
+        view(
+            None,
+            smg(
+                {"routing_key_hit": 40},
+                policy="consistent_hashing",
+                workers={W1: 40, W2: 0},
+                health={W2: 0},
+            ),
+        ),
+        "could not tell",
+        ["worker_down"],
+        "but some workers are left out",
+    ),
+    "turns end, and none begins": (
+        view(PINNED, PINNED, (session_server(), session_server(kept=15))),
+        "pinned",
+        ["idle"],
+        "15 of 15 later calls came to the worker of their session, in the last 10 s",
+    ),
     "no healthy worker": (
         view(IDLE, smg({"no_healthy_workers": 50}, health={W1: 0, W2: 0})),
         "not pinned",
         ["worker_down", "no_healthy_workers"],
         "the key chose the worker of 0 of 50 calls",
+    ),
+    "no healthy worker just now, after many calls that were pinned": (
+        view(
+            smg(LONG),
+            smg({**LONG, "occupied_hit": 200_050, "no_healthy_workers": 50}, health={W1: 0, W2: 0}),
+        ),
+        "not pinned",
+        ["worker_down", "no_healthy_workers"],
+        "the key chose the worker of 50 of 100 calls",
+    ),
+    "turns end on the one worker that there is": (
+        view(
+            smg({"occupied_hit": 100}, workers={W1: 100}),
+            smg({"occupied_hit": 100}, workers={W1: 100}),
+            (session_server(), session_server(kept=15)),
+        ),
+        "could not tell",
+        ["idle", "one_worker"],
+        "only one worker is known",
     ),
     "worker lost": (
         view(IDLE, smg({"occupied_hit": 90, "occupied_miss": 10}, health={W1: 0})),
@@ -259,6 +404,23 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         "could not tell",
         ["shared_key"],
         "30 of 30 later calls came to the worker of their key, in the last 10 s; but see below",
+    ),
+    "one key for all, of prefill and decode workers": (
+        view(
+            IDLE,
+            smg(
+                {"vacant": 2, "occupied_hit": 60},
+                calls=0,
+                more="".join(
+                    f'smg_worker_selection_total{{worker_type="{pool}",policy="manual"}} 31\n'
+                    f'smg_worker_pool_size{{worker_type="{pool}"}} 2\n'
+                    for pool in ("prefill", "decode")
+                ),
+            ),
+        ),
+        "could not tell",
+        ["shared_key"],
+        "but see below",
     ),
     "one session": (
         view(
@@ -447,8 +609,45 @@ def test_session_server_that_saw_too_few_turns_now_leaves_the_verdict_to_the_gat
     idle = judge(view(PINNED, PINNED, server), 0.99)
     assert idle.sentence == (
         "Not pinned: 505 of 1005 later calls came to the worker of their session, since the "
-        "gateway started."
+        "session server started."
     )
+
+
+@pytest.mark.parametrize(("seconds", "turns"), [(11.3, 1130), (60, 6000)])
+def test_page_of_the_session_server_that_comes_seldom_tells_of_no_other_gateway(
+    seconds: float, turns: int
+) -> None:
+    gateway = view(smg({"vacant": 9}), smg({"vacant": 9, "occupied_hit": 1000})).gateway
+    before, page = server_of(session_server()), server_of(session_server(kept=turns))
+    verdict = judge(View(gateway, Look(SERVER, page, before, seconds)), 0.99)
+    assert (verdict.answer, names(verdict)) == ("pinned", [])
+    assert verdict.sentence.endswith(f"in the last {seconds:.0f} s.")
+
+
+def test_turns_that_vllm_router_routed_before_are_no_other_gateway_s() -> None:
+    """It doesn't say how many calls are in flight."""
+    server = session_server(unknown=100), session_server(unknown=500)
+    assert names(judge(view(vllm(), vllm(calls=(60, 60)), server), 0.99)) == ["uncounted"]
+
+
+def test_counters_that_begin_anew_again_and_again_may_be_those_of_several() -> None:
+    """A balancer before the metrics of several processes looks like restarts."""
+    noon = datetime(2026, 1, 1, 12, 0, 0)
+    for restarts, is_told in ((1, False), (2, True)):
+        gateway = Look(GATEWAY, gateway_of(PINNED), restarts=restarts, restarted=noon)
+        server = Look(SERVER, server_of(session_server()), restarts=restarts, restarted=noon)
+        told = judge(View(gateway, server), 0.99).causes[:2]
+        assert [cause.name for cause in told] == ["gateway_restarted", "server_restarted"]
+        for cause in told:
+            assert (" answer there in turn" in cause.text) is is_told
+            assert ("give the URL of a single one" in cause.advice) is is_told
+
+
+def test_remedy_of_a_policy_is_also_that_of_an_override_without_a_key() -> None:
+    """The gateway doesn't say whether it was launched with the override."""
+    [cause] = judge(view(None, smg(policy="cache_aware", calls=50)), 0.99).causes
+    assert "unless it has --routing-key-override" in cause.text
+    assert "If it has that already, no key reaches it. Look at the session server" in cause.advice
 
 
 def test_share_that_is_enough_is_exactly_so_much() -> None:
@@ -504,6 +703,17 @@ def test_workers_that_are_too_many_for_the_terminal_are_those_that_tell_least() 
     assert len(lines(seen, judge(seen, 0.99))) > 500  # a log has all
 
 
+def test_workers_that_the_gateway_no_longer_has_are_not_said_to_be_ok() -> None:
+    sessions = {W1: 5, W2: 3}
+    server = session_server(), session_server(sessions, sessions, first=8, kept=100)
+    removed = smg({"vacant": 8, "occupied_hit": 99}, health={W2: -1}, circuits={W2: -1}, kind="")
+    seen = view(None, removed, server)
+    assert [*gateway_of(removed).workers] == [W1]
+    told = "\n".join(lines(seen, judge(seen, 0.99)))
+    assert "10.0.0.2:8000           ok " in told
+    assert "10.0.0.3:8000           -  " in told
+
+
 def test_outcomes_that_never_were_are_left_out_of_a_small_terminal() -> None:
     seen = view(IDLE, PINNED, (session_server(), session_server(first=5, kept=95, late=1)))
     verdict = Verdict("pinned", "Pinned.", ())
@@ -536,6 +746,9 @@ def test_the_page_lists_the_causes_that_verify_does_not_have() -> None:
 def test_figures_that_are_no_numbers_are_left_out() -> None:
     more = f'smg_engine_token_usage{{worker="{W1}"}} NaN\n'
     assert gateway_of(smg(calls=10, more=more)).workers[W1].token_usage is None
+    assert gateway_of(smg(calls=10, more=more)).load.kv_usage == {}
+    with pytest.raises(ValueError, match="no page of metrics"):
+        gateway_of(smg(calls=10, more=more.replace("NaN", 400 * "9")))
     odd = session_server({W1: 3}, kept=5) + 'smg_routing_sessions{worker="w"} NaN\n'
     assert server_of(odd).sessions == {"w": 0}
 
@@ -577,10 +790,25 @@ def test_endpoint_says_since_when_there_is_no_page() -> None:
     assert (endpoint.seen.error, endpoint.seen.since) == ("", None)
 
 
-def test_wide_letters_take_no_second_line_of_the_terminal() -> None:
+def test_picture_follows_a_terminal_that_is_resized(monkeypatch: pytest.MonkeyPatch) -> None:
     out = StringIO()
+    monkeypatch.setattr(out, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "200")
+    seen = view(None, PINNED)
+    with Picture(terminal(out)) as redraw:
+        for columns, width in ((200, 80), (40, 40), (100, 80)):
+            monkeypatch.setenv("COLUMNS", str(columns))
+            out.truncate(out.seek(0))
+            redraw(seen, judge(seen, 0.99))
+            drawn = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", out.getvalue()).splitlines()
+            assert max(map(len, drawn)) == width
+
+
+def test_wide_letters_take_no_second_line_of_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = StringIO()
+    monkeypatch.setenv("COLUMNS", "30")
     seen = view(None, smg({"vacant": 20}, workers={"a" + 40 * "漢": 10, W2: 10}))
-    with Picture(Console(file=out, force_terminal=True, width=30, height=40)) as redraw:
+    with Picture(Console(file=out, force_terminal=True, height=40)) as redraw:
         redraw(seen, judge(seen, 0.99))
         drawn = out.getvalue().splitlines()
     [row] = [number for number, line in enumerate(drawn) if "漢" in line]

@@ -95,15 +95,17 @@ def test_once_as_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize(
     ("page", "said"),
     [
-        ("<html><body>Hello</body></html>", "what answers there is no"),
+        ("<html><body>Hello</body></html>", "what answers there is no page of metrics: invalid"),
         ("node_load1 0.5\n", "what answers there is no SMG gateway's metrics"),
         (session_server(kept=9), "what answers there is no SMG gateway's metrics"),
         (web.Response(status=500, text="sick"), "it answers 500 (sick)"),
         (web.Response(status=404), "it answers 404"),
         (web.Response(status=307, headers={"Location": "/"}), "it answers 307"),
         (PINNED + 'smg_worker_selection_total{policy="random"} NaN\n', "_total is nan"),
-        (PINNED[: len(PINNED) // 2], "sample"),
+        (PINNED[: len(PINNED) // 2], "what answers there is no page of metrics: Invalid value"),
+        ("# TYPE smg_x\n", "what answers there is no page of metrics."),
         (PINNED + "# \n" * 2**21, "the page has more than 4 MiB"),
+        ("smg_x{" + 'a="1",' * 2**19 + "} 1\n", "the page has a line of more than 64 KiB"),
     ],
 )
 def test_page_that_is_none_is_said_to_be_so_with_the_remedy(
@@ -114,6 +116,7 @@ def test_page_that_is_none_is_said_to_be_so_with_the_remedy(
         assert main(["watch", str(url), "--once", "--interval", "1000"]) == 2
     out = words(capsys)
     assert f"could not be read at {url}/metrics, since " in out
+    assert said in out
     assert "--prometheus-port" in out
     assert "Traceback" not in out
 
