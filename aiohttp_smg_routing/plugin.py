@@ -45,7 +45,7 @@ class Routing:
         self.middleware: Middleware = inbound(self._rules)
         """The inbound half: it enters the session of a request in the context."""
         self._hook = client.Hook(self._rules)
-        self._hooked = 0
+        self._hooked = False
         self._attached: WeakSet[ClientSession] = WeakSet()
 
     def trace_config(self) -> TraceConfig:
@@ -58,7 +58,7 @@ class Routing:
         """
         if not self.config.enabled:
             return TraceConfig()
-        self._hooked += 1
+        self._hooked = True
         return client.Hook(self._rules)
 
     def attach(self, session: ClientSession) -> None:
@@ -74,7 +74,7 @@ class Routing:
                 "the session in it with trace_configs=[routing.trace_config()]"
             )
         if self.config.enabled and compat.is_client_session(session):
-            self._hooked += 1
+            self._hooked = True
             client.attach(session, self._hook)
             self._attached.add(session)  # until the app is cleaned up, where it is an app's
 
@@ -91,7 +91,7 @@ class Routing:
         """
         stack = ExitStack()
         if self.config.enabled:
-            self._hooked += 1
+            self._hooked = True
             stack.callback(httpx_client.instrument(self._rules))
         return stack
 
@@ -105,7 +105,7 @@ class Routing:
         """
         if not self.config.enabled:
             return {}
-        self._hooked += 1
+        self._hooked = True
         return httpx_client.HttpxHook(client.Hook(self._rules)).event_hooks()
 
     def explain(self, method: str, url: str | URL) -> str:

@@ -35,7 +35,7 @@ TESTS = {
     "wire/test_never_silent",
     "values": "unit/test_config unit/test_secrets wire/test_plugin",
     "testing": "unit/test_testing_call unit/test_testing_processes wire/test_testing_recorder "
-    "gateway/test_testing_fixtures gateway/test_testing_gateway",
+    "gateway/test_testing_fixtures gateway/test_testing_gateway recipes/test_canned",
     "watch": "unit/test_watch unit/test_watch_cli",
     "verify": "unit/test_verify_judge unit/test_verify_report unit/test_verify_cli",
     "verify/ask": "unit/test_verify_play unit/test_verify_call unit/test_verify_cli",

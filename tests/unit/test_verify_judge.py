@@ -847,6 +847,16 @@ def test_nothing_is_said_of_where_turns_went_where_nobody_names_a_worker(what: s
     assert "kept" not in verdict.sentence
 
 
+@pytest.mark.parametrize(("size", "said"), [(128, []), (129, ["129 bytes long"])])
+def test_key_of_128_bytes_is_the_longest(size: int, said: list[str]) -> None:
+    verdict = judge(
+        seen(plan=replace(PLAN, sessions=9, session_id="{run}" + "x" * (size - 3) + "{n}")), 0.99
+    )
+    texts = [cause.text for cause in verdict.causes if cause.name == "bad_key"]
+    assert [phrase for phrase in said if phrase in " ".join(texts)] == said
+    assert len(texts) == len(said)
+
+
 def test_every_cause_is_in_the_docs() -> None:
     files = (ROOT / "aiohttp_smg_routing/verify").glob("*.py")
     source = "".join(file.read_text("utf-8") for file in files)

@@ -152,6 +152,17 @@ async def test_run_ends_at_its_time_limit() -> None:
     assert (seen.stopped, seen.sent, seen.turns) == ("time_limit", 3, ())
 
 
+async def test_models_that_never_come_end_the_run_although_one_is_named() -> None:
+    async def never(request: web.Request) -> web.Response:
+        await asyncio.Event().wait()
+        raise AssertionError("it never answers")
+
+    async with serve(fake_gateway(recorder([]), models=never)) as url:
+        seen = await Play(Plan(url, METRICS, model="mine", timeout=0.3), api_key=None).run()
+    assert seen.failure is not None
+    assert (seen.failure.kind, seen.sent) == ("timeout", 0)
+
+
 @pytest.mark.parametrize("silent", ["/v1/models", "/workers", "/metrics"])
 async def test_time_limit_holds_for_what_is_asked_before_the_first_call(silent: str) -> None:
     @web.middleware

@@ -67,6 +67,10 @@ def test_arm_with_the_key_is_above_and_the_curves_are_beside(
     assert above.get_position().y0 > below.get_position().y1
     assert above.get_title(loc="right") == "0 moves"
     assert below.get_title(loc="right") != "0 moves"
+    assert (above.get_xlabel(), below.get_xlabel()) == ("", "turn")
+    [legend] = figures[0].legends
+    named = [text.get_text().split("//")[-1] for text in legend.get_texts()]
+    assert named[:3] == [f"10.0.3.{number}:8000" for number in range(3)]
     for title, value in (
         ("Prompt tokens from the KV cache", 0.5),
         ("Time to first token, median", 0.1),

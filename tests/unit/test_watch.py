@@ -20,6 +20,7 @@ from aiohttp_smg_routing.watch.document import document
 from aiohttp_smg_routing.watch.endpoint import Endpoint, Look
 from aiohttp_smg_routing.watch.judge import judge
 from aiohttp_smg_routing.watch.page import (
+    KEYED,
     Gateway,
     Server,
     gateway_shrank,
@@ -133,6 +134,7 @@ def names(verdict: Verdict) -> list[str]:
     return [cause.name for cause in verdict.causes]
 
 
+VERDICT = Verdict("pinned", "Pinned.", ())
 IDLE = smg()
 PINNED = smg({"vacant": 5, "occupied_hit": 100})
 
@@ -690,6 +692,57 @@ def test_figures_of_each_branch_worker_and_outcome() -> None:
     assert "ok               -        52        6          30%   90%" in told
 
 
+def test_figures_of_now_are_those_of_a_second() -> None:
+    text = lines(view(IDLE, PINNED), VERDICT)
+    rates = {row.split()[0]: row.split()[2] for row in text if row.startswith("10.0.0.")}
+    assert rates == {W1.removeprefix("http://"): "5.2", W2.removeprefix("http://"): "5.3"}
+
+
+def test_kept_share_of_the_gateway_is_that_of_manual() -> None:
+    """Under the other policy a branch says that there was a key, not that it found its worker."""
+    for policy, rows in (("manual", 1), ("consistent_hashing", 0)):
+        text = lines(view(IDLE, smg({"occupied_hit": 9}, policy=policy)), VERDICT)
+        assert len([line for line in text if line.startswith("kept share")]) == rows
+
+
+def test_gateway_without_a_page_has_no_figures() -> None:
+    text = lines(view(None, None, error="nobody is there"), VERDICT)
+    assert [line for line in text if "per second" in line or "worker" in line] == []
+
+
+def test_workers_are_those_that_the_gateway_tells_the_health_of() -> None:
+    threads = 'smg_tokio_worker_polls{worker="3"} 1\n'
+    health = f'smg_worker_health{{worker="{W2}"}} 1\n'
+    page = gateway_of(SMG + smg({"vacant": 1}, workers={W1: 1}) + threads + health)
+    assert {*page.workers} == {W1, W2}
+
+
+def test_what_the_gateway_does_not_say_of_a_worker_is_unknown() -> None:
+    page = gateway_of(SMG_1_13 + f'smg_worker_cb_outcomes_total{{worker="{W1}"}} 5\n')
+    [worker] = page.workers.values()
+    assert (worker.calls, worker.healthy, worker.circuit) == (5, None, None)
+
+
+@pytest.mark.parametrize("outcome", KEYED)
+def test_key_that_the_session_server_sends_is_looked_for_on_its_way(outcome: str) -> None:
+    advice = []
+    for name in (outcome, "untagged"):
+        server = session_server(), session_server(None, None, **{name: 50})
+        verdict = judge(view(IDLE, smg({"no_routing_id": 50}), server), 0.99)
+        advice += [cause.advice for cause in verdict.causes if cause.name == "key_lost"]
+    sent, unsent = advice
+    assert ("The session server sends keys" in sent, unsent != sent) == (True, True)
+
+
+def test_figures_that_are_old_are_said_to_be_so() -> None:
+    old = server_of(session_server(kept=9))
+    for page in (old, None):
+        server = Look(SERVER, page, error="it answers 500", since=datetime.now())
+        verdict = judge(View(Look(GATEWAY, page_of(PINNED)), server), 0.99)
+        [cause] = [it for it in verdict.causes if it.name == "no_server_counters"]
+        assert ("Its figures are from before that" in cause.text) is (page is old)
+
+
 def test_workers_that_are_too_many_for_the_terminal_are_those_that_tell_least() -> None:
     workers = {f"http://10.0.{n // 250}.{n % 250}:8000": n for n in range(500)}
     health = {"http://10.0.0.7:8000": 0}
@@ -716,12 +769,11 @@ def test_workers_that_the_gateway_no_longer_has_are_not_said_to_be_ok() -> None:
 
 def test_outcomes_that_never_were_are_left_out_of_a_small_terminal() -> None:
     seen = view(IDLE, PINNED, (session_server(), session_server(first=5, kept=95, late=1)))
-    verdict = Verdict("pinned", "Pinned.", ())
-    assert [line.split()[0] for line in lines(seen, verdict, 80, 24) if line][7:12] == (
+    assert [line.split()[0] for line in lines(seen, VERDICT, 80, 24) if line][7:12] == (
         ["session", "first", "kept", "late", "kept"]
     )
-    assert "moved" in {line.split()[0] for line in lines(seen, verdict, 80, 40) if line}
-    assert len(lines(seen, verdict, 80, 24)) <= 24
+    assert "moved" in {line.split()[0] for line in lines(seen, VERDICT, 80, 40) if line}
+    assert len(lines(seen, VERDICT, 80, 24)) <= 24
 
 
 def test_long_names_keep_both_their_ends() -> None:

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from threading import Thread
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -81,7 +82,10 @@ def test_min_kept_is_the_share_that_must_stay(capsys: pytest.CaptureFixture[str]
 
 
 def test_once_as_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
-    server = session_server(), session_server({"http://w": 5}, {"http://w": 6}, first=5, kept=20)
+    server = (
+        session_server(),
+        session_server({"http://w": 5, "http://v": 1}, {"http://w": 6}, first=5, kept=20),
+    )
     with pages(IDLE, PINNED) as url, pages(*server) as theirs:
         assert main(["watch", f"{url}/metrics", f"{theirs}/metrics", *ONCE, "--json"]) == 0
     seen = json.loads(capsys.readouterr().out)
@@ -89,7 +93,13 @@ def test_once_as_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> Non
     assert seen["gateway"]["now"]["branches"]["manual"] == {"vacant": 5, "occupied_hit": 100}
     assert seen["gateway"]["now_seconds"] >= 0.1
     assert (seen["server"]["now"]["kept"], seen["server"]["now"]["kept_share"]) == (20, 1)
-    assert seen["server"]["active_sessions"] == {"http://w": 5}
+    assert seen["server"]["active_sessions"] == {"http://w": 5, "http://v": 1}
+    assert seen["server"]["sessions_skew"] == {
+        "worker": "http://w",
+        "most": 5,
+        "mean": 3,
+        "ratio": 5 / 3,
+    }
 
 
 @pytest.mark.parametrize(
@@ -173,9 +183,26 @@ def test_log_says_a_cause_when_it_comes_up_and_then_names_it(
 def test_json_is_a_line_for_each_interval(capsys: pytest.CaptureFixture[str]) -> None:
     with pages(IDLE, *[PINNED] * 8, ended_by=signal.SIGTERM) as url:
         assert main(["watch", str(url), *FAST, "--json"]) == 143
-    told = [json.loads(line)["verdict"] for line in capsys.readouterr().out.splitlines()]
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(told) > 2
-    assert told[-1] == "pinned"
+    assert told[-1]["verdict"] == "pinned"
+    assert told[0]["gateway"]["kind"] == "smg"  # it waits for the first page
+
+
+@pytest.mark.parametrize(("kind", "seconds"), [("xterm", 1), ("dumb", 5)])
+def test_what_is_not_redrawn_is_printed_less_often(
+    kind: str, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    intervals = []
+
+    class Watching(cli.Watching):
+        def __init__(self, gateway: URL, server: URL | None, interval: float, *rest: Any) -> None:
+            intervals.append(interval)
+            super().__init__(gateway, server, 0.1, *rest)
+
+    monkeypatch.setattr(cli, "Watching", Watching)
+    on_terminal(monkeypatch, kind)
+    assert intervals == [seconds]
 
 
 def test_it_ends_when_nobody_reads_what_it_prints(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +211,7 @@ def test_it_ends_when_nobody_reads_what_it_prints(monkeypatch: pytest.MonkeyPatc
         assert main(["watch", str(url), *FAST]) == 141
 
 
-def on_terminal(monkeypatch: pytest.MonkeyPatch, kind: str) -> bytes:
+def on_terminal(monkeypatch: pytest.MonkeyPatch, kind: str, *options: str) -> bytes:
     """Run the command on a terminal of that kind until Ctrl-C; return what came to the terminal."""
     for name, value in (("TERM", kind), ("COLUMNS", "80"), ("LINES", "24")):
         monkeypatch.setenv(name, value)
@@ -200,14 +227,14 @@ def on_terminal(monkeypatch: pytest.MonkeyPatch, kind: str) -> bytes:
     thread.start()
     with pages(IDLE, *[PINNED] * 9, ended_by=signal.SIGINT) as url, open(slave, "w") as screen:
         monkeypatch.setattr("sys.stdout", screen)
-        assert main(["watch", str(url), *FAST]) == 130
+        assert main(["watch", str(url), *options]) == 130
     thread.join()
     os.close(master)
     return bytes(read)
 
 
 def test_terminal_is_redrawn_and_keeps_the_last_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    read = on_terminal(monkeypatch, "xterm")
+    read = on_terminal(monkeypatch, "xterm", *FAST)
     entered, left = read.find(b"\x1b[?1049h"), read.rfind(b"\x1b[?1049l")
     assert 0 <= entered < left
     assert read[entered:left].count(b"occupied_hit") > 2
@@ -217,7 +244,7 @@ def test_terminal_is_redrawn_and_keeps_the_last_picture(monkeypatch: pytest.Monk
 
 
 def test_terminal_that_can_not_be_redrawn_gets_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    read = on_terminal(monkeypatch, "dumb")
+    read = on_terminal(monkeypatch, "dumb", *FAST)
     assert b"\x1b" not in read
     assert read.count(b"occupied_hit") > 2
 

@@ -858,6 +858,25 @@ async def test_a_run_is_said_once_before_the_first_call_that_is_tagged_and_once_
     assert len(await play(f"/s-1/{what}", 100)) == 2
 
 
+async def test_a_call_without_a_session_is_a_call_that_was_seen(
+    gateway: Recorder, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def missing(request: web.Request) -> web.Response:
+        with routing_session(None):
+            return await calling(gateway.chat)(request)
+
+    app = sometimes_calling(gateway.chat)
+    app.router.add_post("/{session_id}/idle", calling())
+    app.router.add_post("/{session_id}/missing", missing)
+    setup(app, {"gateway": str(gateway.url), "client_session": "client"})
+    client = await aiohttp_client(app)
+    for what in [*["missing"] * 60, *["idle"] * 60]:
+        async with client.post(f"/s-1/{what}") as response:
+            assert response.status == 200
+    [line] = said(caplog)
+    assert RUNS["missing"] in line
+
+
 async def test_a_call_in_a_block_within_the_request_is_a_call_that_was_seen(
     gateway: Recorder, caplog: pytest.LogCaptureFixture
 ) -> None:
