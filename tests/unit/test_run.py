@@ -111,7 +111,7 @@ def test_a_file_on_a_python_that_reads_no_toml_names_what_to_install(
     ],
 )
 def test_a_source_that_is_not_there_is_named(source: str, reason: str) -> None:
-    with pytest.raises(ConfigError, match=reason):
+    with pytest.raises(ConfigError, match=f"^config: .*{reason}"):
         config.load(source)
 
 
@@ -293,6 +293,14 @@ def test_a_file_is_passed_on_by_its_whole_path(
 def test_a_name_is_left_for_the_server_to_find(monkeypatch: pytest.MonkeyPatch) -> None:
     _, environ = begun(monkeypatch, "--config", "no.such:NAME", sys.executable, "-u", "x.py", "-I")
     assert json.loads(environ["AIOHTTP_SMG_ROUTING_RUN"])["config"] == "no.such:NAME"
+
+
+@pytest.mark.parametrize("word", ["-mSphinx", "-cimport I", "--"])
+def test_letters_behind_a_module_or_code_are_no_options(
+    monkeypatch: pytest.MonkeyPatch, word: str
+) -> None:
+    command, _ = begun(monkeypatch, "--config", "a:B", sys.executable, word, "-I")
+    assert command[1:] == [word, "-I"]
 
 
 def test_a_program_that_is_no_python_may_start_one(monkeypatch: pytest.MonkeyPatch) -> None:
