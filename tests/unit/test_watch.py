@@ -717,6 +717,17 @@ def test_workers_are_those_that_the_gateway_tells_the_health_of() -> None:
     assert {*page.workers} == {W1, W2}
 
 
+@pytest.mark.parametrize(("rates", "shown"), [((0, 0), [None, None]), ((0, 0.5), [0, 0.5])])
+def test_hit_rate_of_0_is_none_at_all_if_every_worker_has_it(
+    rates: Sequence[float], shown: Sequence[float | None]
+) -> None:
+    """SMG writes a 0 for an engine that has no figure."""
+    pairs = zip((W1, W2), rates, strict=True)
+    more = "".join(f'smg_engine_cache_hit_rate{{worker="{w}"}} {rate}\n' for w, rate in pairs)
+    page = gateway_of(smg({"vacant": 2}, more=more))
+    assert [worker.cache_hit_rate for worker in page.workers.values()] == shown
+
+
 def test_what_the_gateway_does_not_say_of_a_worker_is_unknown() -> None:
     page = gateway_of(SMG_1_13 + f'smg_worker_cb_outcomes_total{{worker="{W1}"}} 5\n')
     [worker] = page.workers.values()
