@@ -25,7 +25,7 @@ FORMS = st.fixed_dictionaries(
 )
 
 
-@settings(LAW, max_examples=500)
+@settings(LAW, max_examples=1000)
 @given(IDS, IDS, FORMS)
 @example("x" * 128, "x" * 129, {"prefix": ""})
 @example("x" * 76, "x" * 77, {"prefix": "~" * LONGEST_PREFIX})
@@ -60,7 +60,7 @@ def combinations(draw: st.DrawFn) -> tuple[laws.Shared, list[str]]:
     return laws.Shared(pin_by, draw(st.sampled_from(["a", "b", "ab"]) | IDS), parts), names
 
 
-@settings(LAW, max_examples=250)
+@settings(LAW, max_examples=500)
 @given(combinations(), combinations(), FORMS)
 def test_no_two_combinations_share_a_key_and_none_has_that_of_an_id(
     one: Any, other: Any, form: Any
@@ -133,7 +133,7 @@ MAPPINGS = st.fixed_dictionaries(
 ) | st.dictionaries(ANY_TEXT, JSON, max_size=3)
 
 
-@settings(LAW, max_examples=200)
+@settings(LAW, max_examples=400)
 @given(MAPPINGS, st.booleans())
 @example({"gateway": "http://gw/v1"}, True)
 @example({"tool": {"smg_routing": {"gateway": laws.HIDDEN}}}, False)
@@ -178,7 +178,7 @@ HEADERS = st.lists(
 )
 
 
-@settings(LAW, max_examples=500)
+@settings(LAW, max_examples=1000)
 @given(st.sampled_from(["POST", "POST", "post", "GET"]), URLS, st.booleans(), IDS, HEADERS)
 @example("POST", "http://gw.example/base/v1/chat/completions", True, "s-1", [])
 @example("POST", "http://gw.example:x/base/v1/chat/completions", True, "s-1", [])

@@ -113,7 +113,7 @@ def test_a_key_reaches_the_gateways_origin_and_path_or_nobody(
 ) -> None:
     count: Counter[str] = Counter()
 
-    @settings(LAW, max_examples=500)
+    @settings(LAW, max_examples=1000)
     @given(GATEWAYS, URLS, st.booleans(), st.sampled_from(["POST"] * 6 + ["post", "GET", "PUT"]))
     def law(gateway: Gateway, text: str, encoded: bool, method: str) -> None:
         host = f"[{gateway.host}]" if ":" in gateway.host else gateway.host
@@ -189,7 +189,7 @@ def test_every_hop_of_a_redirect_chain_is_judged_by_where_it_arrives(
 ) -> None:
     count: Counter[str] = Counter()
 
-    @settings(LAW, max_examples=200)
+    @settings(LAW, max_examples=400)
     @given(
         st.sampled_from(
             [
@@ -263,7 +263,7 @@ def test_headers_of_every_shape_gain_one_key_or_nothing_and_stay_the_callers(
     gateway = Gateway("http://gw.example", "gw.example", 80)
     tagged: Counter[Any] = Counter()
 
-    @settings(LAW, max_examples=200)
+    @settings(LAW, max_examples=400)
     @given(
         PAIRS,
         st.sampled_from(SHAPES),
@@ -354,7 +354,7 @@ def test_a_percent_encoded_id_in_the_path_gives_one_clean_key(run: Run[Any]) -> 
 
     wire, server = run(start())
 
-    @settings(LAW, max_examples=200)
+    @settings(LAW, max_examples=400)
     @given(SEGMENTS)
     def law(segment: str) -> None:
         wire.calls.clear()
