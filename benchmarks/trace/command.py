@@ -112,6 +112,11 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     default=SPEED.running,
     help="Calls that a worker runs at once; more have to wait.",
 )
+@click.option(
+    "--prefill-stalls",
+    is_flag=True,
+    help="Decoding stands still during a prefill. By default neither slows the other down.",
+)
 @click.option("--json", "json_file", metavar="FILE", type=_FILE, callback=output_file,
     help="Write all that was measured, every run of it.")  # fmt: skip
 @click.option("--picture", metavar="FILE", type=_FILE, callback=picture_file,
@@ -133,6 +138,7 @@ def main(
     scale: float,
     prefill: float,
     running: int,
+    prefill_stalls: bool,
     json_file: Path | None,
     picture: Path,
     markdown_file: Path | None,
@@ -155,7 +161,7 @@ def main(
     _require_gateway()
     if quick:
         sessions, workers, scale = QUICK_SESSIONS, QUICK_WORKERS, QUICK_SCALE
-    speed = replace(SPEED, prefill=prefill, running=running)
+    speed = replace(SPEED, prefill=prefill, running=running, stalls=prefill_stalls)
     settings = Settings(workers, speed, scale, at_once or 0, pause)
     loads: dict[str, Load] = {"check": partial(_check, quick)} if check else {}
     for file, recorded in traces:

@@ -3,7 +3,8 @@
 - *Prefill* is serial: one prompt after the other, in the order of arrival, at a rate that counts
   only the tokens that the cache does not have.
 - *Decode*: all running calls get a token in each step; a step takes longer with more calls.
-  A prefill does not slow it down. An engine that shares its compute loses more to a cold prompt.
+  A prefill does not slow it down, or it brings it to a stand (``Speed.stalls``). Engines that share
+  their compute are in between.
 - A call waits while too many run, or while the running ones leave too little room in the cache for
   its prompt and its output. Nothing is preempted.
 """
@@ -29,6 +30,9 @@ class Speed:
     """Seconds of a decode step, and how much longer each running call makes it."""
 
     step_per_call: float = 0.0005
+    stalls: bool = False
+    """Whether decoding stands still during a prefill."""
+
     running: int = 64
     """Calls that run at once, at the most."""
 
@@ -102,9 +106,13 @@ class Engine:
 
     @property
     def _decoded(self) -> float:
-        if not self._decoding:
+        if not self._decoding or self._is_stalled:
             return NEVER
         return self._steps_at + max(0, self._decoding[0][0] - self._steps) * self._step
+
+    @property
+    def _is_stalled(self) -> bool:
+        return self.speed.stalls and self._prefilling is not None
 
     @property
     def _step(self) -> float:
@@ -144,7 +152,7 @@ class Engine:
             self._begin(at)
 
     def _pass_time(self, at: float) -> None:
-        if self._decoding:
+        if self._decoding and not self._is_stalled:
             self._steps += (at - self._steps_at) / self._step
         self._steps_at = at
 
@@ -161,6 +169,7 @@ class Engine:
         job.held, job.begun = held, now
         job.cached_tokens = held.reused(job.prompt_tokens)
         job.first_token = now + (job.prompt_tokens - job.cached_tokens) / self.speed.prefill
+        self._pass_time(now)
         self._prefilling = job
         self.prompt_tokens += job.prompt_tokens
         self.cached_tokens += job.cached_tokens

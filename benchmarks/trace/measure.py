@@ -210,7 +210,8 @@ def notes(plan: Plan, rooms: Sequence[Room]) -> Iterator[str]:
         "All seconds are the model's. A worker prefills"
         f" {speed.prefill:,.0f} tokens a second, one prompt after the other; a decode step takes"
         f" {1000 * speed.step:g} ms and {1000 * speed.step_per_call:g} ms more for each running"
-        f" call, of which there are {speed.running} at the most. {speed.per_token:g} characters"
+        f" call, of which there are {speed.running} at the most"
+        f"{', and stands still during a prefill' * speed.stalls}. {speed.per_token:g} characters"
         f" are a token, {BLOCK} tokens a block of the cache. The gateway is the real one, in real"
         f" time: {settings.scale:g} seconds of the model pass in a second."
     )

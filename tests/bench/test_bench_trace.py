@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from random import Random
@@ -335,6 +335,14 @@ def test_an_engine_prefills_what_is_not_cached_and_decodes_together() -> None:
     assert whole.cached_tokens == 32  # its last token is computed: the next comes from it
 
 
+def test_a_prefill_brings_decoding_to_a_stand_if_asked() -> None:
+    first, second = Job("a" * 48, "x" * 2, 0), Job("b" * 32, "y" * 3, 0)
+    run(Engine(replace(SPEED, stalls=True)), [first, second])
+    assert [first.first_token, second.first_token] == pytest.approx([0.48, 0.80])
+    # A token of both takes 0.3 s, and one of the second alone 0.2 s.
+    assert [first.done, second.done] == pytest.approx([0.80 + 0.3, 0.80 + 0.3 + 0.2])
+
+
 def test_more_calls_make_a_decode_step_longer() -> None:
     engine = Engine(Speed(prefill=1e9, step=0.1, step_per_call=0.1, running=4, per_token=1))
     jobs = [Job(letter * 16, "x" * 11, 0) for letter in "abc"]
@@ -366,19 +374,22 @@ def test_calls_wait_while_too_many_run_or_the_cache_has_no_room() -> None:
 @given(
     st.lists(
         st.tuples(st.floats(0, 5), st.integers(1, 60), st.integers(0, 40)), min_size=1, max_size=20
-    )
+    ),
+    st.booleans(),
 )
 @settings(max_examples=50, deadline=None)
 def test_an_engine_does_the_same_however_often_it_is_looked_at(
-    calls: list[tuple[float, int, int]],
+    calls: list[tuple[float, int, int]], stalls: bool
 ) -> None:
+    speed = replace(SPEED, stalls=stalls)
+
     def jobs() -> list[Job]:
         ordered = sorted(calls)
         return [Job("ab"[size % 2] * size, "x" * output, at) for at, size, output in ordered]
 
     seldom, often = jobs(), jobs()
-    run(Engine(SPEED), seldom)
-    engine = Engine(SPEED)
+    run(Engine(speed), seldom)
+    engine = Engine(speed)
     done: list[Job] = []
     for job in often:
         for step in range(7):
