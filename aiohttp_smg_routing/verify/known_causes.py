@@ -147,7 +147,8 @@ def overloaded(load: Load) -> Cause:
         f"worker{'s' * (load.overloaded != 1)} out of routing (the fullest KV cache is at "
         f"{fullest:.0%}): sessions that are pinned there move, and come back when the load "
         "falls. If all workers are overloaded, it follows no pin.",
-        f"{protection_off(load)}: then a session waits for its own worker. Or add workers.",
+        f"Run fewer sessions at a time, or add workers. {protection_off(load)} if sessions must "
+        "stay all the same: then they wait for their own worker, and a rollout may end later.",
     )
 
 
