@@ -59,6 +59,8 @@ class Room:
     rounds: defaultdict[str, list[Played]] = field(default_factory=lambda: defaultdict(list))
     limit: float = 0
     one_lru: float = 0
+    distinct: int = 0
+    """The tokens that an infinite cache holds at the end: what sessions share counts once."""
 
 
 async def measure(progress: Progress, plan: Plan) -> Part:
@@ -104,6 +106,7 @@ def set_limits(plan: Plan, room: Room, played: Played) -> None:
         prompt, output = session.prompt(call.number), session.turns[call.number].output
         names = array("q", chain(prompt + output, per_token))  # a fifth of a list's memory
         blocks.append((names, len(prompt), len(prompt) + len(output)))
+    room.distinct = BLOCK * len(set().union(*(names for names, _, _ in blocks)))
     room.limit = shared_cache(blocks, float("inf"), per_token)
     room.one_lru = shared_cache(blocks, room.tokens * plan.settings.workers, per_token)
 
@@ -169,17 +172,18 @@ def table(plan: Plan, room: Room) -> Table:
         "moved": (moves, "calls"),
     }
     rows: list[tuple[str | Figure, ...]] = []
-    for name, share in ((INFINITE, room.limit), (ONE_LRU, room.one_lru)):
-        shares = (Figure((each,), "share") for each in (share, share / room.limit))
+    for name, limit in ((INFINITE, room.limit), (ONE_LRU, room.one_lru)):
+        shares = (Figure((each,), "share") for each in (limit, limit / room.limit))
         rows.append((name, *shares, *["-"] * (len(columns) - 2)))
     for name, rounds in room.rounds.items():
         cells = (Figure(tuple(map(of, rounds)), unit) for of, unit in columns.values())  # type: ignore[arg-type]
         rows.append((name, *cells))
     at_once = f", {settings.at_once} at a time" if settings.at_once else ""
+    share = 100 * settings.workers * room.tokens / room.distinct
     title = (
         f"Room for {called(room.room)}: {settings.workers} workers with a cache of"
-        f" {room.tokens:,} tokens each; {len(plan.sessions):,} sessions{at_once},"
-        f" {plan.calls:,} calls"
+        f" {room.tokens:,} tokens each, together {share:.0f} % of all distinct tokens;"
+        f" {len(plan.sessions):,} sessions{at_once}, {plan.calls:,} calls"
     )
     return Table(title, ("", *columns), tuple(rows))
 

@@ -4,6 +4,7 @@ import asyncio
 import json
 import lzma
 import os
+import re
 import signal
 import socket
 from collections.abc import Sequence
@@ -614,6 +615,7 @@ async def test_a_run_shows_that_pins_take_more_from_the_cache_and_writes_all_of_
         "20",
         "--room",
         "4",
+        "--prefill-stalls",
         "--json",
         "t.json",
     )
@@ -638,7 +640,10 @@ async def test_a_run_shows_that_pins_take_more_from_the_cache_and_writes_all_of_
     assert keyed["moved"]["median"] == 0 < keyless["moved"]["median"]
     assert keyless[OF_LIMIT]["median"] < 0.8 < keyed[OF_LIMIT]["median"] <= 1
     assert "No call failed." in part["notes"]
-    assert "12 sessions, 60 calls" in table["title"]
+    assert re.search(
+        r"together \d{3} % of all distinct tokens; 12 sessions, 60 calls", table["title"]
+    )
+    assert "and stands still during a prefill" in part["notes"][0]
     assert "## Agent trace t\n" in (folder / "elsewhere/t.md").read_text("utf-8")
     assert (folder / "elsewhere/t.svg").read_text("utf-8").startswith("<?xml")
     assert PINNED.name in out
