@@ -44,6 +44,26 @@ def test_each_figure_of_the_pages_names_a_command_that_is_there() -> None:
     assert with_figures <= set(re.findall(r"[\w/]+\.md(?=, |$)", listed.stdout, re.MULTILINE))
 
 
+def test_each_figure_of_the_first_table_is_one_of_a_trace() -> None:
+    """That table has rows of many commands, so it is written by hand."""
+    found = set()
+    for row in re.findall(r"^\| (.+) \|$", (ROOT / "docs/traces.md").read_text(), re.MULTILINE):
+        cells = row.split(" | ")
+        if len(cells) == 8 and cells[5].endswith(" s"):
+            shares = re.findall(r"[\d.]+", cells[2])
+            times = [round(float(it)) for it in re.findall(r"[\d.]+", cells[5].replace(",", ""))]
+            found |= {(*shares, *times), (shares[0], times[0])}  # with the range, and without
+    page = (ROOT / "docs/performance.md").read_text()
+    table = page.split("## What to launch for your job")[1].split("![")[0]
+    figure = r"([\d.]+) %(?: \(([\d.]+) to ([\d.]+)\))?, ([\d,]+) s(?: \((\d+) to (\d+)\))?"
+    told = re.findall(figure, table.replace(" | ", "\n"))
+    assert len(told) > 20
+    for share, low, high, *seconds in told:
+        shares = [it for it in (share, low, high) if it]
+        times = [int(it.replace(",", "")) for it in seconds if it]
+        assert (*shares, *times) in found
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
