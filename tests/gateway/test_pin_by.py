@@ -259,7 +259,9 @@ async def test_many_calls_of_one_group_at_once_do_not_stay_together_under_the_ov
     served = [len(turns_of(worker)) for worker in smg.workers]
     branches = await smg.branches()
     has_cap = bool(args) and SMG >= (1, 10)
-    assert sorted(served) == ([4, 4, 4, 4] if has_cap else [0, 0, 0, 16])
+    assert sum(served) == 16
+    # 4 each, give or take those that the gateway's threads count at the same moment.
+    assert (0 < min(served) <= max(served) < 8) if has_cap else max(served) == 16
     assert (branches["cap_respill"] > 0) is has_cap
 
 
