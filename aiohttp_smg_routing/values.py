@@ -123,7 +123,7 @@ def overlaps(gateways: Iterable[URL], paths: Iterable[str]) -> Iterator[tuple[st
         for count in range(len(segments), 1, -1):
             head = "/".join(segments[:count])
             if gateway.raw_path.rstrip("/").endswith(head):
-                yield str(gateway), head, path
+                yield str(gateway).rpartition("@")[2], head, path  # before it may be a password
                 break
 
 

@@ -237,6 +237,7 @@ async def test_calls_that_are_late_or_go_elsewhere_show_neither_id_nor_secret(
         {"gateway": f"http://user:{SECRET}@gateway/v1"},
         {"gateway": f"http://user:{SECRET}@*.gateway"},
         {"gateway": f"http://one, http://user:x,{SECRET},/@two"},
+        {"gateway": f"http://user/{SECRET}/@gateway//v1"},
         {"gateway": f"http://gateway/?token={SECRET}"},
         {"gateway": f"http://gateway/?a={SECRET},b"},
         {"gateway": f"http://gateway/#{SECRET}"},
