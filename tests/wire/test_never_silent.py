@@ -823,6 +823,19 @@ RUNS = {
 }
 
 
+def idle_and_missing(gateway: Recorder) -> web.Application:
+    """Return an app with routes that make no call, and calls without a session."""
+
+    async def missing(request: web.Request) -> web.Response:
+        with routing_session(None):
+            return await calling(gateway.chat)(request)
+
+    app = sometimes_calling(gateway.chat)
+    app.router.add_post("/{session_id}/idle", calling())
+    app.router.add_post("/{session_id}/missing", missing)
+    return app
+
+
 @pytest.mark.parametrize(("what", "phrase"), RUNS.items(), ids=RUNS)
 async def test_a_run_is_said_once_before_the_first_call_that_is_tagged_and_once_after_it(
     gateway: Recorder,
@@ -833,14 +846,7 @@ async def test_a_run_is_said_once_before_the_first_call_that_is_tagged_and_once_
     phrase: str,
 ) -> None:
     """What is wrong later is another mistake, such as a session that was made anew."""
-
-    async def missing(request: web.Request) -> web.Response:
-        with routing_session(None):
-            return await calling(gateway.chat)(request)
-
-    app = sometimes_calling(gateway.chat)
-    app.router.add_post("/{session_id}/idle", calling())
-    app.router.add_post("/{session_id}/missing", missing)
+    app = idle_and_missing(gateway)
     app.router.add_post("/{session_id}/near", calling(elsewhere.chat))
     setup(app, {"gateway": str(gateway.url), "client_session": "client"})
     client = await aiohttp_client(app)
@@ -861,13 +867,7 @@ async def test_a_run_is_said_once_before_the_first_call_that_is_tagged_and_once_
 async def test_a_call_without_a_session_is_a_call_that_was_seen(
     gateway: Recorder, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def missing(request: web.Request) -> web.Response:
-        with routing_session(None):
-            return await calling(gateway.chat)(request)
-
-    app = sometimes_calling(gateway.chat)
-    app.router.add_post("/{session_id}/idle", calling())
-    app.router.add_post("/{session_id}/missing", missing)
+    app = idle_and_missing(gateway)
     setup(app, {"gateway": str(gateway.url), "client_session": "client"})
     client = await aiohttp_client(app)
     for what in [*["missing"] * 60, *["idle"] * 60]:
