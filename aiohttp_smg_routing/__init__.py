@@ -14,7 +14,7 @@ from .context import SessionIdFilter, current_session_id, in_session, routing_se
 from .gateway import ROUTING_KEY_HEADER
 from .keys import routing_key
 from .ledger import PinLedger
-from .metrics import Move, PinSummary, SessionPin
+from .pins import Move, PinSummary, SessionPin
 from .plugin import ROUTING, Routing, setup
 from .rules import MissingSessionError
 from .sources import peek_json

@@ -14,7 +14,7 @@ from . import values
 from .gateway import CHAT_COMPLETIONS, ROUTED_WORKER_HEADER, ROUTING_KEY_HEADER
 from .keys import KeyForm, SessionId, as_prefix, routing_key, session_key, shared_key
 from .log import say
-from .metrics import Move
+from .pins import Move
 from .sources import JSON_MAX_SIZE, SESSION_ID, PinBy, Source
 from .values import option
 

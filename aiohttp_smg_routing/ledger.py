@@ -4,9 +4,9 @@ import logging
 import sys
 import threading
 import time
-from collections import Counter, OrderedDict, deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Mapping
-from dataclasses import astuple, fields
+from dataclasses import asdict, astuple
 from functools import partial
 from weakref import WeakValueDictionary
 
@@ -16,7 +16,8 @@ from .config import RoutingConfig
 from .gateway import Gateways
 from .keys import SessionId, as_session_id
 from .log import Capped, News
-from .metrics import Beside, Counted, Metrics, Move, Outcome, PinSummary, Row, SessionPin
+from .metrics import Counted, Metrics
+from .pins import Beside, Move, Outcome, PinSummary, Row, SessionPin, Workers
 
 _MOST_PINS = 64  # of one session
 _HINT = "the policy may ignore the key (see verify), or a worker is overloaded or gone"
@@ -28,11 +29,8 @@ class Call:
     __slots__ = ("__weakref__", "gateway", "header", "key", "ledger", "row", "session", "worker")
 
     def __init__(self, ledger: "PinLedger", header: str, session: str, gateway: str, key: str):
-        self.ledger: PinLedger = ledger
-        self.header: str = header
-        self.session: str = session
-        self.gateway: str = gateway
-        self.key: str = key
+        self.ledger, self.header, self.session = ledger, header, session
+        self.gateway, self.key = gateway, key
         self.row: Row | None = None
         self.worker: str | None = None
         if header and ledger._is_on:
@@ -53,13 +51,11 @@ class PinLedger:
     def __init__(self, config: RoutingConfig, metrics: Metrics | None = None) -> None:
         self._is_on = config.enabled and config.track_sessions > 0
         self.worker_header: istr = istr(config.worker_header)
-        self._gateways = Gateways(config.gateway)
         self._beginning: WeakValueDictionary[int, Call] = WeakValueDictionary()  # without a row
         self.news: News = News(logger := logging.getLogger(__name__))
-        self._config, self._metrics = config, metrics
+        self._config, self._metrics, self._gateways = config, metrics, Gateways(config.gateway)
         self._rows: OrderedDict[str, tuple[Row, ...]] = OrderedDict()
-        self._workers: Counter[str] = Counter()
-        self._counts = dict.fromkeys((it.name for it in fields(PinSummary)), 0)
+        self._workers, self._counts = Workers(), asdict(PinSummary())
         self._lock, self._is_working, self._is_shown = threading.RLock(), False, True
         self._waiting: deque[partial[None]] = deque()  # done under the lock, in order
         self._moves_log = Capped(logger, "moves", _HINT)
@@ -77,9 +73,15 @@ class PinLedger:
     def workers(self, within: float | None = None) -> dict[str, int]:
         """Return each worker's pins: all, or those answered ``within`` the last so many seconds."""
         self._catch_up()
-        if within is None:
-            return dict(self._workers)
-        return Row.by_worker(list(self._rows.values()), list(self._workers), within)
+        return self._workers.active(self._rows, within)
+
+    def calls(self, within: float = 600) -> dict[str, int]:
+        """Return the calls in sessions that each worker answered ``within`` the last seconds.
+
+        They are counted by ten seconds. Raises ``ValueError`` where ``within`` exceeds 600.
+        """
+        self._catch_up()
+        return self._workers.calls(within)
 
     def summary(self) -> PinSummary:
         """Return the counts of all calls so far, including those of sessions that have ended."""
@@ -117,6 +119,7 @@ class PinLedger:
                 if row and is_kept and is_plain:  # nearly every turn
                     row.turns, row.answered = row.turns + 1, time.monotonic()
                     self._rows.move_to_end(row.session)
+                    self._workers.called(row.worker, row.answered)
                     self._counts["kept"] += 1
                 else:
                     self._waiting.append(partial(self._answered, call, worker))
@@ -166,10 +169,11 @@ class PinLedger:
 
     def _count(self, what: Outcome | Beside, worker: str | None = None) -> None:
         self._counts[what] += 1
+        self._workers.called(worker, time.monotonic())
         self._to_metrics(what, worker, 1)
 
     def _show(self, is_shown: bool) -> None:
-        for worker, pins in self._workers.items() if is_shown != self._is_shown else ():
+        for worker, pins in self._workers.pins.items() if is_shown != self._is_shown else ():
             self._to_metrics("pinned", worker, pins if is_shown else -pins)
         self._is_shown = is_shown
 
@@ -188,9 +192,7 @@ class PinLedger:
 
     def _pinned(self, worker: str | None, change: int) -> None:
         if worker is not None:
-            self._workers[worker] += change
-            if not self._workers[worker]:
-                del self._workers[worker]
+            self._workers.pinned(worker, change)
             if self._is_shown:
                 self._to_metrics("pinned", worker, change)
 
@@ -199,9 +201,7 @@ class PinLedger:
             worker = worker.encode("utf-8", "backslashreplace").decode()  # it may be other bytes
             if len(self._gateways.group) > 1 and self._gateways.named(call.gateway, worker):
                 self._merge()
-        row = call.row or self._row_of(call) or self._entered(call)
-        while row.into is not None:
-            row = row.into
+        row = (call.row or self._row_of(call) or self._entered(call)).merged()
         was = call.worker or row.first
         if not row.is_over:
             if worker is not None and worker not in (was, row.worker):

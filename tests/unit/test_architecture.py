@@ -77,5 +77,5 @@ def test_the_core_needs_nothing_but_aiohttp() -> None:
 
 def test_the_core_is_few_files_that_are_short() -> None:
     sizes = {path.name: len(path.read_text().splitlines()) for path in PACKAGE.glob("*.py")}
-    assert len(sizes) <= 17  # the core is 16; httpx is for who calls by it
+    assert len(sizes) <= 18  # the core is 17; httpx is for who calls by it
     assert max(sizes.values()) <= 250

@@ -23,6 +23,7 @@ from aiohttp import ClientError, ClientSession, TraceConfig, web
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from prometheus_client import CollectorRegistry
 from pytest_aiohttp.plugin import AiohttpClient
 
 from aiohttp_smg_routing import (
@@ -183,6 +184,7 @@ class Reference:
     def __init__(self) -> None:
         self.pins: dict[tuple[str, str], Pin] = {}
         self.counts: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
         self.moves: list[Move] = []
 
     def begin(self, session: str, key: str) -> tuple[str, Pin, str | None]:
@@ -198,6 +200,8 @@ class Reference:
         elif was is None:
             outcome = "first"
         self.counts[outcome] += 1
+        if worker is not None:
+            self.calls[worker] += 1
         pin.first = pin.first or worker
         if pin.is_over:
             return
@@ -280,6 +284,7 @@ class Interleavings(RuleBasedStateMachine):
         rows = self.reference.rows()
         assert set(self.pins.sessions()) == rows
         assert self.pins.workers() == Counter(pin.worker for pin in rows if pin.worker)
+        assert self.pins.calls() == self.reference.calls
         counts = dict.fromkeys(("first", "kept", "moved", "unknown"), 0) | self.reference.counts
         sessions = len({pin.session for pin in rows})
         assert self.pins.summary() == PinSummary(**counts, sessions=sessions)
@@ -372,6 +377,50 @@ def test_active_pins_are_those_with_an_answer_in_the_last_seconds(
     assert pins.workers(60) == {W1: 2, W2: 1}
     pins.end("a")
     assert pins.workers(60) == {W1: 2, W2: 0}
+
+
+@pytest.mark.parametrize("has_metrics", [False, True])
+def test_calls_of_a_worker_are_those_that_it_answered_in_the_last_seconds(
+    monkeypatch: pytest.MonkeyPatch, has_metrics: bool
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    registry = {"metrics": "prometheus", "metrics_registry": CollectorRegistry()}
+    pins = ledger(**(registry if has_metrics else {}))
+    play(pins, ("a", W1), ("a", W1), ("b", W1), ("a", W2), ("b", None))
+    assert pins.calls() == {W1: 3, W2: 1}
+    now += 70
+    play(pins, ("b", W1), ("c", W3))
+    assert pins.calls() == {W1: 4, W2: 1, W3: 1}
+    assert pins.calls(60) == {W1: 1, W2: 0, W3: 1}  # W2 has a session, and no call of late
+    pins.end("c")
+    assert pins.calls(60) == {W1: 1, W2: 0, W3: 1}  # its calls were made all the same
+    now += 600
+    assert pins.calls() == {W1: 1, W2: 0, W3: 1}  # up to ten seconds older than asked for
+    now += 10
+    assert pins.calls() == {W1: 0, W2: 0}
+
+
+def test_calls_that_bring_no_session_or_fail_are_no_calls_of_a_worker() -> None:
+    pins = ledger()
+    answered(Begun(pins, "", "", A, ""), W1)
+    call = begun(pins, "a")
+    pins.answered(call, 500, {"X-SMG-Routed-Worker-Id": W1})
+    assert pins.calls() == {}
+
+
+def test_more_seconds_than_calls_are_kept_for_are_refused() -> None:
+    with pytest.raises(ValueError, match="calls are kept for 600 seconds, not for 3600"):
+        ledger().calls(3600)
+
+
+def test_a_header_that_names_a_worker_for_each_call_does_not_fill_the_memory() -> None:
+    pins = ledger(track_sessions=10, worker_header="X-Request-Id")
+    for number in range(3000):
+        call = begun(pins, f"session-{number}")
+        pins.answered(call, 200, {"X-Request-Id": f"request-{number}"})
+    assert pins.summary().first == 3000
+    assert len(pins.calls()) <= 1010
 
 
 def test_pins_of_gateways_that_count_as_one_are_as_active_as_the_one_that_was_answered_last(

@@ -256,7 +256,7 @@ async def test_active_sessions_are_those_of_the_apps_that_run(
     monkeypatch: pytest.MonkeyPatch, registry: CollectorRegistry
 ) -> None:
     now = 1000.0
-    monkeypatch.setattr("aiohttp_smg_routing.metrics.time.monotonic", lambda: now)
+    monkeypatch.setattr("time.monotonic", lambda: now)
     one, two = counting(registry), counting(registry)
     play(one.pins, ("a", W1), ("b", W2))
     play(two.pins, ("a", W1))
