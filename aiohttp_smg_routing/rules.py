@@ -219,8 +219,8 @@ class Rules(Owner):
             "httpx, as in OpenAI's SDK (set instrument = true)"
         )
         message = (
-            "%d POST requests in a row had a session, and no call to the gateway was seen. If this "
-            "server calls it: the ClientSession that calls %s; or neither aiohttp nor httpx calls"
+            "%d POST requests in a row had a session, and ended before a call to the gateway was "
+            "seen. If they call it: their ClientSession %s; or neither aiohttp nor httpx calls"
         )
         say(logger, logging.WARNING, message, self._runs[what], why)
 
