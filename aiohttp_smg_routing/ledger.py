@@ -110,16 +110,16 @@ class PinLedger:
         if status >= 400 or not (call.header and self._is_on):
             self.count("failed" if status >= 400 else "untagged")
             return
-        row, worker = call.row, headers.get(self.worker_header) or None
+        row, worker, now = call.row, headers.get(self.worker_header) or None, time.monotonic()
         with self._lock:
             is_outer, self._is_working = not self._is_working, True
             try:
-                is_plain = is_outer and not (self._waiting or self._metrics)
-                is_kept = row and worker and worker == call.worker == row.worker
-                if row and is_kept and is_plain:  # nearly every turn
-                    row.turns, row.answered = row.turns + 1, time.monotonic()
+                is_plain = not (self._waiting or self._metrics or now >= self._workers.until)
+                is_kept = row and worker == call.worker == row.worker
+                if row and worker and is_kept and is_plain and is_outer:  # nearly every turn
+                    row.turns, row.answered = row.turns + 1, now
                     self._rows.move_to_end(row.session)
-                    self._workers.called(row.worker, row.answered)
+                    self._workers.lately[worker] += 1
                     self._counts["kept"] += 1
                 else:
                     self._waiting.append(partial(self._answered, call, worker))

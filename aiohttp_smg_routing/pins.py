@@ -110,7 +110,9 @@ class Workers:
 
     def __init__(self) -> None:
         self.pins: Count[str] = Count()
-        self._steps: deque[tuple[float, dict[str, int]]] = deque(maxlen=RECENT_SECONDS // _STEP + 1)
+        self.lately: Count[str] = Count()  # calls of the step that is under way
+        self.until: float = 0.0  # the end of that step
+        self._steps: deque[tuple[float, Count[str]]] = deque(maxlen=RECENT_SECONDS // _STEP + 1)
 
     def pinned(self, worker: str, change: int) -> None:
         """Change the number of a worker's pins. A worker without one is no longer known."""
@@ -122,20 +124,20 @@ class Workers:
         """Count a call that the worker answered ``now``, as ``time.monotonic()`` has it."""
         if worker is None:
             return
-        if not self._steps or now >= self._steps[-1][0] + _STEP:
-            self._steps.append((now, {}))
-        calls = self._steps[-1][1]
-        if worker in calls or len(calls) < _MOST_WORKERS:
-            calls[worker] = calls.get(worker, 0) + 1
+        if now >= self.until:
+            self.lately, self.until = Count(), now + _STEP
+            self._steps.append((self.until, self.lately))
+        if worker in self.lately or len(self.lately) < _MOST_WORKERS:
+            self.lately[worker] += 1
 
     def calls(self, within: float) -> dict[str, int]:
         """Return how many calls each worker answered within the seconds."""
         if within > RECENT_SECONDS:
             raise ValueError(f"calls are kept for {RECENT_SECONDS} seconds, not for {within:g}")
-        since = time.monotonic() - within - _STEP
+        since = time.monotonic() - within
         found = dict.fromkeys(list(self.pins), 0)
-        for begun, calls in list(self._steps):  # copied in one step, as all that others change
-            for worker, number in calls.copy().items() if begun > since else ():
+        for until, calls in list(self._steps):  # copied at once, as all that others change
+            for worker, number in dict(calls).items() if until > since else ():
                 found[worker] = found.get(worker, 0) + number
         return found
 

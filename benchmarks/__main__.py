@@ -14,8 +14,7 @@ from .figures import Part
 try:
     import click
 
-    from aiohttp_smg_routing.verify.options import output_file, picture_file
-
+    from .options import FILE, output_file, picture_file
     from .running import Measure, Run, measure
 except ModuleNotFoundError as error:
     sys.exit(MISSING.format(error))
@@ -32,16 +31,13 @@ def _picture(ctx: click.Context, param: click.Parameter, value: Path) -> Path | 
     return picture
 
 
-_FILE = click.Path(dir_okay=False, path_type=Path)
-
-
 @click.command(context_settings={"show_default": True})
 @click.argument("parts", nargs=-1, metavar="[PART]...", type=click.Choice(PARTS))
 @click.option(
     "--json",
     "json_file",
     metavar="FILE",
-    type=_FILE,
+    type=FILE,
     callback=output_file,
     default="bench-results.json",
     help="Has all that was measured, every run of it.",
@@ -49,7 +45,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option(
     "--picture",
     metavar="FILE",
-    type=_FILE,
+    type=FILE,
     callback=_picture,
     default="bench-results.svg",
     help="The picture: FILE.svg or FILE.png.",
@@ -58,7 +54,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     "--markdown",
     "markdown_file",
     metavar="FILE",
-    type=_FILE,
+    type=FILE,
     callback=output_file,
     help="Write the tables as Markdown too.",
 )

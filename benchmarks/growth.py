@@ -12,15 +12,14 @@ from uuid import UUID
 from aiohttp import ClientSession, web
 from yarl import URL
 
-from aiohttp_smg_routing import ROUTING_KEY_HEADER, Routing, RoutingConfig, routing_session, setup
-from aiohttp_smg_routing.gateway import ROUTED_WORKER_HEADER
-from aiohttp_smg_routing.ledger import Call
+from aiohttp_smg_routing import Routing, RoutingConfig, routing_session, setup
 from harness.agents import CHAT
 from harness.servers import serve
 
 from .call import Arm, post
 from .counting import calls_into_plugin
 from .figures import Figure, Part, Progress, Table, ratios, step
+from .hook import Calls
 from .rounds import interleave
 from .servers import upstream
 
@@ -104,13 +103,11 @@ def _ids(count: int) -> list[str]:
 def _known_to(gateway: URL, ids: list[str], workers: list[str], turns: int) -> Routing:
     """Return a routing whose ledger knows the sessions, each after so many turns."""
     routing = Routing(RoutingConfig(gateway, track_sessions=len(ids)))
-    [url] = map(str, routing.config.gateway)
+    calls = Calls(routing)
     for _ in range(turns):
         for number, session_id in enumerate(ids):
-            worker = workers[number % len(workers)]
-            call = Call(routing.pins, ROUTING_KEY_HEADER, session_id, url, session_id)
-            # A new text each time, as the head of an answer brings it.
-            routing.pins.answered(call, 200, {ROUTED_WORKER_HEADER: worker.encode().decode()})
+            with routing_session(session_id):
+                calls.call(gateway / CHAT, workers[number % len(workers)])
     return routing
 
 

@@ -11,17 +11,15 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from aiohttp_smg_routing.verify.plot import FAINT, INK, STYLE
-
 from .figures import Figure, Part, Table, Unit
 from .report import limit
+from .style import FAINT, INK, STYLE
 
 # Okabe and Ito's colours: they stay apart for colour-blind eyes. A marker goes with each.
 _SERIES = (
     *(("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "D"), ("#CC79A7", "^")),
     *(("#E69F00", "v"), ("#56B4E9", "P")),
 )
-_STYLE = {**STYLE, "axes.spines.left": False}
 _TICKS: Mapping[Unit, str] = {"ratio": "{:g}", "share": "{:g} %", "s": "{:g} s", "bytes": "{:,g} B"}
 """The units that are drawn. CPU times are the machine's own, and counts are in the tables."""
 _NOT_DRAWN = ("wall time",)
@@ -94,7 +92,7 @@ def draw(parts: Sequence[Part], file: Path) -> None:
     """Draw the picture into ``file``, as its suffix says: ``.svg`` or ``.png``."""
     columns = _columns(panels(parts))
     width, height = _COLUMN_WIDTH * len(columns), max(map(_height, columns)) or 1
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         canvas = Canvas(figsize=(width, height))
         for place, column in enumerate(columns):
             left, top = place * _COLUMN_WIDTH + _AXES_LEFT, height

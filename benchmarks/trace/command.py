@@ -9,8 +9,8 @@ from pathlib import Path
 
 import click
 
-from aiohttp_smg_routing.verify.options import FiniteRange, output_file, picture_file
 from benchmarks import MISSING
+from benchmarks.options import FILE, Range, output_file, picture_file
 from benchmarks.running import Load, Measure, Run
 from benchmarks.running import measure as run_measure
 
@@ -64,11 +64,8 @@ def _name(file: Path) -> str:
     return file.name.partition(".")[0]
 
 
-_FILE = click.Path(dir_okay=False, path_type=Path)
-
-
 @click.command(context_settings={"show_default": True})
-@click.argument("traces", nargs=-1, metavar="[FILE]...", type=_FILE, callback=_traces)
+@click.argument("traces", nargs=-1, metavar="[FILE]...", type=FILE, callback=_traces)
 @click.option("--sessions", type=click.IntRange(1), default=SESSIONS, help="Sessions to play.")
 @click.option(
     "--workers", type=click.IntRange(1, 512), default=WORKERS, help="Workers behind the gateway."
@@ -77,7 +74,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option(
     "--room",
     "rooms",
-    type=FiniteRange(0, 1000, min_open=True),
+    type=Range(0, 1000, min_open=True),
     multiple=True,
     help="Size of all caches together, as a multiple of the sessions that run at a time."
     " [default: 1 and 0.5; with --all 0.125 too]",
@@ -94,17 +91,20 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--rounds", type=click.IntRange(1), default=1, help="How often each arm is played.")
 @click.option(
     "--pause",
-    type=FiniteRange(0),
+    type=Range(0, 86_400),
     help="Seconds before each later turn. [default: as recorded, or 1 where nothing is]",
 )
 @click.option(
     "--scale",
-    type=FiniteRange(0, 1000, min_open=True),
+    type=Range(0, 1000, min_open=True),
     default=SCALE,
     help="Seconds of the model in a second.",
 )
 @click.option(
-    "--prefill", type=FiniteRange(1), default=SPEED.prefill, help="Tokens a second of a worker."
+    "--prefill",
+    type=Range(1, 1e9),
+    default=SPEED.prefill,
+    help="Tokens a second of a worker.",
 )
 @click.option(
     "--running",
@@ -117,11 +117,11 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     is_flag=True,
     help="Decoding stands still during a prefill. By default neither slows the other down.",
 )
-@click.option("--json", "json_file", metavar="FILE", type=_FILE, callback=output_file,
+@click.option("--json", "json_file", metavar="FILE", type=FILE, callback=output_file,
     help="Write all that was measured, every run of it.")  # fmt: skip
-@click.option("--picture", metavar="FILE", type=_FILE, callback=picture_file,
+@click.option("--picture", metavar="FILE", type=FILE, callback=picture_file,
     default="trace-results.svg", help="The picture: FILE.svg or FILE.png.")  # fmt: skip
-@click.option("--markdown", "markdown_file", metavar="FILE", type=_FILE, callback=output_file,
+@click.option("--markdown", "markdown_file", metavar="FILE", type=FILE, callback=output_file,
     help="Write the tables as Markdown too.")  # fmt: skip
 @click.option("--check", is_flag=True, help="Compare the model with real engines, first.")
 @click.option("--quick", is_flag=True, help="Only show that it works: its figures mean nothing.")

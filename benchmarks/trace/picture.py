@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.patches import Patch
 
-from aiohttp_smg_routing.verify.plot import FAINT, INK, STYLE
 from benchmarks.figures import Figure, Part, Table
+from benchmarks.style import FAINT, INK, STYLE
 
 from .measure import DONE, INFINITE, OF_LIMIT, ONE_LRU
 
@@ -28,7 +28,7 @@ def draw(parts: Sequence[Part], file: Path) -> None:
     ]
     columns = max(map(len, shown), default=1)
     lines = max((len(table.rows) for row in shown for _, table in row), default=1)
-    with rc_context({**STYLE, "axes.spines.left": False, "axes.spines.bottom": False}):
+    with rc_context({**STYLE, "axes.spines.bottom": False}):
         height = 0.7 + len(shown) * (1.0 + 0.27 * lines)
         canvas = Canvas(figsize=(1.6 + 4.6 * columns, height), layout="constrained")
         panels = canvas.subplots(max(len(shown), 1), columns, squeeze=False)

@@ -4,6 +4,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,21 @@ def test_imports_run_one_way() -> None:
 
 def test_users_of_the_package_load_neither_testing_nor_verify() -> None:
     assert {*of_package("__init__")} <= {*CORE}
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "demo", "examples", "fuzz", "harness", "soak"])
+def test_nothing_outside_imports_what_is_private_in_the_package(folder: str) -> None:
+    public = {PACKAGE.name, f"{PACKAGE.name}.testing"}
+    files = list((ROOT / folder).rglob("*.py"))
+    paths = [(file.name, path) for file in files for path in imported(file)]
+    ours = [(file, path) for file, path in paths if path[0] == PACKAGE.name]
+    names = {name: set(import_module(name).__all__) for name in public}
+    assert [
+        (file, ".".join(path))
+        for file, path in ours
+        if ".".join(path) not in public and path[-1] not in names.get(".".join(path[:-1]), ())
+    ] == []
+    assert files
 
 
 def test_the_core_needs_nothing_but_aiohttp() -> None:
