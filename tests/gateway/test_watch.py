@@ -124,6 +124,18 @@ async def test_verdict_on_a_job_that_is_pinned_and_one_that_is_not() -> None:
             status, alone = await once(smg.metrics_url)
             assert (status, alone["server"]) == (0, None)
         async with (
+            smg_gateway(urls, policy="consistent_hashing") as smg,
+            metered_server(smg.url) as server,
+        ):
+            await play(server.url, sessions, turns=5)
+            status, seen = await once(smg.metrics_url, server.url)
+            assert (status, seen["verdict"]) == (0, "pinned")
+            # To the gateway, a new key for each call looks the same.
+            status, alone = await once(smg.metrics_url)
+            assert (status, alone["verdict"]) == (2, "could not tell")
+            assert "the key chose the worker of 60 of 60 calls" in alone["sentence"]
+            assert "give the metrics URL of a session server" in alone["sentence"]
+        async with (
             smg_gateway(urls, policy="random") as smg,
             metered_server(smg.url) as server,
         ):

@@ -338,7 +338,7 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         ),
         "could not tell",
         ["worker_down"],
-        "but some workers are left out",
+        "but the gateway does not count the keys that come again",
     ),
     "turns end, and none begins": (
         view(PINNED, PINNED, (session_server(), session_server(kept=15))),
@@ -464,15 +464,26 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
     ),
     "hashed": (
         view(IDLE, smg({"routing_key_hit": 100}, policy="consistent_hashing")),
+        "could not tell",
+        [],
+        "the key chose the worker of 100 of 100 calls, in the last 10 s, but the gateway does not "
+        "count the keys that come again: give the metrics URL of a session server",
+    ),
+    "hashed, and the session server tells": (
+        view(
+            IDLE,
+            smg({"routing_key_hit": 100}, policy="consistent_hashing"),
+            (session_server(), session_server(first=10, kept=90)),
+        ),
         "pinned",
         [],
-        "the key chose the worker of 100 of 100 calls",
+        "90 of 90 later calls came to the worker of their session",
     ),
     "hashed, while a worker is down": (
         view(IDLE, smg({"routing_key_hit": 100}, policy="consistent_hashing", health={W1: 0})),
         "could not tell",
         ["worker_down"],
-        "but some workers are left out",
+        "but the gateway does not count the keys that come again",
     ),
     "hashed, which SMG 1.12 does with an API key, too": (
         view(IDLE, smg({"routing_key_hit": 100}, policy="consistent_hashing", kind=SMG)),

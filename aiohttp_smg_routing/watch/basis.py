@@ -1,0 +1,81 @@
+"""The counts that a verdict is about: those of now, or of all time if now says too little."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..verify.counting import keyed_calls, policy_of, sharing
+from ..verify.evidence import FEWEST
+from ..verify.facts import CACHE_KEEPERS, UNCOUNTED_POLICIES
+from ..verify.seen import Counters
+from .view import Share, View, kept_by_gateway, kept_by_server
+
+
+@dataclass(frozen=True, slots=True)
+class Basis:
+    """The counts that the verdict is about."""
+
+    counters: Counters
+    server: Mapping[str, int]
+    when: str
+    """Since when the gateway's are counted, as the end of a sentence."""
+    server_when: str
+    """The same of the session server's."""
+
+    @property
+    def is_seen(self) -> bool:
+        """Whether the session server saw enough later turns to tell."""
+        return kept_by_server(self.server).of >= FEWEST
+
+    @property
+    def kept(self) -> Share:
+        """How many later calls were kept: by the session server if it can tell."""
+        return kept_by_server(self.server) if self.is_seen else kept_by_gateway(self.counters)
+
+
+def basis_of(view: View) -> Basis:
+    """Return the counts of now, or those of all time if now tells too little of pins."""
+    now, server_now = view.now, view.server_now or {}
+    if now is not None and max(telling(now), kept_by_server(server_now).of) >= FEWEST:
+        server_when = f", in the {view.server.span}" if view.server else ""
+        return Basis(now, server_now, f", in the {view.gateway.span}", server_when)
+    whens = ", since the gateway started", ", since the session server started"
+    return Basis(view.totals, view.server_totals, *whens)
+
+
+def telling(counters: Counters) -> int:
+    """Return how many calls tell of pins: those whose key came again, or chose no worker."""
+    return counters.calls - new_keys(counters)
+
+
+def new_keys(counters: Counters) -> int:
+    """Return how many keys came for the first time. Each pool that pins them has counted them."""
+    pools = max((sharing(counters, pool) for pool in pools_of(counters)), default=1)
+    return counters.of("vacant") // max(1, pools)
+
+
+def pools_of(counters: Counters) -> list[str]:
+    """Return the pools of workers with a cache that calls were routed to."""
+    return [name for name in CACHE_KEEPERS if counters.pools.get(name)]
+
+
+def keyed_by(counters: Counters, pool: str) -> Share:
+    """Return how many of a pool's calls went to the worker that the key chose."""
+    return Share(keyed_calls(counters, pool), sum(counters.pools[pool].values()))
+
+
+def tells(view: View, counters: Counters, pool: str) -> bool:
+    """Tell whether the policy of a pool counts the calls that the key routed, and no others."""
+    policy, page = policy_of(counters, pool), view.gateway.page
+    if policy == "consistent_hashing":
+        return page is not None and page.tells_keys
+    return not (policy is None or policy == "prefix_hash" or policy in UNCOUNTED_POLICIES)
+
+
+def policies_of(counters: Counters, pool: str) -> str:
+    """Return the policies of a pool, in words."""
+    return " and ".join(sorted(counters.pools[pool]))
+
+
+def is_below(share: Share, least: float) -> bool:
+    """Tell whether a share that is worth judging is below ``least``. Exactly so many are enough."""
+    return share.of >= FEWEST and share.part < least * share.of - 1e-9

@@ -1,0 +1,149 @@
+"""Names why sessions are not pinned, or why nobody can tell."""
+
+from collections.abc import Iterator
+
+from ..verify import known_causes
+from ..verify.cause import Cause
+from ..verify.counting import CHANCE
+from ..verify.evidence import FEWEST
+from ..verify.facts import KEY_ONLY_POLICIES, NO_KEY_BRANCHES
+from .basis import Basis, is_below, keyed_by, new_keys, policies_of, pools_of, telling, tells
+from .page import KEYED
+from .states import states
+from .view import View, kept_by_gateway
+
+_SENT_ADVICE = (
+    "The session server sends keys. Look at what stands before the gateway: a proxy may drop the "
+    "header. See that `header` in the plugin's config is the one that this gateway reads."
+)
+_FEWEST_KEYS = 50  # all new; fewer may be of sessions that all begin just now
+_LEFT_OUT = frozenset(("worker_down", "circuit_open", "overloaded"))
+_SPARE = 20  # calls; fewer may be under way between a session server and its gateway
+
+
+def causes(view: View, basis: Basis, min_kept: float) -> list[Cause]:
+    """Return what is wrong. Calls are to have a key, and to be kept, in the share ``min_kept``."""
+    told = [*states(view), *_key_causes(view, basis, min_kept)]
+    return [*told, *_moves(view, basis, min_kept, {cause.name for cause in told})]
+
+
+def _key_causes(view: View, basis: Basis, min_kept: float) -> Iterator[Cause]:
+    """Yield why the key does not choose the worker, or why the counters can't tell."""
+    page, counters = view.gateway.page, basis.counters
+    if page is None or not view.totals.calls:
+        return
+    if view.workers == 1:
+        yield known_causes.one_worker()
+        return
+    kind = page.load.kind
+    sent = any(view.server_totals.get(name) for name in KEYED)
+    advice = _SENT_ADVICE if sent else known_causes.SERVER_ADVICE
+    for pool in pools_of(counters):
+        policies, keyed = policies_of(counters, pool), keyed_by(counters, pool)
+        if policies in ("prefix_hash", "consistent_hashing") and not tells(view, counters, pool):
+            yield known_causes.any_key(policies)
+        elif not tells(view, counters, pool):
+            yield _uncounted(view, policies)
+        elif (keyed.value or 0) >= min_kept or page.load.overloaded:
+            pass  # an overloaded gateway leaves its policy aside, and states() has it
+        elif 2 * counters.of("no_healthy_workers") > keyed.of - keyed.part:
+            yield known_causes.no_healthy_workers(policies)
+        elif keyed_by(view.totals, pool).part or counters.of(*NO_KEY_BRANCHES):
+            yield known_causes.key_lost(policies, keyed.part, keyed.of, advice)
+        elif kind == "smg":  # the override shows only where a key comes
+            yield known_causes.policy(
+                kind,
+                policies,
+                ", unless it has --routing-key-override",
+                f" If it has that already, no key reaches it. {advice}",
+            )
+        else:
+            yield known_causes.policy(kind, policies)
+
+
+def _uncounted(view: View, policies: str) -> Cause:
+    got = [name for name, calls in view.totals.workers.items() if calls]
+    if policies in KEY_ONLY_POLICIES and len(got) == 1 and view.totals.calls >= FEWEST:
+        return Cause(
+            "wrong_header",
+            f"All {view.totals.calls} calls came to one worker of {view.workers}: they are of one "
+            f"session, or the policy {policies} does not route on the header that carries the key.",
+            'vllm-router reads X-Session-ID: set header = "X-Session-ID" in the plugin\'s config.',
+        )
+    return known_causes.uncounted(
+        policies,
+        "Run verify with --concurrency 1 when nothing else calls the gateway. What watch shows of "
+        "such a gateway is how its calls are spread.",
+    )
+
+
+def _moves(view: View, basis: Basis, min_kept: float, found: set[str]) -> Iterator[Cause]:
+    """Yield why sessions move, or share a key, or call another gateway."""
+    page, counters = view.gateway.page, basis.counters
+    if page is None:
+        return
+    if missed := counters.of("occupied_miss"):
+        yield known_causes.worker_lost(missed)
+    if spilled := counters.of("cap_respill"):
+        yield known_causes.spilled(spilled)
+    yield from _one_key(view, found)
+    yield from _many_keys(view, basis)
+    if elsewhere := _calls_elsewhere(view):
+        yield elsewhere
+    elif is_below(basis.kept, min_kept) and not (found or missed or counters.of("cap_respill")):
+        yield known_causes.pins_lost(page.load.kind, "and see the log of the session server.")
+
+
+def _one_key(view: View, found: set[str]) -> Iterator[Cause]:
+    """Yield that sessions share a key."""
+    totals, server = view.totals, view.server.page if view.server else None
+    sessions = sum(server.sessions.values()) if server else 0
+    if "manual" in totals.branches:
+        if new_keys(totals) == 1 != sessions and kept_by_gateway(totals).of >= FEWEST:
+            yield known_causes.shared_key(f"has met one key only in {totals.calls} calls")
+        return
+    got = [name for name, calls in totals.workers.items() if calls]
+    is_chance = sessions and view.workers ** (1.0 - sessions) >= CHANCE
+    is_one = len(got) == 1 < view.workers and not (is_chance or found & _LEFT_OUT)
+    if is_one and totals.of("routing_key_hit") >= FEWEST:
+        yield known_causes.shared_key(
+            f"sent all {totals.calls} calls to one worker of {view.workers}",
+            "unless they are of few sessions, ",
+        )
+
+
+def _many_keys(view: View, basis: Basis) -> Iterator[Cause]:
+    """Yield that a session has many keys. A hash does not count new ones, but the ledger does."""
+    counters = view.now if view.now and view.now.calls else view.totals
+    new = new_keys(counters)
+    if "manual" not in view.totals.branches:
+        counters, new = basis.counters, basis.server.get("first", 0)
+    elif telling(counters) >= FEWEST:
+        return
+    if new >= _FEWEST_KEYS and not basis.is_seen:
+        when = f" in the {view.gateway.span}" if counters is view.now else ""
+        guess = "unless no session has had its second turn, "
+        yield known_causes.key_changes(new, f"{counters.calls} calls{when}", guess)
+
+
+def _calls_elsewhere(view: View) -> Cause | None:
+    """Return the cause for turns of the server that this gateway did not route."""
+    gateway, server = view.gateway, view.server
+    if not (view.now and server and view.server_now and gateway.page and gateway.before):
+        return None
+    if gateway.before.in_flight is None or server.seconds > 1.5 * gateway.seconds:
+        return None
+    # A page that is slow to come is looked at less often: its now may be longer.
+    longer = max(1, server.seconds / gateway.seconds)
+    ours = int(sum(view.server_now.get(name, 0) for name in KEYED) / longer)
+    # Turns that the server finished now may have been routed before.
+    routed = view.now.calls + gateway.before.in_flight
+    if ours - routed < max(_SPARE, ours / 20):
+        return None
+    return known_causes.replicas(
+        gateway.page.load.kind,
+        gateway.url,
+        view.now.calls,
+        ours,
+        "Give the metrics URL of the gateway that the session server calls.",
+    )
