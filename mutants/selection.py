@@ -24,6 +24,7 @@ TESTS = {
     "log": "unit/test_log unit/test_context unit/test_ledger wire/test_never_silent "
     "wire/test_client",
     "metrics": "unit/test_metrics unit/test_monitoring unit/test_config unit/test_ledger",
+    "pins": "unit/test_ledger unit/test_metrics",
     "middleware": "wire/test_middleware wire/test_body wire/test_plugin wire/test_late "
     "wire/test_never_silent wire/test_client",
     "plugin": "wire/test_plugin wire/test_instrument wire/test_never_silent "
