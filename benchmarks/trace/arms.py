@@ -56,6 +56,7 @@ MAIN = (
 )
 FURTHER = (
     Arm("manual", ("--assignment-mode", "min_load")),
+    Arm("manual", ("--assignment-mode", "delegate")),
     Arm("round_robin", ("--routing-key-override",)),
     Arm("cache_aware", ("--routing-key-override",)),
     replace(PINNED, key="later turns"),
