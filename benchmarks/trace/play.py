@@ -132,7 +132,7 @@ async def play_on(
                 for number, turn in enumerate(session.turns):
                     if number:
                         await asyncio.sleep(pause(turn.pause, settings) / settings.scale)
-                    body = chat(session.prompt(number), turn.output)
+                    body = chat(session.prompt(number), session.output(number))
                     with pinned(arm, session, number):
                         answered = await call(client, gateway / CHAT, body, settings.scale)
                     if isinstance(answered, str):
