@@ -214,7 +214,8 @@ def notes(plan: Plan, rooms: Sequence[Room]) -> Iterator[str]:
     settings, speed = plan.settings, plan.settings.speed
     yield (
         "All seconds are the model's. A worker prefills"
-        f" {speed.prefill:,.0f} tokens a second, one prompt after the other; a decode step takes"
+        f" {speed.prefill:,.0f} tokens a second, one prompt after the other, and admits calls while"
+        f" {speed.budget:,} tokens or fewer are to be prefilled; a decode step takes"
         f" {1000 * speed.step:g} ms and {1000 * speed.step_per_call:g} ms more for each running"
         f" call, of which there are {speed.running} at the most"
         f"{', and stands still during a prefill' * speed.stalls}. {speed.per_token:g} characters"

@@ -423,17 +423,44 @@ def test_calls_wait_while_too_many_run_or_the_cache_has_no_room() -> None:
         full.take(Job("a" * 160, "x" * 10, 0))
 
 
+def test_calls_are_admitted_before_their_prefill_while_the_budget_has_room_for_more() -> None:
+    engine = Engine(replace(SPEED, budget=64, running=9, tokens=800))
+    jobs = [Job(letter * 48, "x", 0) for letter in "abcd"]
+    for job in jobs:
+        engine.take(job)
+    # Two come to 96 tokens, which is more than the budget.
+    assert (engine.running, len(engine.waiting)) == (2, 2)
+    assert engine.usage == pytest.approx(2 * 64 / 800)
+    list(engine.until(0.31))
+    assert (engine.running, len(engine.waiting)) == (2, 2)
+    list(engine.until(0.33))  # 64 of the 96 are left after 0.32 s
+    assert (engine.running, len(engine.waiting)) == (3, 1)
+    list(engine.until(1e6))
+    # The prefill is serial as before.
+    assert [job.begun for job in jobs] == pytest.approx([0, 0.48, 0.96, 1.44])
+    assert [job.first_token for job in jobs] == pytest.approx([0.48, 0.96, 1.44, 1.92])
+
+
+def test_many_short_prefills_are_no_queue_to_the_gateway() -> None:
+    engine = Engine(Speed())
+    for number in range(30):
+        engine.take(Job(f"{number:03d}" + "a" * 1000, "x", 0))
+    assert (engine.running, len(engine.waiting)) == (30, 0)
+
+
 @given(
     st.lists(
         st.tuples(st.floats(0, 5), st.integers(1, 60), st.integers(0, 40)), min_size=1, max_size=20
     ),
     st.booleans(),
+    st.sampled_from([(SPEED.budget, 2), (0, 8), (50, 8)]),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_an_engine_does_the_same_however_often_it_is_looked_at(
-    calls: list[tuple[float, int, int]], stalls: bool
+    calls: list[tuple[float, int, int]], stalls: bool, limits: tuple[int, int]
 ) -> None:
-    speed = replace(SPEED, stalls=stalls)
+    budget, running = limits
+    speed = replace(SPEED, stalls=stalls, budget=budget, running=running)
 
     def jobs() -> list[Job]:
         ordered = sorted(calls)
