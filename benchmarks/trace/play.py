@@ -17,7 +17,7 @@ from aiohttp_smg_routing.testing import smg_gateway
 from harness.agents import CHAT, WORKER_HEADER
 from harness.workers import MODEL
 
-from .arms import DEFAULT_POLL, Arm
+from .arms import Arm, times
 from .engine import Speed
 from .read import Session
 from .worker import model_workers
@@ -100,10 +100,9 @@ async def _play(
     arm: Arm, sessions: Sequence[Session], settings: Settings, done: Callable[[], None]
 ) -> Played:
     scale = settings.scale
-    poll = ("--load-monitor-interval", str(max(1, round(DEFAULT_POLL / scale))))
     async with (
         model_workers(settings.workers, settings.speed, scale) as workers,
-        smg_gateway(workers, policy=arm.policy, args=(*arm.args, *poll)) as gateway,
+        smg_gateway(workers, policy=arm.policy, args=(*arm.args, *times(scale))) as gateway,
     ):
         return await play_on(gateway.url, arm, sessions, settings, done)
 

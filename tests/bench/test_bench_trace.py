@@ -9,6 +9,7 @@ import signal
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from random import Random
@@ -21,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiohttp_smg_routing.testing import free_ports
-from benchmarks.trace.arms import GROUPED, MAIN, PINNED, RANDOM, arms
+from benchmarks.trace.arms import CACHE_AWARE, GROUPED, MAIN, PINNED, RANDOM, arms, times
 from benchmarks.trace.cache import BLOCK, PrefixCache, chain, tokens_in
 from benchmarks.trace.check import Row, verdict
 from benchmarks.trace.command import main
@@ -551,6 +552,19 @@ def test_group_arms_play_only_where_there_are_groups() -> None:
     assert GROUPED in list(arms(grouped, every=False))
     every = list(arms(grouped, every=True))
     assert len({arm.name for arm in every}) == len(every) > len(MAIN) + 1
+
+
+def test_the_times_of_the_gateway_are_scaled_to_whole_seconds() -> None:
+    defaults = import_module("smg.router_args").RouterArgs
+    for place, option in enumerate(("--load-monitor-interval", "--eviction-interval-secs")):
+        default = getattr(defaults, option[2:].replace("-", "_"))
+        for scale, seconds in ((1, default), (10, default // 10), (1000, 1)):
+            assert times(scale)[2 * place : 2 * place + 2] == (option, str(seconds))
+
+
+async def test_the_gateway_takes_its_times_scaled() -> None:
+    played = await play(CACHE_AWARE, [session("s", "a")], Settings(1, Speed(), 100), lambda: None)
+    assert len(played.calls) == 1
 
 
 def test_the_cache_of_a_worker_is_its_part_of_the_room_or_the_longest_call() -> None:
