@@ -11,8 +11,18 @@ Key = Literal["no", "session", "group", "later turns"]
 
 MIN_GROUP = ("--assignment-mode", "min_group")
 PROTECTION = "--worker-overload-protection"
-DEFAULT_POLL = 10
-"""Seconds between two times that SMG asks a worker for its load, unless told otherwise."""
+DEFAULT_TIMES = {"--load-monitor-interval": 10, "--eviction-interval-secs": 60}
+"""Seconds between two times that SMG asks a worker for its load, and that ``cache_aware`` cuts what
+it remembers of the prompts to its size, unless told otherwise."""
+
+
+def times(scale: float) -> tuple[str, ...]:
+    """Return the arguments that have these times pass as fast as the model's.
+
+    SMG takes whole seconds, and one at the least.
+    """
+    scaled = {option: max(1, round(time / scale)) for option, time in DEFAULT_TIMES.items()}
+    return tuple(word for option, time in scaled.items() for word in (option, str(time)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +66,7 @@ MAIN = (
 )
 FURTHER = (
     Arm("manual", ("--assignment-mode", "min_load")),
+    Arm("manual", ("--assignment-mode", "delegate")),
     Arm("round_robin", ("--routing-key-override",)),
     Arm("cache_aware", ("--routing-key-override",)),
     replace(PINNED, key="later turns"),

@@ -16,7 +16,7 @@ from benchmarks.running import measure as run_measure
 
 from .arms import FURTHER, FURTHER_GROUPED, GROUPED, MAIN, arms
 from .engine import Speed
-from .grow import grow
+from .grow import grow, sample
 from .measure import Plan, measure
 from .picture import draw
 from .play import Settings
@@ -67,6 +67,12 @@ def _name(file: Path) -> str:
 @click.command(context_settings={"show_default": True})
 @click.argument("traces", nargs=-1, metavar="[FILE]...", type=FILE, callback=_traces)
 @click.option("--sessions", type=click.IntRange(1), default=SESSIONS, help="Sessions to play.")
+@click.option(
+    "--samples",
+    type=click.IntRange(2),
+    help="Samples of each recorded session: a group with the same first prompt. [default: as"
+    " recorded]",
+)
 @click.option(
     "--workers", type=click.IntRange(1, 512), default=WORKERS, help="Workers behind the gateway."
 )
@@ -128,6 +134,7 @@ def _name(file: Path) -> str:
 def main(
     traces: Sequence[Trace],
     sessions: int,
+    samples: int | None,
     workers: int,
     at_once: int | None,
     rooms: Sequence[float],
@@ -165,7 +172,7 @@ def main(
     settings = Settings(workers, speed, scale, at_once or 0, pause)
     loads: dict[str, Load] = {"check": partial(_check, quick)} if check else {}
     for file, recorded in traces:
-        grown = grow(recorded, sessions)
+        grown = grow(sample(recorded, samples) if samples else recorded, sessions)
         known = list(arms(grown, every=every or bool(only)))
         chosen = [arm for arm in known if not only or arm.name in only]
         if not chosen:

@@ -5,8 +5,15 @@
 - *Decode*: all running calls get a token in each step; a step takes longer with more calls.
   A prefill does not slow it down, or it brings it to a stand (``Speed.stalls``). Engines that share
   their compute are in between.
-- A call waits while too many run, or while the running ones leave too little room in the cache for
-  its prompt and its output. Nothing is preempted.
+- A call waits while the admitted ones have more than ``Speed.budget`` tokens to prefill, while too
+  many run, or while the running ones leave too little room in the cache for its prompt and its
+  output. Then it is admitted, and counts as running, though its prefill may begin later. Nothing is
+  preempted.
+
+The gateway leaves out a worker that reports eight waiting calls, so it matters which calls wait.
+vLLM and SGLang admit as many prompts to a step as its budget of tokens takes. The model does so at
+any time, because it has no steps of prefill. It takes the room for the whole call then, and vLLM
+takes blocks as it computes them, so the model reports a KV usage that is a little higher.
 """
 
 import heapq
@@ -35,6 +42,10 @@ class Speed:
 
     running: int = 64
     """Calls that run at once, at the most."""
+
+    budget: int = 8192
+    """Tokens that admitted calls may have to prefill when another one is admitted. It is what vLLM
+    calls ``max_num_batched_tokens``, and SGLang ``chunked_prefill_size``."""
 
     tokens: int = 100_000
     """The size of the cache."""
@@ -82,7 +93,8 @@ class Engine:
         self.cache = PrefixCache(speed.tokens // BLOCK)
         self.waiting: deque[Job] = deque()
         self.prompt_tokens = self.cached_tokens = self.output_tokens = 0
-        self._prefilling: Job | None = None
+        self._prefilling: deque[Job] = deque()
+        self._admits_at = NEVER  # when the budget admits the next call
         self._decoding: list[tuple[float, int, Job]] = []
         self._steps = 0.0  # of a call that decodes since the beginning
         self._steps_at = 0.0
@@ -90,8 +102,8 @@ class Engine:
 
     @property
     def running(self) -> int:
-        """How many calls run."""
-        return len(self._decoding) + (self._prefilling is not None)
+        """How many calls run: all that were admitted."""
+        return len(self._decoding) + len(self._prefilling)
 
     @property
     def usage(self) -> float:
@@ -101,8 +113,8 @@ class Engine:
     @property
     def next(self) -> float:
         """When something happens next, ``inf`` if nothing does."""
-        prefilled = self._prefilling.first_token if self._prefilling else NEVER
-        return min(prefilled, self._decoded)
+        prefilled = self._prefilling[0].first_token if self._prefilling else NEVER
+        return min(prefilled, self._decoded, self._admits_at)
 
     @property
     def _decoded(self) -> float:
@@ -112,7 +124,7 @@ class Engine:
 
     @property
     def _is_stalled(self) -> bool:
-        return self.speed.stalls and self._prefilling is not None
+        return self.speed.stalls and bool(self._prefilling)
 
     @property
     def _step(self) -> float:
@@ -130,46 +142,54 @@ class Engine:
         job.prompt_tokens = tokens_in(len(job.prompt), speed.per_token)
         job.output_tokens = tokens_in(len(job.output), speed.per_token)
         self.waiting.append(job)
-        self._begin(job.at)
+        self._admit(job.at)
 
     def until(self, now: float) -> Iterator[Job]:
         """Do all that happens until then, and yield the calls that are done."""
         while (at := self.next) <= now:
+            decoded = self._decoded
             self._pass_time(at)
-            prefilled = self._prefilling
-            if prefilled and prefilled.first_token <= at:
-                self._prefilling = None
+            if self._prefilling and self._prefilling[0].first_token <= at:
+                prefilled = self._prefilling.popleft()
                 self._count += 1
                 until = self._steps + prefilled.output_tokens - 1
                 heapq.heappush(self._decoding, (until, self._count, prefilled))
-            else:
+            elif decoded <= at:
                 _, _, job = heapq.heappop(self._decoding)
                 assert job.held is not None  # noqa: S101 - it runs
                 self.cache.end(job.held, job.names)
                 job.done = at
                 self.output_tokens += job.output_tokens
                 yield job
-            self._begin(at)
+            self._admit(at)
 
     def _pass_time(self, at: float) -> None:
         if self._decoding and not self._is_stalled:
             self._steps += (at - self._steps_at) / self._step
         self._steps_at = at
 
-    def _begin(self, now: float) -> None:
-        """Begin the next prefill, if there is one and room for it."""
-        if self._prefilling or not self.waiting or self.running >= self.speed.running:
-            return
-        job = self.waiting[0]
-        prompt, characters = len(job.prompt), len(job.prompt) + len(job.output)
-        held = self.cache.begin_call(job.names, prompt, characters, self.speed.per_token)
-        if held is None:
-            return
-        self.waiting.popleft()
-        job.held, job.begun = held, now
-        job.cached_tokens = held.reused(job.prompt_tokens)
-        job.first_token = now + (job.prompt_tokens - job.cached_tokens) / self.speed.prefill
-        self._pass_time(now)
-        self._prefilling = job
-        self.prompt_tokens += job.prompt_tokens
-        self.cached_tokens += job.cached_tokens
+    def _admit(self, now: float) -> None:
+        """Admit the calls that there are budget and room for; their prefills queue up."""
+        speed = self.speed
+        self._admits_at = NEVER
+        while self.waiting and self.running < speed.running:
+            begun = now
+            if self._prefilling:
+                begun = self._prefilling[-1].first_token
+                admits_at = begun - speed.budget / speed.prefill
+                if admits_at > now:
+                    self._admits_at = admits_at
+                    return
+            job = self.waiting[0]
+            prompt, characters = len(job.prompt), len(job.prompt) + len(job.output)
+            held = self.cache.begin_call(job.names, prompt, characters, speed.per_token)
+            if held is None:
+                return
+            self.waiting.popleft()
+            job.held, job.begun = held, begun
+            job.cached_tokens = held.reused(job.prompt_tokens)
+            job.first_token = begun + (job.prompt_tokens - job.cached_tokens) / speed.prefill
+            self._pass_time(now)
+            self._prefilling.append(job)
+            self.prompt_tokens += job.prompt_tokens
+            self.cached_tokens += job.cached_tokens

@@ -1,4 +1,4 @@
-"""Grows a trace to more sessions, or cuts it to fewer."""
+"""Grows a trace to more sessions or to more samples of each, or cuts it to fewer sessions."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,6 +25,24 @@ def grow(recorded: Sequence[Session], sessions: int) -> list[Session]:
         rest = zip(recorded, places, strict=True)
         grown += [copy(session, number, place) for session, place in rest][: sessions - len(grown)]
     return grown
+
+
+def sample(recorded: Sequence[Session], samples: int) -> list[Session]:
+    """Return so many samples of each session, side by side, as GRPO draws them of one prompt.
+
+    The first one is the recorded session. The others share its first prompt, and have a mark where
+    that ends: from there on they differ. They are one group: the session's own, if it has one.
+    """
+    return [
+        replace(
+            session,
+            id=f"{session.id}-sample-{number}" if number else session.id,
+            group=name(session),
+            sample_mark=f"{number}: " if number else "",
+        )
+        for session in recorded
+        for number in range(samples)
+    ]
 
 
 def copy(session: Session, number: int, place: int) -> Session:

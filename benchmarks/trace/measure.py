@@ -103,7 +103,7 @@ def set_limits(plan: Plan, room: Room, played: Played) -> None:
     blocks: list[Blocks] = []
     for call in sorted(played.calls, key=lambda call: call.begun):
         session = plan.sessions[call.session]
-        prompt, output = session.prompt(call.number), session.turns[call.number].output
+        prompt, output = session.prompt(call.number), session.output(call.number)
         names = array("q", chain(prompt + output, per_token))  # a fifth of a list's memory
         blocks.append((names, len(prompt), len(prompt) + len(output)))
     room.distinct = BLOCK * len(set().union(*(names for names, _, _ in blocks)))
@@ -180,10 +180,12 @@ def table(plan: Plan, room: Room) -> Table:
         rows.append((name, *cells))
     at_once = f", {settings.at_once} at a time" if settings.at_once else ""
     share = 100 * settings.workers * room.tokens / room.distinct
+    groups = len({session.group for session in plan.sessions} - {""})
+    in_groups = f" in {groups:,} group{'s' * (groups > 1)}" if groups else ""
     title = (
         f"Room for {called(room.room)}: {settings.workers} workers with a cache of"
         f" {room.tokens:,} tokens each, together {share:.0f} % of all distinct tokens;"
-        f" {len(plan.sessions):,} sessions{at_once}, {plan.calls:,} calls"
+        f" {len(plan.sessions):,} sessions{in_groups}{at_once}, {plan.calls:,} calls"
     )
     return Table(title, ("", *columns), tuple(rows))
 
@@ -212,7 +214,8 @@ def notes(plan: Plan, rooms: Sequence[Room]) -> Iterator[str]:
     settings, speed = plan.settings, plan.settings.speed
     yield (
         "All seconds are the model's. A worker prefills"
-        f" {speed.prefill:,.0f} tokens a second, one prompt after the other; a decode step takes"
+        f" {speed.prefill:,.0f} tokens a second, one prompt after the other, and admits calls while"
+        f" {speed.budget:,} tokens or fewer are to be prefilled; a decode step takes"
         f" {1000 * speed.step:g} ms and {1000 * speed.step_per_call:g} ms more for each running"
         f" call, of which there are {speed.running} at the most"
         f"{', and stands still during a prefill' * speed.stalls}. {speed.per_token:g} characters"
@@ -228,6 +231,13 @@ def notes(plan: Plan, rooms: Sequence[Room]) -> Iterator[str]:
         "Fullest / mean: the prompt tokens of the fullest worker. Moved: calls whose session had"
         " the call before on another worker."
     )
+    if any(session.group for session in plan.sessions):
+        first = sum(len(session.prompt(0)) for session in plan.sessions)
+        share = 100 * first / sum(session.length for session in plan.sessions)
+        yield (
+            f"The first prompts come to {share:.0f} % of the sessions' longest calls. At the most,"
+            " a group key saves computing them for all sessions of a group but one."
+        )
     behind, failed = (0.0, ""), False
     for room in rooms:
         for name, rounds in room.rounds.items():

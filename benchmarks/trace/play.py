@@ -17,7 +17,7 @@ from aiohttp_smg_routing.testing import smg_gateway
 from harness.agents import CHAT, WORKER_HEADER
 from harness.workers import MODEL
 
-from .arms import DEFAULT_POLL, Arm
+from .arms import Arm, times
 from .engine import Speed
 from .read import Session
 from .worker import model_workers
@@ -100,10 +100,9 @@ async def _play(
     arm: Arm, sessions: Sequence[Session], settings: Settings, done: Callable[[], None]
 ) -> Played:
     scale = settings.scale
-    poll = ("--load-monitor-interval", str(max(1, round(DEFAULT_POLL / scale))))
     async with (
         model_workers(settings.workers, settings.speed, scale) as workers,
-        smg_gateway(workers, policy=arm.policy, args=(*arm.args, *poll)) as gateway,
+        smg_gateway(workers, policy=arm.policy, args=(*arm.args, *times(scale))) as gateway,
     ):
         return await play_on(gateway.url, arm, sessions, settings, done)
 
@@ -132,7 +131,7 @@ async def play_on(
                 for number, turn in enumerate(session.turns):
                     if number:
                         await asyncio.sleep(pause(turn.pause, settings) / settings.scale)
-                    body = chat(session.prompt(number), turn.output)
+                    body = chat(session.prompt(number), session.output(number))
                     with pinned(arm, session, number):
                         answered = await call(client, gateway / CHAT, body, settings.scale)
                     if isinstance(answered, str):

@@ -11,6 +11,7 @@ import lzma
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from os.path import commonprefix
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,7 +35,7 @@ class Turn:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A recorded session, or a copy of one: all of its prompts have the ``mark`` at one place."""
+    """A recorded session, or one that is made of it: a copy, a sample, or both."""
 
     id: str
     group: str
@@ -42,20 +43,33 @@ class Session:
 
     turns: tuple[Turn, ...]
     place: int = 0
-    """Where the mark stands, in characters."""
+    """Where the mark of a copy stands in all of its prompts, in characters."""
 
     mark: str = ""
+    sample_mark: str = ""
+    """What tells samples with the same first prompt apart. It stands where the first prompt ends:
+    before the first output, and in each later prompt."""
 
     def prompt(self, number: int) -> str:
         """Return the prompt of a turn; they are counted from 0."""
         text = self.turns[number].prompt
+        if self.sample_mark and number:
+            first = self.turns[0].prompt
+            if not text.startswith(first):
+                first = commonprefix([first, text])  # noqa: RUF071 - characters are meant
+            text = first + self.sample_mark + text[len(first) :]
         return text[: self.place] + self.mark + text[self.place :] if self.mark else text
+
+    def output(self, number: int) -> str:
+        """Return the output of a turn; they are counted from 0."""
+        output = self.turns[number].output
+        return output if number else self.sample_mark + output
 
     @property
     def length(self) -> int:
         """The characters of the longest call, prompt and output: what a cache must hold for it."""
         longest = max(len(turn.prompt) + len(turn.output) for turn in self.turns)
-        return longest + len(self.mark)
+        return longest + len(self.mark) + len(self.sample_mark)
 
 
 def read(file: Path) -> list[Session]:

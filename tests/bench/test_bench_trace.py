@@ -9,6 +9,7 @@ import signal
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from random import Random
@@ -21,12 +22,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aiohttp_smg_routing.testing import free_ports
-from benchmarks.trace.arms import GROUPED, MAIN, PINNED, RANDOM, arms
+from benchmarks.trace.arms import CACHE_AWARE, GROUPED, MAIN, PINNED, RANDOM, arms, times
 from benchmarks.trace.cache import BLOCK, PrefixCache, chain, tokens_in
 from benchmarks.trace.check import Row, verdict
 from benchmarks.trace.command import main
 from benchmarks.trace.engine import Engine, Job, Speed, TooLongError
-from benchmarks.trace.grow import grow
+from benchmarks.trace.grow import grow, sample
 from benchmarks.trace.limit import shared_cache
 from benchmarks.trace.measure import (
     OF_LIMIT,
@@ -38,6 +39,7 @@ from benchmarks.trace.measure import (
     moves,
     notes,
     of_machine,
+    set_limits,
 )
 from benchmarks.trace.play import Call, Played, Settings, chat, pause, play, refusal
 from benchmarks.trace.read import Session, TraceError, Turn, read
@@ -185,6 +187,56 @@ def test_the_samples_of_a_group_still_share_their_prompt_in_a_copy() -> None:
     assert other.group == "B-copy-1"
     assert first.prompt(0) == "system; <copy-1>task A: one"
     assert second.prompt(0) == "system; <copy-1>task A: two"
+
+
+def common(one: str, other: str) -> str:
+    return os.path.commonprefix([one, other])  # noqa: RUF071
+
+
+def test_samples_share_exactly_the_first_prompt() -> None:
+    turns = ("system; task A", "system; task A; ok; door", "system; in short")
+    recorded, second, third = sample([session("a", *turns)], 3)
+    assert [recorded.prompt(number) for number in range(3)] == list(turns)
+    assert [each.id for each in (recorded, second, third)] == ["a", "a-sample-1", "a-sample-2"]
+    assert {each.group for each in (recorded, second, third)} == {"a"}
+    for one, other in ((recorded, second), (second, third)):
+        assert one.prompt(0) == other.prompt(0) == turns[0]
+        assert common(one.output(0), other.output(0)) == ""
+        assert common(one.prompt(1), other.prompt(1)) == turns[0]
+    # What a sample said comes again in its next prompt, as it was recorded.
+    assert second.output(0) == "1: ok"
+    assert second.prompt(1) == second.prompt(0) + "1: ; ok; door"
+    assert (second.output(1), second.prompt(2)) == ("ok", "system; 1: in short")
+    assert second.length == len(second.prompt(1)) + len("ok")
+
+
+def test_samples_of_a_copy_share_its_first_prompt_and_those_of_a_group_stay_in_it() -> None:
+    sampled = sample([session("a", "x; A", "x; A, more"), session("b", "x; B", group="g")], 2)
+    assert [each.group for each in sampled] == ["a", "a", "g", "g"]
+    *_, first, second, third, _ = grow(sampled, 8)
+    assert first.prompt(0) == second.prompt(0) == "x; <copy-1>A"
+    assert second.prompt(1) == "x; <copy-1>A1: , more"
+    assert (first.group, second.group, third.group) == ("a-copy-1", "a-copy-1", "g-copy-1")
+
+
+def test_the_limit_computes_the_first_prompt_of_samples_once() -> None:
+    prompt, output, more = "p" * 8 * BLOCK, "o" * 2 * BLOCK, "m" * 4 * BLOCK
+    sessions = sample([session("a", prompt, prompt + output + more, output=output)], 2)
+    settings = Settings(1, Speed(per_token=1))
+    plan = Plan("t", sessions, [GROUPED], (1,), settings)
+    calls = [
+        answered(place, number, "w", begun=place + 2 * number)
+        for place in range(2)
+        for number in range(2)
+    ]
+    room = Room(1, 1600)
+    set_limits(plan, room, Played(calls))
+    lengths = [len(each.prompt(number)) for each in sessions for number in range(2)]
+    # The second sample takes the prompt but for the block of its last token, and each later turn
+    # takes what its own session had.
+    assert room.limit == pytest.approx((7 + 10 + 10) * BLOCK / sum(lengths))
+    each_alone = sum(len(chain(each.prompt(1) + each.output(1), 1)) for each in sessions)
+    assert room.distinct == BLOCK * each_alone - len(prompt)
 
 
 def test_fewer_sessions_are_the_first_ones() -> None:
@@ -372,17 +424,44 @@ def test_calls_wait_while_too_many_run_or_the_cache_has_no_room() -> None:
         full.take(Job("a" * 160, "x" * 10, 0))
 
 
+def test_calls_are_admitted_before_their_prefill_while_the_budget_has_room_for_more() -> None:
+    engine = Engine(replace(SPEED, budget=64, running=9, tokens=800))
+    jobs = [Job(letter * 48, "x", 0) for letter in "abcd"]
+    for job in jobs:
+        engine.take(job)
+    # Two come to 96 tokens, which is more than the budget.
+    assert (engine.running, len(engine.waiting)) == (2, 2)
+    assert engine.usage == pytest.approx(2 * 64 / 800)
+    list(engine.until(0.31))
+    assert (engine.running, len(engine.waiting)) == (2, 2)
+    list(engine.until(0.33))  # 64 of the 96 are left after 0.32 s
+    assert (engine.running, len(engine.waiting)) == (3, 1)
+    list(engine.until(1e6))
+    # The prefill is serial as before.
+    assert [job.begun for job in jobs] == pytest.approx([0, 0.48, 0.96, 1.44])
+    assert [job.first_token for job in jobs] == pytest.approx([0.48, 0.96, 1.44, 1.92])
+
+
+def test_many_short_prefills_are_no_queue_to_the_gateway() -> None:
+    engine = Engine(Speed())
+    for number in range(30):
+        engine.take(Job(f"{number:03d}" + "a" * 1000, "x", 0))
+    assert (engine.running, len(engine.waiting)) == (30, 0)
+
+
 @given(
     st.lists(
         st.tuples(st.floats(0, 5), st.integers(1, 60), st.integers(0, 40)), min_size=1, max_size=20
     ),
     st.booleans(),
+    st.sampled_from([(SPEED.budget, 2), (0, 8), (50, 8)]),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_an_engine_does_the_same_however_often_it_is_looked_at(
-    calls: list[tuple[float, int, int]], stalls: bool
+    calls: list[tuple[float, int, int]], stalls: bool, limits: tuple[int, int]
 ) -> None:
-    speed = replace(SPEED, stalls=stalls)
+    budget, running = limits
+    speed = replace(SPEED, stalls=stalls, budget=budget, running=running)
 
     def jobs() -> list[Job]:
         ordered = sorted(calls)
@@ -473,6 +552,19 @@ def test_group_arms_play_only_where_there_are_groups() -> None:
     assert GROUPED in list(arms(grouped, every=False))
     every = list(arms(grouped, every=True))
     assert len({arm.name for arm in every}) == len(every) > len(MAIN) + 1
+
+
+def test_the_times_of_the_gateway_are_scaled_to_whole_seconds() -> None:
+    defaults = import_module("smg.router_args").RouterArgs
+    for place, option in enumerate(("--load-monitor-interval", "--eviction-interval-secs")):
+        default = getattr(defaults, option[2:].replace("-", "_"))
+        for scale, seconds in ((1, default), (10, default // 10), (1000, 1)):
+            assert times(scale)[2 * place : 2 * place + 2] == (option, str(seconds))
+
+
+async def test_the_gateway_takes_its_times_scaled() -> None:
+    played = await play(CACHE_AWARE, [session("s", "a")], Settings(1, Speed(), 100), lambda: None)
+    assert len(played.calls) == 1
 
 
 def test_the_cache_of_a_worker_is_its_part_of_the_room_or_the_longest_call() -> None:
@@ -593,11 +685,11 @@ def small_trace(file: Path, *, groups: int = 4, samples: int = 2, turns: int = 5
     lines = []
     for group in range(groups):
         task = said("user", text(4000))
-        for sample in range(samples):
+        for trial in range(samples):
             messages = [system, task]
             for _ in range(turns):
                 messages += [said("assistant", text(60)), said("tool", text(200))]
-            name = f"task-{group}-{sample}"
+            name = f"task-{group}-{trial}"
             lines.append({"session_id": name, "group": f"task-{group}", "messages": messages})
     return write(file, *lines)
 
@@ -641,12 +733,37 @@ async def test_a_run_shows_that_pins_take_more_from_the_cache_and_writes_all_of_
     assert keyless[OF_LIMIT]["median"] < 0.8 < keyed[OF_LIMIT]["median"] <= 1
     assert "No call failed." in part["notes"]
     assert re.search(
-        r"together \d{3} % of all distinct tokens; 12 sessions, 60 calls", table["title"]
+        r"together \d{3} % of all distinct tokens; 12 sessions in 6 groups, 60 calls$",
+        table["title"],
     )
     assert "and stands still during a prefill" in part["notes"][0]
     assert "## Agent trace t\n" in (folder / "elsewhere/t.md").read_text("utf-8")
     assert (folder / "elsewhere/t.svg").read_text("utf-8").startswith("<?xml")
     assert PINNED.name in out
+
+
+async def test_samples_of_a_session_without_a_group_are_pinned_together_by_a_group_key(
+    folder: Path,
+) -> None:
+    prompt, output = "p" * 4000, "q" * 2000
+    lines = call("a", 0, prompt, output), call("a", 0.1, prompt + output + "r" * 2000)
+    write(folder / "t.jsonl", *lines)
+    argv = ("--samples", "4", "--sessions", "4", "--workers", "2", "--scale", "20", "--room", "4")
+    async with running(
+        *(folder, "-m", "benchmarks", "trace", "t.jsonl", *argv),
+        *("--arm", GROUPED.name, "--arm", PINNED.name, "--json", "t.json"),
+    ) as process:
+        _, err = (text.decode() for text in await process.communicate())
+    assert (process.returncode, err) == (0, "")
+    [part] = json.loads((folder / "t.json").read_text("utf-8"))["parts"]
+    [table] = part["tables"]
+    assert table["title"].endswith("; 4 sessions in 1 group, 8 calls")
+    rows = {row[0]: dict(zip(table["columns"][1:], row[1:], strict=True)) for row in table["rows"]}
+    grouped, alone = (rows[arm.name] for arm in (GROUPED, PINNED))
+    assert grouped["fullest / mean"]["median"] == 2 > alone["fullest / mean"]["median"]
+    assert grouped[OF_LIMIT]["median"] == 1 > alone[OF_LIMIT]["median"]
+    assert any(note.startswith("The first prompts come to 50 % of") for note in part["notes"])
+    assert "No call failed." in part["notes"]
 
 
 @pytest.mark.parametrize(
@@ -657,6 +774,7 @@ async def test_a_run_shows_that_pins_take_more_from_the_cache_and_writes_all_of_
         (["bad.jsonl"], "bad.jsonl, line 1: it is not JSON"),
         (["t.jsonl", "t.jsonl"], "two files have one name"),
         (["t.jsonl", "--workers", "0"], "'--workers'"),
+        (["t.jsonl", "--samples", "1"], "'--samples'"),
         (["t.jsonl", "--room", "nan"], "'--room'"),
         (["t.jsonl", "--arm", "frobnicate"], "'--arm'"),
         (["t.jsonl", "--arm", GROUPED.name], "t.jsonl has no groups, which the chosen arms need"),

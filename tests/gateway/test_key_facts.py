@@ -16,6 +16,7 @@ from harness.agents import chat
 
 from ..smg import SMG, answer_when_all_are_there
 from ..turns import forget, served, turns_of
+from ..waiting import until
 
 KEY = "X-SMG-Routing-Key"
 NAMES = [f"s-{number}" for number in range(16)]
@@ -119,6 +120,34 @@ async def test_min_group_does_not_count_the_sessions_that_are_idle(
     found = await play(smg, [(f"s-{number}", [(KEY, f"s-{number}")]) for number in range(100)])
     counts = Counter(url for urls in found.values() for url in urls)
     assert max(counts.values()) - min(counts[worker.url] for worker in smg.workers) > 1
+
+
+NO_DELEGATE = pytest.mark.skipif(SMG < (1, 10), reason="SMG has delegate from 1.10 on")
+
+
+@pytest.mark.parametrize(
+    ("mode", "counts_calls"),
+    [("min_load", True), pytest.param("delegate", True, marks=NO_DELEGATE), ("min_group", False)],
+)
+async def test_new_sessions_go_where_the_fewest_calls_or_keys_are(
+    smg_gateway: StartSmgGateway, mode: str, counts_calls: bool
+) -> None:
+    smg = await smg_gateway(3, policy="manual", args=["--assignment-mode", mode])
+    names = ["busy"] * 9 + [f"s-{number}" for number in range(12)]
+    answer_when_all_are_there(smg.workers, len(names))
+    calls = []
+    for name in names:
+        calls.append(asyncio.create_task(play_one(smg, name)))
+        # The next one sees all before it in flight.
+        await until(lambda: len(turns_of(*smg.workers)) == len(calls))
+    await asyncio.gather(*calls)
+    found = served(*smg.workers)
+    [busy] = found["busy"]
+    new = Counter(url for name, urls in found.items() if name != "busy" for url in urls)
+    assert new.total() == 12
+    if counts_calls:
+        assert sorted(new[worker.url] for worker in smg.workers) == [0, 6, 6]
+    assert (busy in new) is not counts_calls
 
 
 async def play_one(smg: SmgGateway, name: str) -> None:
