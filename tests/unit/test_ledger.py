@@ -409,6 +409,21 @@ def test_calls_that_bring_no_session_or_fail_are_no_calls_of_a_worker() -> None:
     assert pins.calls() == {}
 
 
+def test_calls_know_of_a_session_that_ended_while_another_thread_worked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    pins = ledger()
+    play(pins, ("a", W1))
+    now += 700
+    with pins._lock:
+        thread = threading.Thread(target=pins.end, args=["a"])
+        thread.start()
+        thread.join()
+    assert pins.calls() == {}
+
+
 def test_more_seconds_than_calls_are_kept_for_are_refused() -> None:
     with pytest.raises(ValueError, match="calls are kept for 600 seconds, not for 3600"):
         ledger().calls(3600)
@@ -938,7 +953,8 @@ def reading(pins: PinLedger) -> Callable[[], object]:
     play(pins, ("a", W1), ("b", W2), ("c", W1))
 
     def read() -> None:
-        pins.sessions(), pins.of("a"), pins.workers(), pins.workers(60), pins.summary()
+        pins.sessions(), pins.of("a"), pins.summary()
+        pins.workers(), pins.workers(60), pins.calls()
 
     return read
 
@@ -1198,6 +1214,7 @@ def read_all(pins: PinLedger) -> None:
     pins.of("a")
     pins.workers()
     pins.workers(60)
+    pins.calls()
     pins.summary()
 
 

@@ -340,6 +340,20 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         ["worker_down"],
         "but the gateway does not count the keys that come again",
     ),
+    "one key, or one worker whose circuit is not open": (
+        view(
+            None,
+            smg(
+                {"routing_key_hit": 40},
+                policy="consistent_hashing",
+                workers={W1: 40, W2: 0},
+                circuits={W2: 1},
+            ),
+        ),
+        "could not tell",
+        ["circuit_open"],
+        "but the gateway does not count the keys that come again",
+    ),
     "turns end, and none begins": (
         view(PINNED, PINNED, (session_server(), session_server(kept=15))),
         "pinned",
@@ -370,6 +384,22 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         "could not tell",
         ["idle", "one_worker"],
         "only one worker is known",
+    ),
+    "worker lost, and healthy again": (
+        view(IDLE, smg({"occupied_hit": 90, "occupied_miss": 10})),
+        "not pinned",
+        ["worker_lost"],
+        "90 of 100 later calls",
+    ),
+    "worker down, which is why sessions move": (
+        view(
+            IDLE,
+            smg({"vacant": 5, "occupied_hit": 100}, health={W1: 0}),
+            (session_server(), session_server(first=5, kept=50, moved=50)),
+        ),
+        "not pinned",
+        ["worker_down"],
+        "50 of 100 later calls",
     ),
     "worker lost": (
         view(IDLE, smg({"occupied_hit": 90, "occupied_miss": 10}, health={W1: 0})),
@@ -445,6 +475,18 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         "could not tell",
         ["replicas"],
         "100 of 100 later calls came to the worker of their key, in the last 10 s; but see below",
+    ),
+    "a few more turns than the gateway routed may be under way": (
+        view(IDLE, PINNED, (session_server(), session_server(unknown=124))),
+        "pinned",
+        [],
+        "",
+    ),
+    "a few more than that are another gateway's": (
+        view(IDLE, PINNED, (session_server(), session_server(unknown=125))),
+        "could not tell",
+        ["replicas"],
+        "but see below",
     ),
     "another gateway has all": (
         view(PINNED, PINNED, (session_server(), session_server(unknown=210))),
@@ -626,7 +668,7 @@ def test_session_server_that_saw_too_few_turns_now_leaves_the_verdict_to_the_gat
     )
 
 
-@pytest.mark.parametrize(("seconds", "turns"), [(11.3, 1130), (60, 6000)])
+@pytest.mark.parametrize(("seconds", "turns"), [(11.3, 1130), (16, 2000), (60, 6000)])
 def test_page_of_the_session_server_that_comes_seldom_tells_of_no_other_gateway(
     seconds: float, turns: int
 ) -> None:
