@@ -5,7 +5,10 @@ itself.
 """
 
 import os
-from collections.abc import Generator, Iterable, Sequence
+import pkgutil
+import sys
+from collections.abc import Generator, Iterable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,9 @@ os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # or it asks the internet, 
 # What reaches each line and branch of the package. Coverage makes a test take up to twice as long:
 # the tests of whole programs, and those of thousands of inputs, do without.
 COVERING = ("tests/unit/", "tests/wire/", "tests/gateway/test_testing_")
+
+MEASURING = pytest.StashKey[Any]()
+"""What measures coverage, where something does."""
 
 REMEDY = "These tests need packages that are not here: pip install -e . --group test"
 
@@ -36,12 +42,33 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Col
     return Page.from_parent(parent, path=file_path) if file_path.suffix == ".md" else None
 
 
-@pytest.hookimpl(trylast=True)  # hypothesis has marked its own
-def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
-    """Measure coverage in those tests that it is asked of."""
-    for item in items:
-        if not item.nodeid.startswith(COVERING) or "hypothesis" in item.keywords:
-            item.add_marker("no_cover")
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection(session: pytest.Session) -> Generator[None, object, object]:
+    """Measure what the package does when it is imported, and from then on only what is asked of."""
+    if "coverage" in sys.modules:
+        from coverage import Coverage
+
+        if measuring := Coverage.current():
+            package = import_module("aiohttp_smg_routing")
+            for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+                import_module(module.name)
+            measuring.stop()
+            session.config.stash[MEASURING] = measuring
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Measure coverage in those tests that it is asked of, their fixtures included."""
+    is_long = "hypothesis" in item.keywords or any(m.name == "thorough" for m in item.own_markers)
+    measuring = item.config.stash.get(MEASURING, None)
+    if measuring is None or is_long or not item.nodeid.startswith(COVERING):
+        return (yield)
+    measuring.start()
+    try:
+        return (yield)
+    finally:
+        measuring.stop()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -759,6 +759,7 @@ def threads_take_turns() -> Iterator[None]:
     sys.setswitchinterval(interval)
 
 
+@pytest.mark.no_cover
 @pytest.mark.usefixtures("threads_take_turns")
 def test_threads_lose_no_count() -> None:
     pins = ledger(track_sessions=50)
@@ -781,6 +782,7 @@ def test_threads_lose_no_count() -> None:
     assert pins.workers() == {W1: 50}
 
 
+@pytest.mark.no_cover
 @pytest.mark.usefixtures("threads_take_turns")
 def test_threads_that_end_each_others_sessions_leave_the_counts_right() -> None:
     pins = ledger(A, B)
