@@ -60,9 +60,9 @@ def pytest_collection(session: pytest.Session) -> Generator[None, object, object
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Measure coverage in those tests that it is asked of, their fixtures included."""
-    is_long = "hypothesis" in item.keywords or any(m.name == "thorough" for m in item.own_markers)
     measuring = item.config.stash.get(MEASURING, None)
-    if measuring is None or is_long or not item.nodeid.startswith(COVERING):
+    is_asked = item.nodeid.startswith(COVERING) and "hypothesis" not in item.keywords
+    if measuring is None or not is_asked:
         return (yield)
     measuring.start()
     try:

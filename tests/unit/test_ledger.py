@@ -706,6 +706,7 @@ def grown(work: Callable[[int], None], times: int = 2_000) -> float:
     return min(end - size for size, end in zip(begin, sizes[2:], strict=True)) / times
 
 
+@pytest.mark.no_cover
 @pytest.mark.thorough
 def test_sessions_calls_and_workers_that_come_and_go_leave_nothing(
     caplog: pytest.LogCaptureFixture,
