@@ -20,6 +20,13 @@ os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # or it asks the internet, 
 # the tests of whole programs, and those of thousands of inputs, do without.
 COVERING = ("tests/unit/", "tests/wire/", "tests/gateway/test_testing_")
 
+# LiteLLM's alone takes four seconds of a processor to import, and brings OpenAI's.
+SDKS = (
+    *("tests/recipes/test_agents.py", "tests/recipes/test_canned.py"),
+    *("tests/recipes/test_litellm.py", "tests/recipes/test_messages.py"),
+    "tests/recipes/test_openai.py",
+)
+
 MEASURING = pytest.StashKey[Any]()
 """What measures coverage, where something does."""
 
@@ -73,7 +80,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Let one process run a page, in order, and a file of recipes.
+    """Let one process run a page, in order, a file of recipes, and all that import SDKs.
 
     The snippets of a page build on each other. A recipe's library takes seconds to import.
     """
@@ -84,6 +91,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Pages(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
+            if file in SDKS:
+                return "SDKs"
             return file if file.endswith(".md") or file.startswith("tests/recipes/") else nodeid
 
     return Pages(config, log)
