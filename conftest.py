@@ -5,7 +5,10 @@ itself.
 """
 
 import os
-from collections.abc import Generator, Iterable, Sequence
+import pkgutil
+import sys
+from collections.abc import Generator, Iterable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,16 @@ os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # or it asks the internet, 
 # What reaches each line and branch of the package. Coverage makes a test take up to twice as long:
 # the tests of whole programs, and those of thousands of inputs, do without.
 COVERING = ("tests/unit/", "tests/wire/", "tests/gateway/test_testing_")
+
+# LiteLLM's alone takes four seconds of a processor to import, and brings OpenAI's.
+SDKS = (
+    *("tests/recipes/test_agents.py", "tests/recipes/test_canned.py"),
+    *("tests/recipes/test_litellm.py", "tests/recipes/test_messages.py"),
+    "tests/recipes/test_openai.py",
+)
+
+MEASURING = pytest.StashKey[Any]()
+"""What measures coverage, where something does."""
 
 REMEDY = "These tests need packages that are not here: pip install -e . --group test"
 
@@ -36,17 +49,38 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Col
     return Page.from_parent(parent, path=file_path) if file_path.suffix == ".md" else None
 
 
-@pytest.hookimpl(trylast=True)  # hypothesis has marked its own
-def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
-    """Measure coverage in those tests that it is asked of."""
-    for item in items:
-        if not item.nodeid.startswith(COVERING) or "hypothesis" in item.keywords:
-            item.add_marker("no_cover")
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection(session: pytest.Session) -> Generator[None, object, object]:
+    """Measure what the package does when it is imported, and from then on only what is asked of."""
+    if "coverage" in sys.modules:
+        from coverage import Coverage
+
+        if measuring := Coverage.current():
+            package = import_module("aiohttp_smg_routing")
+            for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+                import_module(module.name)
+            measuring.stop()
+            session.config.stash[MEASURING] = measuring
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Measure coverage in those tests that it is asked of, their fixtures included."""
+    measuring = item.config.stash.get(MEASURING, None)
+    is_asked = item.nodeid.startswith(COVERING) and "hypothesis" not in item.keywords
+    if measuring is None or not is_asked:
+        return (yield)
+    measuring.start()
+    try:
+        return (yield)
+    finally:
+        measuring.stop()
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Let one process run a page, in order, and a file of recipes.
+    """Let one process run a page, in order, a file of recipes, and all that import SDKs.
 
     The snippets of a page build on each other. A recipe's library takes seconds to import.
     """
@@ -57,6 +91,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Pages(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
+            if file in SDKS:
+                return "SDKs"
             return file if file.endswith(".md") or file.startswith("tests/recipes/") else nodeid
 
     return Pages(config, log)

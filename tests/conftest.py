@@ -1,3 +1,4 @@
+import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -6,6 +7,10 @@ from aiohttp import ClientSession
 
 from aiohttp_smg_routing.testing import Recorder, recording_gateway
 from harness.proc import processes_in
+
+# Each Python that imports aiohttp, and each client of httpx, reads the certificates of all
+# authorities, which takes as long as the rest of the import. No test goes where they are asked for.
+os.environ["SSL_CERT_FILE"] = str(Path(__file__).with_name("authority.pem"))
 
 
 @pytest.fixture(name="gateway")

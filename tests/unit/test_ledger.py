@@ -770,6 +770,7 @@ def grown(work: Callable[[int], None], times: int = 2_000) -> float:
     return min(end - size for size, end in zip(begin, sizes[2:], strict=True)) / times
 
 
+@pytest.mark.no_cover
 @pytest.mark.thorough
 def test_sessions_calls_and_workers_that_come_and_go_leave_nothing(
     caplog: pytest.LogCaptureFixture,
@@ -823,6 +824,7 @@ def threads_take_turns() -> Iterator[None]:
     sys.setswitchinterval(interval)
 
 
+@pytest.mark.no_cover
 @pytest.mark.usefixtures("threads_take_turns")
 def test_threads_lose_no_count() -> None:
     pins = ledger(track_sessions=50)
@@ -845,6 +847,7 @@ def test_threads_lose_no_count() -> None:
     assert pins.workers() == {W1: 50}
 
 
+@pytest.mark.no_cover
 @pytest.mark.usefixtures("threads_take_turns")
 def test_threads_that_end_each_others_sessions_leave_the_counts_right() -> None:
     pins = ledger(A, B)

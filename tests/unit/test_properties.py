@@ -3,6 +3,7 @@
 from dataclasses import fields
 from typing import Any
 
+import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from yarl import URL
@@ -12,6 +13,8 @@ from aiohttp_smg_routing.keys import LONGEST_PREFIX
 from fuzz import laws
 
 from ..inputs import ANY_TEXT, LAW, VISIBLE
+
+pytestmark = pytest.mark.thorough
 
 PLAIN_IDS = (ANY_TEXT | VISIBLE).filter(str.strip)
 #: Ids of every form that a key has are ids as well.

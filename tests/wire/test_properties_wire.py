@@ -26,6 +26,8 @@ from ..origins import Gateway, Origins, all_origins
 T = TypeVar("T")
 Run = Callable[[Coroutine[Any, Any, T]], T]
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.fixture
 def run() -> Iterator[Run[Any]]:
