@@ -10,7 +10,7 @@ from ..verify.facts import KEY_ONLY_POLICIES, NO_KEY_BRANCHES
 from .basis import Basis, is_below, keyed_by, new_keys, policies_of, pools_of, telling, tells
 from .page import KEYED
 from .states import states
-from .view import View, kept_by_gateway
+from .view import View, kept_by_gateway, kept_by_server
 
 _SENT_ADVICE = (
     "The session server sends keys. Look at what stands before the gateway: a proxy may drop the "
@@ -115,12 +115,15 @@ def _one_key(view: View, found: set[str]) -> Iterator[Cause]:
 def _many_keys(view: View, basis: Basis) -> Iterator[Cause]:
     """Yield that a session has many keys. A hash does not count new ones, but the ledger does."""
     counters = view.now if view.now and view.now.calls else view.totals
-    new = new_keys(counters)
+    new, server = new_keys(counters), basis.server
     if "manual" not in view.totals.branches:
-        counters, new = basis.counters, basis.server.get("first", 0)
+        counters = basis.counters
+        if counters is view.now:
+            server = view.server_now or {}
+        new = server.get("first", 0)
     elif telling(counters) >= FEWEST:
         return
-    if new >= _FEWEST_KEYS and not basis.is_seen:
+    if new >= _FEWEST_KEYS and kept_by_server(server).of < FEWEST:
         when = f" in the {view.gateway.span}" if counters is view.now else ""
         guess = "unless no session has had its second turn, "
         yield known_causes.key_changes(new, f"{counters.calls} calls{when}", guess)

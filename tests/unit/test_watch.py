@@ -479,6 +479,26 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         [],
         "90 of 90 later calls came to the worker of their session",
     ),
+    "hashed, and the session server has few turns just now": (
+        view(
+            smg({"routing_key_hit": 100}, policy="consistent_hashing"),
+            smg({"routing_key_hit": 1100}, policy="consistent_hashing"),
+            (session_server(kept=500), session_server(kept=505)),
+        ),
+        "pinned",
+        [],
+        "505 of 505 later calls came to the worker of their session, since the session server",
+    ),
+    "hashed, and each call has a key of its own just now, after many that were pinned": (
+        view(
+            smg({"routing_key_hit": 100}, policy="consistent_hashing"),
+            smg({"routing_key_hit": 200}, policy="consistent_hashing"),
+            (session_server(kept=500), session_server(first=100, kept=500)),
+        ),
+        "could not tell",
+        ["key_changes"],
+        "but see below",
+    ),
     "hashed, while a worker is down": (
         view(IDLE, smg({"routing_key_hit": 100}, policy="consistent_hashing", health={W1: 0})),
         "could not tell",
@@ -624,6 +644,13 @@ def test_session_server_that_saw_too_few_turns_now_leaves_the_verdict_to_the_gat
         "Not pinned: 505 of 1005 later calls came to the worker of their session, since the "
         "session server started."
     )
+
+
+def test_old_turns_of_a_session_server_that_does_not_answer_tell_nothing_of_a_hash() -> None:
+    hashed = [smg({"routing_key_hit": n}, policy="consistent_hashing") for n in (0, 100)]
+    page, noon = server_of(session_server(kept=500)), datetime(2026, 1, 1, 12, 0, 0)
+    gone = View(view(*hashed).gateway, Look(SERVER, page, page, 10, "no answer in time", noon))
+    assert judge(gone, 0.99).answer == "could not tell"
 
 
 @pytest.mark.parametrize(("seconds", "turns"), [(11.3, 1130), (60, 6000)])
