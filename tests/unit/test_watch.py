@@ -578,6 +578,18 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         ["gateway_restarted"],
         "",
     ),
+    "calls that came no further than an encode worker": (
+        view(
+            IDLE,
+            smg(
+                calls=0,
+                more='smg_worker_selection_total{worker_type="encode",policy="manual"} 20\n',
+            ),
+        ),
+        "could not tell",
+        [],
+        "no call came to a worker that keeps a cache, in the last 10 s",
+    ),
     "two pools, one of which has a policy that ignores keys": (
         view(
             IDLE,
@@ -647,9 +659,9 @@ def test_session_server_that_saw_too_few_turns_now_leaves_the_verdict_to_the_gat
 
 
 def test_old_turns_of_a_session_server_that_does_not_answer_tell_nothing_of_a_hash() -> None:
-    hashed = [smg({"routing_key_hit": n}, policy="consistent_hashing") for n in (0, 100)]
+    idle, hashed = (smg({"routing_key_hit": n}, policy="consistent_hashing") for n in (0, 100))
     page, noon = server_of(session_server(kept=500)), datetime(2026, 1, 1, 12, 0, 0)
-    gone = View(view(*hashed).gateway, Look(SERVER, page, page, 10, "no answer in time", noon))
+    gone = View(view(idle, hashed).gateway, Look(SERVER, page, page, 10, "no answer in time", noon))
     assert judge(gone, 0.99).answer == "could not tell"
 
 
