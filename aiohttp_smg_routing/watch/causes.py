@@ -88,7 +88,7 @@ def _moves(view: View, basis: Basis, min_kept: float, found: set[str]) -> Iterat
         yield known_causes.spilled(spilled)
     yield from _one_key(view, found)
     yield from _many_keys(view, basis)
-    if elsewhere := _calls_elsewhere(view):
+    if elsewhere := _sessions_elsewhere(view) or _calls_elsewhere(view):
         yield elsewhere
     elif is_below(basis.kept, min_kept) and not (found or missed or counters.of("cap_respill")):
         yield known_causes.pins_lost(page.load.kind, "and see the log of the session server.")
@@ -127,6 +127,26 @@ def _many_keys(view: View, basis: Basis) -> Iterator[Cause]:
         when = f" in the {view.gateway.span}" if counters is view.now else ""
         guess = "unless no session has had its second turn, "
         yield known_causes.key_changes(new, f"{counters.calls} calls{when}", guess)
+
+
+def _sessions_elsewhere(view: View) -> Cause | None:
+    """Return the cause for a server whose sessions are all on workers of another gateway."""
+    page, server = view.gateway.page, view.server.page if view.server else None
+    if not (page and server and page.load.kind == "smg"):  # which alone names its workers
+        return None
+    pinned = [name for name, sessions in (server.active or server.sessions).items() if sessions]
+    if not pinned or {*map(_address, pinned)} & {*map(_address, page.workers)}:
+        return None
+    return Cause(
+        "other_gateway",
+        f"The session server's sessions are on workers that this gateway does not have, such as "
+        f"{pinned[0]}: another gateway routed them, or the workers were replaced.",
+        "Give the metrics URLs of a gateway and of a session server that calls it.",
+    )
+
+
+def _address(worker: str) -> str:
+    return worker.rpartition("@")[0] or worker  # without the data-parallel rank
 
 
 def _calls_elsewhere(view: View) -> Cause | None:

@@ -33,7 +33,7 @@ from aiohttp_smg_routing.watch.view import View
 
 GATEWAY = URL("http://10.0.0.1:29000/metrics")
 SERVER = URL("http://10.0.0.9:8080/metrics")
-W1, W2 = "http://10.0.0.2:8000", "http://10.0.0.3:8000"
+W1, W2, W3 = (f"http://10.0.0.{number}:8000" for number in (2, 3, 4))
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "aiohttp_smg_routing" / "watch"
@@ -451,6 +451,26 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         "could not tell",
         ["idle", "other_gateway"],
         "but see below",
+    ),
+    "the session server is one of another gateway": (
+        view(
+            IDLE,
+            smg({"vacant": 100}),
+            (session_server(), session_server({W3: 9}, {W1: 0, W3: 9}, first=9, kept=91)),
+        ),
+        "could not tell",
+        ["other_gateway"],
+        "91 of 91 later calls came to the worker of their session, in the last 10 s; but see below",
+    ),
+    "the workers are ranks, which the session server names": (
+        view(
+            IDLE,
+            PINNED,
+            (session_server(), session_server({f"{W1}@1": 5}, {f"{W1}@1": 5}, first=5, kept=100)),
+        ),
+        "pinned",
+        [],
+        "",
     ),
     "turns that were under way are no other gateway's": (
         view(
