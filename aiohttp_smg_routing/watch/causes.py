@@ -7,14 +7,20 @@ from ..verify.cause import Cause
 from ..verify.counting import CHANCE
 from ..verify.evidence import FEWEST
 from ..verify.facts import KEY_ONLY_POLICIES, NO_KEY_BRANCHES
+from ..verify.seen import Counters
 from .basis import Basis, is_below, keyed_by, new_keys, policies_of, pools_of, telling, tells
 from .page import KEYED
 from .states import states
-from .view import View, kept_by_gateway, kept_by_server
+from .view import Share, View, kept_by_gateway, kept_by_server
 
 _SENT_ADVICE = (
     "The session server sends keys. Look at what stands before the gateway: a proxy may drop the "
     "header. See that `header` in the plugin's config is the one that this gateway reads."
+)
+_OTHERS_ADVICE = (
+    "As many keys arrive as the session server sends: other calls come without one. Find out who "
+    "makes them. In the session server it is a client without the hook, such as a second "
+    "ClientSession: name it in client_session, too, or set instrument = true."
 )
 _FEWEST_KEYS = 50  # all new; fewer may be of sessions that all begin just now
 _LEFT_OUT = frozenset(("worker_down", "circuit_open", "overloaded"))
@@ -36,10 +42,9 @@ def _key_causes(view: View, basis: Basis, min_kept: float) -> Iterator[Cause]:
         yield known_causes.one_worker()
         return
     kind = page.load.kind
-    sent = any(view.server_totals.get(name) for name in KEYED)
-    advice = _SENT_ADVICE if sent else known_causes.SERVER_ADVICE
     for pool in pools_of(counters):
         policies, keyed = policies_of(counters, pool), keyed_by(counters, pool)
+        advice = _key_advice(view, counters, keyed)
         if policies in ("prefix_hash", "consistent_hashing") and not tells(view, counters, pool):
             yield known_causes.any_key(policies)
         elif not tells(view, counters, pool):
@@ -59,6 +64,16 @@ def _key_causes(view: View, basis: Basis, min_kept: float) -> Iterator[Cause]:
             )
         else:
             yield known_causes.policy(kind, policies)
+
+
+def _key_advice(view: View, counters: Counters, keyed: Share) -> str:
+    """Return where to look for the keys of calls that came without one."""
+    server = (view.server_now or {}) if counters is view.now else view.server_totals
+    sent = sum(server.get(name, 0) for name in KEYED)
+    if sent and 20 * abs(sent - keyed.part) <= sent:  # a few are under way
+        return _OTHERS_ADVICE
+    is_sender = any(view.server_totals.get(name) for name in KEYED)
+    return _SENT_ADVICE if is_sender else known_causes.SERVER_ADVICE
 
 
 def _uncounted(view: View, policies: str) -> Cause:

@@ -815,6 +815,18 @@ def test_key_that_the_session_server_sends_is_looked_for_on_its_way(outcome: str
     assert ("The session server sends keys" in sent, unsent != sent) == (True, True)
 
 
+@pytest.mark.parametrize(("sent", "is_whole"), [(47, False), (48, True), (52, True), (53, False)])
+def test_calls_beside_keys_that_all_arrive_are_made_without_the_hook(
+    sent: int, is_whole: bool
+) -> None:
+    half = smg({"vacant": 10, "occupied_hit": 40, "no_routing_id": 50})
+    for before in (IDLE, half):  # just now, and since the start
+        server = session_server(unknown=sent if before == half else 0), session_server(unknown=sent)
+        [cause] = [it for it in judge(view(before, half, server), 0.99).causes if it.name != "idle"]
+        assert cause.name == "key_lost"
+        assert ("a client without the hook" in cause.advice) is is_whole
+
+
 def test_figures_that_are_old_are_said_to_be_so() -> None:
     old = server_of(session_server(kept=9))
     for page in (old, None):
