@@ -929,6 +929,35 @@ async def test_after_twenty_calls_without_a_session_route_and_sources_are_said(
         assert said(caplog) == [line]
 
 
+async def test_calls_whose_id_is_ignored_are_not_said_to_have_none(
+    gateway: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = without_hook(gateway.chat)
+    config = {"gateway": str(gateway.url), "client_session": "client", "ignore_ids": "default"}
+    setup(app, config)
+    async with TestClient(TestServer(app)) as client:
+        for _ in range(20):
+            async with client.post("/default") as response:
+                assert response.status == 200
+    [line] = said(caplog)
+    sought = "match_info:session_id found none, or one of ignore_ids, in route /{session_id}"
+    assert f"{sought}. Correct session_id." in line
+
+
+@pytest.mark.parametrize("session_id", [None, "default"])
+async def test_calls_in_a_block_without_an_id_are_not_said_to_be_outside_a_request(
+    gateway: Recorder, caplog: pytest.LogCaptureFixture, session_id: str | None
+) -> None:
+    routing = Routing({"gateway": str(gateway.url), "ignore_ids": "default"})
+    async with ClientSession(trace_configs=[routing.trace_config()]) as session:
+        with routing_session(session_id):
+            for _ in range(20):
+                async with session.post(gateway.chat):
+                    pass
+    [line] = said(caplog)
+    assert line.endswith(": its routing_session() has none, or an ignored one. Pass it the id.")
+
+
 @pytest.mark.parametrize("before", [0, 19])
 async def test_calls_without_a_session_beside_ones_with_it_are_not_said(
     gateway: Recorder, caplog: pytest.LogCaptureFixture, before: int
