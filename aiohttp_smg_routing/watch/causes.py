@@ -118,9 +118,10 @@ def _one_key(view: View, found: set[str]) -> Iterator[Cause]:
             yield known_causes.shared_key(f"has met one key only in {totals.calls} calls")
         return
     got = [name for name, calls in totals.workers.items() if calls]
+    if len(got) != 1 or view.workers < 2 or found & _LEFT_OUT:
+        return
     is_chance = sessions and view.workers ** (1.0 - sessions) >= CHANCE
-    is_one = len(got) == 1 < view.workers and not (is_chance or found & _LEFT_OUT)
-    if is_one and totals.of("routing_key_hit") >= FEWEST:
+    if not is_chance and totals.of("routing_key_hit") >= FEWEST:
         yield known_causes.shared_key(
             f"sent all {totals.calls} calls to one worker of {view.workers}",
             "unless they are of few sessions, ",
@@ -150,7 +151,8 @@ def _sessions_elsewhere(view: View) -> Cause | None:
     if not (page and server and page.load.kind == "smg"):  # which alone names its workers
         return None
     pinned = [name for name, sessions in (server.active or server.sessions).items() if sessions]
-    if not pinned or {*map(_address, pinned)} & {*map(_address, page.workers)}:
+    theirs, ours = {*map(_address, pinned)}, {*map(_address, page.workers)}
+    if not (theirs and ours) or theirs & ours:
         return None
     return Cause(
         "other_gateway",

@@ -462,6 +462,16 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         ["other_gateway"],
         "91 of 91 later calls came to the worker of their session, in the last 10 s; but see below",
     ),
+    "a gateway that has just begun anew, and finds its workers only now": (
+        view(
+            None,
+            smg(workers={}),
+            (session_server({W1: 9}, {W1: 9}, kept=91), session_server({W1: 9}, {W1: 9}, kept=91)),
+        ),
+        "could not tell",
+        ["no_healthy_workers", "no_calls"],
+        "",
+    ),
     "the workers are ranks, which the session server names": (
         view(
             IDLE,
