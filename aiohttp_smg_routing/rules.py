@@ -221,7 +221,8 @@ class Rules(Owner):
         )
         message = (
             "%d POST requests in a row had a session, and ended before a call to the gateway was "
-            "seen. If they call it: their ClientSession %s; or neither aiohttp nor httpx calls"
+            "seen. If they call it: their ClientSession %s; or gateway and paths name another URL "
+            "(see routing.explain()); or neither aiohttp nor httpx calls"
         )
         say(logger, logging.WARNING, message, self._runs[what], why)
 
@@ -238,11 +239,9 @@ class Rules(Owner):
         """Return a sentence: a call carries a key, or why it does not and what to change."""
         if self.gateway_of(method, url):
             return f"{_shown(method, url)} carries {self.config.header}, where it has a session"
-        why = difference(url, self.config.gateway, self.config.paths)
-        if not self.config.enabled:
-            why = "enabled is false"
-        elif method.upper() != hdrs.METH_POST:
-            why = "only a POST carries one"
+        why = "only a POST carries one" if self.config.enabled else "enabled is false"
+        if self.config.enabled and method.upper() == hdrs.METH_POST:
+            why = difference(url, self.config.gateway, self.config.paths)
         return f"{_shown(method, url)} goes out without a key: {why}"
 
 

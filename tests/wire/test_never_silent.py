@@ -714,6 +714,20 @@ async def test_a_client_session_that_is_made_anew_at_run_time_is_said(
     assert "(set instrument = true)" in line
 
 
+async def test_calls_to_a_url_that_resembles_no_gateway_are_said_to_be_a_reason(
+    gateway: Recorder, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither their host nor their path is near: they look like calls to any other service."""
+    app = without_hook(gateway.url / "generate")
+    setup(app, {"gateway": "http://192.0.2.1", "client_session": "client"})
+    client = await aiohttp_client(app)
+    for _ in range(60):
+        async with client.post("/s-1") as response:
+            assert response.status == 200
+    [line] = said(caplog)
+    assert "or gateway and paths name another URL (see routing.explain())" in line
+
+
 async def test_calls_by_neither_aiohttp_nor_httpx_are_said(
     gateway: Recorder, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
 ) -> None:
