@@ -78,7 +78,7 @@ class PinLedger:
     def calls(self, within: float = 600) -> dict[str, int]:
         """Return the calls in sessions that each worker answered ``within`` the last seconds.
 
-        They are counted by ten seconds. Raises ``ValueError`` where ``within`` exceeds 600.
+        They are counted by ten seconds. Raises ``ValueError`` unless ``within`` is 0 to 600.
         """
         self._catch_up()
         return self._workers.calls(within)

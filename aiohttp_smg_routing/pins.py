@@ -132,7 +132,7 @@ class Workers:
 
     def calls(self, within: float) -> dict[str, int]:
         """Return how many calls each worker answered within the seconds."""
-        if within > RECENT_SECONDS:
+        if not 0 <= within <= RECENT_SECONDS:
             raise ValueError(f"calls are kept for {RECENT_SECONDS} seconds, not for {within:g}")
         since = time.monotonic() - within
         found = dict.fromkeys(list(self.pins), 0)

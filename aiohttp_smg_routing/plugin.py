@@ -104,7 +104,7 @@ class Routing:
         >>> event_hooks = routing.httpx_hooks()  # httpx.AsyncClient(event_hooks=event_hooks)
         """
         if not self.config.enabled:
-            return {}
+            return {"request": [], "response": []}  # code may add its own to them
         self._hooked = True
         return httpx_client.HttpxHook(client.Hook(self._rules)).event_hooks()
 

@@ -56,8 +56,9 @@ class Rules(Owner):
         self._hosts = frozenset(url.raw_host for url, _ in places)
         names = [path.lower().split("/")[1:] for path in config.paths]
         self._tails = tuple("/" + "/".join(its[1:] or its) for its in names)  # without "/v1"
-        self._has_tagged, self._once = False, Once()
-        self._runs: Counter[str] = Counter()
+        self._has_tagged, self._once, self._runs = False, Once(), Counter[str]()
+        ignored = ", or one of ignore_ids," if config.ignore_ids else ""
+        self._found = f"{named_sources(config.session_id)} found none{ignored} in route"
         hint = "no source of session_id finds one, or the calls are made outside a request"
         self.missing_log: Capped = Capped(logger, "calls without a session", hint)
 
@@ -140,8 +141,9 @@ class Rules(Owner):
         if not (is_noticed := self._is_noticed("missing")) and self.config.on_missing == "pass":
             return
         if scope is not None and scope.route:
-            sources = named_sources(self.config.session_id)
-            why, remedy = f"{sources} found none in route {scope.route}", "Correct session_id"
+            why, remedy = f"{self._found} {scope.route}", "Correct session_id"
+        elif scope is not None and scope.is_block:
+            why, remedy = "its routing_session() has none, or an ignored one", "Pass it the id"
         else:
             why = f"it is made by {running_code()}, outside the requests of the app"
             remedy = "Call setup() on the app that serves sessions; run a thread in copy_context()"
@@ -207,9 +209,8 @@ class Rules(Owner):
         if is_known or method != hdrs.METH_POST or not self._is_noticed(what):
             return
         if scope.session_id is None:
-            message = "%d POST requests, and no session: %s found none in route %s. Correct it."
-            sources = named_sources(self.config.session_id)
-            say(logger, logging.WARNING, message, self._runs[what], sources, scope.route)
+            message = "%d POST requests, and no session: %s %s. Correct it."
+            say(logger, logging.WARNING, message, self._runs[what], self._found, scope.route)
             return
         why = (
             "was made before the app started (use routing.attach(session))"
@@ -220,7 +221,8 @@ class Rules(Owner):
         )
         message = (
             "%d POST requests in a row had a session, and ended before a call to the gateway was "
-            "seen. If they call it: their ClientSession %s; or neither aiohttp nor httpx calls"
+            "seen. If they call it: their ClientSession %s; or gateway and paths name another URL "
+            "(see routing.explain()); or neither aiohttp nor httpx calls"
         )
         say(logger, logging.WARNING, message, self._runs[what], why)
 
@@ -231,18 +233,15 @@ class Rules(Owner):
         return is_run and self._once.is_new((what, where, self._has_tagged))
 
     def _is_near(self, url: URL) -> bool:
-        is_like_ours = url.raw_path.rstrip("/").lower().endswith(self._tails)
-        return is_like_ours or host_of(url) in self._hosts
+        return host_of(url) in self._hosts or url.raw_path.rstrip("/").lower().endswith(self._tails)
 
     def explain(self, method: str, url: URL) -> str:
         """Return a sentence: a call carries a key, or why it does not and what to change."""
         if self.gateway_of(method, url):
             return f"{_shown(method, url)} carries {self.config.header}, where it has a session"
-        why = difference(url, self.config.gateway, self.config.paths)
-        if not self.config.enabled:
-            why = "enabled is false"
-        elif method.upper() != hdrs.METH_POST:
-            why = "only a POST carries one"
+        why = "only a POST carries one" if self.config.enabled else "enabled is false"
+        if self.config.enabled and method.upper() == hdrs.METH_POST:
+            why = difference(url, self.config.gateway, self.config.paths)
         return f"{_shown(method, url)} goes out without a key: {why}"
 
 

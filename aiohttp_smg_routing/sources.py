@@ -51,6 +51,12 @@ def _header(name: str) -> Reader:
     return bearer_token
 
 
+def _route_variable(name: str) -> Reader:
+    if not set("{}").isdisjoint(name):
+        raise ValueError("has braces: write the name of the route's variable without them")
+    return lambda request: request.match_info.get(name)
+
+
 def _stored(name: str) -> Reader:
     """Read what an earlier middleware stored, under a text or a ``RequestKey`` of that name."""
     return lambda request: next((request[key] for key in request if is_named(key, name)), None)
@@ -63,7 +69,7 @@ def _json(path: str) -> Reader:
 
 
 _KINDS: Mapping[str, Callable[[str], Reader]] = {
-    "match_info": lambda name: lambda request: request.match_info.get(name),
+    "match_info": _route_variable,
     "header": _header,
     "query": lambda name: lambda request: request.query.get(name),
     "cookie": lambda name: lambda request: request.cookies.get(name),
@@ -91,7 +97,7 @@ def reader(source: object) -> Reader:
     kind, _, name = source.partition(":") if isinstance(source, str) else ("", "", "")
     if kind in _GONE:
         raise ValueError(f"is gone: {_GONE[kind]}")
-    if kind not in _KINDS or not name:
+    if kind not in _KINDS or not name or name != name.strip():
         raise ValueError(f"is not a source: use {_FORMS} or a function")
     return _KINDS[kind](name)
 

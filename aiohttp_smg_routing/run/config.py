@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Mapping
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,22 @@ def is_name(source: str) -> bool:
 def _named(source: str) -> Any:
     module, _, name = source.rpartition(":")
     program = sys.modules["__main__"]  # to import it by its name would run it a second time
-    if module == Path(getattr(program, "__file__", None) or "").stem and hasattr(program, name):
+    if hasattr(program, name) and _is_at(module, getattr(program, "__file__", None) or ""):
         return getattr(program, name)
     try:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError([("config", f"{source} is not there: {error}")]) from error
+
+
+def _is_at(module: str, file: str) -> bool:
+    if module == Path(file).stem:
+        return True
+    try:
+        spec = find_spec(module)
+    except (ImportError, ValueError):
+        return False
+    return spec is not None and spec.origin == str(Path(file).absolute())
 
 
 def _table(file: Path) -> Any:

@@ -35,11 +35,15 @@ class Basis:
 def basis_of(view: View) -> Basis:
     """Return the counts of now, or those of all time if now tells too little of pins."""
     now, server_now = view.now, view.server_now or {}
-    if now is not None and max(telling(now), kept_by_server(server_now).of) >= FEWEST:
-        server_when = f", in the {view.server.span}" if view.server else ""
-        return Basis(now, server_now, f", in the {view.gateway.span}", server_when)
     whens = ", since the gateway started", ", since the session server started"
-    return Basis(view.totals, view.server_totals, *whens)
+    if now is None or max(telling(now), kept_by_server(server_now).of) < FEWEST:
+        return Basis(view.totals, view.server_totals, *whens)
+    server_when = f", in the {view.server.span}" if view.server else ""
+    # Only manual counts the keys that come again. Elsewhere the server alone tells of later calls.
+    is_mute = "manual" not in view.totals.branches and kept_by_server(server_now).of < FEWEST
+    if is_mute and view.server and not view.server.error:
+        server_now, server_when = view.server_totals, whens[1]
+    return Basis(now, server_now, f", in the {view.gateway.span}", server_when)
 
 
 def telling(counters: Counters) -> int:

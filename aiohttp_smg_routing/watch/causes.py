@@ -7,14 +7,20 @@ from ..verify.cause import Cause
 from ..verify.counting import CHANCE
 from ..verify.evidence import FEWEST
 from ..verify.facts import KEY_ONLY_POLICIES, NO_KEY_BRANCHES
+from ..verify.seen import Counters
 from .basis import Basis, is_below, keyed_by, new_keys, policies_of, pools_of, telling, tells
 from .page import KEYED
 from .states import states
-from .view import View, kept_by_gateway
+from .view import Share, View, kept_by_gateway, kept_by_server
 
 _SENT_ADVICE = (
     "The session server sends keys. Look at what stands before the gateway: a proxy may drop the "
     "header. See that `header` in the plugin's config is the one that this gateway reads."
+)
+_OTHERS_ADVICE = (
+    "As many keys arrive as the session server sends: other calls come without one. Find out who "
+    "makes them. In the session server it is a client without the hook, such as a second "
+    "ClientSession: name it in client_session, too, or set instrument = true."
 )
 _FEWEST_KEYS = 50  # all new; fewer may be of sessions that all begin just now
 _LEFT_OUT = frozenset(("worker_down", "circuit_open", "overloaded"))
@@ -36,10 +42,9 @@ def _key_causes(view: View, basis: Basis, min_kept: float) -> Iterator[Cause]:
         yield known_causes.one_worker()
         return
     kind = page.load.kind
-    sent = any(view.server_totals.get(name) for name in KEYED)
-    advice = _SENT_ADVICE if sent else known_causes.SERVER_ADVICE
     for pool in pools_of(counters):
         policies, keyed = policies_of(counters, pool), keyed_by(counters, pool)
+        advice = _key_advice(view, counters, keyed)
         if policies in ("prefix_hash", "consistent_hashing") and not tells(view, counters, pool):
             yield known_causes.any_key(policies)
         elif not tells(view, counters, pool):
@@ -59,6 +64,16 @@ def _key_causes(view: View, basis: Basis, min_kept: float) -> Iterator[Cause]:
             )
         else:
             yield known_causes.policy(kind, policies)
+
+
+def _key_advice(view: View, counters: Counters, keyed: Share) -> str:
+    """Return where to look for the keys of calls that came without one."""
+    server = (view.server_now or {}) if counters is view.now else view.server_totals
+    sent = sum(server.get(name, 0) for name in KEYED)
+    if sent and 20 * abs(sent - keyed.part) <= sent:  # a few are under way
+        return _OTHERS_ADVICE
+    is_sender = any(view.server_totals.get(name) for name in KEYED)
+    return _SENT_ADVICE if is_sender else known_causes.SERVER_ADVICE
 
 
 def _uncounted(view: View, policies: str) -> Cause:
@@ -88,7 +103,7 @@ def _moves(view: View, basis: Basis, min_kept: float, found: set[str]) -> Iterat
         yield known_causes.spilled(spilled)
     yield from _one_key(view, found)
     yield from _many_keys(view, basis)
-    if elsewhere := _calls_elsewhere(view):
+    if elsewhere := _sessions_elsewhere(view) or _calls_elsewhere(view):
         yield elsewhere
     elif is_below(basis.kept, min_kept) and not (found or missed or counters.of("cap_respill")):
         yield known_causes.pins_lost(page.load.kind, "and see the log of the session server.")
@@ -103,9 +118,10 @@ def _one_key(view: View, found: set[str]) -> Iterator[Cause]:
             yield known_causes.shared_key(f"has met one key only in {totals.calls} calls")
         return
     got = [name for name, calls in totals.workers.items() if calls]
+    if len(got) != 1 or view.workers < 2 or found & _LEFT_OUT:
+        return
     is_chance = sessions and view.workers ** (1.0 - sessions) >= CHANCE
-    is_one = len(got) == 1 < view.workers and not (is_chance or found & _LEFT_OUT)
-    if is_one and totals.of("routing_key_hit") >= FEWEST:
+    if not is_chance and totals.of("routing_key_hit") >= FEWEST:
         yield known_causes.shared_key(
             f"sent all {totals.calls} calls to one worker of {view.workers}",
             "unless they are of few sessions, ",
@@ -115,15 +131,39 @@ def _one_key(view: View, found: set[str]) -> Iterator[Cause]:
 def _many_keys(view: View, basis: Basis) -> Iterator[Cause]:
     """Yield that a session has many keys. A hash does not count new ones, but the ledger does."""
     counters = view.now if view.now and view.now.calls else view.totals
-    new = new_keys(counters)
+    new, server = new_keys(counters), basis.server
     if "manual" not in view.totals.branches:
-        counters, new = basis.counters, basis.server.get("first", 0)
+        counters = basis.counters
+        if counters is view.now:
+            server = view.server_now or {}
+        new = server.get("first", 0)
     elif telling(counters) >= FEWEST:
         return
-    if new >= _FEWEST_KEYS and not basis.is_seen:
+    if new >= _FEWEST_KEYS and kept_by_server(server).of < FEWEST:
         when = f" in the {view.gateway.span}" if counters is view.now else ""
         guess = "unless no session has had its second turn, "
         yield known_causes.key_changes(new, f"{counters.calls} calls{when}", guess)
+
+
+def _sessions_elsewhere(view: View) -> Cause | None:
+    """Return the cause for a server whose sessions are all on workers of another gateway."""
+    page, server = view.gateway.page, view.server.page if view.server else None
+    if not (page and server and page.load.kind == "smg"):  # which alone names its workers
+        return None
+    pinned = [name for name, sessions in (server.active or server.sessions).items() if sessions]
+    theirs, ours = {*map(_address, pinned)}, {*map(_address, page.workers)}
+    if not (theirs and ours) or theirs & ours:
+        return None
+    return Cause(
+        "other_gateway",
+        f"The session server's sessions are on workers that this gateway does not have, such as "
+        f"{pinned[0]}: another gateway routed them, or the workers were replaced.",
+        "Give the metrics URLs of a gateway and of a session server that calls it.",
+    )
+
+
+def _address(worker: str) -> str:
+    return worker.rpartition("@")[0] or worker  # without the data-parallel rank
 
 
 def _calls_elsewhere(view: View) -> Cause | None:

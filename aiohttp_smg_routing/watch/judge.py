@@ -25,6 +25,8 @@ def _decide(view: View, basis: Basis, found: set[str], min_kept: float) -> tuple
     if nothing := _nothing(view, found):
         return "could not tell", nothing
     pools = pools_of(counters)
+    if not (pools or basis.is_seen):
+        return "could not tell", f"no call came to a worker that keeps a cache{basis.when}"
     for pool in pools:
         worker = "worker" if pool == "regular" else f"{pool} worker"
         keyed = keyed_by(counters, pool)

@@ -164,8 +164,8 @@ _SERVER_CAUSES = {
     ),
     "unmatched": (
         "calls look like ones to the gateway, but carried no key",
-        "Read the warning in the server's log: it names what differs, and what to write. Calls to "
-        "a judge model are right so.",
+        'Call routing.explain("POST", url), or read the server\'s log at level DEBUG: both name '
+        "what differs, and what to write. Calls to a judge model are right so.",
     ),
 }
 

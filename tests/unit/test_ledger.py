@@ -424,9 +424,10 @@ def test_calls_know_of_a_session_that_ended_while_another_thread_worked(
     assert pins.calls() == {}
 
 
-def test_more_seconds_than_calls_are_kept_for_are_refused() -> None:
-    with pytest.raises(ValueError, match="calls are kept for 600 seconds, not for 3600"):
-        ledger().calls(3600)
+@pytest.mark.parametrize("seconds", [3600, -1, float("nan")])
+def test_seconds_that_calls_are_not_kept_for_are_refused(seconds: float) -> None:
+    with pytest.raises(ValueError, match=f"calls are kept for 600 seconds, not for {seconds}"):
+        ledger().calls(seconds)
 
 
 def test_a_header_that_names_a_worker_for_each_call_does_not_fill_the_memory() -> None:

@@ -93,6 +93,27 @@ def test_a_name_of_the_program_that_runs_is_not_imported_a_second_time(
     assert "server" not in sys.modules
 
 
+def test_a_module_of_a_package_that_runs_is_not_imported_a_second_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ``run --config servers.agent:CONFIG -- -m servers.agent`` has it."""
+    (tmp_path / "servers").mkdir()
+    for name in ("agent", "other"):
+        (tmp_path / "servers" / f"{name}.py").write_text("CONFIG = {'gateway': 'http://h'}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    program = ModuleType("__main__")
+    program.__file__ = str(tmp_path / "servers" / "agent.py")
+    program.CONFIG = CONFIG  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "__main__", program)
+    assert config.load("servers.agent:CONFIG") is CONFIG
+    assert "servers.agent" not in sys.modules
+    assert config.load("servers.other:CONFIG") is not CONFIG
+    with pytest.raises(ConfigError, match=r"no\.such:CONFIG is not there"):
+        config.load("no.such:CONFIG")
+    monkeypatch.delitem(sys.modules, "servers.other")
+    monkeypatch.delitem(sys.modules, "servers")
+
+
 def test_a_file_on_a_python_that_reads_no_toml_names_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,7 +33,7 @@ from aiohttp_smg_routing.watch.view import View
 
 GATEWAY = URL("http://10.0.0.1:29000/metrics")
 SERVER = URL("http://10.0.0.9:8080/metrics")
-W1, W2 = "http://10.0.0.2:8000", "http://10.0.0.3:8000"
+W1, W2, W3 = (f"http://10.0.0.{number}:8000" for number in (2, 3, 4))
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "aiohttp_smg_routing" / "watch"
@@ -494,6 +494,36 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         ["idle", "other_gateway"],
         "but see below",
     ),
+    "the session server is one of another gateway": (
+        view(
+            IDLE,
+            smg({"vacant": 100}),
+            (session_server(), session_server({W3: 9}, {W1: 0, W3: 9}, first=9, kept=91)),
+        ),
+        "could not tell",
+        ["other_gateway"],
+        "91 of 91 later calls came to the worker of their session, in the last 10 s; but see below",
+    ),
+    "a gateway that has just begun anew, and finds its workers only now": (
+        view(
+            None,
+            smg(workers={}),
+            (session_server({W1: 9}, {W1: 9}, kept=91), session_server({W1: 9}, {W1: 9}, kept=91)),
+        ),
+        "could not tell",
+        ["no_healthy_workers", "no_calls"],
+        "",
+    ),
+    "the workers are ranks, which the session server names": (
+        view(
+            IDLE,
+            PINNED,
+            (session_server(), session_server({f"{W1}@1": 5}, {f"{W1}@1": 5}, first=5, kept=100)),
+        ),
+        "pinned",
+        [],
+        "",
+    ),
     "turns that were under way are no other gateway's": (
         view(
             PINNED + f'smg_worker_requests_active{{worker="{W1}"}} 200\n',
@@ -520,6 +550,26 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         "pinned",
         [],
         "90 of 90 later calls came to the worker of their session",
+    ),
+    "hashed, and the session server has few turns just now": (
+        view(
+            smg({"routing_key_hit": 100}, policy="consistent_hashing"),
+            smg({"routing_key_hit": 1100}, policy="consistent_hashing"),
+            (session_server(kept=500), session_server(kept=505)),
+        ),
+        "pinned",
+        [],
+        "505 of 505 later calls came to the worker of their session, since the session server",
+    ),
+    "hashed, and each call has a key of its own just now, after many that were pinned": (
+        view(
+            smg({"routing_key_hit": 100}, policy="consistent_hashing"),
+            smg({"routing_key_hit": 200}, policy="consistent_hashing"),
+            (session_server(kept=500), session_server(first=100, kept=500)),
+        ),
+        "could not tell",
+        ["key_changes"],
+        "but see below",
     ),
     "hashed, while a worker is down": (
         view(IDLE, smg({"routing_key_hit": 100}, policy="consistent_hashing", health={W1: 0})),
@@ -600,6 +650,18 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         ["gateway_restarted"],
         "",
     ),
+    "calls that came no further than an encode worker": (
+        view(
+            IDLE,
+            smg(
+                calls=0,
+                more='smg_worker_selection_total{worker_type="encode",policy="manual"} 20\n',
+            ),
+        ),
+        "could not tell",
+        [],
+        "no call came to a worker that keeps a cache, in the last 10 s",
+    ),
     "two pools, one of which has a policy that ignores keys": (
         view(
             IDLE,
@@ -666,6 +728,13 @@ def test_session_server_that_saw_too_few_turns_now_leaves_the_verdict_to_the_gat
         "Not pinned: 505 of 1005 later calls came to the worker of their session, since the "
         "session server started."
     )
+
+
+def test_old_turns_of_a_session_server_that_does_not_answer_tell_nothing_of_a_hash() -> None:
+    idle, hashed = (smg({"routing_key_hit": n}, policy="consistent_hashing") for n in (0, 100))
+    page, noon = server_of(session_server(kept=500)), datetime(2026, 1, 1, 12, 0, 0)
+    gone = View(view(idle, hashed).gateway, Look(SERVER, page, page, 10, "no answer in time", noon))
+    assert judge(gone, 0.99).answer == "could not tell"
 
 
 @pytest.mark.parametrize(("seconds", "turns"), [(11.3, 1130), (16, 2000), (60, 6000)])
@@ -796,6 +865,18 @@ def test_key_that_the_session_server_sends_is_looked_for_on_its_way(outcome: str
         advice += [cause.advice for cause in verdict.causes if cause.name == "key_lost"]
     sent, unsent = advice
     assert ("The session server sends keys" in sent, unsent != sent) == (True, True)
+
+
+@pytest.mark.parametrize(("sent", "is_whole"), [(47, False), (48, True), (52, True), (53, False)])
+def test_calls_beside_keys_that_all_arrive_are_made_without_the_hook(
+    sent: int, is_whole: bool
+) -> None:
+    half = smg({"vacant": 10, "occupied_hit": 40, "no_routing_id": 50})
+    for before in (IDLE, half):  # just now, and since the start
+        server = session_server(unknown=sent if before == half else 0), session_server(unknown=sent)
+        [cause] = [it for it in judge(view(before, half, server), 0.99).causes if it.name != "idle"]
+        assert cause.name == "key_lost"
+        assert ("a client without the hook" in cause.advice) is is_whole
 
 
 def test_figures_that_are_old_are_said_to_be_so() -> None:

@@ -21,7 +21,7 @@ from harness.servers import serve
 
 from ..verify_servers import in_background
 from .test_verify_cli import broken_pipe
-from .test_watch import IDLE, PINNED, session_server, smg
+from .test_watch import IDLE, PINNED, W1, session_server, smg
 
 FAST = ("--interval", "0.1")
 ONCE = ("--once", *FAST)
@@ -84,7 +84,7 @@ def test_min_kept_is_the_share_that_must_stay(capsys: pytest.CaptureFixture[str]
 def test_once_as_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
     server = (
         session_server(),
-        session_server({"http://w": 5, "http://v": 1}, {"http://w": 6}, first=5, kept=20),
+        session_server({W1: 5, "http://v": 1}, {W1: 6}, first=5, kept=20),
     )
     with pages(IDLE, PINNED) as url, pages(*server) as theirs:
         assert main(["watch", f"{url}/metrics", f"{theirs}/metrics", *ONCE, "--json"]) == 0
@@ -93,9 +93,9 @@ def test_once_as_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> Non
     assert seen["gateway"]["now"]["branches"]["manual"] == {"vacant": 5, "occupied_hit": 100}
     assert seen["gateway"]["now_seconds"] >= 0.1
     assert (seen["server"]["now"]["kept"], seen["server"]["now"]["kept_share"]) == (20, 1)
-    assert seen["server"]["active_sessions"] == {"http://w": 5, "http://v": 1}
+    assert seen["server"]["active_sessions"] == {W1: 5, "http://v": 1}
     assert seen["server"]["sessions_skew"] == {
-        "worker": "http://w",
+        "worker": W1,
         "most": 5,
         "mean": 3,
         "ratio": 5 / 3,

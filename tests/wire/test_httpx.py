@@ -373,7 +373,7 @@ async def test_it_does_nothing_where_it_is_not_enabled(
     gateway: Recorder, module: ModuleType
 ) -> None:
     routing = Routing(RoutingConfig(gateway.url, enabled=False, on_missing="raise"))
-    assert routing.httpx_hooks() == {}
+    assert routing.httpx_hooks() == {"request": [], "response": []}
     with routing.instrument():
         async with module.AsyncClient(event_hooks=routing.httpx_hooks()) as client:
             await client.post(str(gateway.chat), headers={"x-smg-routing-key": "mine"})

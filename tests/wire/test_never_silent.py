@@ -714,6 +714,20 @@ async def test_a_client_session_that_is_made_anew_at_run_time_is_said(
     assert "(set instrument = true)" in line
 
 
+async def test_calls_to_a_url_that_resembles_no_gateway_are_said_to_be_a_reason(
+    gateway: Recorder, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither their host nor their path is near: they look like calls to any other service."""
+    app = without_hook(gateway.url / "generate")
+    setup(app, {"gateway": "http://192.0.2.1", "client_session": "client"})
+    client = await aiohttp_client(app)
+    for _ in range(60):
+        async with client.post("/s-1") as response:
+            assert response.status == 200
+    [line] = said(caplog)
+    assert "or gateway and paths name another URL (see routing.explain())" in line
+
+
 async def test_calls_by_neither_aiohttp_nor_httpx_are_said(
     gateway: Recorder, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -927,6 +941,35 @@ async def test_after_twenty_calls_without_a_session_route_and_sources_are_said(
     assert summary.untagged == (0 if on_missing == "raise" else 49)
     if on_missing == "pass":
         assert said(caplog) == [line]
+
+
+async def test_calls_whose_id_is_ignored_are_not_said_to_have_none(
+    gateway: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    app = without_hook(gateway.chat)
+    config = {"gateway": str(gateway.url), "client_session": "client", "ignore_ids": "default"}
+    setup(app, config)
+    async with TestClient(TestServer(app)) as client:
+        for _ in range(20):
+            async with client.post("/default") as response:
+                assert response.status == 200
+    [line] = said(caplog)
+    sought = "match_info:session_id found none, or one of ignore_ids, in route /{session_id}"
+    assert f"{sought}. Correct session_id." in line
+
+
+@pytest.mark.parametrize("session_id", [None, "default"])
+async def test_calls_in_a_block_without_an_id_are_not_said_to_be_outside_a_request(
+    gateway: Recorder, caplog: pytest.LogCaptureFixture, session_id: str | None
+) -> None:
+    routing = Routing({"gateway": str(gateway.url), "ignore_ids": "default"})
+    async with ClientSession(trace_configs=[routing.trace_config()]) as session:
+        with routing_session(session_id):
+            for _ in range(20):
+                async with session.post(gateway.chat):
+                    pass
+    [line] = said(caplog)
+    assert line.endswith(": its routing_session() has none, or an ignored one. Pass it the id.")
 
 
 @pytest.mark.parametrize("before", [0, 19])
