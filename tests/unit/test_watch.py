@@ -375,7 +375,7 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         ["worker_down", "no_healthy_workers"],
         "the key chose the worker of 50 of 100 calls",
     ),
-    "no healthy worker for half of the calls that had none of the key's, the others without a key": (
+    "no healthy worker for half of the calls that no key routed": (
         view(IDLE, smg({"occupied_hit": 80, "no_healthy_workers": 10, "no_routing_id": 10})),
         "not pinned",
         ["key_lost"],
