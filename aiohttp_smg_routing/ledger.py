@@ -29,16 +29,15 @@ class Call:
     __slots__ = ("__weakref__", "gateway", "header", "key", "ledger", "row", "session", "worker")
 
     def __init__(self, ledger: "PinLedger", header: str, session: str, gateway: str, key: str):
-        self.ledger, self.header, self.session = ledger, header, session
-        self.gateway, self.key = gateway, key
-        self.row: Row | None = None
-        self.worker: str | None = None
-        if header and ledger._is_on:
-            self.row = ledger._row_of(self)
-            if self.row is None:
-                ledger._beginning[id(self)] = self
-            else:
-                self.worker = self.row.worker
+        self.ledger: PinLedger = ledger
+        self.header: str = header
+        self.session: str = session
+        self.gateway: str = gateway
+        self.key: str = key
+        self.row: Row | None = ledger._row_of(self) if header and ledger._is_on else None
+        self.worker: str | None = self.row.worker if self.row else None
+        if header and ledger._is_on and not self.row:
+            ledger._beginning[id(self)] = self
 
 
 class PinLedger:
