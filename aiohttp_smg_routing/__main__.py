@@ -4,6 +4,8 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 
+from . import __version__
+
 _NEEDED = ("click", "matplotlib", "prometheus_client", "rich")
 _USAGE = 64  # EX_USAGE of sysexits.h
 _INTERRUPTED = 130  # 128 + SIGINT, as in a shell
@@ -25,6 +27,9 @@ def _run(argv: Sequence[str]) -> int:
         from .run.command import main as run_server
 
         return run_server(argv[1:])
+    if list(argv) == ["--version"]:
+        print(f"aiohttp-smg-routing {__version__}")
+        return 0
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         print(

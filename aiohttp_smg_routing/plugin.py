@@ -217,7 +217,8 @@ async def _started(app: web.Application) -> None:
                 routing._attached.add(found[0])
                 hooked.append(f"that of app[{compat.storage_name(name)!r}]")
             continue
-        there = [key for key, value in app.items() if compat.is_client_session(value)]
+        kept = [key for key, value in app.items() if compat.is_client_session(value)]
+        there = [compat.storage_name(key).rpartition(".")[2] for key in kept]
         problem = (
             f"{name!r} does not name one ClientSession of this app when it starts; it has "
             f"{there or 'none'}. Where the app makes its session in on_startup, call setup() after "

@@ -532,6 +532,7 @@ def test_without_the_extra_the_command_says_what_to_install(
     assert capsys.readouterr().err == (
         f"This command needs {', '.join(names)}: pip install 'aiohttp_smg_routing[verify]'\n"
     )
+    assert main(["--version"]) == 0  # which needs nothing
 
 
 def test_python_dash_m_is_the_command() -> None:
