@@ -1,4 +1,5 @@
 import os
+import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -11,6 +12,12 @@ from harness.proc import processes_in
 # Each Python that imports aiohttp, and each client of httpx, reads the certificates of all
 # authorities, which takes as long as the rest of the import. No test goes where they are asked for.
 os.environ["SSL_CERT_FILE"] = str(Path(__file__).with_name("authority.pem"))
+
+# A shell has a job in the background ignore Ctrl-C, and nohup a hang-up. Programs would inherit it
+# that the tests start, and end by a signal.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
 
 
 @pytest.fixture(name="gateway")

@@ -235,12 +235,12 @@ async def test_the_start_up_line_is_printed_where_logging_would_drop_it(
     aiohttp_client: AiohttpClient,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("SMG_ROUTING_GATEWAY", URL)
     install()
     for level, count in ((logging.WARNING, 1), (logging.INFO, 0)):
-        monkeypatch.setattr(logging.getLogger("aiohttp_smg_routing"), "level", level)
-        plugin.logger.manager._clear_cache()  # type: ignore[attr-defined]
+        caplog.set_level(level, "aiohttp_smg_routing")
         await aiohttp_client(web.Application())
         said = capsys.readouterr().err
         assert said.count("aiohttp-smg-routing run: POST /v1/chat/completions to") == count
