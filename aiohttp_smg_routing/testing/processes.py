@@ -27,9 +27,7 @@ def _own_ports(file: Path = Path("/proc/sys/net/ipv4/ip_local_port_range")) -> r
 
 
 _OWN_PORTS = _own_ports()
-# Where the next search begins: at random, even if processes have one seed, and then behind the last
-# port that was found. So it is long before a process tries a port that it or another one was given.
-_begin = random.SystemRandom().randrange(10**6)
+_random = random.SystemRandom()  # processes with one seed must not choose the same ports
 
 
 def free_port() -> int:
@@ -49,10 +47,9 @@ def free_ports(count: int) -> list[int]:
 
     >>> port, metrics_port = free_ports(2)
     """
-    global _begin
     ports: Iterable[int] = [0] * count  # any: where the system gives every port
     if _OWN_PORTS:
-        begin = (_begin - _OWN_PORTS.start) % len(_OWN_PORTS)
+        begin = _random.randrange(len(_OWN_PORTS))
         ports = chain(_OWN_PORTS[begin:], _OWN_PORTS[:begin])
     held: list[socket.socket] = []
     with ExitStack() as stack:  # all are held until the last is there
@@ -63,7 +60,6 @@ def free_ports(count: int) -> list[int]:
             with suppress(OSError):  # somebody has it: the next
                 probe.bind(("127.0.0.1", port))
                 held.append(probe)
-                _begin = port + 1
         if len(held) < count:
             raise OSError(f"{count} free ports were asked for, and there are {len(held)}")
         return [probe.getsockname()[1] for probe in held]
