@@ -168,7 +168,8 @@ class PinLedger:
 
     def _count(self, what: Outcome | Beside, worker: str | None = None) -> None:
         self._counts[what] += 1
-        self._workers.called(worker, time.monotonic())
+        if worker is not None:
+            self._workers.called(worker)
         self._to_metrics(what, worker, 1)
 
     def _show(self, is_shown: bool) -> None:

@@ -120,11 +120,9 @@ class Workers:
         if not self.pins[worker]:
             del self.pins[worker]
 
-    def called(self, worker: str | None, now: float) -> None:
-        """Count a call that the worker answered ``now``, as ``time.monotonic()`` has it."""
-        if worker is None:
-            return
-        if now >= self.until:
+    def called(self, worker: str) -> None:
+        """Count a call that the worker has just answered."""
+        if (now := time.monotonic()) >= self.until:
             self.lately, self.until = Count(), now + _STEP
             self._steps.append((self.until, self.lately))
         if worker in self.lately or len(self.lately) < _MOST_WORKERS:

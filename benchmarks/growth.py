@@ -14,12 +14,12 @@ from yarl import URL
 
 from aiohttp_smg_routing import Routing, RoutingConfig, routing_session, setup
 from harness.agents import CHAT
+from harness.hook import Calls
 from harness.servers import serve
 
 from .call import Arm, post
 from .counting import calls_into_plugin
 from .figures import Figure, Part, Progress, Table, ratios, step
-from .hook import Calls
 from .rounds import interleave
 from .servers import upstream
 

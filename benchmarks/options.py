@@ -23,9 +23,10 @@ class Range(click.FloatRange):
 
 def output_file(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
     """Refuse a file that can't be written, before the run and not after it."""
-    place = value if value is None or value.exists() else value.parent
-    if place is not None and not os.access(place, os.W_OK):
-        raise click.BadParameter(f"{str(value)!r} can't be written.")
+    if value is not None:
+        place = value if value.exists() else value.parent
+        if value.is_dir() or not os.access(place, os.W_OK):  # Path("") is a folder too
+            raise click.BadParameter(f"{str(value)!r} can't be written.")
     return value
 
 

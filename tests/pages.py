@@ -14,7 +14,6 @@ import ast
 import asyncio
 import inspect
 import json
-import logging
 import re
 import shlex
 import subprocess
@@ -70,8 +69,6 @@ class Page:
         self._programs = AsyncExitStack()
         self._folder = self._programs.enter_context(tempfile.TemporaryDirectory())
         self._played: Counter[str] = Counter()  # the turns of each session
-        root = logging.getLogger()
-        self._logging = root.level, list(root.handlers)  # a snippet configures it
         self._ports = dict(zip(("30000", PORT), map(str, free_ports(2)), strict=True))
         self.smg: SmgGateway
         self._gateway = recording_gateway()
@@ -200,9 +197,6 @@ class Page:
         self.run(self.loop.shutdown_asyncgens())
         self.run(self.loop.shutdown_default_executor())
         self.loop.close()
-        root, (level, handlers) = logging.getLogger(), self._logging
-        root.setLevel(level)
-        root.handlers[:] = handlers
 
 
 async def _cancel_tasks() -> None:

@@ -409,6 +409,7 @@ def test_a_missing_package_names_the_group(tmp_path: Path, monkeypatch: pytest.M
     [
         (["frobnicate"], "'frobnicate' is not one of"),
         (["--json", "nowhere/b.json"], "'nowhere/b.json' can't be written"),
+        (["--json", ""], "'.' can't be written"),
         (["--markdown", "nowhere/b.md"], "'nowhere/b.md' can't be written"),
         (["--picture", "nowhere/b.svg"], "'nowhere/b.svg' can't be written"),
         (["--picture", "b.gif"], "ends neither in .svg nor in .png"),

@@ -138,6 +138,13 @@ VERDICT = Verdict("pinned", "Pinned.", ())
 IDLE = smg()
 PINNED = smg({"vacant": 5, "occupied_hit": 100})
 
+
+def hashed_to_one(**state: Any) -> str:
+    """Return a page of a gateway that hashed all calls to one worker of two."""
+    calls = {"routing_key_hit": 40}
+    return smg(calls, policy="consistent_hashing", workers={W1: 40, W2: 0}, **state)
+
+
 LONG = {"vacant": 500, "occupied_hit": 200_000}  # of a gateway that has run for long
 
 CASES: dict[str, tuple[View, str, list[str], str]] = {
@@ -300,7 +307,7 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
     "one key for all, which is hashed": (
         view(
             None,
-            smg({"routing_key_hit": 40}, policy="consistent_hashing", workers={W1: 40, W2: 0}),
+            hashed_to_one(),
         ),
         "could not tell",
         ["shared_key"],
@@ -309,7 +316,7 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
     "one key for many sessions, which is hashed": (
         view(
             None,
-            smg({"routing_key_hit": 40}, policy="consistent_hashing", workers={W1: 40, W2: 0}),
+            hashed_to_one(),
             (None, session_server({W1: 2}, {W1: 20}, first=20, kept=20)),
         ),
         "could not tell",
@@ -319,7 +326,7 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
     "few sessions, which are hashed to one worker": (
         view(
             None,
-            smg({"routing_key_hit": 40}, policy="consistent_hashing", workers={W1: 40, W2: 0}),
+            hashed_to_one(),
             (None, session_server({W1: 2}, {W1: 2}, first=2, kept=38)),
         ),
         "pinned",
@@ -329,12 +336,7 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
     "one key, or one worker that is not down": (
         view(
             None,
-            smg(
-                {"routing_key_hit": 40},
-                policy="consistent_hashing",
-                workers={W1: 40, W2: 0},
-                health={W2: 0},
-            ),
+            hashed_to_one(health={W2: 0}),
         ),
         "could not tell",
         ["worker_down"],
@@ -343,12 +345,7 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
     "one key, or one worker whose circuit is not open": (
         view(
             None,
-            smg(
-                {"routing_key_hit": 40},
-                policy="consistent_hashing",
-                workers={W1: 40, W2: 0},
-                circuits={W2: 1},
-            ),
+            hashed_to_one(circuits={W2: 1}),
         ),
         "could not tell",
         ["circuit_open"],

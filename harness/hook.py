@@ -1,6 +1,7 @@
 """The hook alone: calls that aiohttp would make, from their start to their end, without a network.
 
-They use the public names of the package, so that they run on other versions of it too.
+It uses the public names of the package, and nothing else of this folder: make micro runs it on
+earlier commits too.
 """
 
 from collections.abc import Coroutine
@@ -13,7 +14,6 @@ from yarl import URL
 
 from aiohttp_smg_routing import Routing
 
-CHAT = "v1/chat/completions"
 HEADERS = {"Accept": "*/*", "Content-Type": "application/json"}
 WORKER = "http://10.0.0.2:8000"
 
