@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -552,6 +553,15 @@ def test_group_arms_play_only_where_there_are_groups() -> None:
     assert GROUPED in list(arms(grouped, every=False))
     every = list(arms(grouped, every=True))
     assert len({arm.name for arm in every}) == len(every) > len(MAIN) + 1
+
+
+def test_each_assignment_mode_of_the_gateway_is_an_arm() -> None:
+    parser = ArgumentParser()
+    import_module("smg.router_args").RouterArgs.add_cli_args(parser)
+    [known] = [it.choices for it in parser._actions if "--assignment-mode" in it.option_strings]
+    names = {arm.name for arm in arms([session("a", "x")], every=True)}
+    assert known
+    assert {f"manual {mode}" for mode in known} <= names
 
 
 def test_the_times_of_the_gateway_are_scaled_to_whole_seconds() -> None:
