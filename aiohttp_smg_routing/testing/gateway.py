@@ -161,8 +161,9 @@ async def run_gateway(
         async def ready() -> bool:
             async with session.get(url / "workers") as response:
                 known = (await response.json())["workers"]
+            # Another gateway may answer, whose port this one was given: its workers are others.
             found = {_RANK.sub("", worker["url"]) for worker in known}
-            return len(found) == len(urls) and all(worker["is_healthy"] for worker in known)
+            return found == set(urls) and all(worker["is_healthy"] for worker in known)
 
         async with child_process(
             *program,

@@ -6,8 +6,9 @@ import random
 import signal
 import socket
 import tempfile
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import ExitStack, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from itertools import chain
 from pathlib import Path
 
@@ -29,6 +30,11 @@ def _own_ports(file: Path = Path("/proc/sys/net/ipv4/ip_local_port_range")) -> r
 _OWN_PORTS = _own_ports()
 _random = random.SystemRandom()  # processes with one seed must not choose the same ports
 
+# A port that was given is free until its program listens. A UDP socket of the same number, which no
+# TCP program minds, keeps it from other calls until then. It ends with the process at the latest.
+_given: deque[int] = deque()  # the file descriptors
+_MAX_GIVEN = 100
+
 
 def free_port() -> int:
     """Return a TCP port of 127.0.0.1 that nobody listens on, as ``free_ports()`` does.
@@ -43,7 +49,9 @@ def free_ports(count: int) -> list[int]:
     """Return ``count`` different TCP ports of 127.0.0.1 that nobody listens on.
 
     They lie outside the range from which the system gives a port to a program that asks for any.
-    So no such program takes one before the caller does. Raises ``OSError`` if there are too few.
+    So no such program takes one before the caller does. Neither does a further call, in this
+    process or in one beside it, give one of the last 100 again. Raises ``OSError`` if there are too
+    few.
 
     >>> port, metrics_port = free_ports(2)
     """
@@ -51,18 +59,24 @@ def free_ports(count: int) -> list[int]:
     if _OWN_PORTS:
         begin = _random.randrange(len(_OWN_PORTS))
         ports = chain(_OWN_PORTS[begin:], _OWN_PORTS[:begin])
-    held: list[socket.socket] = []
-    with ExitStack() as stack:  # all are held until the last is there
-        for port in ports:
-            if len(held) == count:
-                break
-            probe = stack.enter_context(socket.socket())
-            with suppress(OSError):  # somebody has it: the next
-                probe.bind(("127.0.0.1", port))
-                held.append(probe)
-        if len(held) < count:
-            raise OSError(f"{count} free ports were asked for, and there are {len(held)}")
-        return [probe.getsockname()[1] for probe in held]
+    free: list[int] = []
+    for port in ports:
+        if len(free) == count:
+            break
+        with (
+            suppress(OSError),  # somebody has it: the next
+            socket.socket(type=socket.SOCK_DGRAM) as keeper,
+            socket.socket() as probe,
+        ):
+            keeper.bind(("127.0.0.1", port))  # first: a port that was given is not even tried
+            probe.bind(keeper.getsockname())
+            free.append(probe.getsockname()[1])
+            _given.append(keeper.detach())
+    for _ in range(len(_given) - _MAX_GIVEN):  # a process may have only so many files
+        socket.close(_given.popleft())
+    if len(free) < count:
+        raise OSError(f"{count} free ports were asked for, and there are {len(free)}")
+    return free
 
 
 @asynccontextmanager

@@ -28,7 +28,8 @@ async def pd_gateway(
         async def ready() -> bool:
             async with session.get(url / "workers") as response:
                 workers = (await response.json())["workers"]
-            return [worker["is_healthy"] for worker in workers] == [True] * len(urls)
+            healthy = [URL(worker["url"]) for worker in workers if worker["is_healthy"]]
+            return sorted(healthy) == sorted(urls)
 
         kinds = ["--prefill"] * prefill + ["--decode"] * decode
         pairs = zip(kinds, map(str, urls), strict=True)

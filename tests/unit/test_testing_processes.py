@@ -1,12 +1,13 @@
 import asyncio
 import socket
+import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from aiohttp_smg_routing.testing import child_process, free_ports, processes
+from aiohttp_smg_routing.testing import child_process, free_port, free_ports, processes
 
 
 async def never() -> bool:
@@ -82,13 +83,36 @@ def test_nobody_who_asks_for_any_port_gets_a_free_port() -> None:
 
 
 def test_a_port_that_somebody_has_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    [port] = free_ports(1)
+    port = free_port()
+    free_ports(processes._MAX_GIVEN)  # after so many it may be given again
+    monkeypatch.setattr(processes, "_OWN_PORTS", [port])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", port))
-        monkeypatch.setattr(processes, "_OWN_PORTS", range(port, port + 1))
         with pytest.raises(OSError, match="1 free ports were asked for, and there are 0"):
-            free_ports(1)
-    assert free_ports(1) == [port]
+            free_port()
+    assert free_port() == port
+
+
+def test_a_port_is_given_once_while_its_process_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    ports = free_ports(20)
+    monkeypatch.setattr(processes, "_OWN_PORTS", ports)
+    with pytest.raises(OSError, match="there are 0"):
+        free_ports(1)
+    asks = (
+        "from aiohttp_smg_routing.testing import free_ports, processes\n"
+        f"processes._OWN_PORTS = {ports}\n"
+        "print(free_ports(1))"
+    )
+    asking = subprocess.run(  # noqa: S603  # our own Python
+        [sys.executable, "-c", asks], capture_output=True, text=True
+    )
+    assert "1 free ports were asked for, and there are 0" in asking.stderr
+
+
+def test_a_given_port_is_for_whoever_listens_on_it() -> None:
+    port = free_port()
+    with socket.create_server(("127.0.0.1", port)) as server:
+        assert server.getsockname()[1] == port
 
 
 def test_where_the_system_gives_every_port_it_gives_the_free_ones(
