@@ -9,7 +9,7 @@ import tempfile
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 
 import aiohttp
@@ -55,7 +55,7 @@ def free_ports(count: int) -> list[int]:
 
     >>> port, metrics_port = free_ports(2)
     """
-    ports: Iterable[int] = [0] * count  # any: where the system gives every port
+    ports: Iterable[int] = repeat(0, 100 * count)  # any: where the system gives every port
     if _OWN_PORTS:
         begin = _random.randrange(len(_OWN_PORTS))
         ports = chain(_OWN_PORTS[begin:], _OWN_PORTS[:begin])
