@@ -1,4 +1,4 @@
-"""``verify`` on the real gateway: the command runs as a user runs it, in a process of its own."""
+"""``verify`` on the real gateway: the command, as a user runs it."""
 
 import fcntl
 import json
@@ -7,14 +7,16 @@ import re
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
 from yarl import URL
 
+from aiohttp_smg_routing.__main__ import main
 from aiohttp_smg_routing.testing import SmgGateway, smg_gateway
 from harness.processes import ROOT, together
 from harness.servers import serve, session_server
@@ -45,17 +47,25 @@ class Run:
         return " ".join(self.out.split())
 
 
-def verify(tmp_path: Path, gateway: URL, *options: str | URL) -> Run:
+def verify(tmp_path: Path, gateway: URL, *options: str | URL, program: bool = False) -> Run:
+    """Run the command, as a ``program`` or in this process, which saves what a program imports."""
     file = tmp_path / "seen.json"
-    done = subprocess.run(  # noqa: S603
-        [SCRIPT, "verify", *map(str, (gateway, *options)), "--json", str(file)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert file.exists(), done.stderr
-    run = Run(done.returncode, done.stdout, done.stderr, json.loads(file.read_text("utf-8")))
+    arguments = ["verify", *map(str, (gateway, *options)), "--json", str(file)]
+    if program:
+        done = subprocess.run(  # noqa: S603
+            [SCRIPT, *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        status, out, err = done.returncode, done.stdout, done.stderr
+    else:
+        with redirect_stdout(StringIO()) as stdout, redirect_stderr(StringIO()) as stderr:
+            status = main(arguments)
+        out, err = stdout.getvalue(), stderr.getvalue()
+    assert file.exists(), err
+    run = Run(status, out, err, json.loads(file.read_text("utf-8")))
     assert run.json["exit_status"] == run.status
     return run
 
@@ -82,7 +92,7 @@ async def gateway(
 )
 def test_policy_that_routes_on_the_key_is_pinned(tmp_path: Path, launch: Sequence[str]) -> None:
     with in_background(gateway(*launch)) as smg:
-        run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url)
+        run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url, program=True)
     assert run.status == 0, run.out
     assert "Pinned: 120 of 120 later turns stayed on their session's worker" in run.said
     assert run.json["arms"]["keyed"]["kept"] == 120
