@@ -3,10 +3,10 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from itertools import accumulate, cycle
-from threading import Thread
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from aiohttp import ClientSession, web
 from multidict import CIMultiDict
@@ -163,16 +163,23 @@ def proxy(
 @contextmanager
 def in_background(manager: AbstractAsyncContextManager[T]) -> Iterator[T]:
     """Hold ``manager`` open in a thread of its own: the command needs the main thread."""
-    loop = asyncio.new_event_loop()
-    thread = Thread(target=loop.run_forever)
-    thread.start()
-    try:
-        value = asyncio.run_coroutine_threadsafe(manager.__aenter__(), loop).result()
+    entered: Future[tuple[T, asyncio.AbstractEventLoop, asyncio.Event]] = Future()
+
+    async def hold() -> None:
+        async with manager as value:
+            end = asyncio.Event()
+            entered.set_result((value, asyncio.get_running_loop(), end))
+            await end.wait()
+
+    with ThreadPoolExecutor(1) as thread:
+        held = thread.submit(asyncio.run, hold())
+        either: tuple[Future[Any], ...] = (entered, held)
+        wait(either, return_when=FIRST_COMPLETED)
+        if not entered.done():
+            held.result()  # the error
+        value, loop, end = entered.result()
         try:
             yield value
         finally:
-            asyncio.run_coroutine_threadsafe(manager.__aexit__(None, None, None), loop).result()
-    finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
+            loop.call_soon_threadsafe(end.set)
+            held.result()
