@@ -33,7 +33,7 @@ def by_counters(
     ours = keyed.answered + control.answered
     unused = [pool for pool in pools(seen) if key_use(seen, pool) == "not used"]
     if unused and seen.load.overloaded:
-        pass  # the notes say so: an overloaded gateway leaves its policy aside
+        pass  # an overloaded gateway ignores its policy: the notes say so
     elif unused:
         yield _not_used(seen, counters, unused)
     elif counters.calls < ours:

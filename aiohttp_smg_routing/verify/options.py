@@ -18,7 +18,7 @@ API_KEY_VARIABLE = "SMG_API_KEY"
 
 
 class FiniteRange(click.FloatRange):
-    """A range of numbers without ``nan`` and ``inf``, which no bound excludes."""
+    """A range of numbers that refuses ``nan`` and ``inf``, which pass click's lower bounds."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the number, or fail."""
@@ -51,7 +51,7 @@ def url(ctx: click.Context, param: click.Parameter, value: str | None) -> URL | 
 
 
 def through(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    """Complete the URL of a session server to that of a session's chat completions."""
+    """Complete the URL of a session server's chat completions."""
     if value is None:
         return None
     path, _, query = value.partition("?")

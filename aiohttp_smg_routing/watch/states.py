@@ -140,7 +140,7 @@ def _skew(view: View, page: Gateway) -> Iterator[Cause]:
         (view.sessions_skew, "active sessions", _FEWEST_SESSIONS),
         (view.calls_skew, f"calls of the {view.gateway.span}", _FEWEST_CALLS),
     ):
-        if skew:  # where sessions are known, calls are not asked: some sessions are busier
+        if skew:  # sessions outrank calls: some sessions are busier
             if skew.most >= fewest and skew.ratio >= HOT:
                 yield Cause(
                     "one_sided",

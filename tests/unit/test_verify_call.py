@@ -102,7 +102,7 @@ DEEP = "maximum recursion depth exceeded" if sys.version_info < (3, 14) else "St
 @pytest.mark.parametrize(
     ("events", "text"),
     [
-        ((delta(content="Hel"),), "the answer is no stream that ends in [DONE]"),
+        ((delta(content="Hel"),), "the answer is not a stream that ends in [DONE]"),
         (({"error": {"message": "boom"}},), 'the stream says {"error": {"message": "boom"}}'),
         (("[1]",), "the stream says [1]"),
         (("{",), "Expecting property name"),
