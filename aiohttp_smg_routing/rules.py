@@ -209,7 +209,7 @@ class Rules(Owner):
         if is_known or method != hdrs.METH_POST or not self._is_noticed(what):
             return
         if scope.session_id is None:
-            message = "%d POST requests, and no session: %s %s. Correct it."
+            message = "%d POST requests, and no session: %s %s. Correct session_id."
             say(logger, logging.WARNING, message, self._runs[what], self._found, scope.route)
             return
         why = (
@@ -238,7 +238,7 @@ class Rules(Owner):
     def explain(self, method: str, url: URL) -> str:
         """Return a sentence: the call carries a key, or why it does not and what to change."""
         if self.gateway_of(method, url):
-            return f"{_shown(method, url)} carries {self.config.header}, where it has a session"
+            return f"{_shown(method, url)} carries {self.config.header}, if it has a session"
         why = "only a POST carries one" if self.config.enabled else "enabled is false"
         if self.config.enabled and method.upper() == hdrs.METH_POST:
             why = difference(url, self.config.gateway, self.config.paths)

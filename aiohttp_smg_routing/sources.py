@@ -142,7 +142,7 @@ class JsonBody:
             size = len(body)
         if size > self._max_size:
             self._say(
-                f"has a JSON body of over the {self._max_size} bytes that json_max_size allows"
+                f"has a JSON body of more than the {self._max_size} bytes that json_max_size allows"
             )
             return None
         return _parsed(body, (request.charset or "utf-8").lower())
