@@ -152,7 +152,7 @@ def _next_hop(
         return _Hop(method=hdrs.METH_GET, url=url, headers=headers)
     try:
         url = url.join(URL(location, encoded=not session.requote_redirect_url))
-    except ValueError:  # aiohttp is about to raise for it
+    except ValueError:  # aiohttp is about to raise this error
         method = hdrs.METH_GET
     return _Hop(method=method, url=url, headers=headers)
 

@@ -97,7 +97,8 @@ class HttpxHook:
         before: _Hop | None = request.extensions.get(_EXTENSION)
         is_again = before is not None and before.request() is request
         is_judged = before and is_again and before.hook is not self and before.call
-        if before and is_judged and before.scope is current_scope():  # or it failed there
+        # From another scope, it is a new try: the one there has failed.
+        if before and is_judged and before.scope is current_scope():
             return before
         hop = _Hop(self, request, url)
         _keep(hop, request)

@@ -50,7 +50,7 @@ class PinLedger:
     def __init__(self, config: RoutingConfig, metrics: Metrics | None = None) -> None:
         self._is_on = config.enabled and config.track_sessions > 0
         self.worker_header: istr = istr(config.worker_header)
-        self._beginning: WeakValueDictionary[int, Call] = WeakValueDictionary()  # have no row
+        self._beginning: WeakValueDictionary[int, Call] = WeakValueDictionary()  # without rows
         self.news: News = News(logger := logging.getLogger(__name__))
         self._config, self._metrics, self._gateways = config, metrics, Gateways(config.gateway)
         self._rows: OrderedDict[str, tuple[Row, ...]] = OrderedDict()
@@ -70,12 +70,12 @@ class PinLedger:
         return [row.pin() for row in self._rows.get(self._name(session_id), ())]
 
     def workers(self, within: float | None = None) -> dict[str, int]:
-        """Count each worker's pins: all, or those answered in the last ``within`` seconds."""
+        """Return each worker's pin count: all, or those used in the last ``within`` seconds."""
         self._catch_up()
         return self._workers.active(self._rows, within)
 
     def calls(self, within: float = 600) -> dict[str, int]:
-        """Count the calls in sessions that each worker answered in the last ``within`` seconds.
+        """Return how many calls in sessions each worker answered in the last ``within`` seconds.
 
         It counts in steps of ten seconds. Raises ``ValueError`` unless ``within`` is 0 to 600.
         """

@@ -142,7 +142,7 @@ class Workers:
     def active(
         self, rows: Mapping[str, tuple[Row, ...]], within: float | None = None
     ) -> dict[str, int]:
-        """Count each worker's pins: all, or those answered in the last ``within`` seconds."""
+        """Return each worker's pin count: all, or those used in the last ``within`` seconds."""
         if within is None:
             return dict(self.pins)
         since = time.monotonic() - within

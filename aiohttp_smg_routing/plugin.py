@@ -83,7 +83,7 @@ class Routing:
 
         It wraps the constructor of ``aiohttp.ClientSession`` until the block ends, or until you
         call ``close()`` on the stack. That reaches subclasses, and code that has imported the class
-        already, but no session that exists already. Several can be in force at once. The option
+        already, but no existing session. Several can be in force at once. The option
         ``instrument`` does this while an app runs.
 
         >>> with routing.instrument():

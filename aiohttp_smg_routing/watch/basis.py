@@ -81,5 +81,5 @@ def policies_of(counters: Counters, pool: str) -> str:
 
 
 def is_below(share: Share, least: float) -> bool:
-    """Tell whether a share that is worth judging is below ``least``. ``least`` is enough."""
+    """Tell whether a share that is worth judging is below ``least``. ``least`` itself is enough."""
     return share.of >= FEWEST and share.part < least * share.of - 1e-9
