@@ -31,7 +31,7 @@ _BESIDE = {
     ),
     "unmatched": (
         "smg_routing_unmatched",
-        "Calls in a session that look like ones to the gateway, and carried no key.",
+        "Calls in a session that look like calls to the gateway, but carried no key.",
     ),
 }
 
@@ -51,8 +51,8 @@ class PrometheusMetrics:
         self._pins: Count[str] = Count()
         self._calls = Counter(
             "smg_routing_calls",
-            "Calls to the gateway: kept, first or moved by the worker that answered; unknown "
-            "where it is not named; untagged without a session; failed.",
+            "Calls to the gateway by outcome: kept, first or moved, by the worker that answered; "
+            "unknown if it is not named; untagged without a session; failed.",
             ["outcome"],
             registry=None,
         )
@@ -66,7 +66,7 @@ class PrometheusMetrics:
         )
         self._sessions = Gauge(
             "smg_routing_sessions",
-            "Tracked sessions by the worker where they are.",
+            "Tracked sessions by worker.",
             ["worker"],
             registry=None,
             multiprocess_mode="livesum",
@@ -95,7 +95,7 @@ class PrometheusMetrics:
         """Return the active sessions, counted at the scrape: no event tells when one goes idle."""
         from prometheus_client.core import GaugeMetricFamily
 
-        text = "Tracked sessions with an answer in the last ten minutes, by the worker."
+        text = "Tracked sessions with an answer in the last ten minutes, by worker."
         family = GaugeMetricFamily("smg_routing_active_sessions", text, labels=["worker"])
         active: Count[str] = Count()
         for ledger in ledgers:

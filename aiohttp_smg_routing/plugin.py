@@ -221,8 +221,8 @@ async def _started(app: web.Application) -> None:
         there = [compat.storage_name(key).rpartition(".")[2] for key in kept]
         problem = (
             f"{name!r} does not name one ClientSession of this app when it starts; it has "
-            f"{there or 'none'}. Where the app makes its session in on_startup, call setup() after "
-            "that is registered; for a session that is kept elsewhere, use routing.attach(session)"
+            f"{there or 'none'}. If the app makes its session in on_startup, call setup() after "
+            "that handler is added; for a session kept elsewhere, use routing.attach(session)"
         )
         faults.append(("client_session", problem))
     if faults:

@@ -22,8 +22,8 @@ _LARGEST = 16 * 2**20  # bytes of one answer that are read; a gateway's metrics 
 _LARGEST_ERROR = 65536
 _TOO_LONG = f"the answer has more than {_LARGEST // 2**20} MiB"
 
-_NO_TLS = "no TLS that can be trusted is spoken there; a port of plain HTTP has an http:// URL"
-_NO_HTTP = "no HTTP/1.1 is spoken there; is it a port of TLS (https://), of gRPC, or of HTTP/2?"
+_NO_TLS = "the server speaks no TLS that can be trusted; for plain HTTP write http://"
+_NO_HTTP = "the server does not speak HTTP/1.1; is it a port of TLS (https://), gRPC or HTTP/2?"
 
 T = TypeVar("T")
 

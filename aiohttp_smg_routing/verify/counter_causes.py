@@ -112,7 +112,7 @@ def other_calls(seen: Seen, counters: Counters) -> Cause:
         "other_calls",
         f"The gateway whose metrics are at {seen.plan.metrics} routed {counters.calls} calls, more "
         f"than the {seen.sent} that were sent: its own retries, or calls of others.",
-        "Run it when nothing else calls the gateway, and see that --metrics is of this one.",
+        "Run it when nothing else calls the gateway, and check that --metrics is of this one.",
     )
 
 
@@ -163,6 +163,6 @@ def _key_lost(seen: Seen, policies: str, used: int, calls: int) -> Cause:
         calls,
         known_causes.SERVER_ADVICE
         if seen.plan.through
-        else "Look at what stands before the gateway: a proxy may drop the header. Give --header "
+        else "Check what is in front of the gateway: a proxy may drop the header. Give --header "
         "NAME if the gateway reads another one.",
     )

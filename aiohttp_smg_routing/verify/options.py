@@ -24,7 +24,7 @@ class FiniteRange(click.FloatRange):
         """Return the number, or fail."""
         number = super().convert(value, param, ctx)
         if not isfinite(number):
-            self.fail("it is no finite number.", param, ctx)
+            self.fail("it is not a finite number.", param, ctx)
         return number
 
 
@@ -90,7 +90,7 @@ def model(ctx: click.Context, param: click.Parameter, value: str | None) -> str 
     """Refuse a name that can't be printed, such as one with bytes that are no UTF-8."""
     if value is None or value.isprintable():
         return value
-    raise click.BadParameter("it is no printable text.")
+    raise click.BadParameter("it is not printable text.")
 
 
 def output_file(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:

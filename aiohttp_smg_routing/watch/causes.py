@@ -14,12 +14,12 @@ from .states import states
 from .view import Share, View, kept_by_gateway, kept_by_server
 
 _SENT_ADVICE = (
-    "The session server sends keys. Look at what stands before the gateway: a proxy may drop the "
-    "header. See that `header` in the plugin's config is the one that this gateway reads."
+    "The session server sends keys. Check what is in front of the gateway: a proxy may drop the "
+    "header. Check that `header` in the plugin's config is the one that this gateway reads."
 )
 _OTHERS_ADVICE = (
     "As many keys arrive as the session server sends: other calls come without one. Find out who "
-    "makes them. In the session server it is a client without the hook, such as a second "
+    "makes those. In the session server it is a client without the hook, such as a second "
     "ClientSession: name it in client_session, too, or set instrument = true."
 )
 _FEWEST_KEYS = 50  # all new; fewer may be of sessions that have just begun

@@ -774,7 +774,7 @@ def test_remedy_of_a_policy_is_also_that_of_an_override_without_a_key() -> None:
     """The gateway doesn't say whether it was launched with the override."""
     [cause] = judge(view(None, smg(policy="cache_aware", calls=50)), 0.99).causes
     assert "unless it has --routing-key-override" in cause.text
-    assert "If it has that already, no key reaches it. Look at the session server" in cause.advice
+    assert "If it has that already, no key reaches it. Check the session server" in cause.advice
 
 
 def test_share_that_is_enough_is_exactly_so_much() -> None:
