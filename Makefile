@@ -22,10 +22,10 @@ help: ## Show this help
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# One stamp per dependency group: what pyproject.toml asks for is installed again when it changes.
-# uv does it, if it is here, in a fraction of the time; where it fails pip does, which may know of
-# another index. An older pip than that knows no groups.
-# Python compiles what it imports: to compile all of it at once takes longer, and more space.
+# One stamp per dependency group: a change of pyproject.toml installs the groups again.
+# uv takes a fraction of pip's time. If uv is missing or fails, pip installs: it may know another
+# index. An older pip than 25.1 knows no groups.
+# Python compiles what it imports. To compile everything at once takes longer, and more space.
 $(VENV)/%.installed: pyproject.toml | $(BIN)/python
 	$(if $(UV),$(UV) pip install --quiet --python $(BIN)/python -e . --group $* ||) \
 		{ $(PIP) 'pip>=25.1' && $(PIP) --no-compile -e . --group $*; }
@@ -64,13 +64,13 @@ mutants: $(VENV)/mutants.installed ## Small faults put into the package, a rando
 soak: $(VENV)/demo.installed ## 10,000 sessions while workers, the gateway and the server are killed: nothing is lost
 	@exec $(BIN)/python -m soak
 
-# A machine that is not Debian's has them, or the tests say what is missing.
+# On a machine without Debian's packages the tests say which program is missing.
 programs: | $(BIN)/python
 	-@.ci/debian nginx nginx
 	-@.ci/debian prometheus promtool
 	-@.ci/debian prometheus prometheus
 
-# Twice as many as processors: most of its time a test waits, for a gateway to start or a worker.
+# Two for each processor, because a test mostly waits for a gateway or a worker to start.
 JOBS ?= $(shell expr 2 '*' $$(nproc 2> /dev/null || echo 2))
 
 test: $(VENV)/test.installed programs ## All tests, the ones on the real gateway included, with branch coverage

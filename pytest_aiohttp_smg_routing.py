@@ -1,7 +1,7 @@
 """The pytest fixtures ``recording_gateway`` and ``smg_gateway``, for tests of a server.
 
 pytest loads this module in every run wherever the package is installed. So it stands beside the
-package, and only a fixture imports the package: a run that asks for none is as fast as without.
+package, and only a fixture imports the package: a run that asks for none is as fast as without it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ else:
 
     @fixture
     async def smg_gateway() -> AsyncIterator[StartSmgGateway]:
-        """Give the function that starts the real gateway, which ends with the test."""
+        """Yield the function that starts the real gateway. The gateway ends with the test."""
         from aiohttp_smg_routing.testing import smg_gateway
 
         async with AsyncExitStack() as stack:

@@ -6,7 +6,7 @@ the context, and the hook puts it on the call. The ledger records which worker a
 What ``__all__`` lists is public, here and in ``aiohttp_smg_routing.testing``. All else is private.
 
 PYTEST_DONT_REWRITE: pytest rewrites the asserts of a distribution that has a plugin, and would warn
-where the package is imported already.
+if the package is already imported.
 """
 
 from .config import ConfigError, RoutingConfig

@@ -29,20 +29,20 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 
 class Sending:
-    """A call that an httpx client sends. Another client, such as aiohttp's, may carry it."""
+    """A call of an httpx client. Its transport may send it by another client, such as aiohttp's."""
 
     def __init__(self, url: URL) -> None:
         self.url = url
         self.is_over = False
 
     def has_within(self, url: URL) -> bool:
-        """Tell whether a call to ``url``, made while this one is under way, is the same call."""
+        """Tell whether a call to ``url`` that starts during this one is the same call."""
         place = self.url.raw_authority, self.url.raw_path
         return not self.is_over and place == (url.raw_authority, url.raw_path)
 
 
-#: What an httpx client sends in this context: it is judged and counted once. A transport may make
-#: other calls too, and start tasks that make them later.
+#: The call that an httpx client sends in this context, so that it is judged and counted only once.
+#: Its transport may also make other calls, and start tasks that make them later.
 under_way: ContextVar[Sending | None] = ContextVar("aiohttp_smg_routing_under_way", default=None)
 
 
@@ -105,7 +105,7 @@ class Hook(TraceConfig):
         self, session: ClientSession, context: SimpleNamespace, params: TraceRequestEndParams
     ) -> None:
         call: Call | None = context.call
-        # Taken, so that an error of a later hook is not a second outcome.
+        # Cleared, so that an error in a later hook does not count as a second outcome.
         context.call = None
         if call:
             call.ledger.answered(call, params.response.status, params.response.headers)
@@ -128,7 +128,7 @@ class _Hop(SimpleNamespace):
 def _claimed(
     there: Iterable[TraceConfig], method: str, url: URL, *, before: Hook | None = None
 ) -> bool:
-    """Tell whether a hook in the list, up to ``before``, takes a call: only one may tag it."""
+    """Tell whether a hook in the list, up to ``before``, takes a call. Only one may tag it."""
     for hook in there:
         if hook is before:
             break
@@ -148,11 +148,11 @@ def _next_hop(
     location = response.headers.get(hdrs.LOCATION) or response.headers.get(hdrs.URI)
     if location is None:
         return None
-    if response.status not in (307, 308):  # the others make a GET of a POST
+    if response.status not in (307, 308):  # others turn a POST into a GET
         return _Hop(method=hdrs.METH_GET, url=url, headers=headers)
     try:
         url = url.join(URL(location, encoded=not session.requote_redirect_url))
-    except ValueError:  # for which aiohttp is about to raise
+    except ValueError:  # aiohttp is about to raise this error
         method = hdrs.METH_GET
     return _Hop(method=method, url=url, headers=headers)
 
@@ -173,8 +173,8 @@ def attach(session: ClientSession, hook: Hook) -> None:
         compat.add_hook(session, hook)
 
 
-# One hook for all routings that use instrument(). So a session that a library keeps for the whole
-# process also serves an app that starts later.
+# One hook for all routings that use instrument(), so that a ClientSession that a library keeps for
+# the whole process also serves an app that starts later.
 every: Hook = Hook()
 _lock = threading.RLock()
 _layer: Any = None
@@ -203,7 +203,7 @@ def instrument(rules: Rules) -> Callable[[], None]:
 
 
 def attach_every(session: ClientSession) -> None:
-    """Put the hook of ``instrument()`` on a session that was made before."""
+    """Put the hook of ``instrument()`` on a session that exists already."""
     attach(session, every)
 
 

@@ -1,4 +1,4 @@
-"""All that this package uses of private and deprecated parts of aiohttp and httpx.
+"""Every use of private and deprecated parts of aiohttp and httpx.
 
 Each function has one purpose, and a test in ``tests/unit/test_compat.py`` that fails if aiohttp or
 httpx changes the part that it uses.
@@ -19,7 +19,7 @@ from aiohttp.payload import Payload
 
 
 def is_client_session(value: object) -> bool:
-    """Tell whether ``value`` is a ``ClientSession``, and no mock that claims to be one."""
+    """Tell whether ``value`` is a ``ClientSession``, not a mock that claims to be one."""
     return issubclass(type(value), ClientSession)
 
 
@@ -42,7 +42,7 @@ def remove_hook(session: ClientSession, hook: TraceConfig) -> None:
 def wrap_constructor(made: Callable[[ClientSession], None], layer: Any) -> Any:
     """Call ``made`` for each ``ClientSession`` from now on; return the wrapper that does it.
 
-    ``layer`` is the wrapper of an earlier call, which is returned if it is still in force. Other
+    ``layer`` is the wrapper of an earlier call. If it is still in force, it is returned. Other
     code may wrap the constructor too, before or after.
     """
 
@@ -58,24 +58,24 @@ def wrap_constructor(made: Callable[[ClientSession], None], layer: Any) -> Any:
 
 
 def unwrap_constructor(layer: Any) -> bool:
-    """Undo ``wrap_constructor()``. If another wrapper is around ours, ours stays: return False."""
+    """Undo ``wrap_constructor()``; return False if another wrapper around ours keeps it there."""
     return _unwrap(ClientSession, "__init__", layer)
 
 
 def sender(client: type) -> type:
-    """Return the class that sends for an httpx client: other code may put a subclass in its place.
+    """Return the class that sends for an httpx client.
 
-    OpenTelemetry did so until 0.48.
+    Other code may put a subclass in its place, as OpenTelemetry did until 0.48.
     """
     return [client, *(it for it in client.__mro__ if _HTTPX_SENDS in vars(it))][-1]
 
 
 def wrap_httpx(client: type, send: Callable[..., Any], layer: Any) -> Any:
-    """Send each request of an httpx client by ``send(original, request)``; return the wrapper.
+    """Send each request of an httpx client through ``send(original, request)``; return the wrapper.
 
     ``client`` is the ``sender()`` of ``Client`` or ``AsyncClient`` of httpx or httpx2. Each hop of
     a redirect is a request, and so is each try of an auth flow. ``layer`` is as in
-    ``wrap_constructor()``. Raises ``AttributeError`` where this version of httpx sends otherwise.
+    ``wrap_constructor()``. Raises ``AttributeError`` if this httpx sends in another way.
     """
 
     def around(original: Any) -> Callable[..., Any]:
@@ -133,7 +133,7 @@ def _unwrap(owner: type, name: str, layer: Any) -> bool:
 
 
 def _bound(function: Any, instance: object) -> Callable[..., Any]:
-    """Bind a method as Python does: other code may have replaced it by any object."""
+    """Bind a method as Python does: other code may have replaced it with any object."""
     bind = getattr(type(function), "__get__", None)
     return bind(function, instance, type(instance)) if bind else function  # type: ignore[no-any-return]
 
@@ -163,7 +163,7 @@ def has_own_expect_handler(request: web.Request) -> bool:
 
 
 def writer_of(request: web.Request) -> "weakref.ref[AbstractStreamWriter] | None":
-    """Return the writer of a request's answer; None if it is a mock without weak references."""
+    """Return the writer of a request's answer; None for a mock that takes no weak references."""
     try:
         return weakref.ref(request.writer)
     except TypeError:
@@ -171,11 +171,11 @@ def writer_of(request: web.Request) -> "weakref.ref[AbstractStreamWriter] | None
 
 
 def is_answered(writer: AbstractStreamWriter) -> bool:
-    """Tell whether an answer is sent, or can no longer be sent, and no code is at work on it."""
+    """Tell whether an answer is sent or can't be sent any more, and no code still works on it."""
     current = getattr(getattr(writer, "protocol", None), "_current_request", None)
     if current is not None and current.writer is writer:  # a middleware has yet to return
         return False
-    transport = getattr(writer, "transport", None)  # aiohttp 3.9 promises none
+    transport = getattr(writer, "transport", None)  # aiohttp 3.9 promises no such attribute
     return getattr(writer, "_eof", True) or transport is None or transport.is_closing()
 
 
@@ -185,7 +185,7 @@ def is_to_be_sent(response: object) -> "TypeGuard[web.Response]":
 
 
 def storage_name(key: object) -> str:
-    """Return the name of an ``AppKey`` or ``RequestKey`` with its module, or a text as it is."""
+    """Return the name of an ``AppKey`` or ``RequestKey`` with its module; a text stays as it is."""
     return key if isinstance(key, str) else getattr(key, "_name", "")
 
 

@@ -24,7 +24,7 @@ OnMissing = Literal["pass", "warn", "raise"]
 
 
 class ConfigError(ValueError):
-    """A wrong config; its text has a line for each fault."""
+    """A config has faults. The text of the error has a line for each."""
 
     def __init__(self, faults: Iterable[tuple[str, str]]) -> None:
         self.faults: tuple[tuple[str, str], ...] = tuple(faults)
@@ -32,23 +32,23 @@ class ConfigError(ValueError):
         super().__init__("\n".join(f"{name}: {problem}" for name, problem in self.faults))
 
     def __reduce__(self) -> tuple[type["ConfigError"], tuple[Any, ...]]:
-        return type(self), (self.faults,)  # pickled whole, for another process
+        return type(self), (self.faults,)  # so that a pickle keeps the faults
 
 
 @dataclass(frozen=True, slots=True, init=False)
 class RoutingConfig:
     """Which calls carry a key, which session's key it is, and what the ledger keeps.
 
-    Each option also takes a text, as an environment variable has it: a truth value is ``true``,
-    ``yes``, ``on`` or ``1``, or ``false``, ``no``, ``off`` or ``0``; commas separate several
-    values. Raises ``ConfigError`` with every fault.
+    Each option also takes a text, except ``on_move`` and ``metrics_registry``. Write a boolean as
+    ``true``, ``yes``, ``on`` or ``1``, or as ``false``, ``no``, ``off`` or ``0``. Separate several
+    values by commas. Raises ``ConfigError`` with every fault.
 
     >>> config = RoutingConfig("http://10.0.0.1:30000", session_id=["cookie:sid", "query:sid"])
     """
 
     gateway: tuple[URL, ...] = option(values.gateway_url, (), several=True, hidden="@?#")
-    """The gateway's absolute http(s) URL, or several. Its path is the base path of the calls;
-    ``paths`` come below it. Credentials in it are dropped. A key goes nowhere else. Required."""
+    """The gateway's absolute http(s) URL, or several. A URL's path is the base path, below which
+    ``paths`` begin. Credentials in a URL are dropped. No other URL gets a key. Required."""
 
     enabled: bool = option(values.boolean, True)
     """If false, nothing is installed and no call carries a key, but the config is still checked.
@@ -62,12 +62,12 @@ class RoutingConfig:
     an earlier middleware), or a function, sync or async. Default: ``match_info:session_id``."""
 
     ignore_ids: tuple[str, ...] = option(values.session_id, (), several=True)
-    """Session ids that count as none, such as the placeholder ``default``, which would bring all
-    anonymous callers to one worker. The next source is asked. Default: none."""
+    """Session ids that count as no session, such as the placeholder ``default``, which would
+    pin all anonymous callers to one worker. The next source is asked. Default: none."""
 
     pin_by: PinBy = option(values.pin_by, "{session_id}")
-    """What shares a worker, if not the session: a text with sources in braces, such as
-    ``{session_id}/{json:model}`` or ``{header:X-Group-Id}``. They are read from the inbound
+    """What shares a worker, if not the session alone: a text with sources in braces, such as
+    ``{session_id}/{json:model}`` or ``{header:X-Group-Id}``. The sources read the inbound
     request. If one finds nothing, the session alone is pinned. Default: ``{session_id}``."""
 
     paths: tuple[str, ...] = option(values.call_path, (CHAT_COMPLETIONS,), several=True)
@@ -82,16 +82,16 @@ class RoutingConfig:
     ``X-SMG-Routed-Worker-Id``, which SMG sends since 1.10."""
 
     key: KeyForm = option(values.one_of(get_args(KeyForm)), "session_id", hidden="any")
-    """``session_id``: the id itself is the key, if the gateway takes it, else its digest.
+    """``session_id``: the id is the key if the gateway takes it, otherwise its digest is.
     ``digest``: always a digest. Default: ``session_id``."""
 
     secret: str | None = option(values.secret, None, hidden="any")
-    """Keys the digest (HMAC-SHA256), for ids that are credentials. It needs ``key = "digest"`` or
-    ``pin_by``. Default: none."""
+    """The secret of the digest (HMAC-SHA256), for ids that are credentials. It needs
+    ``key = "digest"`` or ``pin_by``. Default: none."""
 
     prefix: str = option(as_prefix, "")
-    """The beginning of every key, which keeps apart jobs that share a gateway and have equal ids:
-    up to 52 visible ASCII characters, such as ``job-7/``. Default: empty."""
+    """The beginning of every key: up to 52 visible ASCII characters, such as ``job-7/``. It keeps
+    jobs apart that share a gateway and have equal ids. Default: empty."""
 
     on_missing: OnMissing = option(values.one_of(get_args(OnMissing)), "pass")
     """What happens to a call to the gateway without a session: ``pass`` (the default) sends it
@@ -142,7 +142,7 @@ class RoutingConfig:
             raise ConfigError(faults)
 
     def _conflicts(self, wrong: Container[str]) -> Iterable[tuple[str, str]]:
-        """Return the faults of values that are each right alone, but not together."""
+        """Return the faults of options that are missing, or conflict with each other."""
         if not self.gateway:
             yield "gateway", "is required: the URL of the gateway, such as 'http://10.0.0.1:30000'"
         if not self.session_id:
@@ -162,12 +162,12 @@ class RoutingConfig:
     def from_mapping(cls, mapping: Mapping[str, Any]) -> "RoutingConfig":
         """Build a config from its table in an app's YAML, TOML or JSON config.
 
-        Raises ``ConfigError`` with every fault; that of an unknown option names the nearest one.
+        Raises ``ConfigError`` with every fault. For an unknown option it names the nearest one.
 
         >>> config = RoutingConfig.from_mapping({"gateway": "http://10.0.0.1:30000"})
         """
         if not isinstance(mapping, Mapping):
-            raise ConfigError(  # it may hold a secret: its type alone is shown
+            raise ConfigError(  # it may hold a secret, so only its type is shown
                 [("config", f"is a {type(mapping).__name__}, not a RoutingConfig or a mapping")]
             )
         if table := values.table_in(mapping):
@@ -181,9 +181,9 @@ class RoutingConfig:
         """Build a config from environment variables such as ``SMG_ROUTING_GATEWAY``.
 
         ``environ`` is ``os.environ`` by default. An empty variable counts as not set, except an
-        empty secret. Raises ``ConfigError`` with every fault. A variable that is no option is a
-        fault if it resembles one. Else it is logged: Kubernetes sets ``SMG_ROUTING_PORT`` for a
-        service called ``smg-routing``.
+        empty secret. Raises ``ConfigError`` with every fault. A variable that names no option is a
+        fault if it resembles one. Otherwise it is only logged: Kubernetes sets
+        ``SMG_ROUTING_PORT`` for a service called ``smg-routing``.
 
         >>> config = RoutingConfig.from_env(environ={"SMG_ROUTING_GATEWAY": "http://10.0.0.1:30000"})
         """
@@ -216,7 +216,7 @@ OPTIONS: Mapping[str, values.Option] = {
 
 
 def as_config(config: RoutingConfig | Mapping[str, Any]) -> RoutingConfig:
-    """Return ``config``, built by ``from_mapping()`` where it is a mapping."""
+    """Return ``config``, built by ``from_mapping()`` if it is a mapping."""
     return config if isinstance(config, RoutingConfig) else RoutingConfig.from_mapping(config)
 
 

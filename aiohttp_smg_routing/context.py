@@ -1,4 +1,4 @@
-"""Knows the session of the running code: it rides in the context, into every task."""
+"""Keeps the session of the running code in the context, which every task inherits."""
 
 import logging
 import weakref
@@ -30,23 +30,23 @@ class Owner:
 
 
 class Scope:
-    """The session of the running code, and the owner of the request in which that runs.
+    """The session of the running code, and the owner of the request around that code.
 
-    A session that an app's middleware found goes to the gateways of its owner alone. The hook
+    A session that an app's middleware found goes only to the gateways of its owner. The hook
     decides where the session of a ``routing_session()`` block goes.
     """
 
     session_id: str | None = None
     owner: Owner | None = None
-    name = ""  # of the session, in the owner's ledger and in the logs
-    key = ""  # of the owner's calls; empty without a session
-    route = ""  # of a request without a session
+    name = ""  # the session's name in the owner's ledger and in the logs
+    key = ""  # the key of the owner's calls; empty without a session
+    route = ""  # the route of a request without a session
     parts = _NO_PARTS  # what the sources in ``pin_by`` found
-    outer: "Scope | None" = None  # of the app around the owner, for the same request
+    outer: "Scope | None" = None  # of the app around the owner's, for the same request
     around: "Scope | None" = None  # of the request around a block
-    before: "Scope | None" = None  # the one to return to after a block
+    before: "Scope | None" = None  # the scope to return to after a block
     is_block = is_left = has_called = False
-    task: "weakref.ref[Task] | None" = None  # that handles the request
+    task: "weakref.ref[Task] | None" = None  # the task that handles the request
     writer: "weakref.ref[AbstractStreamWriter] | None" = None  # of the request's answer
 
     def called(self) -> None:
@@ -61,7 +61,7 @@ class Scope:
         if self.task is None or self.writer is None:
             return False
         task, writer = self.task(), self.writer()
-        # After the handler, a body may still be streamed, or an outer middleware be at work.
+        # After the handler, a body may still be streamed, or an outer middleware still work.
         is_answered = writer is None or compat.is_answered(writer)
         return (task is None or task.done()) and is_answered
 
@@ -79,7 +79,7 @@ _scope: ContextVar[Scope | None] = ContextVar("aiohttp_smg_routing", default=Non
 #: Returns the scope of the running code, or None.
 current_scope: Callable[[], Scope | None] = _scope.get
 
-#: Makes a scope the current one. That of a request is never taken back: aiohttp runs each request
+#: Makes a scope the current one. The scope of a request is never reset: aiohttp runs each request
 #: in a task of its own, and so in a context of its own. It sends a streamed body in that context
 #: after the handler has returned.
 enter_scope: Callable[[Scope | None], Token[Scope | None]] = _scope.set
@@ -104,7 +104,7 @@ def current_session_id() -> str | None:
 
 
 class _InSession(Coroutine[Any, Any, T]):
-    """A coroutine that enters a scope when it starts, and else behaves as the one in it."""
+    """A coroutine that enters a scope when it starts, and otherwise behaves as the one inside."""
 
     def __init__(self, coroutine: Coroutine[Any, Any, T], scope: Scope | None) -> None:
         self._coroutine, self._scope = coroutine, scope
@@ -132,11 +132,11 @@ class _InSession(Coroutine[Any, Any, T]):
 
 
 def in_session(coroutine: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
-    """Return a coroutine that runs ``coroutine`` in the session of this code.
+    """Return a coroutine that runs ``coroutine`` in the session of the calling code.
 
-    Use it for queues and job schedulers, which run the coroutine in another context. It keeps the
-    session after the request has ended. A coroutine that is wrapped only then counts as late.
-    Raises ``TypeError`` for what is no coroutine.
+    Use it for queues and job schedulers, which run the coroutine in another context. The coroutine
+    keeps the session after the request has ended. If it is wrapped only then, its calls are late.
+    Raises ``TypeError`` for anything but a coroutine.
 
     >>> await queue.put(in_session(play_turn()))
     """
@@ -153,11 +153,11 @@ class routing_session:  # noqa: N801 - used like a function, as contextlib.suppr
 
     It works as ``with`` and as ``async with``, and outranks the session of a request around it.
     None, or an empty or blank id, means no session. Tasks that the block starts keep the session.
-    ``parts`` stand for what the sources in ``pin_by`` find, such as ``{"json:model": "judge"}``.
+    ``parts`` are the values of the sources in ``pin_by``, such as ``{"json:model": "judge"}``.
 
     Put it around the code that consumes a generator, not around a ``yield``: code that runs between
     two values would be in this session. Raises ``RuntimeError`` if it is used for a second block,
-    ``TypeError`` for an id that is no text, integer or ``UUID``.
+    ``TypeError`` for an id that is not a text, integer or ``UUID``.
 
     >>> with routing_session("rollout-7"):
     ...     response = await session.post("http://10.0.0.1:30000/v1/chat/completions", json=turn)
@@ -171,7 +171,7 @@ class routing_session:  # noqa: N801 - used like a function, as contextlib.suppr
         self._session_id = as_session_id(session_id)
         self._parts = {part: as_session_id(value) for part, value in parts.items()}
         self._scope: Scope | None = None
-        #: The token that takes the scope back, and the task that entered it.
+        #: The token that resets the scope, and the task that entered it.
         self._entered: tuple[Token[Scope | None], Task | None] | None = None
 
     def __enter__(self) -> None:
@@ -198,7 +198,7 @@ class routing_session:  # noqa: N801 - used like a function, as contextlib.suppr
         while before and before.is_left:
             before = before.before
         if _scope.get() is self._scope:
-            with suppress(ValueError):  # in another context, of a task or of the loop
+            with suppress(ValueError):  # left in another context, of a task or of the loop
                 _scope.reset(token)
                 _scope.set(before)
                 return
@@ -224,9 +224,9 @@ _left_elsewhere = Once()
 class SessionIdFilter(logging.Filter):
     """Puts the session of the running code on each log record as ``record.session_id``.
 
-    It is the id, or its digest if that goes out in place of the id, or ``-`` without a session. A
-    record that has a ``session_id`` already keeps it. Pass the ``config`` if ``routing_session()``
-    sets ids that are credentials, and no log will show them. Raises ``ConfigError`` for its faults.
+    The value is the id or its digest, with the ``prefix``, or ``-`` without a session. A record
+    that has a ``session_id`` already keeps it. If ``routing_session()`` sets ids that are
+    credentials, pass the ``config``, so that no log shows them. Raises ``ConfigError`` for faults.
 
     >>> handler.addFilter(SessionIdFilter())
     >>> handler.setFormatter(logging.Formatter("%(session_id)s %(message)s"))

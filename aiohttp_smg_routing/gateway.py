@@ -28,8 +28,8 @@ TARGET_WORKER_HEADER: Final = istr("X-SMG-Target-Worker")
 #: it since 1.10, for HTTP workers.
 ROUTED_WORKER_HEADER: Final = istr("X-SMG-Routed-Worker-Id")
 
-#: The keys that every version takes: 1 to 128 bytes of visible ASCII. The gateway silently drops
-#: other keys, and routes the call as if it had none.
+#: The keys that every version takes: 1 to 128 bytes of visible ASCII. Most versions silently
+#: drop other keys, and route the call as if it had none.
 VALID_KEY: Final = re.compile(r"[!-~]{1,128}")
 
 #: The path of OpenAI's chat completions, below the gateway's base path.
@@ -132,7 +132,7 @@ class Gateways:
         """Note that a gateway has named a worker; tell whether that made two groups one."""
         group = self.group[gateway]
         other = self._of_worker.setdefault(worker, group)
-        if len(self._of_worker) > _MOST_WORKERS:  # they come and go
+        if len(self._of_worker) > _MOST_WORKERS:  # workers come and go
             del self._of_worker[next(iter(self._of_worker))]
         if other == group:
             return False

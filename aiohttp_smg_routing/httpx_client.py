@@ -21,7 +21,7 @@ from .rules import Rules
 
 logger: logging.Logger = logging.getLogger(__name__)
 
-#: Where a request keeps what was done to it. httpx hands it on to the next hop of a redirect.
+#: The extension that keeps the hop of a request. httpx passes it on to the next hop of a redirect.
 _EXTENSION = "aiohttp_smg_routing"
 
 
@@ -32,10 +32,10 @@ class _Hop(client.Sending):
         super().__init__(url)
         self.hook, self.request, self.scope = hook, weakref.ref(request), current_scope()
         self.call: Call | None = None  # until its outcome is counted
-        self.header = ""  # that carries the key
+        self.header = ""  # the one that carries the key
 
     def end(self, response: Any) -> None:
-        """Count the outcome of the request; it is a failure where there is no response."""
+        """Count the outcome of the request; it is a failure if there is no response."""
         call, self.call = self.call, None
         if call and response is None:
             call.ledger.count("failed")
@@ -89,7 +89,7 @@ class HttpxHook:
                 hop.end(response)
 
     def _begin(self, request: Any) -> _Hop:
-        """Judge a request that is about to leave, unless that is done."""
+        """Judge a request that is about to leave, unless it has been judged."""
         method, url = request.method, URL(str(request.url), encoded=True)
         sending = client.under_way.get()
         if isinstance(sending, _Hop) and sending.has_within(url):  # by a transport
@@ -97,13 +97,14 @@ class HttpxHook:
         before: _Hop | None = request.extensions.get(_EXTENSION)
         is_again = before is not None and before.request() is request
         is_judged = before and is_again and before.hook is not self and before.call
-        if before and is_judged and before.scope is current_scope():  # else it failed in another
+        # From another scope, it is a new try: the one there has failed.
+        if before and is_judged and before.scope is current_scope():
             return before
         hop = _Hop(self, request, url)
         _keep(hop, request)
         if before and before.header:
             request.headers.pop(before.header, None)
-        targets = self._hook.targets  # one look: another thread may change it meanwhile
+        targets = self._hook.targets  # read once: another thread may change it
         for rules in targets:
             gateway = rules.gateway_of(method, url)
             if gateway is not None:
@@ -118,7 +119,7 @@ class HttpxHook:
 
 
 def _keep(hop: _Hop, request: Any) -> None:
-    request.extensions = {**request.extensions, _EXTENSION: hop}  # the old ones may be the caller's
+    request.extensions = {**request.extensions, _EXTENSION: hop}  # the old dict may be the caller's
 
 
 @contextmanager
@@ -131,12 +132,12 @@ def _sending(hop: _Hop, request: Any) -> Iterator[None]:
     finally:
         _keep(hop, request)
         hop.is_over = True
-        with suppress(ValueError):  # collected as garbage, in whatever context
+        with suppress(ValueError):  # garbage collection runs in any context
             client.under_way.reset(token)
 
 
 class _Done:
-    """What an async client awaits, and a sync one ignores."""
+    """A result that an async client awaits and a sync client ignores."""
 
     def __await__(self) -> Generator[None, None, None]:
         yield from ()

@@ -16,8 +16,8 @@ KeyForm = Literal["session_id", "digest"]
 #: A prefix must leave room for the longest digest in the 128 bytes of a key.
 LONGEST_PREFIX = 128 - len("hmac-sha256-") - 64
 
-# The form of our digests. An id that looks like one is digested too, or it would have the key of
-# the session whose digest it is.
+# The form of our digests. An id that looks like one is digested too, or it would share the
+# key of the session with that digest.
 _DIGEST = re.compile(r"(?:hmac-)?sha256-[0-9a-f]{64}")
 _SHORTEST_DIGEST = len("sha256-") + 64
 
@@ -57,7 +57,7 @@ def routing_key(
     """Return the key that the gateway will see for ``session_id``.
 
     With ``key="session_id"``, an id is its own key if it has 1 to 128 bytes of visible ASCII, with
-    the prefix: SMG 1.9 to 1.13 silently drop other keys. Any other id is digested: its key is
+    the prefix: most versions of SMG silently drop other keys. Any other id is digested: its key is
     ``sha256-`` and 64 hexadecimal digits. An id that looks like such a digest is digested too, so
     that no two ids share a key. ``key="digest"`` digests every id. A ``secret`` makes the digest an
     HMAC-SHA256. The key begins with ``prefix``: up to 52 visible ASCII characters, none by default.
@@ -94,7 +94,7 @@ def shared_key(template: str, parts: Iterable[str], secret: str | None, prefix: 
     """Return the key of what shares a worker: a digest of the template and the parts in it.
 
     The length of each part precedes it, so that no two combinations share a key. No UTF-8 text has
-    the first byte, so that none of them has the key of a session id.
+    the first byte, so no such key equals the key of a session id.
     """
     data = [b"\xff"]
     for text in (template, *parts):

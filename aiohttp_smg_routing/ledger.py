@@ -43,20 +43,20 @@ class Call:
 class PinLedger:
     """Which worker answered which session of an app: ``app[ROUTING].pins``.
 
-    It keeps the ``track_sessions`` sessions that called last. Any thread may use it at any point, a
-    finalizer or a signal handler, too. ``count()``, ``answered()``, ``show()`` are internal.
+    It keeps the ``track_sessions`` sessions that called last. Any thread, finalizer or
+    signal handler may use it at any point. ``count()``, ``answered()``, ``show()`` are internal.
     """
 
     def __init__(self, config: RoutingConfig, metrics: Metrics | None = None) -> None:
         self._is_on = config.enabled and config.track_sessions > 0
         self.worker_header: istr = istr(config.worker_header)
-        self._beginning: WeakValueDictionary[int, Call] = WeakValueDictionary()  # without a row
+        self._beginning: WeakValueDictionary[int, Call] = WeakValueDictionary()  # without rows
         self.news: News = News(logger := logging.getLogger(__name__))
         self._config, self._metrics, self._gateways = config, metrics, Gateways(config.gateway)
         self._rows: OrderedDict[str, tuple[Row, ...]] = OrderedDict()
         self._workers, self._counts = Workers(), asdict(PinSummary())
         self._lock, self._is_working, self._is_shown = threading.RLock(), False, True
-        self._waiting: deque[partial[None]] = deque()  # done under the lock, in order
+        self._waiting: deque[partial[None]] = deque()  # work to do under the lock, in order
         self._moves_log = Capped(logger, "moves", _HINT)
 
     def sessions(self) -> list[SessionPin]:
@@ -70,14 +70,14 @@ class PinLedger:
         return [row.pin() for row in self._rows.get(self._name(session_id), ())]
 
     def workers(self, within: float | None = None) -> dict[str, int]:
-        """Return each worker's pins: all, or those answered ``within`` the last so many seconds."""
+        """Return each worker's pin count: all, or those used in the last ``within`` seconds."""
         self._catch_up()
         return self._workers.active(self._rows, within)
 
     def calls(self, within: float = 600) -> dict[str, int]:
-        """Return the calls in sessions that each worker answered ``within`` the last seconds.
+        """Return how many calls in sessions each worker answered in the last ``within`` seconds.
 
-        They are counted by ten seconds. Raises ``ValueError`` unless ``within`` is 0 to 600.
+        It counts in steps of ten seconds. Raises ``ValueError`` unless ``within`` is 0 to 600.
         """
         self._catch_up()
         return self._workers.calls(within)
@@ -98,7 +98,7 @@ class PinLedger:
                 self._lock.release()
 
     def count(self, what: Outcome | Beside) -> None:
-        """Count a call that shows nothing about a pin, or something seen beside an outcome."""
+        """Count a call that shows nothing about a pin, or an event beside its outcome."""
         if self._is_on:
             self._waiting.append(partial(self._count, what))
             self._catch_up()
@@ -151,7 +151,7 @@ class PinLedger:
         return "" if text is None else self._config.routing_key(text)
 
     def _catch_up(self) -> None:
-        """Do the waiting work. Code that interrupts this leaves its work here."""
+        """Do the waiting work. Code that interrupts this method adds its own work to the queue."""
         with self._lock:
             if self._is_working:
                 return
@@ -198,7 +198,7 @@ class PinLedger:
 
     def _answered(self, call: Call, worker: str | None) -> None:
         if worker is not None:
-            worker = worker.encode("utf-8", "backslashreplace").decode()  # it may be other bytes
+            worker = worker.encode("utf-8", "backslashreplace").decode()  # it may not be UTF-8
             if len(self._gateways.group) > 1 and self._gateways.named(call.gateway, worker):
                 self._merge()
         row = (call.row or self._row_of(call) or self._entered(call)).merged()

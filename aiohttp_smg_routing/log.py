@@ -30,7 +30,7 @@ def say(
 ) -> None:
     """Log a record, with the traceback of an ``error``.
 
-    If a logging handler or filter of the user's raises, that is printed and fails no call.
+    If the user's logging handler or filter raises, the error is printed and no call fails.
     """
     try:
         logger.log(level, message, *args, exc_info=error)
@@ -56,14 +56,14 @@ def running_code(task: Task | None = None) -> str:
 class Once:
     """Tells new things from those that were logged before.
 
-    It remembers 1,000 things. After these, it counts nothing as new.
+    It remembers 1,000 things. After that, nothing counts as new.
     """
 
     def __init__(self) -> None:
         self._said: dict[Hashable, object] = {}
 
     def is_new(self, what: Hashable) -> bool:
-        """Tell whether this is the first time in any thread."""
+        """Tell whether no thread has asked about ``what`` before."""
         if what in self._said or len(self._said) >= _MOST_REMEMBERED:
             return False
         mine = object()
@@ -104,7 +104,7 @@ class News:
 class Capped:
     """Logs at most 60 warnings a minute, and after the minute how many more there were.
 
-    The ``hint`` follows the twentieth warning of a minute. It says what so many may mean.
+    The ``hint`` follows the twentieth warning of a minute. It says what so many warnings may mean.
     """
 
     def __init__(self, logger: logging.Logger, what: str, hint: str) -> None:

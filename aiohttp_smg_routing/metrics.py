@@ -1,4 +1,4 @@
-"""The export of what the ledger counts to Prometheus, which needs the extra ``metrics``."""
+"""Exports the ledger's counts to Prometheus. Needs the extra ``metrics``."""
 
 import os
 import threading
@@ -18,7 +18,7 @@ Counted = Outcome | Beside | Literal["pinned"]
 #: Takes what was counted, the worker concerned, and the amount.
 Metrics = Callable[[Counted, str | None, int], None]
 
-# Apps that share a registry share the metrics on it: it takes each name once.
+# Apps that share a registry share its metrics, because it takes each name only once.
 _on_registry: "WeakKeyDictionary[CollectorRegistry, PrometheusMetrics]" = WeakKeyDictionary()
 _BESIDE = {
     "missing": (
@@ -31,7 +31,7 @@ _BESIDE = {
     ),
     "unmatched": (
         "smg_routing_unmatched",
-        "Calls in a session that look like ones to the gateway, and carried no key.",
+        "Calls in a session that look like calls to the gateway, but carried no key.",
     ),
 }
 
@@ -39,8 +39,8 @@ _BESIDE = {
 class PrometheusMetrics:
     """The metrics on one registry, which collects them from here. No label has a session id.
 
-    In prometheus-client's multi-process mode, which can't remove series, the series of a worker
-    stays when the worker has gone. There are no active sessions there: it collects nothing.
+    prometheus-client's multi-process mode can't remove series: the series of a worker stay after
+    the worker has gone. It collects nothing from here, so it shows no active sessions.
     """
 
     def __init__(self) -> None:
@@ -51,8 +51,8 @@ class PrometheusMetrics:
         self._pins: Count[str] = Count()
         self._calls = Counter(
             "smg_routing_calls",
-            "Calls to the gateway: kept, first or moved by the worker that answered; unknown "
-            "where it is not named; untagged without a session; failed.",
+            "Calls to the gateway by outcome: kept, first or moved, by the worker that answered; "
+            "unknown if it is not named; untagged without a session; failed.",
             ["outcome"],
             registry=None,
         )
@@ -66,7 +66,7 @@ class PrometheusMetrics:
         )
         self._sessions = Gauge(
             "smg_routing_sessions",
-            "Tracked sessions by the worker where they are.",
+            "Tracked sessions by worker.",
             ["worker"],
             registry=None,
             multiprocess_mode="livesum",
@@ -77,7 +77,7 @@ class PrometheusMetrics:
         self._all = (self._calls, self._worker_calls, self._sessions, *self._beside.values())
 
     def describe(self) -> Iterable["Metric"]:
-        """Yield the metrics without values: a registry reads their names when it takes them."""
+        """Yield the metrics without values. A registry reads their names when it registers them."""
         for metric in self._all:
             yield from metric.describe()
         yield self._active(())
@@ -92,10 +92,10 @@ class PrometheusMetrics:
         yield self._active(ledger for ledger in ledgers if ledger._is_shown)
 
     def _active(self, ledgers: Iterable[Any]) -> "Metric":
-        """Return the active sessions. A scrape counts them: nobody calls when they cease to be."""
+        """Return the active sessions, counted at the scrape: no event tells when one goes idle."""
         from prometheus_client.core import GaugeMetricFamily
 
-        text = "Tracked sessions with an answer in the last ten minutes, by the worker."
+        text = "Tracked sessions with an answer in the last ten minutes, by worker."
         family = GaugeMetricFamily("smg_routing_active_sessions", text, labels=["worker"])
         active: Count[str] = Count()
         for ledger in ledgers:
@@ -105,7 +105,7 @@ class PrometheusMetrics:
         return family
 
     def add(self, what: Counted, worker: str | None, change: int) -> None:
-        """Count what the ledger saw. A worker's series end with its last pin."""
+        """Count what the ledger saw. A worker's series are removed with its last pin."""
         if what == "pinned":
             self._pinned(str(worker), change)
         elif what in self._beside:
@@ -133,7 +133,7 @@ class PrometheusMetrics:
 def prometheus_metrics(registry: Any) -> PrometheusMetrics:
     """Return the metrics on a registry, or on the default one.
 
-    If somebody has emptied the registry, it gets them again. Raises ``ValueError`` if it has other
+    If the registry has been emptied, it gets them again. Raises ``ValueError`` if it has other
     metrics of these names.
     """
     from prometheus_client import REGISTRY

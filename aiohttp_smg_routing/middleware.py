@@ -28,7 +28,7 @@ _current_task: Callable[[], Task | None] = asyncio.current_task
 def inbound(rules: Rules) -> Middleware:
     """Return the middleware that finds the session of a request and enters it in the context.
 
-    A request without one passes unchanged. So does every request if the config is not enabled.
+    A request without a session passes unchanged. So does every request if ``enabled`` is false.
     """
     config = rules.config
     finder = Finder(config)
@@ -77,10 +77,10 @@ def inbound(rules: Rules) -> Middleware:
 def _send_in_scope(response: web.Response, method: str, scope: Scope, rules: Rules) -> None:
     """Have the body of an answer sent in the scope of this code, whichever task sends it.
 
-    The request lasts until then. If a middleware runs the handler in a task, as ``wait_for()`` does
-    before Python 3.12, aiohttp sends the body outside that task.
+    The request lasts until the body is sent. If a middleware runs the handler in a task, as
+    ``wait_for()`` does before Python 3.12, aiohttp sends the body outside that task.
     """
-    if "write_eof" in vars(response):  # by the middleware of an inner app
+    if "write_eof" in vars(response):  # set by the middleware of an inner app
         return
     write_eof, current = response.write_eof, current_scope()
 
@@ -103,12 +103,12 @@ def _send_in_scope(response: web.Response, method: str, scope: Scope, rules: Rul
 
 
 def _of_outer_app(scope: Scope, around: Scope | None) -> Scope | None:
-    """Return the scope of an app around that of ``scope``, if it is of the same request.
+    """Return the scope of the app around the app of ``scope``, if both serve the same request.
 
-    It may belong to the code that started the server. If a middleware tries a request again, the
-    scopes of the earlier try are still there.
+    ``around`` may belong to the code that started the server. If a middleware tries a request
+    again, the scopes of the earlier try are still there.
     """
-    if around is None or around.writer != scope.writer:  # two weakrefs to the same are equal
+    if around is None or around.writer != scope.writer:  # two weakrefs to one writer are equal
         return None
     tried: Scope | None = around
     while tried is not None and tried.owner is not scope.owner:
@@ -141,7 +141,7 @@ class Finder:
     ) -> str | Awaitable[str | None] | None:
         """Return the session id, or an awaitable of it if a source returns an awaitable.
 
-        ``readers`` are the remaining ones.
+        ``readers`` are the sources that are left to ask.
         """
         if self._body:
             read_body_with(request, self._body)
@@ -163,7 +163,7 @@ class Finder:
         return None
 
     async def find_parts(self, request: web.Request) -> dict[str, str | None]:
-        """Return what the sources of ``pin_by`` find, by their texts."""
+        """Return what each source of ``pin_by`` finds, by the text of the source."""
         found: dict[str, str | None] = {}
         for part, read in self._parts:
             try:
@@ -199,7 +199,7 @@ class Finder:
     def _failed(self, source: Source, error: BaseException) -> None:
         if isinstance(error, asyncio.CancelledError) and _is_cancelled():
             raise error
-        if self._failures.is_new(id(source)):  # the source may have no hash
+        if self._failures.is_new(id(source)):  # the source may not be hashable
             message = (
                 "session id source %r failed: it counts as no session, and further failures of it "
                 "are not logged%s"

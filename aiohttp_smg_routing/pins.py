@@ -1,4 +1,4 @@
-"""What the ledger tells of the pins: what it counts, and where a session or a worker stands."""
+"""What the ledger reports: its counts, and the pins of each session and worker."""
 
 import time
 from collections import Counter as Count
@@ -13,7 +13,7 @@ RECENT_SECONDS = 600
 """For how long an answer makes its session active, and counts among its worker's recent calls."""
 
 _STEP = 10  # seconds that are counted together
-_MOST_WORKERS = 1000  # that are told apart in a step: a wrong header could name one for each call
+_MOST_WORKERS = 1000  # counted apart in a step: a wrong header could name a new one for each call
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class PinSummary:
     first: int = 0  #: Calls that showed a session on a worker for the first time.
     kept: int = 0  #: Calls that came to the worker that the session had when the call started.
     moved: int = 0  #: Calls that came to another worker.
-    unknown: int = 0  #: Answers that named no worker, as those of SMG before 1.10.
+    unknown: int = 0  #: Answers that named no worker, such as those of SMG before 1.10.
     untagged: int = 0  #: Calls that were answered and had no session.
     failed: int = 0  #: Calls that raised, or were answered with a status of 400 or more.
     missing: int = 0  #: Calls that had no session when they were made, whatever their outcome.
@@ -47,12 +47,12 @@ class SessionPin(NamedTuple):
     worker='http://10.0.0.2:8000', turns=6, moves=0)]
     """
 
-    session: str  #: The session's name: its id, or its digest if that goes out in place of the id.
-    gateway: str  #: The gateway's URL; of gateways that share workers, the first one's.
+    session: str  #: The session's name: its id or its digest, with the ``prefix``.
+    gateway: str  #: The gateway's URL. Gateways that share workers count under the first one's.
     key: str  #: The routing key. It equals ``session`` unless ``pin_by`` is set.
-    worker: str | None  #: The worker that has it, as the gateway names it. None if none was named.
-    turns: int  #: How many of its calls were answered.
-    moves: int  #: How often it changed its worker.
+    worker: str | None  #: The session's worker, as the gateway names it. None if it named none.
+    turns: int  #: How many of the session's calls were answered.
+    moves: int  #: How often the session moved to another worker.
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class Move:
     >>> routing = Routing({"gateway": "http://10.0.0.1:30000", "on_move": on_move})
     """
 
-    session: str  #: The session's name: its id, or its digest if that goes out in place of the id.
+    session: str  #: The session's name: its id or its digest, with the ``prefix``.
     from_worker: str  #: The worker that had the session, as the gateway names it.
     to_worker: str  #: The worker that has it now.
     turns: int  #: How many of the session's calls were answered before this one.
@@ -81,8 +81,8 @@ class Row:
     worker: str | None = None
     turns: int = 0
     moves: int = 0
-    answered: float = 0.0  # when it was last, as time.monotonic() has it
-    is_over: bool = False  # the session has ended, or was pushed out
+    answered: float = 0.0  # the time.monotonic() of its last answer
+    is_over: bool = False  # the session has ended, or the ledger dropped it
     into: "Row | None" = None  # the row that it was merged into
 
     def absorb(self, other: "Row") -> None:
@@ -94,14 +94,14 @@ class Row:
         other.worker, other.into = None, self
 
     def merged(self) -> "Row":
-        """Return the row that it was merged into, or itself."""
+        """Return the row that this one was merged into, or this one."""
         row = self
         while row.into is not None:
             row = row.into
         return row
 
     def pin(self) -> SessionPin:
-        """Return what users see of it."""
+        """Return the row as users see it."""
         return SessionPin(self.session, self.gateway, self.key, self.worker, self.turns, self.moves)
 
 
@@ -115,7 +115,7 @@ class Workers:
         self._steps: deque[tuple[float, Count[str]]] = deque(maxlen=RECENT_SECONDS // _STEP + 1)
 
     def pinned(self, worker: str, change: int) -> None:
-        """Change the number of a worker's pins. A worker without one is no longer known."""
+        """Change the number of a worker's pins. A worker without pins is forgotten."""
         self.pins[worker] += change
         if not self.pins[worker]:
             del self.pins[worker]
@@ -129,12 +129,12 @@ class Workers:
             self.lately[worker] += 1
 
     def calls(self, within: float) -> dict[str, int]:
-        """Return how many calls each worker answered within the seconds."""
+        """Return how many calls each worker answered in the last ``within`` seconds."""
         if not 0 <= within <= RECENT_SECONDS:
             raise ValueError(f"calls are kept for {RECENT_SECONDS} seconds, not for {within:g}")
         since = time.monotonic() - within
         found = dict.fromkeys(list(self.pins), 0)
-        for until, calls in list(self._steps):  # copied at once, as all that others change
+        for until, calls in list(self._steps):  # copied in one step: other threads change it
             for worker, number in dict(calls).items() if until > since else ():
                 found[worker] = found.get(worker, 0) + number
         return found
@@ -142,7 +142,7 @@ class Workers:
     def active(
         self, rows: Mapping[str, tuple[Row, ...]], within: float | None = None
     ) -> dict[str, int]:
-        """Return how many pins each worker has: all, or those answered within the seconds."""
+        """Return each worker's pin count: all, or those used in the last ``within`` seconds."""
         if within is None:
             return dict(self.pins)
         since = time.monotonic() - within

@@ -76,14 +76,14 @@ class Routing:
         if self.config.enabled and compat.is_client_session(session):
             self._hooked = True
             client.attach(session, self._hook)
-            self._attached.add(session)  # until the app is cleaned up, where it is an app's
+            self._attached.add(session)  # an app's clean-up takes the hook off
 
     def instrument(self) -> ExitStack:
         """Put the hook on every ``ClientSession`` that is made from now on, whoever makes it.
 
         It wraps the constructor of ``aiohttp.ClientSession`` until the block ends, or until you
         call ``close()`` on the stack. That reaches subclasses, and code that has imported the class
-        already, but no session made before. Several can be in force at once. The option
+        already, but no existing session. Several can be in force at once. The option
         ``instrument`` does this while an app runs.
 
         >>> with routing.instrument():
@@ -98,20 +98,20 @@ class Routing:
     def httpx_hooks(self) -> dict[str, list[Callable[[Any], Any]]]:
         """Return the hook as ``event_hooks`` for a client of httpx or httpx2, sync or async.
 
-        An assignment to ``client.event_hooks`` takes it off, and a call that raises is not counted;
-        ``instrument()`` has neither limit.
+        An assignment to ``client.event_hooks`` takes the hook off, and a call that raises is not
+        counted. ``instrument()`` has neither limit.
 
         >>> event_hooks = routing.httpx_hooks()  # httpx.AsyncClient(event_hooks=event_hooks)
         """
         if not self.config.enabled:
-            return {"request": [], "response": []}  # code may add its own to them
+            return {"request": [], "response": []}  # the caller may add hooks to the lists
         self._hooked = True
         return httpx_client.HttpxHook(client.Hook(self._rules)).event_hooks()
 
     def explain(self, method: str, url: str | URL) -> str:
-        """Return a sentence: a call carries a key, or why it does not and what to change.
+        """Return a sentence: the call carries a key, or why it does not and what to change.
 
-        Raises ``ValueError`` for a text that is no URL.
+        Raises ``ValueError`` for a text that is not a URL.
 
         >>> routing.explain("GET", "http://10.0.0.1:30000/v1/chat/completions")
         'GET http://10.0.0.1:30000/v1/chat/completions goes out without a key: only a POST carries
@@ -136,12 +136,12 @@ def setup(app: web.Application, config: RoutingConfig | Mapping[str, Any]) -> Ro
 
     It adds the middleware, innermost of those that ``app`` has now. When the app starts, it puts
     the hook on each ``ClientSession`` that ``client_session`` names, or with ``instrument`` on all
-    that are made while the app runs, and logs a line about it. The hooks come off when the app is
-    cleaned up. If the config is not enabled, nothing is installed.
+    that are made while the app runs, and logs where the hook is. The hooks come off when the app
+    is cleaned up. If ``enabled`` is false, nothing is installed.
 
     Raises ``ConfigError`` with every fault of the config (at start-up for a ``client_session`` that
     is not there), ``RuntimeError`` if ``app`` is set up already or frozen, ``TypeError`` if it is
-    no ``web.Application``.
+    not a ``web.Application``.
 
     >>> app = web.Application()
     >>> routing = setup(app, {"gateway": "http://10.0.0.1:30000"})
@@ -185,9 +185,9 @@ def _metrics(config: RoutingConfig) -> PrometheusMetrics | None:
 async def _running(app: web.Application) -> AsyncIterator[None]:
     """Export the pins while the app runs, and hook every ClientSession if the config asks."""
     routing = app[ROUTING]
-    _metrics(routing.config)  # the registry may have been emptied since
+    _metrics(routing.config)  # the registry may have been emptied since setup()
     routing.pins.show(True)
-    for session in routing._attached:  # by attach(), or in an earlier run of the app
+    for session in routing._attached:  # by attach(), or by an earlier run of the app
         client.attach(session, routing._hook)
     with ExitStack() as stack:
         if routing.config.instrument:
@@ -198,7 +198,7 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
         yield
     routing.pins.show(False)
     routing._rules.missing_log.flush()
-    for session in routing._attached:  # aiohttp sends no on_cleanup where start-up failed
+    for session in routing._attached:  # aiohttp sends no on_cleanup if start-up failed
         compat.remove_hook(session, routing._hook)
 
 
@@ -221,8 +221,8 @@ async def _started(app: web.Application) -> None:
         there = [compat.storage_name(key).rpartition(".")[2] for key in kept]
         problem = (
             f"{name!r} does not name one ClientSession of this app when it starts; it has "
-            f"{there or 'none'}. Where the app makes its session in on_startup, call setup() after "
-            "that is registered; for a session that is kept elsewhere, use routing.attach(session)"
+            f"{there or 'none'}. If the app makes its session in on_startup, call setup() after "
+            "that handler is added; for a session kept elsewhere, use routing.attach(session)"
         )
         faults.append(("client_session", problem))
     if faults:

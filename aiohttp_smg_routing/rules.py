@@ -1,4 +1,4 @@
-"""Decides which calls carry a key, and whose; explains why a call does not."""
+"""Decides which calls carry a key, and whose key; explains why a call carries none."""
 
 import logging
 from collections import Counter
@@ -23,7 +23,7 @@ from .sources import named_sources
 
 logger: logging.Logger = logging.getLogger(__name__)
 
-#: So many in a row are no accident. "missing": calls without a session. "unmatched" and "stray":
+#: This many in a row are no accident. "missing": calls without a session. "unmatched" and "stray":
 #: near misses, in a session and outside one. "idle" and "sessionless": requests without a call.
 NOTICED = {"missing": 20, "unmatched": 20, "stray": 20, "idle": 50, "sessionless": 1000}
 NOTICED_LATER = 1000  # of each kind, once a call has carried a key
@@ -45,7 +45,7 @@ class Rules(Owner):
             for gateway in (config.gateway if config.enabled else ())
             for path in config.paths
         ]
-        # By the parts of the URL's text, for nearly all calls: yarl computes host and port anew.
+        # Keyed by parts of the URL's text, because yarl computes host and port on each access.
         self.exact: dict[tuple[str, str, str, str], str] = {
             (hdrs.METH_POST, url.scheme, url.raw_authority, path): str(url) for url, path in places
         }
@@ -64,7 +64,7 @@ class Rules(Owner):
 
     def gateway_of(self, method: str, url: URL) -> str | None:
         """Return the gateway of a call that carries a key; None for any other call."""
-        # aiohttp before 3.14 passes the method on as given, and any version an encoded URL.
+        # aiohttp before 3.14 passes on the method as given, and any version an encoded URL.
         if url.raw_path not in self._paths or method.upper() != hdrs.METH_POST:
             return None
         try:
@@ -109,10 +109,10 @@ class Rules(Owner):
         return Call(owner.pins, header, name, gateway, key)
 
     def _whose(self, method: str, url: URL) -> "tuple[Rules, Scope | None]":
-        """Return whose call it is, and the innermost scope whose session may go there, or None.
+        """Return whose rules decide, and the innermost scope whose session may go there, or None.
 
-        An app's session goes to that app's gateways alone. That of ``routing_session()`` goes
-        anywhere: the rules of the app around it decide if they know the call, else the hook's.
+        An app's session goes only to that app's gateways. A ``routing_session()`` goes anywhere:
+        the rules of the app around it decide if they know the call, otherwise the hook's rules.
         """
         sessionless: tuple[Rules, Scope | None] | None = None
         scope = current_scope()
@@ -177,7 +177,7 @@ class Rules(Owner):
     def note_unmatched(self, method: str, url: URL) -> None:
         """Note a POST that no hook tags, if it has a session and resembles a call to a gateway."""
         scope = session_scope()
-        if scope is None:  # then two things are wrong, and each hides the other
+        if scope is None:  # then there are two faults, and each hides the other
             if not self._has_tagged and self._is_near(url) and self._is_noticed("stray"):
                 message = "%s. It has no session either: see session_id."
                 say(logger, logging.WARNING, message, self.explain(method, url))
@@ -197,19 +197,19 @@ class Rules(Owner):
             say(logger, level, "%s", no_hook if is_own else rules.explain(method, url))
 
     def note_redirected(self, method: str, url: URL, to: URL) -> None:
-        """Log once where a redirect leads that the key does not follow."""
+        """Log a redirect that the key does not follow, once for each target."""
         if self._once.is_new(("redirected", origin(to))):
             message = "%s is redirected to %s. That is not in gateway, so the key does not follow."
             say(logger, logging.WARNING, message, _shown(method, url), f"{origin(to)}{to.raw_path}")
 
     def note_request(self, method: str, scope: Scope) -> None:
-        """Note a request that is over and led to no call that was seen."""
+        """Note a request that ended before a call to the gateway was seen."""
         what = "sessionless" if scope.session_id is None else "idle"
         is_known = self._has_tagged if what == "sessionless" else self._runs["missing"] > 0
         if is_known or method != hdrs.METH_POST or not self._is_noticed(what):
             return
         if scope.session_id is None:
-            message = "%d POST requests, and no session: %s %s. Correct it."
+            message = "%d POST requests, and no session: %s %s. Correct session_id."
             say(logger, logging.WARNING, message, self._runs[what], self._found, scope.route)
             return
         why = (
@@ -227,7 +227,7 @@ class Rules(Owner):
         say(logger, logging.WARNING, message, self._runs[what], why)
 
     def _is_noticed(self, what: str, where: str = "") -> bool:
-        """Count one more; tell whether so many are no accident, and not logged yet."""
+        """Count one more; tell whether there are now enough to log, and none was logged yet."""
         self._runs[what] += 1
         is_run = self._runs[what] >= (NOTICED_LATER if self._has_tagged else NOTICED[what])
         return is_run and self._once.is_new((what, where, self._has_tagged))
@@ -236,9 +236,9 @@ class Rules(Owner):
         return host_of(url) in self._hosts or url.raw_path.rstrip("/").lower().endswith(self._tails)
 
     def explain(self, method: str, url: URL) -> str:
-        """Return a sentence: a call carries a key, or why it does not and what to change."""
+        """Return a sentence: the call carries a key, or why it does not and what to change."""
         if self.gateway_of(method, url):
-            return f"{_shown(method, url)} carries {self.config.header}, where it has a session"
+            return f"{_shown(method, url)} carries {self.config.header}, if it has a session"
         why = "only a POST carries one" if self.config.enabled else "enabled is false"
         if self.config.enabled and method.upper() == hdrs.METH_POST:
             why = difference(url, self.config.gateway, self.config.paths)

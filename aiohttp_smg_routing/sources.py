@@ -20,7 +20,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 #: Where to find a session id: a text such as ``"header:X-Session-Id"``, or a function.
 Source = str | Callable[[web.Request], SessionId | Awaitable[SessionId | None] | None]
 
-#: The part of ``pin_by`` that is no source but the session id itself.
+#: The name in ``pin_by`` that stands for the session id, and is no source.
 SESSION_ID = "session_id"
 
 JSON_MAX_SIZE, SECONDS_WITHOUT_A_BYTE = 16 * 2**20, 5.0  # bytes
@@ -122,7 +122,7 @@ class PinBy(NamedTuple):
 class JsonBody:
     """Reads the JSON body of a request, and puts it back for the handler to read.
 
-    It gives None for a body that is broken, late, over ``max_size`` bytes, or no JSON by its
+    It gives None for a body that is broken, late, over ``max_size`` bytes, or not JSON by its
     ``Content-Type``. The handler answers such a request as it would without the plugin.
     """
 
@@ -142,7 +142,7 @@ class JsonBody:
             size = len(body)
         if size > self._max_size:
             self._say(
-                f"has a JSON body of over the {self._max_size} bytes that json_max_size allows"
+                f"has a JSON body of more than the {self._max_size} bytes that json_max_size allows"
             )
             return None
         return _parsed(body, (request.charset or "utf-8").lower())
@@ -160,7 +160,7 @@ class JsonBody:
     async def _peek(self, request: web.Request) -> bytes:
         """Return the body, the beginning of one that is too long, or empty bytes if there is none.
 
-        It stays in ``request.content``. ``request.read()`` would remove it, and forbid a clone.
+        The body stays in ``request.content``. ``request.read()`` would take it, and forbid a clone.
         """
         content = request.content
         chunks: list[bytes] = []
@@ -217,7 +217,7 @@ def _at(document: Any, path: str) -> str | int | None:
 def _parsed(body: bytes, charset: str) -> Any:
     try:
         if _UNICODE.fullmatch(charset):
-            return json.loads(body)  # it detects the encoding, and takes a byte order mark
+            return json.loads(body)  # detects the encoding, and takes a byte order mark
         return json.loads(body.decode(charset)) if charset in _OTHER_CHARSETS else None
     except (ValueError, RecursionError):
         return None
@@ -231,7 +231,7 @@ def read_body_with(request: web.Request, body: JsonBody) -> None:
 async def peek_json(request: web.Request) -> Any:
     """Return the document in the JSON body of a request, for a source that is a function.
 
-    It is None if the body is no JSON by its ``Content-Type``, is broken, does not arrive, or has
+    It is None if the body is not JSON by its ``Content-Type``, is broken, does not arrive, or has
     more bytes than ``json_max_size``. It raises nothing. The handler can still read the body. Each
     call parses the body anew.
 

@@ -38,7 +38,7 @@ def several(value: Any) -> tuple[Any, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """How to read a value, which one is the default, and how much of it an error shows."""
+    """How to read an option's value, its default, and how much of it an error shows."""
 
     parse: Callable[[Any], Any]
     default: Any
@@ -59,14 +59,13 @@ class Option:
     def _shown(self, given: Sequence[Any], place: int) -> str:
         value = given[place]
         texts = "".join(text for text in given if isinstance(text, str))
-        # A comma in a password splits it: the first item has no "@", and is not to be shown either.
+        # A comma in a password splits it: the first item has no "@", and must not be shown either.
         if self.hidden == "any" or not set(self.hidden).isdisjoint(texts):
             return f"number {place + 1} of {len(given)} " if len(given) > 1 else ""
         if value is None or isinstance(value, (str, float)):
             return f"{value!r} "
-        if (
-            isinstance(value, int) and value.bit_length() < 64
-        ):  # Python writes out no very long ones
+        # Python refuses to write out a very long integer.
+        if isinstance(value, int) and value.bit_length() < 64:
             return f"{value!r} "
         return f"a {type(value).__name__} "
 
@@ -111,19 +110,19 @@ def call_path(value: Any) -> str:
         raise ValueError("has a wildcard: name each path")
     if isinstance(value, str) and _PATH.fullmatch(value):
         path = URL(f"http://gateway{value}").raw_path
-        if _PATH.fullmatch(path):  # of "/a/.." nothing is left
+        if _PATH.fullmatch(path):  # "/a/.." leaves nothing
             return path
     raise ValueError(f"is not a path such as {CHAT_COMPLETIONS!r}")
 
 
 def overlaps(gateways: Iterable[URL], paths: Iterable[str]) -> Iterator[tuple[str, str, str]]:
-    """Yield each gateway whose path ends in the beginning of a call's path, with both."""
+    """Yield (gateway, overlap, path) if a gateway's path ends as a call's path begins."""
     for gateway, path in itertools.product(gateways, paths):
         segments = path.split("/")
         for count in range(len(segments), 1, -1):
             head = "/".join(segments[:count])
             if gateway.raw_path.rstrip("/").endswith(head):
-                yield str(gateway).rpartition("@")[2], head, path  # before it may be a password
+                yield str(gateway).rpartition("@")[2], head, path  # before "@" may be a password
                 break
 
 
@@ -135,7 +134,7 @@ def header_name(value: Any) -> str:
 
 
 def boolean(value: Any) -> bool:
-    """Return a truth value, also from a text such as ``yes`` or ``off``."""
+    """Return a boolean, also from a text such as ``yes`` or ``off``."""
     said = _BOOLS.get(value.strip().lower()) if isinstance(value, str) else value
     if isinstance(said, bool):
         return said

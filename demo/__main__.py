@@ -87,7 +87,7 @@ def comparison(on: Arm, off: Arm) -> Table:
 
 
 def faults(arm: Arm) -> list[str]:
-    """Return what keeps ``arm`` from being one whose every session was pinned, in plain words."""
+    """Return, in plain words, why not every session of ``arm`` was pinned."""
     found = []
     moved = moved_sessions(arm.turns)
     if moved:
@@ -116,7 +116,7 @@ def main() -> int:
         prog="python -m demo", description="Compare the same load, plugin on and off."
     )
     for option, default in (("--sessions", 9), ("--turns", 5), ("--workers", 3)):
-        # Of one session, turn or worker nothing can be compared.
+        # With one session, turn or worker there is nothing to compare.
         parser.add_argument(option, type=tables.at_least(2), default=default, help="(%(default)s)")
     args = parser.parse_args()
     return exit_status("demo", demo(Load(**vars(args)), tables.console()))

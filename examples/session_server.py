@@ -42,7 +42,7 @@ NOT_COPIED = {
     "keep-alive", "proxy-authenticate", "proxy-authorization", "proxy-connection", "te", "trailer",
     "transfer-encoding", "upgrade",
 }  # fmt: skip
-# Texts that a stream sends in one piece, or again and again; all others grow piece by piece.
+# Texts that a stream sends whole, perhaps again and again. All others grow piece by piece.
 IN_ONE_PIECE = {"id", "name", "role", "type"}
 
 log = logging.getLogger("session_server")
@@ -51,7 +51,7 @@ routes = web.RouteTableDef()
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
-    """Who answers, how long it may be silent, and how often a failed turn is tried again."""
+    """The gateway: how long it may be silent, and how often a failed turn is tried again."""
 
     url: str
     timeout_seconds: float
@@ -156,7 +156,7 @@ def merge(message: Message, delta: Message) -> None:
 def read_reply(content: bytes) -> Message | None:
     """Return the assistant's message in an answer that is not streamed, if it has one.
 
-    ``Aborted`` says that the message is not whole.
+    Raises ``Aborted`` if the message is not whole.
     """
     with suppress(ValueError):
         document = json.loads(content)
@@ -168,7 +168,7 @@ def read_reply(content: bytes) -> Message | None:
 
 
 def check_not_aborted(document: object) -> None:
-    """Raise ``Aborted`` where an answer, or an event of a stream, has a choice that was aborted."""
+    """Raise ``Aborted`` if an answer, or an event of a stream, has a choice that was aborted."""
     match document:
         case {"choices": [*choices]}:
             for choice in choices:
@@ -234,7 +234,7 @@ async def create_session(request: web.Request) -> web.Response:
 
 @routes.get("/sessions/{session_id}")
 async def read_session(request: web.Request) -> web.Response:
-    """Show a session as it is at this moment, in the middle of a turn or not."""
+    """Show a session as it is at this moment, even in the middle of a turn."""
     session = find_session(request)
     return web.json_response(
         {"session_id": session.session_id, "turns": session.turns, "messages": session.messages}
@@ -250,7 +250,7 @@ async def delete_session(request: web.Request) -> web.Response:
 
 @routes.post("/sessions/{session_id}/v1/chat/completions")
 async def chat_completions(request: web.Request) -> web.StreamResponse:
-    """Play a turn: keep the conversation with the gateway's reply, or all as it was before."""
+    """Play a turn: add the gateway's reply to the conversation, or leave it as it was."""
     session = find_session(request)
     messages = (await read_object(request)).get("messages")
     if not (isinstance(messages, list) and messages and all(isinstance(m, dict) for m in messages)):
@@ -276,7 +276,7 @@ def seconds_to_wait(response: web.StreamResponse, pause: float) -> float:
     try:
         asked = float(response.headers.get("Retry-After", ""))
     except ValueError:
-        return pause * random.uniform(0.5, 1)  # Turns that failed at once come back apart.
+        return pause * random.uniform(0.5, 1)  # Turns that failed together try again apart.
     return min(max(0.0, asked), LONGEST_PAUSE)
 
 
@@ -313,17 +313,17 @@ async def call_gateway(request: web.Request, session: Session) -> web.StreamResp
 async def relay(
     request: web.Request, session: Session, answer: aiohttp.ClientResponse
 ) -> web.StreamResponse:
-    """Pass a stream on as it arrives, and complete the turn when its end is there."""
+    """Pass a stream on as it arrives, and complete the turn when the end arrives."""
     response = web.StreamResponse(reason=answer.reason, headers=end_to_end(answer.headers))
     reply, completed = StreamedReply(), False
     try:
         async for chunk in answer.content.iter_any():
-            reply.feed(chunk)  # Where it is aborted, the agent must not see the end of it.
+            reply.feed(chunk)  # If the reply was aborted, the agent must not see its end.
             if reply.done and not completed:
                 # Before the agent sees the end, as it may hang up or come back at once.
                 session.complete(reply.message)
                 completed = True
-            await response.prepare(request)  # Only the first call of it does anything.
+            await response.prepare(request)  # Only the first call has an effect.
             await response.write(chunk)
         if not completed:
             raise aiohttp.ClientPayloadError("the stream ended before its reply was whole")
@@ -383,7 +383,7 @@ def read_table(settings: Mapping[str, Any], name: str, **defaults: object) -> di
 
 
 async def serve(app: web.Application, host: str, port: int) -> None:
-    """Listen until SIGINT or SIGTERM, then let the turns that run come to their end."""
+    """Listen until SIGINT or SIGTERM, then let the running turns finish."""
     stopping, loop = asyncio.Event(), asyncio.get_running_loop()
     # Without handler_cancellation the server would not notice an agent that has gone.
     drain = app[GATEWAY].timeout_seconds

@@ -1,4 +1,4 @@
 """What the tests, the soak, the benchmarks and the demo run: processes, servers, workers, agents.
 
-It is for developers: the package does not have it, and what users copy is in ``examples``.
+It is for developers, and no part of the package. What users copy is in ``examples``.
 """

@@ -1,4 +1,4 @@
-"""An agent: it plays one session through the example session server, and sees what is kept."""
+"""An agent plays one session through the example session server, and reads what that keeps."""
 
 import asyncio
 import json
@@ -20,7 +20,7 @@ WORKER_HEADER = "X-SMG-Routed-Worker-Id"
 
 
 def conversation(turns: int) -> list[Message]:
-    """Return the messages that an agent has sent after so many turns."""
+    """Return the messages that an agent has sent after ``turns`` turns."""
     return [{"role": "user", "content": f"turn {number}"} for number in range(turns)]
 
 
@@ -47,12 +47,12 @@ class Reply:
 
     @property
     def answered(self) -> bool:
-        """Tell whether the turn was answered, and to its end."""
+        """Tell whether the turn got a whole answer."""
         return self.whole and self.status == 200
 
     @property
     def text(self) -> str | None:
-        """What the assistant said; None where that is not whole."""
+        """What the assistant said; None if the answer is not whole."""
         completion = read_completion(self.body)
         return completion.text if completion.is_whole else None
 
@@ -79,10 +79,10 @@ class Agent:
 
     client: ClientSession
     url: URL
-    """Where its session is: the last part is the session's id."""
+    """The URL of its session, which ends in the session's id."""
 
     worker: str = ""
-    """The worker that answered last, where the gateway names it."""
+    """The worker that answered last, if the gateway names it."""
 
     @property
     def session_id(self) -> str:
@@ -91,7 +91,7 @@ class Agent:
 
     @property
     def chat_url(self) -> URL:
-        """Where its turns go."""
+        """The URL for its turns."""
         return self.url / CHAT
 
     async def begin(self) -> None:
@@ -107,9 +107,9 @@ class Agent:
         arrived: Callable[[bytes], None] = lambda _: None,
         **fields: object,
     ) -> Reply:
-        """Play a turn; ``arrived`` gets each piece of the answer, when it is here.
+        """Play a turn; ``arrived`` gets each piece of the answer as it arrives.
 
-        ``fields`` are further ones of the body.
+        ``fields`` are further fields of the body.
         """
         status, body = None, b""
         headers: Mapping[str, str] = {}
@@ -128,13 +128,13 @@ class Agent:
         return Reply(status, body, headers=headers)
 
     async def transcript(self) -> Transcript:
-        """Return what is kept at this moment, in the middle of a turn or not."""
+        """Return what the server keeps at this moment, even in the middle of a turn."""
         async with self.client.get(self.url, raise_for_status=True) as response:
             document = await response.json()
         return Transcript(document["turns"], document["messages"])
 
     async def turns_kept(self) -> int:
-        """Return how many turns are kept, once none is under way."""
+        """Return how many turns the server keeps, once no turn is under way."""
         while True:
             turns, messages = await self.transcript()
             if not messages or messages[-1]["role"] == "assistant":
@@ -142,6 +142,6 @@ class Agent:
             await asyncio.sleep(0.01)
 
     async def end(self) -> None:
-        """Have the session forgotten."""
+        """Make the server forget the session."""
         async with self.client.delete(self.url, raise_for_status=True):
             pass

@@ -25,7 +25,7 @@ from .engines import engines
 from .servers import session_server
 from .sse import Completion
 
-TEMPLATE_TOKENS = 40  # what the chat template adds to a turn, at the most
+TEMPLATE_TOKENS = 40  # what the chat template adds to a turn, at most
 ARRIVAL_SECONDS = 0.03  # between two agents: far less than a first turn takes
 TURN_SECONDS = 120  # the longest that a turn may take on a slow machine
 
@@ -34,15 +34,15 @@ TURN_SECONDS = 120  # the longest that a turn may take on a slow machine
 class Load:
     """What an arm plays: ``sessions`` at once, ``turns`` in each, on ``workers`` engines.
 
-    One character is one token of the engines' model. ``shared_prompt``: all sessions begin with
-    one system prompt; else two of them share no prefix, and a session finds nothing in a cache but
-    what it left there itself.
+    One character is one token of the engines' model. With ``shared_prompt`` all sessions
+    begin with one system prompt. Otherwise no two share a prefix, and a session finds nothing in a
+    cache but what it left there itself.
     """
 
     sessions: int
     turns: int
     workers: int
-    # Long enough that a cold prompt is seen to cost time, short enough that both arms of the demo
+    # Long enough that a cold prompt visibly costs time, short enough that both arms of the demo
     # end within a minute and a half on two cores.
     system_characters: int = 500
     user_characters: int = 80
@@ -106,7 +106,7 @@ class Arm:
 
     @property
     def busiest(self) -> int:
-        """The number of sessions of which the worker with the most answered a turn."""
+        """The number of sessions in which the busiest worker answered a turn."""
         visits = {(turn.worker, turn.session_id) for turn in self.turns}
         return max(Counter(worker for worker, _ in visits).values())
 
@@ -146,8 +146,8 @@ async def play(
 ) -> Arm:
     """Play ``load`` through fresh processes, so that no arm finds another one's warm cache.
 
-    ``slots`` is the number of conversations that one engine holds, an even share of them unless it
-    is given; ``model`` is the file to run, see ``engines()``. ``started`` is called when
+    ``slots`` is the number of conversations that one engine holds, an even share by
+    default; ``model`` is the file to run, see ``engines()``. ``started`` is called when
     all servers are up, ``played`` with each turn as it ends.
     """
     slots = load.even_share if slots is None else slots
@@ -164,7 +164,7 @@ async def play(
         ClientSession(timeout=ClientTimeout(total=TURN_SECONDS)) as client,
     ):
         started()
-        # An id of its own in each arm: a policy that hashes the key deals anew each time.
+        # New ids in each arm, so that a policy that hashes the key spreads them anew.
         sessions = [server.url / "sessions" / uuid4().hex for _ in range(load.sessions)]
         begin = time.perf_counter()
         await asyncio.gather(
@@ -180,9 +180,9 @@ async def play(
 async def play_session(agent: Agent, load: Load, seed: int, played: Callable[[Turn], None]) -> None:
     """Hold a conversation in which every turn repeats all that was said before.
 
-    The same ``seed`` says the same in every arm. Agents arrive one after another, while those
-    before them wait for their first answer: ``min_group`` counts the keys that have a call in
-    flight (SMG 1.13.0), so it would place an agent that comes when all others are idle at random.
+    The same ``seed`` makes the same words in every arm. Agents arrive one after another, while the
+    earlier ones wait for their first answer: ``min_group`` counts the keys that have a call in
+    flight (SMG 1.13.0), so it would place at random an agent that comes when all others are idle.
     """
     random = Random(seed)
     await asyncio.sleep(seed * ARRIVAL_SECONDS)

@@ -34,7 +34,7 @@ _CHAT_TEMPLATE = (
 
 
 def require_engine() -> None:
-    """Raise ``ModuleNotFoundError``, naming what to install, where an engine cannot run."""
+    """Raise ``ModuleNotFoundError``, naming what to install, if an engine cannot run."""
     missing = [name for name in ("xllamacpp", "gguf", "numpy") if find_spec(name) is None]
     if missing:
         raise ModuleNotFoundError(
@@ -76,7 +76,7 @@ async def engines(
 def write_model(path: Path, *, seed: int = 7, blocks: int = _BLOCKS) -> None:
     """Write a Llama model with random weights and one token per byte to ``path``, as GGUF.
 
-    Its size, and the time that a token costs, go with the number of transformer ``blocks``.
+    Its size, and the time that a token costs, grow with the number of transformer ``blocks``.
 
     The output rows of all tokens but ``[a-z0-9]`` are zero. A greedy reply (``temperature`` 0) is
     therefore exactly ``max_tokens`` such characters: it never ends early, and sent back in the next
@@ -156,7 +156,7 @@ def _byte_alphabet() -> list[str]:
 
 
 def serve(model: str, port: int, slots: int, context: int, threads: int) -> None:
-    """Run one worker on 127.0.0.1 until SIGINT or SIGTERM; the rest are those of ``engines()``."""
+    """Run one worker on 127.0.0.1 until SIGINT or SIGTERM; for the rest see ``engines()``."""
     require_engine()
     import xllamacpp
 

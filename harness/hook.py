@@ -35,7 +35,7 @@ class Calls:
 
     async def _call(self, url: URL, worker: str) -> None:
         context, headers = SimpleNamespace(), CIMultiDict({"Host": url.authority, **HEADERS})
-        # A URL and a text of its own for each call: that is what aiohttp shows to a hook.
+        # aiohttp passes a new URL object, with its own text, to the hook for each call.
         url = url.update_query(None)
         start = TraceRequestStartParams("POST", url, headers)
         await self._hook.on_request_start.send(self._session, context, start)
@@ -46,7 +46,7 @@ class Calls:
 
 
 def done(coroutine: Coroutine[Any, Any, Any]) -> None:
-    """Run to its end what never waits, without an event loop."""
+    """Run a coroutine that never waits to its end, without an event loop."""
     try:
         coroutine.send(None)
     except StopIteration:

@@ -1,4 +1,4 @@
-"""What runs, and what it has open: as the system tells, which most of it does in ``/proc``."""
+"""What processes run, and what they have open, as the system tells, mostly in ``/proc``."""
 
 import asyncio
 import os
@@ -14,9 +14,9 @@ HAS_PROC = (PROC / "self" / "cwd").exists()
 
 
 def processes_in(folder: Path) -> dict[int, str]:
-    """Return what runs in ``folder``, or below: a child starts where its parent is.
+    """Return the processes in ``folder`` or below: a child starts where its parent is.
 
-    A process that a dead parent left behind is found too. Empty where there is no ``/proc``.
+    A process that a dead parent left behind is found too. Empty without ``/proc``.
     """
     found = {}
     for process in PROC.glob("[0-9]*"):
@@ -27,7 +27,7 @@ def processes_in(folder: Path) -> dict[int, str]:
 
 
 def memory(pid: int) -> int | None:
-    """Return the bytes of memory that a process holds, None where the system does not tell."""
+    """Return the bytes of memory that a process holds, None if the system does not tell."""
     try:
         pages = (PROC / str(pid) / "statm").read_text().split()[1]
     except OSError:
@@ -36,7 +36,7 @@ def memory(pid: int) -> int | None:
 
 
 def descriptors(pid: int) -> int | None:
-    """Return how many files and sockets a process has open, None where the system does not tell."""
+    """Return how many files and sockets a process has open, None if the system does not tell."""
     try:
         return len(os.listdir(PROC / str(pid) / "fd"))
     except OSError:
@@ -44,7 +44,7 @@ def descriptors(pid: int) -> int | None:
 
 
 def open_files() -> list[str]:
-    """Return what this process has open, but for sockets; empty where there is no ``/proc``."""
+    """Return what this process has open, except sockets; empty without ``/proc``."""
     return [name for _, name in _descriptors() if not name.startswith("socket:")]
 
 

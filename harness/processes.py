@@ -82,7 +82,7 @@ async def together(contexts: Iterable[AbstractAsyncContextManager[T]]) -> AsyncI
 
 @asynccontextmanager
 async def running(folder: Path, *argv: str, **env: str) -> AsyncIterator[Process]:
-    """Run Python in ``folder``, which has its temporary files too, with pipes for what it says."""
+    """Run Python in ``folder``, which also has its temporary files, with pipes for its output."""
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         *argv,
@@ -109,8 +109,8 @@ async def running(folder: Path, *argv: str, **env: str) -> AsyncIterator[Process
 def held_port(port: int | None = None) -> Iterator[int]:
     """Keep a loopback port for a server of ours, before it starts and after it died.
 
-    Linux gives such a port to no program that asks for any port, but to one that asks for it. Other
-    systems would refuse that one too, so there the port is found and not kept.
+    Linux gives such a port to no program that asks for any port, but does to one that asks for it.
+    Other systems would refuse it to both, so there the port is found and not kept.
     """
     with socket.socket() as held:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -123,7 +123,7 @@ def held_port(port: int | None = None) -> Iterator[int]:
 
 @dataclass(slots=True)
 class Restartable(Generic[T]):
-    """What can be killed, and run again where it was."""
+    """Something that can be killed, and run again in the same place."""
 
     url: URL
     run: Callable[[], AbstractAsyncContextManager[T]]

@@ -1,4 +1,4 @@
-"""Proxies that are out there: session servers that copy a call, with the plugin and without."""
+"""Typical proxies: session servers that copy a call, with and without the plugin."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -33,9 +33,9 @@ async def client_session(app: web.Application) -> AsyncIterator[None]:
 def naive_proxy(
     upstream: URL, forward: Forward = copied, back: frozenset[str] = frozenset()
 ) -> Callable[[web.Request], Awaitable[web.Response]]:
-    """Return the handler of such a proxy: it sends on the headers that ``forward`` returns.
+    """Return the handler of a proxy that passes on the headers that ``forward`` returns.
 
-    ``back`` are the names of those that it passes on with the answer.
+    ``back`` names the headers of the answer that it passes on.
     """
 
     async def handler(request: web.Request) -> web.Response:

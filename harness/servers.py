@@ -48,17 +48,17 @@ class SessionServer:
     log: Path
 
     async def stop(self) -> int:
-        """Have it end by SIGTERM; return its exit status."""
+        """End the server by SIGTERM; return its exit status."""
         with suppress(ProcessLookupError):
             os.kill(self.process.pid, signal.SIGTERM)
         return await self.process.wait()
 
     def memory(self) -> int | None:
-        """Return the bytes of memory that it holds, None where the system does not tell."""
+        """Return the bytes of memory that it holds, None if the system does not tell."""
         return proc.memory(self.process.pid)
 
     def descriptors(self) -> int | None:
-        """Return how many files and sockets it has open, None where the system does not tell."""
+        """Return how many files and sockets it has open, None if the system does not tell."""
         return proc.descriptors(self.process.pid)
 
 
@@ -73,12 +73,12 @@ async def session_server(
     env: Mapping[str, str] = MappingProxyType({}),
     **config: object,
 ) -> AsyncIterator[SessionServer]:
-    """Run the example before ``gateway`` until the block ends.
+    """Run the example in front of ``gateway`` until the block ends.
 
-    Its settings, its log and what else it leaves are in ``folder``, or in one that goes with it.
-    ``calls`` is the gateway that it calls, where the plugin's config is to name another one;
-    ``config`` is further config of the plugin, such as ``enabled``. Raises ``RuntimeError``, with
-    the end of its log, where it does not start.
+    Its settings, its log and its other files are in ``folder``, by default a temporary one.
+    ``calls`` is the gateway that it calls, if the plugin's config must name another one.
+    ``config`` is further config of the plugin, such as ``enabled``. Raises ``RuntimeError`` with
+    the end of its log if it does not start.
     """
     with ExitStack() as stack:
         if folder is None:
@@ -115,7 +115,7 @@ async def session_server(
 
 
 def write_settings(file: Path, **tables: Mapping[str, object]) -> None:
-    """Write a TOML file; a JSON value is a TOML one too, but for null."""
+    """Write a TOML file. Every JSON value except null is also a TOML value."""
     lines = []
     for name, table in tables.items():
         lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
@@ -134,6 +134,6 @@ COMPLAINTS = (
 
 
 def complaints(log: Path) -> list[str]:
-    """Return the lines of a log that tell of a mistake in the server, the plugin or aiohttp."""
+    """Return the lines of a log that show a mistake in the server, the plugin or aiohttp."""
     with log.open(encoding="utf-8", errors="replace") as lines:
         return [line.rstrip() for line in lines if any(text in line for text in COMPLAINTS)]

@@ -13,7 +13,7 @@ class Completion:
     text: str = ""
     usage: Mapping[str, Any] | None = None
     is_whole: bool = False
-    """Whether its end is there, and all before it was read."""
+    """Whether its end has come, and all before it was readable."""
 
     _unread: bytes = b""
     _failed: bool = False
@@ -36,7 +36,7 @@ class Completion:
                 self.text += said.get("content") or ""
             self.usage = document.get("usage") or self.usage
         except (AttributeError, LookupError, TypeError, ValueError):
-            self._failed = True  # an error, or what nobody can read
+            self._failed = True  # an error, or unreadable
 
 
 def read_completion(content: bytes) -> Completion:

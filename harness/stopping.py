@@ -1,4 +1,4 @@
-"""A program that starts processes ends in order: a signal cancels it, and it clears up."""
+"""Ends a program that starts processes: a signal cancels it, and it cleans up."""
 
 import asyncio
 import signal
@@ -21,7 +21,7 @@ async def run_until_signal(work: Coroutine[Any, Any, T]) -> T | signal.Signals:
 
     def stop(number: signal.Signals) -> None:
         received.append(number)
-        if len(received) == 1:  # a second one must not cut the clearing up short
+        if len(received) == 1:  # a second one must not cut the clean-up short
             task.cancel()
 
     task = asyncio.ensure_future(work)
@@ -31,7 +31,7 @@ async def run_until_signal(work: Coroutine[Any, Any, T]) -> T | signal.Signals:
             asyncio.get_running_loop().add_signal_handler(number, stop, number)
     try:
         return await task
-    except (asyncio.CancelledError, *FAILURES):  # what fails as it is cancelled was stopped too
+    except (asyncio.CancelledError, *FAILURES):  # a failure while cancelled is a stop, too
         if received:
             return received[0]
         raise

@@ -31,7 +31,7 @@ def bars(console: Console, *more: ProgressColumn, **options: Any) -> Progress:
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """Return what reads an option of ``argparse`` that must not be less."""
+    """Return a reader for an option of ``argparse``: an integer that must not be less."""
 
     def number(text: str) -> int:
         if int(text) < least:

@@ -1,8 +1,8 @@
 """Workers behind the real gateway, each a process: they note who called, and fail as they are told.
 
 A worker writes each turn that it receives to a file at once, so that a kill loses none.
-The worker on that port does not answer a turn whose body has ``"hold": PORT``. It only begins the
-answer if it is streamed. No worker answers a turn with ``"hold": true``.
+If a turn's body has ``"hold": PORT``, the worker on that port does not answer, or only begins a
+streamed answer. No worker answers a turn with ``"hold": true``.
 """
 
 import asyncio
@@ -68,9 +68,9 @@ class Received(NamedTuple):
 
 @dataclass(slots=True)
 class Worker:
-    """A worker process on a port that stays its own; it fails with a chance of ``share`` each way.
+    """A worker process on a port that stays its own. It fails in each way with chance ``share``.
 
-    What it receives stands in ``file``.
+    It writes what it receives to ``file``.
     """
 
     port: int
@@ -101,7 +101,7 @@ class Worker:
         await self.process.kill()
 
     def received(self) -> Iterator[Received]:
-        """Yield the turns that it received, in all its lives."""
+        """Yield the turns that it received, before and after restarts."""
         with self.file.open(encoding="utf-8") as lines:
             for line in lines:
                 yield Received(*json.loads(line))
@@ -153,7 +153,7 @@ class Answers:
 
 
 def reply(turn: dict[str, Any]) -> Answer:
-    """Return a completion that tells whose turn it answers, and which."""
+    """Return a completion that names its session and repeats the turn's last message."""
     text = reply_text(turn["user"], turn["messages"])
     half = len(text) // 2
     return stream(text[:half], text[half:]) if turn.get("stream") else completion(text)
@@ -167,7 +167,7 @@ def reply_text(session_id: str, messages: Sequence[Message]) -> str:
 async def begun(whole: Answer, stop: asyncio.Event | None = None) -> AsyncGenerator[bytes, None]:
     """Yield the first half of an answer; then wait for ``stop``, if there is one, and hang up."""
     if isinstance(whole, bytes):
-        if stop is None:  # a call that is held has seen nothing yet
+        if stop is None:  # a held call gets nothing before it is stopped
             yield whole[: -len(whole) // 4]
     else:
         yield await anext(whole) + await anext(whole)
@@ -188,7 +188,7 @@ async def _run(port: int, file: str, seed: int, share: float) -> None:
         answers = Answers(port, received, Random(seed), share)
 
         def answer(call: Call) -> Answer:
-            recorder.calls.clear()  # a hundred thousand bodies would be kept
+            recorder.calls.clear()  # or it would keep a hundred thousand bodies
             return answers.answer(call)
 
         recorder.answer = answer

@@ -1,4 +1,4 @@
-"""Sets up each app that the process serves, when it is finished and not yet frozen."""
+"""Sets up each app that the process serves, once the app is complete and before it is frozen."""
 
 import atexit
 import logging
@@ -38,11 +38,11 @@ class _Seen:
 def install(config: str = "", *, is_child: bool = False, has_children: bool = False) -> None:
     """Put the plugin on every app that this process serves from now on.
 
-    ``config`` is a TOML file with a table ``[smg_routing]``, or ``package.module:NAME``. Without
-    one, the environment variables ``SMG_ROUTING_*`` are the options. It is read when an app starts.
-    ``instrument`` is true where the config does not say. An app that calls ``setup()`` itself, or
-    has a sub-app that does, is left as it is. A process that ends without an app logs that, unless
-    it is one of many (``is_child``); ``has_children`` says that those it starts have the plugin.
+    ``config`` is a TOML file with a table ``[smg_routing]``, or ``package.module:NAME``. If it
+    is empty, the environment variables ``SMG_ROUTING_*`` are the options. They are read when an app
+    starts. ``instrument`` is true unless the config sets it. An app that calls ``setup()`` itself,
+    or has a sub-app that does, is left as it is. A process that ends without an app logs that,
+    unless ``is_child`` is true. ``has_children`` says that its child processes have the plugin.
 
     Call it before the server makes its app; ``aiohttp-smg-routing run`` does so.
 
@@ -58,13 +58,13 @@ def install(config: str = "", *, is_child: bool = False, has_children: bool = Fa
 async def _started(seen: _Seen, source: str, app: web.Application) -> None:
     seen.has_app = True
     if any(ROUTING in it for it in compat.tree(app)):
-        return  # by its own setup(), or it was served before
+        return  # it called setup() itself, or was served before
     if app.on_startup.frozen:
         message = "an app is frozen before it is served, and its calls carry no key: call setup()"
         say(logger, logging.WARNING, message)
         return
     config = load(source)
-    # Which of its apps has the session is not for the config of a whole process to say.
+    # The config is of a whole process: it can't say which app has the ClientSession.
     app.on_startup.append(_show_lines)
     setup(app, replace(config, client_session=()))
     app.on_startup.append(_hide_lines)

@@ -20,7 +20,7 @@ _PYTHON = re.compile(r"python[\d.]*t?(\.exe)?")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Become the server that ``argv`` names; return an exit status where that can't be."""
+    """Become the server that ``argv`` names; return an exit status if that fails."""
     parser = argparse.ArgumentParser(
         prog="aiohttp-smg-routing run",
         description="Run an aiohttp server as it is, with the plugin on every app that it serves.",
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
         "--config",
         default="",
         metavar="FILE.toml|MODULE:NAME",
-        help="the file whose table [smg_routing] has the options, or where the server has them "
+        help="the file whose table [smg_routing] has the options, or the server's object with them "
         "(default: the environment variables SMG_ROUTING_*)",
     )
     parser.add_argument(
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     command = given.command[1:] if given.command[:1] == ["--"] else given.command
     config = given.config
     try:
-        if not is_name(config):  # the server's own names are there in the server only
+        if not is_name(config):  # an object of the server exists only in the server
             load(config)
             config = config and str(Path(config).absolute())
     except ConfigError as error:
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
     environ = {**os.environ, "AIOHTTP_SMG_ROUTING_RUN": json.dumps(run), "PYTHONPATH": path}
     sys.stdout.flush()
     sys.stderr.flush()
-    # This Python ignores them, and so would the server.
+    # This Python ignores these signals, and the server would inherit that.
     for ignored in [it for it in signal.Signals if it.name in ("SIGPIPE", "SIGXFSZ")]:
         signal.signal(ignored, signal.SIG_DFL)
     try:
@@ -83,7 +83,7 @@ def _failed(reason: str, status: int) -> int:
 
 
 def _without_site(command: Sequence[str]) -> str:
-    """Return the option of a Python's that keeps it from importing ``sitecustomize``, if any."""
+    """Return the option that keeps a Python from importing ``sitecustomize``, if there is one."""
     if _PYTHON.fullmatch(Path(command[0]).name):
         words = iter(command[1:])
         for word in words:

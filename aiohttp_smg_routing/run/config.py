@@ -1,4 +1,4 @@
-"""Where ``run`` finds the options: a file, an object of the server's, or the environment."""
+"""Where ``run`` finds the options: a file, an object of the server, or the environment."""
 
 import os
 import sys
@@ -14,7 +14,7 @@ TABLE = "smg_routing"
 
 
 def load(source: str) -> RoutingConfig:
-    """Return the config that ``source`` names; ``instrument`` is true where it does not say.
+    """Return the config that ``source`` names; ``instrument`` is true unless it sets it.
 
     ``source`` is a TOML file with a table ``[smg_routing]``; or ``package.module:NAME``, which is a
     mapping or a ``RoutingConfig``; or empty, for the environment variables ``SMG_ROUTING_*``.
@@ -36,7 +36,7 @@ def is_name(source: str) -> bool:
 
 def _named(source: str) -> Any:
     module, _, name = source.rpartition(":")
-    program = sys.modules["__main__"]  # to import it by its name would run it a second time
+    program = sys.modules["__main__"]  # an import by name would run it a second time
     if hasattr(program, name) and _is_at(module, getattr(program, "__file__", None) or ""):
         return getattr(program, name)
     try:
@@ -67,7 +67,7 @@ def _table(file: Path) -> Any:
         content = toml.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError([("config", f"{file} can't be read: {error.strerror}")]) from error
-    except ValueError as error:  # of the encoding, too
+    except ValueError as error:  # a wrong encoding, too
         raise ConfigError([("config", f"{file} is not TOML: {error}")]) from error
     if TABLE not in content:
         tables = ", ".join(f"[{name}]" for name in content) or "nothing"

@@ -18,7 +18,7 @@ MODEL = "stub"
 Answer = bytes | AsyncGenerator[bytes, None]
 r"""A whole HTTP answer, or an async generator of its pieces.
 
-An empty piece closes the connection. If the generator raises ``ConnectionResetError``, it is reset.
+An empty piece closes the connection. ``ConnectionResetError`` in the generator resets it.
 
 >>> async def breaks_off():
 ...     yield b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{"

@@ -35,7 +35,7 @@ class SmgGateway:
     process: asyncio.subprocess.Process
     """Its process, which ends with the block or the test."""
     workers: tuple[Recorder, ...] = ()
-    """The workers that were started for it. Empty if it runs before workers of your own."""
+    """The workers that were started for it. Empty if the workers are your own."""
 
     def assert_pinned(
         self,
@@ -44,7 +44,7 @@ class SmgGateway:
         turns: int | None = None,
         config: RoutingConfig | Mapping[str, Any] | None = None,
     ) -> None:
-        """Assert that ``turns`` calls of the session came to one of its ``workers``, with its key.
+        """Assert that one of the ``workers`` got ``turns`` calls of the session, with its key.
 
         The arguments are those of ``Recorder.assert_pinned()``.
 
@@ -56,8 +56,8 @@ class SmgGateway:
     async def branches(self) -> Counter[str]:
         """Return how often each branch of the ``manual`` or ``consistent_hashing`` policy ran.
 
-        ``vacant`` counts sessions that were pinned, ``occupied_hit`` calls that followed later. It
-        raises ``aiohttp.ClientError`` if the gateway does not answer.
+        ``vacant`` counts first turns of sessions, ``occupied_hit`` later turns on the same worker.
+        Raises ``aiohttp.ClientError`` if the gateway does not answer.
 
         >>> branches = await smg.branches()
         >>> branches["vacant"], branches["occupied_hit"]
@@ -103,10 +103,10 @@ async def smg_gateway(
     args: Sequence[str] = (),
     port: int | None = None,
 ) -> AsyncIterator[SmgGateway]:
-    """Run the real gateway before ``workers``; enter the block once it finds them all healthy.
+    """Run the real gateway for ``workers``; enter the block once it finds them all healthy.
 
     ``workers`` is the number of workers to start for it, each a ``Recorder``, or the URLs of your
-    own. These must answer ``/health`` already: one that is still loading costs the gateway 30
+    own. They must answer ``/health`` already: one that is still loading costs the gateway 30
     seconds (measured on SMG 1.13.0). ``policy`` is the gateway's ``--policy``. ``args`` are further
     command-line arguments, such as ``("--assignment-mode", "min_group")``. By default ``port`` is a
     free one. Worker overload protection is off unless ``args`` has one of its options: SMG 1.12 and
@@ -143,7 +143,7 @@ async def run_gateway(
     args: Sequence[str],
     port: int | None = None,
 ) -> AsyncIterator[SmgGateway]:
-    """Run SMG, or a relative that has the same options and the same list of workers."""
+    """Run SMG, or a related gateway that has the same options and the same list of workers."""
     async with AsyncExitStack() as stack:
         started: tuple[Recorder, ...] = ()
         if isinstance(workers, int):
@@ -154,14 +154,14 @@ async def run_gateway(
         own_port, metrics_port = free_ports(2)  # last, or a worker could get one of them
         url = URL(f"http://127.0.0.1:{port or own_port}")
         metrics_url = URL(f"http://127.0.0.1:{metrics_port}/metrics")
-        # It keeps no connection open: a test may count those to the gateway.
+        # Keeps no connection open: a test may count the connections to the gateway.
         connector = aiohttp.TCPConnector(force_close=True)
         session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector))
 
         async def ready() -> bool:
             async with session.get(url / "workers") as response:
                 known = (await response.json())["workers"]
-            # Another gateway may answer, whose port this one was given: its workers are others.
+            # Another gateway may hold the port that this one was given: its workers differ.
             found = {_RANK.sub("", worker["url"]) for worker in known}
             return found == set(urls) and all(worker["is_healthy"] for worker in known)
 

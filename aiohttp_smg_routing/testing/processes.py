@@ -30,8 +30,9 @@ def _own_ports(file: Path = Path("/proc/sys/net/ipv4/ip_local_port_range")) -> r
 _OWN_PORTS = _own_ports()
 _random = random.SystemRandom()  # processes with one seed must not choose the same ports
 
-# A port that was given is free until its program listens. A UDP socket of the same number, which no
-# TCP program minds, keeps it from other calls until then. It ends with the process at the latest.
+# A port that was given is free until its program listens. Until then, a UDP socket of the same
+# number, which hinders no TCP program, keeps the port from other calls. The socket ends with the
+# process at the latest.
 _given: deque[int] = deque()  # the file descriptors
 _MAX_GIVEN = 100
 
@@ -49,13 +50,12 @@ def free_ports(count: int) -> list[int]:
     """Return ``count`` different TCP ports of 127.0.0.1 that nobody listens on.
 
     They lie outside the range from which the system gives a port to a program that asks for any.
-    So no such program takes one before the caller does. Neither does a further call, in this
-    process or in one beside it, give one of the last 100 again. Raises ``OSError`` if there are too
-    few.
+    So no such program takes one before the caller does. No later call, in this process or another,
+    gives one of the last 100 again. Raises ``OSError`` if there are too few.
 
     >>> port, metrics_port = free_ports(2)
     """
-    ports: Iterable[int] = repeat(0, 100 * count)  # any: where the system gives every port
+    ports: Iterable[int] = repeat(0, 100 * count)  # 0 is any port: the system's range has them all
     if _OWN_PORTS:
         begin = _random.randrange(len(_OWN_PORTS))
         ports = chain(_OWN_PORTS[begin:], _OWN_PORTS[:begin])
@@ -64,15 +64,15 @@ def free_ports(count: int) -> list[int]:
         if len(free) == count:
             break
         with (
-            suppress(OSError),  # somebody has it: the next
+            suppress(OSError),  # the port is taken: try the next
             socket.socket(type=socket.SOCK_DGRAM) as keeper,
             socket.socket() as probe,
         ):
-            keeper.bind(("127.0.0.1", port))  # first: a port that was given is not even tried
+            keeper.bind(("127.0.0.1", port))  # first, so that a port that was given is not probed
             probe.bind(keeper.getsockname())
             free.append(probe.getsockname()[1])
             _given.append(keeper.detach())
-    for _ in range(len(_given) - _MAX_GIVEN):  # a process may have only so many files
+    for _ in range(len(_given) - _MAX_GIVEN):  # a process may open only so many files
         socket.close(_given.popleft())
     if len(free) < count:
         raise OSError(f"{count} free ports were asked for, and there are {len(free)}")

@@ -134,7 +134,7 @@ def _reset_where_an_answer_says_so(writer: asyncio.StreamWriter) -> Iterator[Non
         yield
     except ConnectionResetError:
         linger = struct.pack("ii", True, 0)  # an RST, and no FIN
-        with suppress(OSError):  # it is closed already where it was the caller who reset it
+        with suppress(OSError):  # closed already if the caller reset it
             writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         writer.transport.abort()
 
@@ -160,7 +160,7 @@ async def recording_gateway(port: int = 0) -> AsyncIterator[Recorder]:
         assert task is not None  # noqa: S101 - asyncio serves each connection in a task
         tasks.add(task)
         writers.append(writer)
-        # The caller, or the end of the block, may end it at any moment.
+        # The caller, or the end of the block, may end the connection at any moment.
         over = (asyncio.IncompleteReadError, ConnectionError, asyncio.CancelledError)
         with closing(writer), suppress(*over), _reset_where_an_answer_says_so(writer):
             is_over = False

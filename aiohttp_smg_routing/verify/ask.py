@@ -43,7 +43,7 @@ def _model(entry: object) -> str | None:
 async def healthy_workers(client: Client, gateway: URL, model: str) -> dict[str, int] | None:
     """Return how many healthy workers of each kind serve ``model``; None if the gateway won't say.
 
-    If none is said to serve it, as with an alias, return all kinds of healthy ones, each with 0.
+    If none lists the model, as with an alias, return all kinds of healthy workers, each with 0.
     """
     try:
         answer = await client.json(gateway / "workers", timeout=BRIEF)
@@ -64,7 +64,7 @@ def _kind(client: Client, worker: Mapping[str, object]) -> str:
 
 
 def _serves(worker: Mapping[str, object], model: str) -> bool:
-    # sglang-router and vllm-router know no names: all their workers serve the model "unknown".
+    # sglang-router and vllm-router list no model names: their workers serve "unknown".
     return worker.get("model_id", model) in (model, "unknown")
 
 
@@ -88,8 +88,8 @@ def samples_of(client: Client, text: str) -> list[Sample]:
             for sample in family.samples
         ]
     except (ValueError, IndexError, OverflowError) as error:  # odd lines, and overlong numbers
-        # The parser's own words may be none.
-        said = "what answers there is no page of metrics"
+        # The parser's own message may be empty.
+        said = "the answer is not a page of metrics"
         raise ValueError(f"{said}: {error}" if str(error) else said) from error
 
 
@@ -121,7 +121,7 @@ def counted(samples: Iterable[Sample]) -> tuple[Counters, Load]:
     names = {name for name in names if not name.startswith(SESSION_SERVER)}
     kind = next((kind for begin, kind in KINDS if any(n.startswith(begin) for n in names)), None)
     if kind is None:
-        raise ValueError("what answers there is no SMG gateway's metrics")
+        raise ValueError("the answer is not an SMG gateway's metrics")
     return (
         Counters(_plain(pools), _plain(branches), dict(workers), troubles),
         Load(kind, LOAD_POLLS in names, overloaded, usage),
@@ -186,7 +186,7 @@ class Follower:
         self._counters = counters
 
     async def worker(self) -> str | None:
-        """Return the worker whose count alone grew, by one call, since the last time; else None."""
+        """Return the only worker whose count grew, by one call, since the last time; else None."""
         try:
             now, _ = await read_metrics(self._client, self._metrics)
         except (CallError, ValueError):

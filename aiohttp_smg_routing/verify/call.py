@@ -22,8 +22,8 @@ _LARGEST = 16 * 2**20  # bytes of one answer that are read; a gateway's metrics 
 _LARGEST_ERROR = 65536
 _TOO_LONG = f"the answer has more than {_LARGEST // 2**20} MiB"
 
-_NO_TLS = "no TLS that can be trusted is spoken there; a port of plain HTTP has an http:// URL"
-_NO_HTTP = "no HTTP/1.1 is spoken there; is it a port of TLS (https://), of gRPC, or of HTTP/2?"
+_NO_TLS = "the server speaks no TLS that can be trusted; for plain HTTP write http://"
+_NO_HTTP = "the server does not speak HTTP/1.1; is it a port of TLS (https://), gRPC or HTTP/2?"
 
 T = TypeVar("T")
 
@@ -77,7 +77,7 @@ class Client:
     async def json(self, url: URL, *, timeout: float = inf) -> Any:
         """Return the JSON at ``url``. Raises ``CallError``.
 
-        The limit is ``timeout`` seconds, or that of a turn if it is shorter.
+        The limit is ``timeout`` seconds, or the limit of a turn if that is shorter.
         """
         return await self._call("GET", url, self._auth, _json, timeout=timeout)
 
@@ -120,7 +120,7 @@ class Client:
         body: object = None,
         timeout: float = inf,
     ) -> T:
-        """Return what ``read`` makes of a good answer. Whatever goes wrong is a ``CallError``."""
+        """Return what ``read`` makes of a good answer. Raises ``CallError`` for every failure."""
         limit = aiohttp.ClientTimeout(total=min(timeout, self._timeout))
         try:
             async with self._session.request(
@@ -142,7 +142,7 @@ class Client:
             # The bytes of a server that speaks TLS, gRPC or HTTP/2 would help nobody.
             failure = Failure("broken", url, text=_NO_HTTP)
         except (
-            *(aiohttp.ClientError, HttpProcessingError),  # the last one is for an overlong line
+            *(aiohttp.ClientError, HttpProcessingError),  # the last error is for an overlong line
             *(ValueError, RecursionError),
         ) as error:
             failure = Failure("broken", url, text=self.clean(str(error)))
@@ -185,7 +185,7 @@ async def _json(response: aiohttp.ClientResponse) -> Any:
 
 
 async def _events(content: aiohttp.StreamReader) -> AsyncIterator[Mapping[str, Any]]:
-    """Yield the events of an SSE stream. Raises ``ValueError`` if it is none, or has no end."""
+    """Yield the events of an SSE stream. Raises ``ValueError`` if it is not one, or is cut off."""
     size = 0
     async for line in content:
         size += len(line)
@@ -200,7 +200,7 @@ async def _events(content: aiohttp.StreamReader) -> AsyncIterator[Mapping[str, A
         if not isinstance(event, dict) or event.get("error") is not None:
             raise ValueError(f"the stream says {data.decode(errors='replace')}")
         yield event
-    raise ValueError("the answer is no stream that ends in [DONE]")
+    raise ValueError("the answer is not a stream that ends in [DONE]")
 
 
 def _delta(event: Mapping[str, Any]) -> Mapping[str, Any]:

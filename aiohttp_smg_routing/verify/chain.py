@@ -18,7 +18,7 @@ _ID_FIELDS = ("session_id", "id", "session")
 
 
 def endpoint(through: str) -> str:
-    """Complete the URL of a session server to that of its chat completions.
+    """Return the URL of a session server's chat completions.
 
     ``through`` may leave out the endpoint, or the ``/v1`` as well: ``http://s/{session_id}``.
     """
@@ -35,9 +35,9 @@ def session_url(through: str, session_id: str) -> URL:
 
 
 class Chain:
-    """Sends turns by a plan. If the server wants sessions made, it makes and deletes them.
+    """Sends the turns of a plan. Makes and deletes sessions if the server requires that.
 
-    ``extra`` counts the calls that this took beyond the turns.
+    ``extra`` counts the calls beyond the turns.
     """
 
     def __init__(self, client: Client, plan: Plan) -> None:
@@ -71,7 +71,7 @@ class Chain:
         return await self._turn(plan.through, session_id, body)
 
     async def end(self, session_id: str) -> None:
-        """Delete the session if this made it. A server need not support that."""
+        """Delete the session if ``send()`` made it. A server need not support deletion."""
         made = self._made.pop(session_id, None)
         if made is not None:
             self.extra += 1
@@ -100,7 +100,7 @@ class Chain:
 
 
 def _create_url(plan: Plan) -> URL | None:
-    """Return the URL that makes a session: the given one, or the one above a session's."""
+    """Return the URL that makes a session: the given one, or the parent of a session's."""
     if plan.create is not None or plan.through is None:
         return plan.create
     above, mark, below = plan.through.partition("/{session_id}/")

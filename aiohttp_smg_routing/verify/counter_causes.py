@@ -33,7 +33,7 @@ def by_counters(
     ours = keyed.answered + control.answered
     unused = [pool for pool in pools(seen) if key_use(seen, pool) == "not used"]
     if unused and seen.load.overloaded:
-        pass  # the notes say so: an overloaded gateway leaves its policy aside
+        pass  # an overloaded gateway ignores its policy: the notes say so
     elif unused:
         yield _not_used(seen, counters, unused)
     elif counters.calls < ours:
@@ -112,7 +112,7 @@ def other_calls(seen: Seen, counters: Counters) -> Cause:
         "other_calls",
         f"The gateway whose metrics are at {seen.plan.metrics} routed {counters.calls} calls, more "
         f"than the {seen.sent} that were sent: its own retries, or calls of others.",
-        "Run it when nothing else calls the gateway, and see that --metrics is of this one.",
+        "Run it when nothing else calls the gateway, and check that --metrics is of this one.",
     )
 
 
@@ -163,6 +163,6 @@ def _key_lost(seen: Seen, policies: str, used: int, calls: int) -> Cause:
         calls,
         known_causes.SERVER_ADVICE
         if seen.plan.through
-        else "Look at what stands before the gateway: a proxy may drop the header. Give --header "
+        else "Check what is in front of the gateway: a proxy may drop the header. Give --header "
         "NAME if the gateway reads another one.",
     )

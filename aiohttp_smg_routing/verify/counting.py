@@ -7,7 +7,7 @@ from .facts import CACHE_KEEPERS, KEY_BRANCHES, KEY_ONLY_POLICIES, UNCOUNTED_POL
 from .seen import Counters, Seen
 from .summary import Summary
 
-CHANCE = 0.001  # what is less probable than this is no chance
+CHANCE = 0.001  # anything less probable is no accident
 
 Use = Literal["used", "not used", "untold"]
 
@@ -48,7 +48,7 @@ def knows_gateway(seen: Seen) -> bool:
 
 
 def policy_of(counters: Counters, pool: str) -> str | None:
-    """Return the policy of a pool; None if it chose nothing, or if several policies did."""
+    """Return the policy of a pool; None if no policy chose a worker, or several did."""
     policies = [*counters.pools.get(pool, {})]
     return policies[0] if len(policies) == 1 else None
 
@@ -59,7 +59,7 @@ def series_of(counters: Counters, policy: str) -> str:
 
 
 def _mates(counters: Counters, series: str) -> tuple[int, int]:
-    """Return how many pools count in a series by policy name, and how many more may."""
+    """Return how many pools have the policy of a series, and how many others may count in it."""
     policies = [policy_of(counters, name) or "" for name in counters.pools if name in CACHE_KEEPERS]
     explicit = policies.count(series)
     return explicit, sum(series_of(counters, name) == series for name in policies) - explicit
@@ -75,7 +75,7 @@ def sharing(counters: Counters, pool: str) -> int:
 def keyed_calls(counters: Counters, pool: str) -> int:
     """Return in how many calls the key chose the pool's worker.
 
-    Pools with the same series share its count. Those whose policy has its name come first.
+    Pools in one series share its count. It goes first to those whose policy has the series' name.
     """
     policy = policy_of(counters, pool) or ""
     series = series_of(counters, policy)
@@ -136,7 +136,7 @@ def counts_any_call(seen: Seen, pool: str) -> bool:
 
 
 def one_for_all(seen: Seen) -> bool:
-    """Tell whether one of several workers got all calls of all keys, which is no chance."""
+    """Tell whether one of several workers got all calls of all keys, beyond chance."""
     got, there = seen.counters and seen.counters.workers, worker_count(seen)
     keys = len({(t.arm, t.session, t.arm == "control" and t.number) for t in seen.turns})
     return bool(got and there and len(got) == 1 < there and there ** (1.0 - keys) < CHANCE)
@@ -145,7 +145,7 @@ def one_for_all(seen: Seen) -> bool:
 def keys_shared(seen: Seen, keyed: Summary, control: Summary, pool: str) -> bool:
     """Tell from the pins or the hash whether sessions must have shared a key.
 
-    Ids of an earlier run may still be pinned. Then only the ends of the ids can tell.
+    Ids of an earlier run may still be pinned. Then only the ends of the ids show it.
     """
     counters = seen.counters
     if counters is None or key_use(seen, pool) != "used":
@@ -171,10 +171,10 @@ def fresh_ids(seen: Seen) -> bool:
 def kept_by_counters(
     seen: Seen, keyed: Summary, control: Summary, pool: str, *, own_keys: bool
 ) -> tuple[int, int]:
-    """Return how many later turns the key brought to their session's worker: at least, at most.
+    """Return at least and at most how many later turns the key brought to their session's worker.
 
     ``own_keys`` says whether each session surely has a key of its own: the counters show that a key
-    was used, never whose. If they show nothing, the answer is from none to all.
+    was used, never whose. If they show nothing, the bounds are none and all.
     """
     counters, later = seen.counters, keyed.later
     policy = policy_of(counters, pool) if counters else None

@@ -18,7 +18,7 @@ from .counting import (
 from .seen import Seen
 from .summary import Summary
 
-FEWEST = 10  # later turns; fewer are too little for a verdict
+FEWEST = 10  # later turns; fewer are too few for a verdict
 
 Played = Literal["nothing", "too little", "enough"]
 Stayed = Literal["kept", "moved", "unclear"]
@@ -57,8 +57,8 @@ class Bounds:
     most: int
 
     def stayed(self, later: int, min_kept: float) -> Stayed:
-        """Return what that means if the share ``min_kept`` of the ``later`` turns must stay."""
-        bar = min_kept * later - 1e-9  # exactly so many are enough
+        """Return what the bounds mean if the share ``min_kept`` of ``later`` turns must stay."""
+        bar = min_kept * later - 1e-9  # the exact share is enough
         return "moved" if self.most < bar else "kept" if self.least >= bar else "unclear"
 
 
@@ -103,9 +103,9 @@ def _played(seen: Seen, keyed: Summary) -> Played:
 
 
 def more_than_chance(keyed: Summary, control: Summary) -> bool:
-    """Tell whether the keyed arm kept more than the other one, beyond what chance does.
+    """Tell whether the keyed arm kept more turns than the other arm, beyond chance.
 
-    Fisher's exact test, one-sided: how likely is so good a keyed arm if the key did nothing?
+    Fisher's exact test, one-sided: how likely is a keyed arm this good if the key did nothing?
     """
     kept, moved = keyed.outcomes["kept"], keyed.outcomes["moved"]
     other_kept, other_moved = control.outcomes["kept"], control.outcomes["moved"]

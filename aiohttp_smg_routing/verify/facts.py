@@ -43,8 +43,8 @@ SELECTIONS: Final = frozenset(("smg_worker_selection_total", "vllm_router_policy
 #: How many calls each ``worker`` got. vllm-router counts that in ``SELECTIONS``.
 WORKER_CALLS: Final = "smg_worker_cb_outcomes_total"
 
-#: Counters that grow while a worker is in trouble, and the label value that shows no trouble. Then
-#: the set of workers may have changed, and a call may have been tried again elsewhere.
+#: Counters that grow while a worker is in trouble, and the label value that shows no trouble. If
+#: they grow, the workers may have changed, and a call may have been tried again elsewhere.
 TROUBLES: Final[Mapping[str, str]] = {
     "smg_worker_health_checks_total": "success",
     "smg_worker_cb_transitions_total": "",
@@ -69,7 +69,7 @@ KINDS: Final[tuple[tuple[str, Kind], ...]] = (
     ("smg_", "sglang-router"),
 )
 
-#: The beginning of the plugin's own series, and of one that SMG has beside many others.
+#: The beginning of the plugin's own series. One of SMG's many series has it, too.
 SESSION_SERVER: Final = "smg_routing_"
 
 #: How to make each kind of gateway route on a key.

@@ -43,7 +43,7 @@ def _failure(seen: Seen, failure: Failure) -> Cause:
         case Failure(status=400 | 404) if unknown:
             advice = f"Name one that it has with --model: {', '.join(seen.models or ())}."
             if not seen.models:
-                advice = "It has none: see GET /workers, whether its workers are there and healthy."
+                advice = "It has none: see in GET /workers whether it has healthy workers."
             return Cause(
                 "unknown_model",
                 f"{failure.url.origin()} has no model {model!r}{said}.",
@@ -86,7 +86,7 @@ def _wrong_url(failure: Failure) -> str:
     if "/v1/v1/" in path or path.endswith("/v1/v1"):
         return "Leave /v1 out of the URL: the command adds it."
     return (
-        "Check the URL, and the path that a proxy before it wants: the command adds "
+        "Check the URL, and the path that a proxy in front wants: the command adds "
         "/v1/chat/completions. The session id can be in the URL, a header (--session-header) or "
         "the body (--session-json). If the server wants sessions made first, give --create URL."
     )

@@ -8,7 +8,7 @@ from .seen import Kind, Load
 
 WORKER_ADVICE = "See GET /workers and the logs of the workers that are not healthy."
 SERVER_ADVICE = (
-    "Look at the session server, at the likeliest first: does it call another host than the "
+    "Check the session server, the likeliest cause first: does it call another host than the "
     "gateway of the plugin's config? Does a source find a session id in each request? Is the hook "
     "on the ClientSession that calls the gateway? Is the plugin enabled?"
 )
@@ -52,14 +52,14 @@ def any_key(policies: str | None) -> Cause:
             "prefix_hash",
             "The gateway's policy is prefix_hash: SMG 1.10 and newer hash the key in place of the "
             "prompt, but these counters do not tell whether it arrives.",
-            "See that the key reaches the gateway, or launch it with --policy manual or --policy "
+            "Check that the key reaches the gateway, or launch it with --policy manual or --policy "
             "consistent_hashing, whose counters tell.",
         )
     return Cause(
         "any_key",
         "The gateway counts calls without our key, too, as routed by a key: consistent_hashing "
         "before SMG 1.13 hashes Authorization, X-Forwarded-For or Cookie where there is no key.",
-        "Use SMG 1.13 or --policy manual, whose counters tell; and see that nothing before the "
+        "Use SMG 1.13 or --policy manual, whose counters tell. Check that nothing in front of the "
         "gateway puts a key on every call.",
     )
 
@@ -148,7 +148,7 @@ def overloaded(load: Load) -> Cause:
         f"{fullest:.0%}): sessions that are pinned there move, and come back when the load "
         "falls. If all workers are overloaded, it follows no pin.",
         f"Run fewer sessions at a time, or add workers. {protection_off(load)} if sessions must "
-        "stay all the same: then they wait for their own worker, and a rollout may end later.",
+        "stay: then they wait for their own worker, and a rollout may end later.",
     )
 
 

@@ -125,5 +125,5 @@ def _caches(keyed: Summary, answer: Answer) -> Iterator[Cause]:
             "cold_cache",
             f"The sessions are pinned, but only {keyed.cached_share:.0%} of their prompt tokens "
             "came from a cache.",
-            "See that prefix caching is on, and that a worker has room for its sessions.",
+            "Check that prefix caching is on, and that a worker has room for its sessions.",
         )

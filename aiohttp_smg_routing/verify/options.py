@@ -18,13 +18,13 @@ API_KEY_VARIABLE = "SMG_API_KEY"
 
 
 class FiniteRange(click.FloatRange):
-    """A range of numbers without ``nan`` and ``inf``, which no bound excludes."""
+    """A range of numbers that refuses ``nan`` and ``inf``, which pass click's lower bounds."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the number, or fail."""
         number = super().convert(value, param, ctx)
         if not isfinite(number):
-            self.fail("it is no finite number.", param, ctx)
+            self.fail("it is not a finite number.", param, ctx)
         return number
 
 
@@ -51,7 +51,7 @@ def url(ctx: click.Context, param: click.Parameter, value: str | None) -> URL | 
 
 
 def through(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    """Complete the URL of a session server to that of a session's chat completions."""
+    """Complete the URL of a session server's chat completions."""
     if value is None:
         return None
     path, _, query = value.partition("?")
@@ -90,7 +90,7 @@ def model(ctx: click.Context, param: click.Parameter, value: str | None) -> str 
     """Refuse a name that can't be printed, such as one with bytes that are no UTF-8."""
     if value is None or value.isprintable():
         return value
-    raise click.BadParameter("it is no printable text.")
+    raise click.BadParameter("it is not printable text.")
 
 
 def output_file(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:

@@ -18,16 +18,16 @@ from .summary import with_cached_tokens
 
 PROBES = 4  # calls without any key, before the turns
 _BETWEEN_LOOKS = 2  # seconds
-_LAST = 1  # seconds at least to read the counters at the end, or the run may be in vain
+_LAST = 1  # at least so many seconds to read the counters at the end: a run needs them
 T = TypeVar("T")
 
 
 class Play:
-    """A run. ``seen`` has what it has seen so far, at any time, even after it was cancelled.
+    """A run. ``seen`` has what the run has seen so far, even after it was cancelled.
 
     The two arms differ only in the sessions: one keeps a session for all its turns, the other has a
-    new session, and so a new key, for each turn. It calls ``played`` with each turn. Calls go only
-    to the plan's gateway, its metrics and its session server.
+    new session, and so a new key, for each turn. ``played`` is called with each turn. Calls go
+    only to the plan's gateway, its metrics and its session server.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Play:
             self._see(workers=most, has_changed=True)
 
     async def _watch(self, client: Client) -> None:
-        """Look regularly whether workers are overloaded, because that may not last."""
+        """Check regularly whether workers are overloaded, because an overload may pass."""
         while True:
             await asyncio.sleep(_BETWEEN_LOOKS)
             await self._counters(client)
@@ -136,7 +136,7 @@ class Play:
     async def _probe(self, client: Client, before: Counters) -> Counters | None:
         """Make a few calls without any key; return the counters after them.
 
-        They show whether the metrics belong to this gateway, and whether it counts even such calls
+        The calls show whether the metrics belong to this gateway, and whether it counts even them
         as routed by a key.
         """
         url = self._seen.plan.gateway / CHAT_COMPLETIONS[1:]
@@ -150,7 +150,7 @@ class Play:
         named = any(isinstance(reply, Reply) and reply.worker for reply in replies)
         policies = {policy for pool in probe.pools.values() for policy in pool}
         if self._seen.plan.through is None and not named and policies & UNCOUNTED_POLICIES:
-            # Only the workers' own counts can tell, and only for one call at a time.
+            # Only the workers' counts name the worker, and only if calls come one at a time.
             self._see(plan=replace(self._seen.plan, concurrency=1))
         return after
 

@@ -51,7 +51,7 @@ class Plan:
     session_id: str = "verify-{run}-{n}"
     """The id of session ``n``; it is the key as well."""
     run: str = ""
-    """A text of this run alone, which also makes its transcripts different."""
+    """A text unique to this run, which also makes its transcripts unique."""
 
     @property
     def planned(self) -> int:
@@ -85,7 +85,7 @@ class Failure:
 
     @property
     def reason(self) -> str:
-        """The same in a few words."""
+        """The failure in a few words."""
         if self.status is None:
             return self.text or NO_ANSWER
         return (
@@ -165,14 +165,14 @@ class Seen:
     counters: Counters | None = None
     """How much the turns raised the gateway's counters."""
     probe: Counters | None = None
-    """How much a few earlier calls without a key raised them."""
+    """How much a few earlier calls without a key raised the counters."""
     no_counters: str = ""
     """Why there are no counters."""
     load: Load = field(default_factory=Load)
     failure: Failure | None = None
     """Why the run could not start."""
     stopped: Literal["", "time_limit", "failures"] = ""
-    """Why it ended early."""
+    """Why the run ended early."""
     seconds: float = 0
     has_changed: bool = False
     """Whether the healthy workers changed between the start of the turns and the end."""

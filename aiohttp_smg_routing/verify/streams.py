@@ -10,7 +10,7 @@ _WIDTH = 80
 
 
 def lasting(stream: TextIO | None) -> TextIO:
-    """Return a stream that writes to ``stream`` without an error, even if that breaks or is None.
+    """Return a stream that writes to ``stream`` without an error, even if it breaks or is None.
 
     A reader that goes away (``| head``) or a full disk must not change the exit status.
     """

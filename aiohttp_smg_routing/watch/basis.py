@@ -1,4 +1,4 @@
-"""The counts that a verdict is about: those of now, or of all time if now says too little."""
+"""The counts behind a verdict: the current ones, or all so far if those say too little."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ class Basis:
     counters: Counters
     server: Mapping[str, int]
     when: str
-    """Since when the gateway's are counted, as the end of a sentence."""
+    """The period of the gateway's counts, as the end of a sentence."""
     server_when: str
-    """The same of the session server's."""
+    """The period of the session server's counts, likewise."""
 
     @property
     def is_seen(self) -> bool:
@@ -33,13 +33,13 @@ class Basis:
 
 
 def basis_of(view: View) -> Basis:
-    """Return the counts of now, or those of all time if now tells too little of pins."""
+    """Return the current counts, or all so far if the current ones tell too little of pins."""
     now, server_now = view.now, view.server_now or {}
     whens = ", since the gateway started", ", since the session server started"
     if now is None or max(telling(now), kept_by_server(server_now).of) < FEWEST:
         return Basis(view.totals, view.server_totals, *whens)
     server_when = f", in the {view.server.span}" if view.server else ""
-    # Only manual counts the keys that come again. Elsewhere the server alone tells of later calls.
+    # Only manual counts keys that come again. For other policies, only the server knows them.
     is_mute = "manual" not in view.totals.branches and kept_by_server(server_now).of < FEWEST
     if is_mute and view.server and not view.server.error:
         server_now, server_when = view.server_totals, whens[1]
@@ -81,5 +81,5 @@ def policies_of(counters: Counters, pool: str) -> str:
 
 
 def is_below(share: Share, least: float) -> bool:
-    """Tell whether a share that is worth judging is below ``least``. Exactly so many are enough."""
+    """Tell whether a share that is worth judging is below ``least``. ``least`` itself is enough."""
     return share.of >= FEWEST and share.part < least * share.of - 1e-9

@@ -14,21 +14,21 @@ from .states import states
 from .view import Share, View, kept_by_gateway, kept_by_server
 
 _SENT_ADVICE = (
-    "The session server sends keys. Look at what stands before the gateway: a proxy may drop the "
-    "header. See that `header` in the plugin's config is the one that this gateway reads."
+    "The session server sends keys. Check what is in front of the gateway: a proxy may drop the "
+    "header. Check that `header` in the plugin's config is the one that this gateway reads."
 )
 _OTHERS_ADVICE = (
     "As many keys arrive as the session server sends: other calls come without one. Find out who "
-    "makes them. In the session server it is a client without the hook, such as a second "
+    "makes those. In the session server it is a client without the hook, such as a second "
     "ClientSession: name it in client_session, too, or set instrument = true."
 )
-_FEWEST_KEYS = 50  # all new; fewer may be of sessions that all begin just now
+_FEWEST_KEYS = 50  # all new; fewer may be of sessions that have just begun
 _LEFT_OUT = frozenset(("worker_down", "circuit_open", "overloaded"))
 _SPARE = 20  # calls; fewer may be under way between a session server and its gateway
 
 
 def causes(view: View, basis: Basis, min_kept: float) -> list[Cause]:
-    """Return what is wrong. Calls are to have a key, and to be kept, in the share ``min_kept``."""
+    """Return what is wrong. The share ``min_kept`` of calls must have a key, and be kept."""
     told = [*states(view), *_key_causes(view, basis, min_kept)]
     return [*told, *_moves(view, basis, min_kept, {cause.name for cause in told})]
 
@@ -50,12 +50,12 @@ def _key_causes(view: View, basis: Basis, min_kept: float) -> Iterator[Cause]:
         elif not tells(view, counters, pool):
             yield _uncounted(view, policies)
         elif (keyed.value or 0) >= min_kept or page.load.overloaded:
-            pass  # an overloaded gateway leaves its policy aside, and states() has it
+            pass  # an overloaded gateway ignores its policy, and states() says so
         elif 2 * counters.of("no_healthy_workers") > keyed.of - keyed.part:
             yield known_causes.no_healthy_workers(policies)
         elif keyed_by(view.totals, pool).part or counters.of(*NO_KEY_BRANCHES):
             yield known_causes.key_lost(policies, keyed.part, keyed.of, advice)
-        elif kind == "smg":  # the override shows only where a key comes
+        elif kind == "smg":  # the override shows only if a key arrives
             yield known_causes.policy(
                 kind,
                 policies,
@@ -148,7 +148,7 @@ def _many_keys(view: View, basis: Basis) -> Iterator[Cause]:
 def _sessions_elsewhere(view: View) -> Cause | None:
     """Return the cause for a server whose sessions are all on workers of another gateway."""
     page, server = view.gateway.page, view.server.page if view.server else None
-    if not (page and server and page.load.kind == "smg"):  # which alone names its workers
+    if not (page and server and page.load.kind == "smg"):  # only SMG names its workers
         return None
     pinned = [name for name, sessions in (server.active or server.sessions).items() if sessions]
     theirs, ours = {*map(_address, pinned)}, {*map(_address, page.workers)}
@@ -173,7 +173,7 @@ def _calls_elsewhere(view: View) -> Cause | None:
         return None
     if gateway.before.in_flight is None or server.seconds > 1.5 * gateway.seconds:
         return None
-    # A page that is slow to come is looked at less often: its now may be longer.
+    # A slow page is read less often, so that its current period may be longer.
     longer = max(1, server.seconds / gateway.seconds)
     ours = int(sum(view.server_now.get(name, 0) for name in KEYED) / longer)
     # Turns that the server finished now may have been routed before.

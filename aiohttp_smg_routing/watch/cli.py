@@ -91,7 +91,7 @@ class Watching:
             gateway, server = self._endpoints(client)
             looks = [it.look for it in (gateway, server) if it]
             await asyncio.gather(*(look() for look in looks))
-            if not gateway.seen.error:  # else nothing is to be expected of a second look
+            if not gateway.seen.error:  # else a second look would fail, too
                 await asyncio.sleep(self._interval)
                 await asyncio.gather(*(look() for look in looks))
             self._draw(gateway, server)

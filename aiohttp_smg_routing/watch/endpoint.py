@@ -1,4 +1,4 @@
-"""Polls a page of metrics, and keeps what the current figures are made of."""
+"""Polls a page of metrics, and keeps the pages behind the current figures."""
 
 import asyncio
 from collections import deque
@@ -14,7 +14,7 @@ from ..verify.ask import samples_of
 from ..verify.call import CallError, Client
 
 WINDOW_SECONDS = 10
-"""The current figures cover so many seconds, or one interval if that is longer."""
+"""How many seconds the current figures cover; one interval if that is longer."""
 
 _LONGEST = 4 * 2**20  # characters, which take seconds to parse; 1,000 workers have 2 MB
 
@@ -36,23 +36,23 @@ class Look(Generic[P]):
     error: str = ""
     """Why the last look found no page."""
     since: datetime | None = None
-    """When the first such look was."""
+    """When a look first found no page."""
     restarts: int = 0
     """How often the counters began anew."""
     restarted: datetime | None = None
-    """When that was seen last."""
+    """When a look last found that."""
 
     @property
     def span(self) -> str:
-        """How long now is, in words."""
+        """The period of the current figures, in words."""
         return f"last {self.seconds:.{0 if self.seconds >= 1 else 1}f} s"
 
 
 class Endpoint(Generic[P]):
     """A page of metrics at ``url``.
 
-    ``read`` makes a page of its samples and raises ``ValueError`` if it is none. ``shrank`` tells
-    whether the program that serves it was restarted between two pages. ``seen`` is what is known.
+    ``read`` makes a page of samples, or raises ``ValueError``. ``shrank`` tells whether the
+    program that serves it was restarted between two pages. ``seen`` is what is known so far.
     """
 
     def __init__(

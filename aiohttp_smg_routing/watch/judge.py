@@ -1,4 +1,4 @@
-"""Judges what a moment shows: are sessions pinned now? All is pure here."""
+"""Judges what a moment shows: are sessions pinned now? All functions here are pure."""
 
 from ..verify.evidence import FEWEST
 from ..verify.judge import Verdict
@@ -11,7 +11,7 @@ from .view import Share, View
 def judge(view: View, min_kept: float) -> Verdict:
     """Return the verdict. "Pinned" needs the share ``min_kept`` of keyed calls, and of kept ones.
 
-    It is about the calls of now, or about all so far if too few of those tell of pins.
+    It is about the current calls, or about all so far if too few of those tell of pins.
     """
     basis = basis_of(view)
     told = causes(view, basis, min_kept)
@@ -44,7 +44,7 @@ def _decide(view: View, basis: Basis, found: set[str], min_kept: float) -> tuple
 
 
 def _nothing(view: View, found: set[str]) -> str:
-    """Say why there is nothing to judge, if there isn't."""
+    """Return why there is nothing to judge, or an empty text."""
     if view.gateway.page is None:
         return (
             "the gateway's metrics could not be read"
@@ -59,7 +59,7 @@ def _nothing(view: View, found: set[str]) -> str:
 
 
 def _unsure(counters: Counters, kept: Share, found: set[str], *, is_told: bool) -> str:
-    """Say why nobody can tell whether sessions stay, if so; ``{}`` is what was counted."""
+    """Return why it is unknown whether sessions stay, or an empty text; ``{}`` is the counts."""
     if not is_told:
         return "the gateway's counters do not tell whether a key chose the worker"
     if found & {"shared_key", "key_changes", "replicas", "other_gateway"}:

@@ -1,4 +1,4 @@
-"""Reads a page of metrics: that of a gateway, or that of a session server with the plugin."""
+"""Reads a page of metrics of a gateway, or of a session server with the plugin."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +15,7 @@ from ..verify.seen import Counters, Load
 Circuit = Literal["closed", "open", "half open"]
 
 _CIRCUITS: Final[Mapping[int, Circuit]] = {0: "closed", 1: "open", 2: "half open"}
-#: What a gateway says of each worker: SMG and sglang-router, and vllm-router.
+#: Whether each worker is healthy: by SMG and sglang-router, and by vllm-router.
 _HEALTH: Final = frozenset(("smg_worker_health", "vllm_router_worker_health"))
 _CIRCUIT: Final = frozenset(("smg_worker_cb_state", "vllm_router_cb_state"))
 #: The state and the circuit of a worker that was taken off sglang-router 0.3.2.
@@ -42,7 +42,7 @@ _ACTIVE: Final = "smg_routing_active_sessions"
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """What the gateway says of a worker. None is what it doesn't say."""
+    """What the gateway says of a worker. A figure that it doesn't give is None."""
 
     calls: int = 0
     """The calls that it got since the gateway started."""
@@ -99,7 +99,7 @@ def read_gateway(samples: Sequence[Sample]) -> Gateway:
                 sizes[sample.labels.get("worker_type", "regular")] += int(sample.value)
             elif (worker := sample.labels.get("worker", "")) in values:
                 values[worker][sample.name].append(sample.value)
-    # SMG has a 0 where the engine has no figure.
+    # SMG gives 0 if the engine has no figure.
     has_hit_rates = any(sum(its[_CACHE_HIT_RATE]) for its in values.values())
     in_flight = int(sum(sum(its[_IN_FLIGHT]) for its in values.values()))
     return Gateway(
@@ -159,7 +159,7 @@ def read_server(samples: Iterable[Sample]) -> Server:
         elif sample.name == _ACTIVE:
             active[worker] += value
     if _CALLS not in names:
-        raise ValueError(f"what answers there has no {_CALLS}")
+        raise ValueError(f"the answer has no {_CALLS}")
     # The series of sessions begin with the first pin.
     is_told = _ACTIVE in names or _SESSIONS not in names
     return Server(dict(counts), dict(sessions), dict(active) if is_told else None)

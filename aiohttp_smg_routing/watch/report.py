@@ -12,8 +12,8 @@ from .endpoint import Look
 from .page import Gateway, Server, Worker
 from .view import Share, View, kept_by_gateway, kept_by_server
 
-_FEWEST_WORKERS = 3  # are shown, however small the terminal is
-_SMALL = 32  # lines; a smaller terminal has no room for outcomes that never were
+_FEWEST_WORKERS = 3  # shown on the smallest terminal
+_SMALL = 32  # lines; a smaller terminal has no room for outcomes that never occurred
 _SERVER_ROWS = ("first", "kept", "moved", "unknown", "untagged", "failed", "late", "unmatched")
 _ORDER = (*KEY_BRANCHES, *NO_KEY_BRANCHES)
 _COLUMNS = "{:<{name}} {:>11} {:>13} {:>13}"
@@ -30,8 +30,8 @@ def lines(
 ) -> list[str]:
     """Return a moment as plain lines of at most ``width`` columns.
 
-    The second one is the verdict. If ``height`` is small, outcomes that never were and the workers
-    that tell least are left out. Of the causes in ``told`` only the names are shown.
+    The second line is the verdict. If ``height`` is small, outcomes that never occurred and the
+    workers that tell least are left out. The causes in ``told`` are shown by name only.
     """
     kind = (view.gateway.page and view.gateway.page.load.kind) or "gateway"
     head = [f"{datetime.now():%H:%M:%S}  {kind} {view.gateway.url}", *wrap(verdict.sentence, width)]

@@ -33,7 +33,7 @@ class Picture:
             self._console.print(self._last, soft_wrap=True)
 
     def _redraw(self, view: View, verdict: Verdict) -> None:
-        # The console was given a width, which may be more than a terminal that has shrunk.
+        # The console has a fixed width, and the terminal may have shrunk below it.
         self._console.width = min(WIDTH, Console(file=self._console.file).width)
         width, height = self._console.size
         # A Text, because what a server said must not count as markup.
@@ -44,7 +44,7 @@ class Picture:
 
 
 class Log:
-    """Prints each moment as a block of lines. A cause is said when it comes up, then named."""
+    """Prints each moment as a block of lines. A new cause is explained, an old one only named."""
 
     def __init__(self, console: Console) -> None:
         self._console = console

@@ -45,8 +45,8 @@ def _gateway(look: Look[Gateway]) -> Iterator[Cause]:
             "no_counters",
             f"The gateway's counters could not be read at {look.url}, since {_at(look.since)}: "
             f"{look.error}{kept}.",
-            "See that the gateway runs, and give the address of its metrics: its --prometheus-port,"
-            f" {METRICS_PORT} by default, and /metrics.",
+            "Check that the gateway runs, and give the address of its metrics: its "
+            f"--prometheus-port, {METRICS_PORT} by default, and /metrics.",
         )
     if look.restarts:
         yield Cause(
@@ -74,7 +74,7 @@ def _server(look: Look[Server]) -> Iterator[Cause]:
             "no_server_counters",
             f"The session server's metrics could not be read at {look.url}, since "
             f"{_at(look.since)}: {look.error}{kept}.",
-            'See that it runs, that the plugin\'s config has metrics = "prometheus", and that it '
+            'Check that it runs, that the plugin\'s config has metrics = "prometheus", and that it '
             "serves them at this URL.",
         )
     if look.restarts:
@@ -104,7 +104,7 @@ def _workers(page: Gateway) -> Iterator[Cause]:
             known_causes.WORKER_ADVICE,
         )
     if circuits:
-        off = "Launch sglang-router with --disable-circuit-breaker: a bad request counts there."
+        off = "Launch sglang-router with --disable-circuit-breaker: bad requests open it."
         yield Cause(
             "circuit_open",
             f"The gateway sends nothing to {_names(circuits)}: too many calls failed there, and "
@@ -140,7 +140,7 @@ def _skew(view: View, page: Gateway) -> Iterator[Cause]:
         (view.sessions_skew, "active sessions", _FEWEST_SESSIONS),
         (view.calls_skew, f"calls of the {view.gateway.span}", _FEWEST_CALLS),
     ):
-        if skew:  # where sessions are known, calls are not asked: some sessions are busier
+        if skew:  # sessions outrank calls: some sessions are busier
             if skew.most >= fewest and skew.ratio >= HOT:
                 yield Cause(
                     "one_sided",
@@ -159,13 +159,13 @@ _SERVER_CAUSES = {
     ),
     "late": (
         "calls were made in the session of a request that had ended",
-        "Read the coroutine's name in the server's log. A job of one session is right so: make it "
-        "with in_session(). What serves all sessions must start when the app starts.",
+        "Read the coroutine's name in the server's log. A job of one session may do so: make it "
+        "with in_session(). A task for all sessions must start when the app starts.",
     ),
     "unmatched": (
-        "calls look like ones to the gateway, but carried no key",
+        "calls look like calls to the gateway, but carried no key",
         'Call routing.explain("POST", url), or read the server\'s log at level DEBUG: both name '
-        "what differs, and what to write. Calls to a judge model are right so.",
+        "what differs, and what to write. Calls to a judge model must carry none.",
     ),
 }
 

@@ -59,7 +59,7 @@ class View:
 
     @cached_property
     def now(self) -> Counters | None:
-        """How much they grew just now; None if the gateway doesn't answer, or only just does."""
+        """The totals' growth just now; None if the gateway doesn't answer, or only just does."""
         before, page = self.gateway.before, self.gateway.page
         if self.gateway.error or before is None or page is None:
             return None
@@ -72,7 +72,7 @@ class View:
 
     @cached_property
     def server_now(self) -> Mapping[str, int] | None:
-        """How much they grew just now; None as with the gateway."""
+        """The growth of those totals just now; None as with the gateway."""
         server = self.server
         if server is None or server.error or server.before is None or server.page is None:
             return None
@@ -88,7 +88,7 @@ class View:
 
     @cached_property
     def calls_skew(self) -> Skew | None:
-        """The spread of the calls of now; None if there are none, or several kinds of workers."""
+        """The spread of the current calls; None if there are none, or several kinds of workers."""
         if self.now is None or len(self.now.pools) > 1:
             return None
         return _skew(self.now.workers, self.workers)

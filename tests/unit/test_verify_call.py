@@ -102,7 +102,7 @@ DEEP = "maximum recursion depth exceeded" if sys.version_info < (3, 14) else "St
 @pytest.mark.parametrize(
     ("events", "text"),
     [
-        ((delta(content="Hel"),), "the answer is no stream that ends in [DONE]"),
+        ((delta(content="Hel"),), "the answer is not a stream that ends in [DONE]"),
         (({"error": {"message": "boom"}},), 'the stream says {"error": {"message": "boom"}}'),
         (("[1]",), "the stream says [1]"),
         (("{",), "Expecting property name"),
@@ -244,7 +244,7 @@ async def test_port_of_another_protocol_is_named_in_plain_words(
     failure = caught.value.failure
     assert failure.kind == "broken"
     assert failure.text == (
-        "no HTTP/1.1 is spoken there; is it a port of TLS (https://), of gRPC, or of HTTP/2?"
+        "the server does not speak HTTP/1.1; is it a port of TLS (https://), gRPC or HTTP/2?"
     )
 
 
@@ -257,7 +257,7 @@ async def test_https_url_of_an_http_port_is_named_in_plain_words(client: Client)
             await client.json(url.with_scheme("https") / "v1/models")
     failure = caught.value.failure
     assert failure.kind == "refused"
-    assert "a port of plain HTTP has an http:// URL" in failure.text
+    assert "for plain HTTP write http://" in failure.text
 
 
 async def test_no_answer_in_time_is_a_timeout() -> None:

@@ -177,7 +177,7 @@ def test_gateway_behind_a_path_is_reached(capsys: pytest.CaptureFixture[str]) ->
     ("path", "tried", "words"),
     [
         ("/v1", "/v1/v1/chat/completions", "Leave /v1 out of the URL"),
-        ("/x", "/x/v1/chat/completions", "the path that a proxy before it wants"),
+        ("/x", "/x/v1/chat/completions", "the path that a proxy in front wants"),
     ],
 )
 def test_404_names_the_url_that_was_tried(

@@ -543,7 +543,7 @@ async def test_metrics_of_something_else_are_said_to_be_so() -> None:
     [
         ('smg_worker_selection_total{policy="manual"} +Inf\n', "smg_worker_selection_total is inf"),
         ('smg_worker_selection_total{policy="manual"} NaN\n', "smg_worker_selection_total is nan"),
-        ('smg_worker_selection_total{a="b", ="d"} 1\n', "what answers there is no page of metrics"),
+        ('smg_worker_selection_total{a="b", ="d"} 1\n', "the answer is not a page of metrics"),
         ("smg_x sesame\n", "***"),
     ],
 )
@@ -614,7 +614,7 @@ other 1
         troubles=7,
     )
     assert counters.calls == 5
-    with pytest.raises(ValueError, match="no SMG gateway's metrics"):
+    with pytest.raises(ValueError, match="not an SMG gateway's metrics"):
         await metrics_of("other 1\n")
     async with serve(fake_gateway(recorder([]))) as url, Client(5, None) as client:
         with pytest.raises(CallError):

@@ -774,7 +774,7 @@ def test_remedy_of_a_policy_is_also_that_of_an_override_without_a_key() -> None:
     """The gateway doesn't say whether it was launched with the override."""
     [cause] = judge(view(None, smg(policy="cache_aware", calls=50)), 0.99).causes
     assert "unless it has --routing-key-override" in cause.text
-    assert "If it has that already, no key reaches it. Look at the session server" in cause.advice
+    assert "If it has that already, no key reaches it. Check the session server" in cause.advice
 
 
 def test_share_that_is_enough_is_exactly_so_much() -> None:
@@ -947,7 +947,7 @@ def test_figures_that_are_no_numbers_are_left_out() -> None:
     more = f'smg_engine_token_usage{{worker="{W1}"}} NaN\n'
     assert gateway_of(smg(calls=10, more=more)).workers[W1].token_usage is None
     assert gateway_of(smg(calls=10, more=more)).load.kv_usage == {}
-    with pytest.raises(ValueError, match="no page of metrics"):
+    with pytest.raises(ValueError, match="not a page of metrics"):
         gateway_of(smg(calls=10, more=more.replace("NaN", 400 * "9")))
     odd = session_server({W1: 3}, kept=5) + 'smg_routing_sessions{worker="w"} NaN\n'
     assert server_of(odd).sessions == {"w": 0}
@@ -955,9 +955,9 @@ def test_figures_that_are_no_numbers_are_left_out() -> None:
 
 @pytest.mark.parametrize("text", ["", "node_load1 0.5\n", "<html>\n", "smg_routing_calls 1\n"])
 def test_pages_of_something_else_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"what answers there|could not|invalid"):
+    with pytest.raises(ValueError, match=r"the answer|could not|invalid"):
         server_of(text)
-    with pytest.raises(ValueError, match=r"what answers there|could not|invalid"):
+    with pytest.raises(ValueError, match=r"the answer|could not|invalid"):
         gateway_of(text.replace("smg_routing", "x"))
 
 

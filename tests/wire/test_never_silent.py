@@ -390,7 +390,7 @@ def test_advice_that_is_followed_helps(config: str, url: str) -> None:
     advised = sentence.partition("; add ")[2].removesuffix(" to gateway")
     routing = Routing({"gateway": [config, advised]})
     assert routing.explain("POST", url) == (
-        f"POST {url} carries X-SMG-Routing-Key, where it has a session"
+        f"POST {url} carries X-SMG-Routing-Key, if it has a session"
     )
 
 
@@ -1164,7 +1164,7 @@ async def test_requests_none_of_which_has_a_session_are_said_where_no_call_is_se
         assert len(said(caplog)) == (turn >= 1000)
     assert said(caplog) == [
         "1000 POST requests, and no session: match_info:session_id found none in route "
-        "/sessions/{sid}/turn. Correct it."
+        "/sessions/{sid}/turn. Correct session_id."
     ]
 
 
