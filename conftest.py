@@ -17,8 +17,8 @@ import pytest
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # or it asks the internet, when imported
 
-# What reaches each line and branch of the package. Coverage makes a test take up to twice as long:
-# the tests of whole programs, and those of thousands of inputs, do without.
+# The tests that reach each line and branch of the package. Coverage makes a test take up to twice as
+# long: the tests of whole programs, and those that are marked as thorough, do without.
 COVERING = ("tests/unit/", "tests/wire/", "tests/gateway/test_testing_")
 
 # LiteLLM's alone takes four seconds of a processor to import, and brings OpenAI's.
@@ -64,8 +64,9 @@ def pytest_collection(session: pytest.Session) -> Generator[None, object, object
             package = import_module("aiohttp_smg_routing")
             for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
                 import_module(module.name)
-            measuring.stop()
             session.config.stash[MEASURING] = measuring
+        while running := Coverage.current():  # a process of xdist has two: both must stop
+            running.stop()
     gc.disable()
     try:
         return (yield)
@@ -78,7 +79,7 @@ def pytest_collection(session: pytest.Session) -> Generator[None, object, object
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Measure coverage in those tests that it is asked of, their fixtures included."""
     measuring = item.config.stash.get(MEASURING, None)
-    is_asked = item.nodeid.startswith(COVERING) and "hypothesis" not in item.keywords
+    is_asked = item.nodeid.startswith(COVERING) and "thorough" not in item.keywords
     if measuring is None or not is_asked:
         return (yield)
     measuring.start()

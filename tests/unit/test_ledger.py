@@ -771,7 +771,6 @@ def grown(work: Callable[[int], None], times: int = 2_000) -> float:
     return min(end - size for size, end in zip(begin, sizes[2:], strict=True)) / times
 
 
-@pytest.mark.no_cover
 @pytest.mark.thorough
 def test_sessions_calls_and_workers_that_come_and_go_leave_nothing(
     caplog: pytest.LogCaptureFixture,
@@ -825,7 +824,7 @@ def threads_take_turns() -> Iterator[None]:
     sys.setswitchinterval(interval)
 
 
-@pytest.mark.no_cover
+@pytest.mark.thorough
 @pytest.mark.usefixtures("threads_take_turns")
 def test_threads_lose_no_count() -> None:
     pins = ledger(track_sessions=50)
@@ -848,7 +847,7 @@ def test_threads_lose_no_count() -> None:
     assert pins.workers() == {W1: 50}
 
 
-@pytest.mark.no_cover
+@pytest.mark.thorough
 @pytest.mark.usefixtures("threads_take_turns")
 def test_threads_that_end_each_others_sessions_leave_the_counts_right() -> None:
     pins = ledger(A, B)
@@ -1033,6 +1032,18 @@ class Compared(str):
         return str.__eq__(self, other)
 
     __hash__ = str.__hash__
+
+
+def test_an_end_while_its_own_thread_is_at_work_is_done_after_that_work() -> None:
+    """A finalizer may run at any point; the name of a worker, compared, stands for one."""
+    pins = ledger()
+    play(pins, ("a", W1), ("b", W1))
+    under_way, worker = begun(pins, "b"), Compared(W2)
+    worker.call = lambda: pins.end("b")
+    watched(lambda: answered(under_way, worker))
+    assert pins.of("b") == []
+    assert pins.workers() == {W1: 1}
+    assert pins.summary() == PinSummary(first=2, moved=1, sessions=1)
 
 
 def test_an_end_while_another_thread_is_at_work_is_done_with_the_next_call() -> None:

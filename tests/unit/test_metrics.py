@@ -339,7 +339,6 @@ async def test_a_worker_id_that_is_not_utf_8_fails_neither_a_turn_nor_a_scrape(
     assert "wörker" in sessions_of(registry)
 
 
-@pytest.mark.no_cover
 @pytest.mark.thorough
 def test_workers_that_come_and_go_leave_no_series(registry: CollectorRegistry) -> None:
     pins = counting(registry, track_sessions=3).pins
@@ -416,7 +415,6 @@ def stopping(pins: PinLedger, registry: CollectorRegistry) -> Callable[[], objec
     return partial(pins.show, False)
 
 
-@pytest.mark.no_cover
 @pytest.mark.thorough
 @pytest.mark.parametrize("prepare", [scraping, moving, stopping])
 @pytest.mark.parametrize("enter", [lambda pins: pins.end("a"), end_in_a_thread, read_all])

@@ -29,8 +29,6 @@ from aiohttp_smg_routing.testing import Call, Recorder, answer, completion, fail
 
 CHAT_COMPLETIONS = "/v1/chat/completions"
 
-pytestmark = pytest.mark.thorough
-
 SMUGGLED = [
     ("x-smg-routing-key", ""),
     ("x-smg-routing-key", "evil"),

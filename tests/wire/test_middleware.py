@@ -139,7 +139,6 @@ async def test_call_carries_the_session_of_its_request(
     assert_no_crosstalk(gateway, calls * 60)
 
 
-@pytest.mark.no_cover
 @pytest.mark.thorough
 async def test_thousands_of_sessions_at_once_stay_apart(
     gateway: Recorder, aiohttp_client: AiohttpClient
