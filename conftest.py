@@ -17,8 +17,8 @@ import pytest
 
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # or it asks the internet, when imported
 
-# The tests that reach each line and branch of the package. Coverage makes a test take up to twice as
-# long: the tests of whole programs, and those that are marked as thorough, do without.
+# The tests that reach each line and branch of the package. Coverage makes a test take up to twice
+# as long: the tests of whole programs, and those that are marked as thorough, do without.
 COVERING = ("tests/unit/", "tests/wire/", "tests/gateway/test_testing_")
 
 # LiteLLM's alone takes four seconds of a processor to import, and brings OpenAI's.
