@@ -106,8 +106,8 @@ class RoutingConfig:
     string key, or a ``web.AppKey`` with or without its module. Default: none."""
 
     instrument: bool = option(values.boolean, False)
-    """If true, every ``ClientSession`` that the process makes while the app runs gets the hook, and
-    those that the app has already. Default: false."""
+    """If true, every ``ClientSession`` that the process makes while the app runs gets the hook. So
+    do those that the app already keeps, and every client of httpx. Default: false."""
 
     json_max_size: int = option(values.count, JSON_MAX_SIZE)
     """The largest JSON body, in bytes, that a ``json:`` source or ``peek_json()`` reads. The app's

@@ -79,12 +79,12 @@ class Routing:
             self._attached.add(session)  # an app's clean-up takes the hook off
 
     def instrument(self) -> ExitStack:
-        """Put the hook on every ``ClientSession`` that is made from now on, whoever makes it.
+        """Put the hook on every ``ClientSession`` that is made from now on, and on httpx clients.
 
         It wraps the constructor of ``aiohttp.ClientSession`` until the block ends, or until you
         call ``close()`` on the stack. That reaches subclasses, and code that has imported the class
-        already, but no existing session. Several can be in force at once. The option
-        ``instrument`` does this while an app runs.
+        already, but no existing ``ClientSession``. It reaches every httpx client, existing ones
+        too. Several can be in force at once. ``instrument = true`` does this while an app runs.
 
         >>> with routing.instrument():
         ...     session = ClientSession()

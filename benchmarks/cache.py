@@ -149,7 +149,7 @@ def in_short(scene: Scene, rounds: Sequence[Round]) -> str:
     pinned, others = (median(cached(scene, policy, rounds)) for policy in (PIN, RANDOM))
     return (
         f"Pinned sessions took {pinned:.1%} of their later prompt tokens from the KV cache. Their"
-        f" transcripts allow {most:.1%}. Under the policy `{RANDOM}` it was {others:.1%}."
+        f" transcripts allow {most:.1%}. With the policy `{RANDOM}` they took {others:.1%}."
     ).replace("%", " %")
 
 

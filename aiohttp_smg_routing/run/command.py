@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
         return _failed("there is no command: write it after --, as in: -- python server.py", _USAGE)
     program = shutil.which(command[0])
     if program is None:
-        return _failed(f"{command[0]!r} is no command that is found here", _NOT_FOUND)
+        return _failed(f"{command[0]!r} was not found", _NOT_FOUND)
     if option := _without_site(command):
         reason = f"{option} keeps Python from reading PYTHONPATH, which run needs: leave it out"
         return _failed(reason, _USAGE)

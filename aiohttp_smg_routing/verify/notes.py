@@ -85,7 +85,7 @@ def _keys(seen: Seen) -> Iterator[Cause]:
         wrong = f"{size} bytes long" if size > 128 else "not visible ASCII"
         yield Cause(
             "bad_key",
-            f"Session ids such as {bad[0][:40]!r} are {wrong}: SMG silently drops such a key.",
+            f"Session ids such as {bad[0][:40]!r} are {wrong}: SMG does not route on such a key.",
             "Use 1 to 128 visible ASCII characters; the plugin sends a digest for any other id.",
         )
     if seen.load.kind in ("smg", None) and any(re.search(r"_[tr][0-9]+$", key) for key in keys):
