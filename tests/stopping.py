@@ -3,13 +3,6 @@
 import signal
 from asyncio.subprocess import Process
 
-import pytest
-
-#: A signal, and the exit status that says so.
-SIGNALS = pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
-)
-
 
 async def until_it_says(process: Process, words: bytes) -> None:
     """Read what a program prints, up to a line with these words."""

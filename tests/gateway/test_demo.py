@@ -19,7 +19,7 @@ from harness.processes import running
 
 from ..stopping import assert_stopped, until_it_says
 
-SESSIONS, TURNS, WORKERS = 5, 3, 3
+SESSIONS, TURNS, WORKERS = 4, 3, 3
 OPTIONS = [f"--sessions={SESSIONS}", f"--turns={TURNS}", f"--workers={WORKERS}"]
 
 
@@ -67,7 +67,7 @@ async def test_a_signal_stops_the_demo_and_all_that_it_started(folder: Path) -> 
         if HAS_PROC:
             # The demo, the engines, the gateway and the session server: else nothing is proven.
             assert len(processes_in(folder)) >= WORKERS + 3
-        await assert_stopped(process, signal.SIGTERM, 143)  # others: tests/bench/test_bench.py
+        await assert_stopped(process, signal.SIGTERM, 143)  # others: tests/unit/test_harness.py
 
 
 @pytest.mark.skipif(not HAS_PROC, reason="there is no /proc")

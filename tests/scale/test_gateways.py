@@ -25,7 +25,7 @@ from .cluster import (
 )
 from .front import Balancer, before_gateways
 
-TURNS = 6
+TURNS = 4
 
 
 async def test_consistent_hashing_any_server_and_any_gateway_find_the_worker() -> None:

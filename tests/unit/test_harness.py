@@ -2,6 +2,7 @@
 
 import ast
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,8 +11,11 @@ from pathlib import Path
 import pytest
 
 from harness.agents import Reply
-from harness.processes import ROOT
+from harness.proc import HAS_PROC, processes_in
+from harness.processes import ROOT, running
 from harness.sse import Completion, read_completion
+
+from ..stopping import assert_stopped, until_it_says
 
 PACKAGE = "aiohttp_smg_routing"
 FOLDERS = ("benchmarks", "demo", "examples", "fuzz", "harness", "mutants", "soak", "tests")
@@ -28,6 +32,36 @@ def imports(file: Path) -> Iterator[list[str]]:
         elif isinstance(node, ast.ImportFrom) and not node.level:
             for alias in node.names:
                 yield [*str(node.module).split("."), alias.name]
+
+
+PROGRAM = """
+import asyncio, sys
+from aiohttp_smg_routing.testing import child_process
+from harness.stopping import exit_status
+
+async def ready():
+    return True
+
+async def work():
+    async with child_process("sleep", "1000", ready=ready):
+        print("at work", flush=True)
+        await asyncio.Event().wait()
+
+sys.exit(exit_status("program", work()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+async def test_a_signal_stops_a_program_and_what_it_started(
+    number: signal.Signals, status: int, folder: Path
+) -> None:
+    async with running(folder, "-c", PROGRAM) as process:
+        await until_it_says(process, b"at work")
+        if HAS_PROC:
+            assert len(processes_in(folder)) == 2
+        await assert_stopped(process, number, status)
 
 
 def test_no_file_edits_the_path_of_imports() -> None:
