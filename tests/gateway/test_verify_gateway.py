@@ -309,7 +309,7 @@ def test_gateway_without_workers_cannot_tell(tmp_path: Path) -> None:
     with in_background(gateway("manual", workers=0)) as smg:
         run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url, "--model", "stub")
     assert (run.status, run.causes) == (2, ["unknown_model", "gave_up"]), run.out
-    assert "see GET /workers" in run.said
+    assert "see in GET /workers" in run.said
 
 
 def test_gateway_that_asks_for_an_api_key_gets_it(tmp_path: Path) -> None:
