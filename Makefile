@@ -70,8 +70,8 @@ programs: | $(BIN)/python
 	-@.ci/debian prometheus promtool
 	-@.ci/debian prometheus prometheus
 
-# Two for each processor, because a test mostly waits for a gateway or a worker to start.
-JOBS ?= $(shell expr 2 '*' $$(nproc 2> /dev/null || echo 2))
+# Three for each processor, because a test mostly waits for a gateway or a worker to start.
+JOBS ?= $(shell expr 3 '*' $$(nproc 2> /dev/null || echo 2))
 
 test: $(VENV)/test.installed programs ## All tests, the ones on the real gateway included, with branch coverage
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope --no-loadscope-reorder --cov --cov-report=term --cov-fail-under=100
