@@ -64,6 +64,12 @@ async def test_a_signal_stops_a_program_and_what_it_started(
         await assert_stopped(process, number, status)
 
 
+def test_the_readme_has_at_most_700_words() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    prose = re.sub(r"```.*?```|<!--.*?-->|(?<=\])\([^)]*\)", "", text, flags=re.DOTALL)
+    assert len(re.findall(r"\S*\w\S*", prose)) <= 700
+
+
 def test_no_file_edits_the_path_of_imports() -> None:
     editing = re.compile(r"sys\.path(?:\.\w+\(|\[|\s*\+?=[^=])")
     found = [
