@@ -145,18 +145,18 @@ class RoutingConfig:
         """Return the faults of options that are missing, or conflict with each other."""
         if not self.gateway:
             yield "gateway", "is required: the URL of the gateway, such as 'http://10.0.0.1:30000'"
-        if not self.session_id:
-            yield "session_id", "is empty: name at least one source"
-        if not self.paths:
-            yield "paths", "is empty: name at least one path"
+        for name, what in (("session_id", "source"), ("paths", "path")):
+            if not getattr(self, name):
+                yield name, f"is empty: name at least one {what}"
         for text, head, path in values.overlaps(self.gateway, self.paths):
             right = f"write {text.removesuffix(head)!r}"
             yield "gateway", f"{text!r} ends in {head!r}, which {path!r} begins with: {right}"
         is_plain = self.key == "session_id" and ("pin_by" in wrong or self.pin_by.is_session)
         if self.secret is not None and is_plain:
             yield "secret", "needs key = 'digest' or pin_by, and there is neither"
-        if self.metrics and not self.track_sessions:
-            yield "metrics", "come from the ledger, and track_sessions = 0 switches it off"
+        for name in ("metrics", "on_move"):
+            if getattr(self, name) and not self.track_sessions:
+                yield name, "needs the ledger, and track_sessions = 0 switches it off"
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> "RoutingConfig":

@@ -740,6 +740,7 @@ def test_a_config_of_another_type_is_a_config_error(config: Any) -> None:
         Routing(config)
 
 
-def test_metrics_need_the_ledger() -> None:
-    problem = "come from the ledger, and track_sessions = 0 switches it off"
-    assert faults(metrics="prometheus", track_sessions=0) == {"metrics": problem}
+def test_metrics_and_on_move_need_the_ledger() -> None:
+    problem = "needs the ledger, and track_sessions = 0 switches it off"
+    found = faults(metrics="prometheus", on_move=print, track_sessions=0)
+    assert found == {"metrics": problem, "on_move": problem}
