@@ -6,16 +6,14 @@ This file as a program is the child that ``command()`` asks for.
 import asyncio
 import json
 import os
-import socket
 import sys
 import time
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import (
     AbstractAsyncContextManager,
     AsyncExitStack,
     asynccontextmanager,
-    contextmanager,
 )
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -103,22 +101,6 @@ async def running(folder: Path, *argv: str, **env: str) -> AsyncIterator[Process
         if process.returncode is None:
             process.kill()
             await process.communicate()
-
-
-@contextmanager
-def held_port(port: int | None = None) -> Iterator[int]:
-    """Keep a loopback port for a server of ours, before it starts and after it died.
-
-    Linux gives such a port to no program that asks for any port, but does to one that asks for it.
-    Other systems would refuse it to both, so there the port is found and not kept.
-    """
-    with socket.socket() as held:
-        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        held.bind(("127.0.0.1", port or 0))
-        found: int = held.getsockname()[1]
-        if sys.platform != "linux":
-            held.close()
-        yield found
 
 
 @dataclass(slots=True)

@@ -7,7 +7,8 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from yarl import URL
 
-from harness.processes import Restartable, answering, command, held_port, local_url
+from aiohttp_smg_routing.testing import free_port
+from harness.processes import Restartable, answering, command, local_url
 from harness.proxies import pinned_server
 
 
@@ -25,12 +26,11 @@ def main(gateway: str, port: int) -> None:
 @asynccontextmanager
 async def metered_server(gateway: URL) -> AsyncIterator[Restartable[object]]:
     """Run it before ``gateway`` until the block ends. It can be killed, and run again."""
-    with held_port() as port:
-        url = local_url(port)
-        argv = command(main, gateway=str(gateway), port=port)
-        server: Restartable[object] = Restartable(url, lambda: answering(url / "metrics", *argv))
-        await server.start()
-        try:
-            yield server
-        finally:
-            await server.kill()
+    url = local_url(free_port())
+    argv = command(main, gateway=str(gateway), port=url.port)
+    server: Restartable[object] = Restartable(url, lambda: answering(url / "metrics", *argv))
+    await server.start()
+    try:
+        yield server
+    finally:
+        await server.kill()

@@ -12,9 +12,9 @@ from itertools import cycle, islice
 from aiohttp import ClientSession, TCPConnector
 from yarl import URL
 
-from aiohttp_smg_routing.testing import Recorder, SmgGateway, smg_gateway
+from aiohttp_smg_routing.testing import Recorder, SmgGateway, free_port, smg_gateway
 from harness.agents import chat
-from harness.processes import answering, held_port, local_url, together
+from harness.processes import answering, local_url, together
 
 from ..turns import assert_keys, served, turns_of
 
@@ -49,11 +49,10 @@ async def server_processes(*told: URL) -> AsyncIterator[list[URL]]:
 
 @asynccontextmanager
 async def server_process(gateway: URL, port: int | None = None) -> AsyncIterator[URL]:
-    with held_port(port) as port:
-        url = local_url(port)
-        argv = (sys.executable, "-m", "tests.recipes.pinned", str(gateway), "asyncio", str(port))
-        async with answering(url, *argv):
-            yield url
+    url = local_url(port or free_port())
+    argv = (sys.executable, "-m", "tests.recipes.pinned", str(gateway), "asyncio", str(url.port))
+    async with answering(url, *argv):
+        yield url
 
 
 async def pid_of(server: URL) -> int:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from yarl import URL
 
-from harness.processes import answering, held_port, local_url
+from aiohttp_smg_routing.testing import free_port
+from harness.processes import answering, local_url
 
 from ..programs import program
 from .front import Front, instead, on_the_page
@@ -35,18 +36,17 @@ http {
 @asynccontextmanager
 async def nginx(folder: Path, *gateways: URL, hashing: bool = True) -> AsyncIterator[Front]:
     first, second = gateways
-    with held_port() as port:
-        url, log = local_url(port), folder / "smg.log"
-        conf = instead(
-            on_the_page("nginx"),
-            ("listen 8080", f"listen {url.authority}"),
-            ("10.0.0.1:30000", first.authority),
-            ("10.0.0.2:30000", second.authority),
-            ("/var/log/nginx/smg.log", log),
-            (HASH, HASH if hashing else ""),
-        )
-        (folder / "nginx.conf").write_text(MAIN)
-        (folder / "smg.conf").write_text(conf)
-        argv = (program("nginx", "nginx"), "-p", f"{folder}/", "-c", "nginx.conf", "-e", "stderr")
-        async with answering(url, *argv):
-            yield Front(url, log)
+    url, log = local_url(free_port()), folder / "smg.log"
+    conf = instead(
+        on_the_page("nginx"),
+        ("listen 8080", f"listen {url.authority}"),
+        ("10.0.0.1:30000", first.authority),
+        ("10.0.0.2:30000", second.authority),
+        ("/var/log/nginx/smg.log", log),
+        (HASH, HASH if hashing else ""),
+    )
+    (folder / "nginx.conf").write_text(MAIN)
+    (folder / "smg.conf").write_text(conf)
+    argv = (program("nginx", "nginx"), "-p", f"{folder}/", "-c", "nginx.conf", "-e", "stderr")
+    async with answering(url, *argv):
+        yield Front(url, log)

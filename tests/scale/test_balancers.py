@@ -21,7 +21,6 @@ from aiohttp_smg_routing.testing import (
     stream,
 )
 from harness.agents import chat
-from harness.processes import held_port
 from harness.proxies import pinned_server
 
 from ..turns import assert_keys, forget, served, turns_of
@@ -83,17 +82,16 @@ async def test_a_gateway_that_comes_back_gets_its_own_sessions_and_pins_them_ane
         await play(servers, 1)
         moved = await sessions_of(stops, front, 1)
         await kill(stops)
-        with held_port(stops.url.port) as port:
-            await play(servers, 1)
-            urls = [worker.url for worker in behind]
-            async with smg_gateway(urls, policy="manual", port=port) as again:
-                await asyncio.wait_for(until_back(again, servers, moved), 60)
-                assert (await again.branches())["vacant"] == len(moved)
-                forget(*behind)
-                await play(servers, TURNS)
-                assert on_one_worker(behind, TURNS)
-                assert (await again.branches())["vacant"] == len(moved)  # those, and no other
-                assert (await stays.branches())["vacant"] == len(SESSIONS)
+        await play(servers, 1)
+        urls = [worker.url for worker in behind]
+        async with smg_gateway(urls, policy="manual", port=stops.url.port) as again:
+            await asyncio.wait_for(until_back(again, servers, moved), 60)
+            assert (await again.branches())["vacant"] == len(moved)
+            forget(*behind)
+            await play(servers, TURNS)
+            assert on_one_worker(behind, TURNS)
+            assert (await again.branches())["vacant"] == len(moved)  # those, and no other
+            assert (await stays.branches())["vacant"] == len(SESSIONS)
 
 
 async def until_back(gateway: SmgGateway, servers: Sequence[URL], moved: Sequence[str]) -> None:
