@@ -73,7 +73,7 @@ def routing_key(
     """
     text = as_session_id(session_id)
     if text is None:
-        raise ValueError(f"a session id is not empty or blank, but this is: {session_id!r}")
+        raise ValueError(f"a session id must not be empty or blank: {session_id!r}")
     try:
         prefix = as_prefix(prefix)
     except ValueError as error:

@@ -77,7 +77,7 @@ async def read_call(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) 
     head = await reader.readuntil(b"\r\n\r\n")
     start_line, *lines = head[:-4].split(b"\r\n")
     if start_line == _HTTP_2_PREFACE:
-        raise ConnectionAbortedError("the client asks for HTTP/2, which is not spoken here")
+        raise ConnectionAbortedError("the client asks for HTTP/2, but the recorder speaks HTTP/1.1")
     call = Call(start_line, tuple(lines), b"")
     if call.values("Expect"):
         writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")

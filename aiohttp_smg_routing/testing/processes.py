@@ -75,7 +75,7 @@ def free_ports(count: int) -> list[int]:
     for _ in range(len(_given) - _MAX_GIVEN):  # a process may open only so many files
         socket.close(_given.popleft())
     if len(free) < count:
-        raise OSError(f"{count} free ports were asked for, and there are {len(free)}")
+        raise OSError(f"only {len(free)} of {count} ports are free")
     return free
 
 

@@ -43,7 +43,6 @@ def _metrics(ctx: click.Context, param: click.Parameter, value: str | None) -> U
     "--min-kept",
     type=FiniteRange(0, 1, min_open=True),
     default=0.99,
-    show_default=True,
     help="The share of later calls that must come to their session's worker.",
 )
 def watch(

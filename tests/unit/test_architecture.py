@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "aiohttp_smg_routing"
 CORE = sorted(file.stem for file in PACKAGE.glob("[!_]*.py"))
-FOLDERS = ["run", "testing", "verify", "watch"]
+FOLDERS = sorted(file.parent.name for file in PACKAGE.glob("*/__init__.py"))
 ROW = re.compile(r"^\| `(\w+)` \| .+ \| (.+) \|$", re.MULTILINE)
 # aiohttp with what it brings itself, and what the extra ``metrics`` brings.
 ALLOWED = {"aiohttp", "multidict", "yarl", "prometheus_client", PACKAGE.name}
@@ -41,7 +41,7 @@ def imported(file: Path) -> Iterator[list[str]]:
 def of_package(name: str) -> list[str]:
     """Return which other files and folders of the package a file or folder imports."""
     folder = PACKAGE / name
-    files = folder.glob("*.py") if folder.is_dir() else [PACKAGE / f"{name}.py"]
+    files = folder.rglob("*.py") if folder.is_dir() else [PACKAGE / f"{name}.py"]
     paths = [[part for part in it if part] for file in files for it in imported(file)]
     known = {*CORE, *FOLDERS}
     # A name that is no file's is one that the package itself has: __init__ imports all files.
@@ -71,7 +71,9 @@ def test_users_of_the_package_load_neither_testing_nor_verify() -> None:
     assert {*of_package("__init__")} <= {*CORE}
 
 
-@pytest.mark.parametrize("folder", ["benchmarks", "demo", "examples", "fuzz", "harness", "soak"])
+@pytest.mark.parametrize(
+    "folder", ["benchmarks", "demo", "examples", "fuzz", "harness", "mutants", "soak"]
+)
 def test_nothing_outside_imports_what_is_private_in_the_package(folder: str) -> None:
     public = {PACKAGE.name, f"{PACKAGE.name}.testing"}
     files = list((ROOT / folder).rglob("*.py"))

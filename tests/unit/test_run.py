@@ -332,7 +332,7 @@ def test_a_program_that_is_no_python_may_start_one(monkeypatch: pytest.MonkeyPat
 BAD: dict[str, tuple[list[str], int, str]] = {
     "no options": (["--", "true"], 64, "SMG_ROUTING_GATEWAY: is required"),
     "no command": (["--config", "a:B", "--"], 64, "there is no command"),
-    "no such command": (["--config", "a:B", "--", "no-such-thing"], 127, "is no command"),
+    "no such command": (["--config", "a:B", "--", "no-such-thing"], 127, "was not found"),
     "isolated": (["--config", "a:B", "--", sys.executable, "-uI", "x"], 64, "-uI keeps Python"),
     "behind": (["--config", "a:B", sys.executable, "-X", "dev", "-E"], 64, "-E keeps Python"),
 }

@@ -4,6 +4,7 @@ import asyncio
 import json
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import FrozenInstanceError
 
 import pytest
 from aiohttp import web
@@ -86,6 +87,12 @@ async def test_reply_is_read_to_its_end(client: Client) -> None:
 async def test_what_is_not_told_is_none(client: Client, usage: object) -> None:
     reply = await chat(client, sse({"usage": usage}, "[DONE]", worker=None))
     assert reply == Reply("", None, None, None, None)
+
+
+def test_a_reply_stays_as_it_came() -> None:
+    reply = Reply("", None, None, None, None)
+    with pytest.raises(FrozenInstanceError):
+        reply.worker = "w"  # type: ignore[misc]
 
 
 async def test_reasoning_counts_as_the_first_token(client: Client) -> None:

@@ -144,7 +144,7 @@ async def test_run_ends_at_its_time_limit() -> None:
         raise AssertionError("it never answers")
 
     async with serve(fake_gateway(handler)) as url:
-        plan = Plan(url, METRICS, concurrency=3, time_limit=0.3)
+        plan = Plan(url, METRICS, concurrency=3, time_limit=2)
         before = asyncio.all_tasks()
         play = Play(plan, api_key=None)
         seen = await play.run()
@@ -192,7 +192,7 @@ async def test_counters_are_read_after_the_time_limit_as_well() -> None:
     app = web.Application()
     app.router.add_get("/metrics", metrics)
     async with serve(fake_gateway(handler)) as url, serve(app) as other:
-        seen = await Play(Plan(url, other / "metrics", time_limit=0.3), api_key=None).run()
+        seen = await Play(Plan(url, other / "metrics", time_limit=2), api_key=None).run()
     assert (seen.stopped, seen.counters, seen.no_counters) == ("time_limit", Counters(), "")
 
 

@@ -131,6 +131,13 @@ def test_page_that_is_none_is_said_to_be_so_with_the_remedy(
     assert "Traceback" not in out
 
 
+def test_help_shows_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["watch", "--help"]) == 0
+    out = words(capsys)
+    assert "[default: 1 on a terminal, else 5]" in out
+    assert "[default: 0.99; 0<x<=1]" in out
+
+
 def test_nobody_at_the_url(capsys: pytest.CaptureFixture[str]) -> None:
     with pages(IDLE, PINNED) as url:
         status = main(["watch", str(url), f"http://127.0.0.1:{free_port()}", *ONCE])

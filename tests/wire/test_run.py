@@ -288,7 +288,7 @@ BAD: dict[str, tuple[list[str], dict[str, str], int, str]] = {
     "no TOML": (["--config", "bad.toml", "--", "true"], {}, 64, "bad.toml is not TOML"),
     "bad options": (["--config", "typo.toml", "--", "true"], {}, 64, "nearest one is 'prefix'"),
     "no command": (["--"], {}, 64, "there is no command"),
-    "no such command": (["--", "no-such-thing"], {}, 127, "'no-such-thing' is no command"),
+    "no such command": (["--", "no-such-thing"], {}, 127, "'no-such-thing' was not found"),
     "isolated": (["--", "python3", "-u", "-I", "x.py"], {}, 64, "-I keeps Python from reading"),
 }
 
