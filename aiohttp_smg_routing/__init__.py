@@ -3,7 +3,8 @@
 The middleware finds the session id in a request and turns it into a routing key. The key rides in
 the context, and the hook puts it on the call. The ledger records which worker answered.
 
-What ``__all__`` lists is public, here and in ``aiohttp_smg_routing.testing``. All else is private.
+What ``__all__`` lists is public, here, in ``aiohttp_smg_routing.testing`` and in
+``aiohttp_smg_routing.run``. All else is private.
 
 PYTEST_DONT_REWRITE: pytest rewrites the asserts of a distribution that has a plugin, and would warn
 if the package is already imported.

@@ -120,7 +120,7 @@ class Routing:
         return self._rules.explain(method, URL(url))
 
     def end(self, session_id: SessionId) -> None:
-        """Forget a session that is over, as ``pins.end()`` does.
+        """Forget a session that is over. Raises ``TypeError`` for an id of a wrong type.
 
         >>> routing.end("s-17")
         """

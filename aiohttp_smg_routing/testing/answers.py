@@ -32,7 +32,7 @@ def answer(
 ) -> bytes:
     """Return a whole HTTP answer. A ``body`` that is not bytes goes out as JSON.
 
-    Raises ``TypeError`` if JSON can't express the body.
+    By default the body is empty and the status 200. Raises ``TypeError`` if JSON can't express the body.
 
     >>> recorder.answer_with(answer({"error": "busy"}, status=503, headers={"Retry-After": "1"}))
     """
@@ -60,7 +60,7 @@ def redirect(location: str | URL, status: int = 307) -> bytes:
 
 
 def completion(text: str = "ok", *, model: str = MODEL, worker: str | None = None) -> bytes:
-    """Return a chat completion that says ``text``.
+    """Return a chat completion that says ``text``, by default "ok".
 
     If ``worker`` is given, the answer names it in ``X-SMG-Routed-Worker-Id``, as SMG 1.10 and newer
     do for HTTP workers (``docs/gateways.md``).
