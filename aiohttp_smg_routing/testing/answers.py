@@ -32,7 +32,8 @@ def answer(
 ) -> bytes:
     """Return a whole HTTP answer. A ``body`` that is not bytes goes out as JSON.
 
-    By default the body is empty and the status 200. Raises ``TypeError`` if JSON can't express the body.
+    By default the body is empty and the status is 200. Raises ``TypeError`` if JSON can't express
+    the body.
 
     >>> recorder.answer_with(answer({"error": "busy"}, status=503, headers={"Retry-After": "1"}))
     """
