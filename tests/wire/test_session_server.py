@@ -7,12 +7,10 @@ import asyncio
 import gzip
 import io
 import json
-import os
-import re
 import signal
 import socket
 import sys
-from asyncio.subprocess import PIPE, Process
+from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -26,6 +24,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from examples import session_server
+from harness import servers
 from harness.agents import Agent
 from harness.proc import until_refused
 from harness.servers import PROGRAM
@@ -1042,36 +1041,16 @@ def test_the_example_settings_are_good() -> None:
     assert len(app.middlewares) == 1
 
 
-@asynccontextmanager
-async def running(folder: Path, gateway: URL) -> AsyncIterator[tuple[Process, URL]]:
-    """Run the program with the plugin; yield it, and where its sessions are."""
-    text = f"""
-        server = {{port = 0}}
-        gateway = {{url = "{gateway}"}}
-        smg_routing = {{gateway = "{gateway}", client_session = "client_session"}}
-    """
-    program = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-W", "error", str(PROGRAM), str(settings_file(folder, text))),
-        env={name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"},
-        stdout=PIPE,
-        stderr=PIPE,
-    )
-    try:
-        assert program.stdout is not None
-        line = (await soon(program.stdout.readline())).decode()
-        assert re.fullmatch(r"listening on http://127\.0\.0\.1:[1-9][0-9]*\n", line)
-        yield program, URL(line.split()[-1]) / "sessions"
-    finally:
-        if program.returncode is None:
-            program.kill()
-            await program.communicate()
+# Its output goes to a pipe, as it does under a supervisor, and a warning is an error.
+PIPED = {"PYTHONUNBUFFERED": "", "PYTHONWARNINGS": "error"}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_the_program_ends_well_after_its_running_turns(
     client: ClientSession, upstream: Gateway, tmp_path: Path, number: signal.Signals
 ) -> None:
-    async with running(tmp_path, upstream.url) as (program, sessions):
+    async with servers.session_server(upstream.url, folder=tmp_path, env=PIPED) as server:
+        program, sessions = server.process, server.url / "sessions"
         await make_session(client, sessions, "s")
         held = Held()
         upstream.answers = [held]
@@ -1089,7 +1068,8 @@ async def test_the_program_ends_well_after_its_running_turns(
 async def test_the_program_takes_broken_connections_calmly(
     client: ClientSession, upstream: Gateway, tmp_path: Path
 ) -> None:
-    async with running(tmp_path, upstream.url) as (program, sessions):
+    async with servers.session_server(upstream.url, folder=tmp_path, env=PIPED) as server:
+        program, sessions = server.process, server.url / "sessions"
         await make_session(client, sessions, "s")
         agent = Texts(client, sessions / "s")
         held = Held()
@@ -1102,7 +1082,8 @@ async def test_the_program_takes_broken_connections_calmly(
                 await soon(response.read())
         assert await agent.transcript() == (0, [])
         program.terminate()
-        _, err = await soon(program.communicate())
+        await soon(program.communicate())
+        log = server.log.read_text("utf-8")
         assert program.returncode == 0
-        assert b"Traceback" not in err
-        assert b"session s: ClientPayloadError" in err
+        assert "Traceback" not in log
+        assert "session s: ClientPayloadError" in log
