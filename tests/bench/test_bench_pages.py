@@ -64,6 +64,22 @@ def test_each_figure_of_the_first_table_is_one_of_a_trace() -> None:
         assert (*shares, *times) in found
 
 
+def test_each_figure_in_a_text_about_traces_is_one_of_a_trace() -> None:
+    tables = re.findall(r"^\| .+ \|$", (ROOT / "docs/traces.md").read_text(), re.MULTILINE)
+    measured = [float(it.replace(",", "")) for it in re.findall(r"\d[\d,]*\.?\d*", str(tables))]
+    figure = r"(\d[\d,]*\.?\d*)(?= %| s\b| times the mean| to [\d,.]+ (?:%|s\b|times the mean))"
+    count = 0
+    for page in {*(ROOT / "docs").glob("*.md")} - {ROOT / "docs/traces.md"}:
+        for paragraph in re.split(r"\n\n|\n- ", page.read_text()):
+            if re.search(r"\(traces\.md#|`miniswe`", paragraph) and paragraph[0] != "|":
+                for told in re.findall(figure, paragraph):
+                    digits = len(told.partition(".")[2])
+                    known = {round(it, digits) for it in measured}
+                    assert float(told.replace(",", "")) in known, (page.name, told)
+                    count += 1
+    assert count > 25
+
+
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
