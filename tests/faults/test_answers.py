@@ -74,7 +74,7 @@ class Bad(NamedTuple):
     workers: int
     tried_again: bool = True
     begins_well: tuple[Where, ...] = ()
-    """Where the head of its answer shows no failure; the ledger goes by the head."""
+    """The places whose answers have a head without a failure; the ledger judges by the head."""
 
     def failed(self, where: Where) -> int:
         """Return how many calls fail: three tries of a turn, and the first try of the next."""

@@ -10,7 +10,7 @@ from aiohttp_smg_routing.testing import Answer, Call, Recorder, answer, canned
 from harness.workers import models, recorders
 
 POLLS = ("--load-monitor-interval", "1")
-"""Has the gateway ask every second; by default it asks every 10."""
+"""Makes the gateway poll every second instead of every 10."""
 
 Kind = Literal["vllm", "sglang", "sglang --enable-metrics"]
 # Each engine's names for KV usage, waiting calls, and the hit rate of the prefix cache. SGLang
