@@ -30,7 +30,7 @@ from .servers import upstream
 NAME = "call"
 TITLE = "An outgoing call"
 
-CALLS = 25  # of each arm in a round
+CALLS = 25  # calls of an arm in a round
 ROUNDS = 500
 SESSION_ID = "rollout-000017"
 BODY = json.dumps({"model": "stub", "messages": [{"role": "user", "content": "Go on."}]}).encode()

@@ -31,7 +31,7 @@ KNOWN = (100, 10_000, 1_000_000)
 TRACKED = (10_000, 175_000)
 CALLS, ROUNDS = 25, 150
 BYTES_AT_MOST = 400
-CALLS_AT_MOST = 12  # of the core's functions, in a proxied turn
+CALLS_AT_MOST = 12  # calls of the core's functions in a proxied turn
 
 _CLIENT = web.AppKey("client_session", ClientSession)
 

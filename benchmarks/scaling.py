@@ -173,7 +173,7 @@ async def main(quick: bool) -> None:
         columns = ("sessions", "at once", "on a worker", "fullest / mean")
         heading("Spread", f"{WORKERS} workers", *columns)
         await spread(workers.urls, sessions)
-        await spread(workers.urls, 20 * sessions, SPREADS[-1:])  # shows the ring's own imbalance
+        await spread(workers.urls, 20 * sessions, SPREADS[-1:])  # is the ring itself uneven?
         await split(workers.urls, sessions)
         await restarts(workers.urls, sessions)
     if quick:

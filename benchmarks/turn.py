@@ -34,7 +34,7 @@ ARMS: Mapping[Kind, tuple[Arm, ...]] = {
 AGENTS = 5  # play at once
 TURNS = 10  # in a session
 SYSTEM_CHARACTERS, USER_CHARACTERS = 3000, 900
-SESSIONS: Mapping[Kind, int] = {"whole": 160, "barest": 60}  # of each agent in each arm
+SESSIONS: Mapping[Kind, int] = {"whole": 160, "barest": 60}  # per agent and arm
 SHORT = 2000  # characters of a turn through the barest proxy
 # The openai client (2.x) sends these too, and the whole server passes them on.
 OPENAI_HEADERS = """\
@@ -265,7 +265,7 @@ async def run(progress: Progress, *, quick: bool = False) -> Part:
             measured.append(await measure(kind, loop, sessions, told))
             done += share
         tables.append(costs(kind, measured))
-        headline = headline or in_short(measured)  # of the whole server
+        headline = headline or in_short(measured)  # the whole server comes first
     return Part(NAME, TITLE, tuple(tables), notes(), headline)
 
 

@@ -22,7 +22,7 @@ _LEFT_OUT = (
     | m.Call(m.Name("TypeVar") | m.Name("cast"))
     | m.Assign(value=m.BinaryOperation(operator=m.BitOr()))  # an alias, such as str | None
     | m.If(m.Name("TYPE_CHECKING"))
-    | m.Arg(keyword=m.Name("slots"))  # of a dataclass: only saves memory
+    | m.Arg(keyword=m.Name("slots"))  # slots only save memory
     | m.ConcatenatedString()  # a message of several lines
     | m.Assert()
     | m.Import()

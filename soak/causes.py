@@ -9,7 +9,7 @@ from harness.workers import Received, Worker
 
 from .agents import Report
 
-TRIES = 3  # of the example server, for a turn without an answer so far
+TRIES = 3  # the example server tries a turn so often
 BREAKER_SECONDS = 2  # the gateway skips a worker that refused for this long
 
 Tries = Sequence[tuple[Worker, Received]]

@@ -28,14 +28,14 @@ WORKER_KILLS = 40  # spread over the run
 # because its memory is checked there. It starts without any transcripts.
 GATEWAY_KILLS = (0.2, 0.4, 0.6)
 SERVER_KILLS = (0.1, 0.3)
-FAILURE_SHARE = 0.02  # of a worker's turns, for each kind of failure
+FAILURE_SHARE = 0.02  # the share of a worker's turns with each kind of failure
 LIMIT_SECONDS = 1800  # for one load
-SAMPLES = 200  # of the session server's memory
-OUTAGE_SHARE = 0.01  # of the turns, at most, end before the gateway restarts
+SAMPLES = 200  # how often to read the session server's memory
+OUTAGE_SHARE = 0.01  # the most turns that end before the gateway restarts, as a share of all
 # The share of turns that workers may fail, five times what their faults cause. A short run may
 # fail one more turn of each agent.
 MOST_REPORTED = 0.05
-LEAST_ANSWERED = 0.8  # of the turns without an outage or a hang-up
+LEAST_ANSWERED = 0.8  # as a share of the turns without an outage or a hang-up
 TRACKED = 200  # sessions in the ledger, so that it is full long before half of the run
 # The gateway tries a worker again after seconds instead of a minute.
 GATEWAY_ARGS = (

@@ -16,8 +16,7 @@ from aiohttp_smg_routing import ROUTING_KEY_HEADER, Routing, RoutingConfig, rout
 from aiohttp_smg_routing.gateway import TARGET_WORKER_HEADER
 from aiohttp_smg_routing.testing import Answer, Call, Recorder, answer, recording_gateway
 
-#: Errors of a call that is refused before it leaves; aiohttp 3.9 raises AssertionError for a URL
-#: with an unknown scheme.
+#: Errors of a call that is refused before it leaves; aiohttp 3.9 also raises AssertionError.
 _REFUSED = (ClientError, ValueError, IndexError, OSError, AssertionError)
 
 Send = Callable[[ClientSession], Awaitable[ClientResponse]]

@@ -58,7 +58,7 @@ ELSEWHERE = (  # tests/recipes runs the first four
 )
 FILE = re.compile(r"# (\S+\.(?:py|toml))\n")  # the first line of a snippet for a file
 TURN = {"messages": [{"role": "user", "content": "hello"}]}
-CHAT = "/sessions/{session_id}/v1/chat/completions"  # of the session server in README.md
+CHAT = "/sessions/{session_id}/v1/chat/completions"  # README.md's session server
 
 
 class Page:

@@ -384,7 +384,7 @@ def test_the_exit_status_says_whether_it_measured(
     assert run.exit_code == status, run.output
     assert "cache: half of it\n" in run.stdout
     document = json.loads(Path("bench-results.json").read_text("utf-8"))
-    # What was measured before a failure is kept.
+    # The results from before a failure are kept.
     measured = ["call"] if isinstance(figure, Exception) else ["call", "cache"]
     assert [part["name"] for part in document["parts"]] == measured
     assert Path("bench-results.svg").exists()

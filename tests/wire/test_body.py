@@ -755,7 +755,7 @@ async def test_a_body_that_stops_coming_gives_no_id_and_is_said_once(
     caplog: pytest.LogCaptureFixture,
     sent: bytes,
 ) -> None:
-    """What has come so far may be valid JSON, but it is not the client's whole document."""
+    """The part that has come may be valid JSON, but it is not the client's document."""
     no_byte_for(monkeypatch, 0.01)
     arrived = asyncio.Queue[str | None]()
 

@@ -1133,7 +1133,7 @@ async def test_what_a_job_of_in_session_starts_is_named_too(
 async def test_in_session_of_code_that_is_late_stays_late(
     gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    """Otherwise a batcher that wraps each call would pass the first request's session as right."""
+    """Otherwise a batcher that wraps each call would hide that all have the first session."""
     late = Late()
 
     async def job(request: web.Request) -> None:
