@@ -1,7 +1,6 @@
-"""What pytest does from the root of the repository: the pages are tests as well.
+"""Configure pytest: the pages are tests, coverage is measured in chosen tests, xdist gets groups.
 
-Only a page brings what the snippets of the pages need, so a test file runs with what it needs
-itself.
+Only a page imports the packages that its snippets need, so a test file runs without them.
 """
 
 import gc
@@ -15,13 +14,13 @@ from typing import Any
 
 import pytest
 
-os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # or it asks the internet, when imported
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # otherwise its import asks the internet
 
-# The tests that reach each line and branch of the package. Coverage makes a test take up to twice
-# as long: the tests of whole programs, and those that are marked as thorough, do without.
+# These tests reach each line and branch of the package. Coverage makes a test up to twice as slow,
+# so tests of whole programs and thorough tests run without it.
 COVERING = ("tests/unit/", "tests/wire/", "tests/gateway/test_testing_")
 
-# LiteLLM's alone takes four seconds of a processor to import, and brings OpenAI's.
+# LiteLLM alone takes four seconds of CPU time to import, and imports OpenAI's SDK.
 SDKS = (
     *("tests/recipes/test_agents.py", "tests/recipes/test_canned.py"),
     *("tests/recipes/test_litellm.py", "tests/recipes/test_messages.py"),
@@ -29,16 +28,16 @@ SDKS = (
 )
 
 MEASURING = pytest.StashKey[Any]()
-"""What measures coverage, where something does."""
+"""The coverage measurement, if there is one."""
 
 REMEDY = "These tests need packages that are not here: pip install -e . --group test"
 
 
 class Page(pytest.File):
-    """A page, whose snippets are tests."""
+    """A page whose snippets are tests."""
 
     def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
-        """Import what the snippets need, now that somebody asks for them."""
+        """Collect the snippets; import what they need only now."""
         from tests.pages import collect_page
 
         page = collect_page(self.path, self.parent)
@@ -46,16 +45,16 @@ class Page(pytest.File):
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
-    """Take each page for a file of tests."""
+    """Collect each page as a file of tests."""
     return Page.from_parent(parent, path=file_path) if file_path.suffix == ".md" else None
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_collection(session: pytest.Session) -> Generator[None, object, object]:
-    """Measure what the package does when it is imported, and from then on only what is asked of.
+    """Measure the import of the package, then stop coverage until a test of ``COVERING`` runs.
 
-    What the collection makes stays until the end: the search for garbage, a tenth of the time, need
-    not go through it again and again.
+    The collected objects stay until the end, so ``gc.freeze()`` spares the garbage collector, which
+    takes a tenth of the time, from searching them again.
     """
     if "coverage" in sys.modules:
         from coverage import Coverage
@@ -65,7 +64,7 @@ def pytest_collection(session: pytest.Session) -> Generator[None, object, object
             for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
                 import_module(module.name)
             session.config.stash[MEASURING] = measuring
-        while running := Coverage.current():  # a process of xdist has two: both must stop
+        while running := Coverage.current():  # a process of xdist has two, and both must stop
             running.stop()
     gc.disable()
     try:
@@ -77,7 +76,7 @@ def pytest_collection(session: pytest.Session) -> Generator[None, object, object
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Measure coverage in those tests that it is asked of, their fixtures included."""
+    """Measure coverage in the tests of ``COVERING`` that are not thorough, with their fixtures."""
     measuring = item.config.stash.get(MEASURING, None)
     is_asked = item.nodeid.startswith(COVERING) and "thorough" not in item.keywords
     if measuring is None or not is_asked:
@@ -91,7 +90,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Let one process run a page, in order, a file of recipes, and all that import SDKs.
+    """Let one process run a whole page, a whole file of recipes, or all tests that import SDKs.
 
     The snippets of a page build on each other. A recipe's library takes seconds to import.
     """
@@ -111,7 +110,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    """Name the remedy where a test file, or a page, needs a package that is not installed."""
+    """Name the remedy if a test file or a page needs a package that is not installed."""
     report = yield
     if report.failed and "ModuleNotFoundError" in str(report.longrepr):
         report.sections.append(("What to install", REMEDY))

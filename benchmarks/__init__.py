@@ -1,4 +1,4 @@
-"""What the plugin costs and what pinning gains, measured: ``make bench``."""
+"""Measure what the plugin costs and what pinning gains: ``make bench``."""
 
 MISSING = "{}: pip install -e . --group bench"
-"""What to say of a package that is not there."""
+"""The message for a package that is not installed."""

@@ -21,7 +21,7 @@ except ModuleNotFoundError as error:
 
 PARTS = ("call", "turn", "stream", "growth", "sessions", "cache")
 TRACE = "trace"
-"""The part that has a command line of its own: it needs files, and takes longer."""
+"""This part has its own command line, because it needs files and takes longer."""
 
 
 def _picture(ctx: click.Context, param: click.Parameter, value: Path) -> Path | None:
@@ -88,13 +88,13 @@ def _draw(parts: Sequence[Part], file: Path) -> None:
 
 
 def run() -> None:
-    """Run the command line that is asked for."""
+    """Run the benchmark, or its part ``trace``."""
     if sys.argv[1:2] == [TRACE]:
         try:
             from .trace.command import main as trace
         except ModuleNotFoundError as error:
             sys.exit(MISSING.format(error))
-        # Arms that move their sessions are what is measured: no news for the log.
+        # Some arms move sessions on purpose, which the log need not report.
         logging.getLogger("aiohttp_smg_routing").setLevel(logging.ERROR)
         trace(sys.argv[2:], prog_name=f"python -m benchmarks {TRACE}")
     main()

@@ -1,4 +1,4 @@
-"""What a session id in the JSON body costs, as Markdown: docs/performance.md has it.
+"""Measure the cost of a session id in the JSON body; print Markdown for docs/performance.md.
 
 python -m benchmarks.body [--quick]
 """
@@ -24,18 +24,18 @@ ROUNDS = 9
 
 
 def body(mib: int) -> bytes:
-    """Return a conversation of about that size."""
+    """Return the JSON of a conversation of about ``mib`` MiB."""
     messages = [{"role": "user", "content": TEXT}] * (mib * 1000)
     return json.dumps({"messages": messages, "session_id": "s-1"}).encode()
 
 
 async def read(request: web.Request) -> web.Response:
-    """Read the body, and do nothing else."""
+    """Read the body and answer with its length."""
     return web.Response(text=str(len(await request.read())))
 
 
 async def post(source: str, sent: bytes, rounds: int) -> float:
-    """Return the CPU milliseconds of client and server for a request, the median of the rounds."""
+    """Return the median CPU milliseconds of client and server for a request."""
     app = web.Application(client_max_size=2**26)
     app.router.add_post("/", read)
     options = {"session_id": source, "json_max_size": 2**26}
@@ -45,13 +45,13 @@ async def post(source: str, sent: bytes, rounds: int) -> float:
         async def once() -> None:
             headers = {"Content-Type": "application/json"}
             async with client.post("/", data=io.BytesIO(sent), headers=headers) as answer:
-                assert int(await answer.text()) == len(sent)  # noqa: S101 - it is no measurement else
+                assert int(await answer.text()) == len(sent)  # noqa: S101 - the body must arrive
 
         return await cost(once, rounds)
 
 
 async def cost(work: Callable[[], Awaitable[object]], rounds: int) -> float:
-    """Return the CPU milliseconds of ``work``, the median of the rounds after a first one."""
+    """Return the median CPU milliseconds of ``work`` over the rounds, after a warm-up."""
     await work()
     found = []
     for _ in range(rounds):
@@ -63,7 +63,7 @@ async def cost(work: Callable[[], Awaitable[object]], rounds: int) -> float:
 
 
 async def main(quick: bool) -> None:
-    """Measure each size from each source."""
+    """Measure each size with each source."""
     rounds = 1 if quick else ROUNDS
     print("| body | id from a header | id from the body | `json.loads` of the body |")
     print("| --- | ---: | ---: | ---: |")

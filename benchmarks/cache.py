@@ -1,19 +1,18 @@
-"""What pinning does for the KV cache: real llama.cpp engines behind the real gateway.
+"""Measure what pinning does for the KV cache: real llama.cpp engines behind the real gateway.
 
-Seven agents play at once, each on its own session of four turns: a long system prompt that is the
-session's own (tools, task and files together), then a short text each turn, as a tool's output is,
-and a shorter reply. The sizes keep the proportions of an agent's prompt and not its length, so that
-two cores can play every policy several times. There are as many turns as workers, so that a turn
-that goes elsewhere mostly finds a worker which has never seen its session, as on a fleet of dozens.
-Longer sessions on few workers lose less to random routing, where each worker has room for a copy of
-them all. The model is a small one; what is measured does not depend on what it says. The workers,
-of one thread each, share the cores: a prefix that is computed again costs everybody time, as on a
-loaded fleet.
+Seven agents play at once, each on its own session of four turns. A session has its own long system
+prompt (tools, task and files together). Each turn adds a short text, like a tool's output, and a
+shorter reply. The sizes keep the proportions of an agent's prompt but not its length, so that two
+cores can play every policy several times. There are as many turns as workers, so a turn that moves
+mostly finds a worker that has never seen its session, as in a fleet of dozens. Longer sessions on
+few workers lose less to random routing, if each worker has room for a copy of them all. The model
+is small, because the results don't depend on its replies. The workers have one thread each and
+share the cores, so a prefix that is computed again delays all of them, as in a loaded fleet.
 
-Every policy is played in three scenes: *enough cache*, where each worker has room for every
-session, *too little cache*, where it has room for an even share of them and no more, and *one
-shared prompt*, where all sessions begin with the same long system prompt. An arm starts cold, with
-engines, gateway and session server of its own, and a round plays all arms once, in shuffled order.
+Every policy plays three scenes. With *enough cache* each worker has room for every session. With
+*too little cache* it has room for an even share of them only. With *one shared prompt* all sessions
+begin with the same long system prompt. An arm starts cold, with its own engines, gateway and
+session server. A round plays all arms once, in shuffled order.
 """
 
 import tempfile
@@ -30,10 +29,10 @@ NAME = "cache"
 TITLE = "The KV cache: pinned sessions against the gateway's other policies"
 
 ROUNDS = 4
-# A quarter of the demo's model: time goes into tokens still, and all arms fit into four minutes.
+# A quarter of the demo's model: tokens still take most of the time, and all arms take four minutes.
 BLOCKS = 2
 LOAD = Load(
-    sessions=7,  # odd: in lockstep on round_robin, an even number can look pinned
+    sessions=7,  # odd: an even number in lockstep on round_robin can look pinned
     turns=4,
     workers=4,
     system_characters=700,
@@ -42,7 +41,7 @@ LOAD = Load(
 )
 QUICK_LOAD = replace(LOAD, sessions=3, turns=3, workers=2, system_characters=400)
 
-# The reach: as much from the cache as can be, and the first token in a third of the time.
+# The targets: nearly all of the allowed share, and the first token in a third of the time.
 LEAST_OF_ALLOWED = 0.99
 MOST_OF_RANDOM = 1 / 3
 
@@ -66,7 +65,7 @@ ENOUGH, LITTLE, SHARED = "enough cache", "too little cache", "one shared prompt"
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A load, the conversations that one worker has room for, and the policies that play it."""
+    """A load, the number of conversations that fit into one worker, and the policies to play."""
 
     name: str
     load: Load
@@ -75,7 +74,7 @@ class Scene:
 
     @property
     def title(self) -> str:
-        """What is played, in numbers; one character is one token."""
+        """The scene in numbers; one character is one token."""
         load = self.load
         whose = "one system prompt for all" if load.shared_prompt else "a system prompt of its own"
         return (
@@ -87,7 +86,7 @@ class Scene:
 
 
 def scenes(load: Load, *, quick: bool) -> tuple[Scene, ...]:
-    """Return what a round plays; ``quick`` leaves out all but the arms of the ratios."""
+    """Return the scenes of a round; ``quick`` keeps only the arms of the ratios."""
     policies = {
         ENOUGH: (PIN, HASHED, KEYLESS, ROUND_ROBIN, RANDOM),
         LITTLE: (PIN, HASHED, UNEVEN, KEYLESS, ROUND_ROBIN, RANDOM),
@@ -104,17 +103,17 @@ def scenes(load: Load, *, quick: bool) -> tuple[Scene, ...]:
 
 
 def allowed_share(turns: Iterable[Turn]) -> float:
-    """Return the most of the later turns' prompt tokens that a cache can give them, 0 to 1.
+    """Return the largest share of the later turns' prompt tokens that a cache can give, 0 to 1.
 
-    A later turn repeats all of the turn before, its prompt and its reply, then adds a text that
-    nobody has computed yet. So at most the tokens of that prompt and that reply can come from a
-    cache, less one: the reply's last token was sampled, but never fed back into the model, so
-    that its keys and values exist nowhere. (Greedy replies are reused as well, because their text
-    gives the same tokens again.) Another session can't add to it, not even one with the same system
-    prompt: the session's own turn before covers that already. A session alone on one of these
-    engines gets exactly this count, on every turn.
+    A later turn repeats the prompt and the reply of the turn before, then adds a new text. So at
+    most the tokens of that prompt and that reply can come from a cache, less one: the reply's last
+    token was sampled but never fed back into the model, so its keys and values don't exist. (Greedy
+    replies are reused as well, because their text gives the same tokens again.) Another session
+    can't add to this, not even one with the same system prompt, because the session's own turn
+    before covers that already. A session alone on one of these engines gets exactly this count on
+    every turn.
 
-    ``turns`` are those of any number of sessions, each session's in the order they were played.
+    ``turns`` are those of any number of sessions, in the order in which each session played them.
     """
     allowed = prompts = 0
     reusable: dict[str, int] = {}
@@ -127,11 +126,11 @@ def allowed_share(turns: Iterable[Turn]) -> float:
 
 
 Round = Mapping[tuple[str, str], Arm]
-"""The arms of a round, each by the name of its scene and its policy."""
+"""The arms of a round, by scene name and policy name."""
 
 
 async def run(progress: Progress, *, quick: bool = False) -> Part:
-    """Play every arm of every round; ``quick`` plays a few of them once, on a smaller load."""
+    """Play every arm of every round; ``quick`` plays a few arms once, on a smaller load."""
     played = scenes(QUICK_LOAD if quick else LOAD, quick=quick)
     with tempfile.TemporaryDirectory(prefix="cache-") as folder:
         model = Path(folder, "model.gguf")
@@ -144,7 +143,7 @@ async def run(progress: Progress, *, quick: bool = False) -> Part:
 
 
 def in_short(scene: Scene, rounds: Sequence[Round]) -> str:
-    """Say what pinned sessions took from the cache in a scene, and others."""
+    """Say what share pinned and random sessions took from the cache in a scene."""
     most = median(allowed_share(arms[scene.name, PIN].turns) for arms in rounds)
     pinned, others = (median(cached(scene, policy, rounds)) for policy in (PIN, RANDOM))
     return (
@@ -156,7 +155,7 @@ def in_short(scene: Scene, rounds: Sequence[Round]) -> str:
 async def play_rounds(
     played: Sequence[Scene], count: int, model: Path, progress: Progress
 ) -> list[Round]:
-    """Play ``count`` rounds, and tell at each turn how far they have come."""
+    """Play ``count`` rounds; report the progress at each turn."""
     arms = {f"{scene.name}, {name}": (scene, name) for scene in played for name in scene.policies}
     turns = sum(scene.load.sessions * scene.load.turns for scene, _ in arms.values())
     done = 0
@@ -198,7 +197,7 @@ def comparison(scene: Scene, rounds: Sequence[Round]) -> Table:
 
 
 def reach(played: Sequence[Scene], rounds: Sequence[Round]) -> Table:
-    """Return what pinning has to reach, a column for each scene; a shared prompt has no limit."""
+    """Return the targets of pinning, a column for each scene; a shared prompt has no limit."""
 
     def of_allowed(scene: Scene) -> Figure:
         arms = [results[scene.name, PIN] for results in rounds]
@@ -225,7 +224,7 @@ def reach(played: Sequence[Scene], rounds: Sequence[Round]) -> Table:
 
 
 def notes(played: Sequence[Scene], rounds: Sequence[Round]) -> Iterator[str]:
-    """Yield how to read the tables, and where pinning did not help or hurt in these rounds."""
+    """Yield how to read the tables, and where pinning gained little or lost in these rounds."""
     yield (
         "The most allowed is what a turn shares with the turn before it, prompt and reply, less the"
         " reply's last token: that one never went through the model. First turns are left out."
@@ -251,7 +250,7 @@ def notes(played: Sequence[Scene], rounds: Sequence[Round]) -> Iterator[str]:
 
 
 def hot_worker(scene: Scene, policy: str, rounds: Sequence[Round]) -> Iterator[str]:
-    """Yield in how many rounds ``policy`` pinned more sessions to a worker than it has room for."""
+    """Yield a note if ``policy`` pinned more sessions to a worker than it has room for."""
     arms = [results[scene.name, policy] for results in rounds]
     hot = [arm for arm in arms if arm.busiest > scene.slots]
     pinned = median(cached(scene, PIN, rounds))
@@ -265,7 +264,7 @@ def hot_worker(scene: Scene, policy: str, rounds: Sequence[Round]) -> Iterator[s
 
 
 def without_key(played: Sequence[Scene], rounds: Sequence[Round]) -> Iterator[str]:
-    """Yield what `cache_aware` did without a key."""
+    """Yield notes on ``cache_aware`` without a key."""
     own, little, shared = played
     if all(
         arm.cached_share >= LEAST_OF_ALLOWED * allowed_share(arm.turns)

@@ -1,4 +1,4 @@
-"""Parts 1 and 3: what an outgoing call costs, with each way to put the key on it."""
+"""Parts 1 and 3: the cost of an outgoing call, with each way to put the key on it."""
 
 import json
 import time
@@ -30,12 +30,12 @@ from .servers import upstream
 NAME = "call"
 TITLE = "An outgoing call"
 
-CALLS = 25  # of one arm in one round
+CALLS = 25  # calls of an arm in a round
 ROUNDS = 500
 SESSION_ID = "rollout-000017"
 BODY = json.dumps({"model": "stub", "messages": [{"role": "user", "content": "Go on."}]}).encode()
 HEADERS = {"Content-Type": "application/json"}
-# A conversation of some 5,000 tokens, which is encoded for the call and whose answer is decoded.
+# A conversation of about 5,000 tokens, so that a call also encodes a body and decodes an answer.
 CONVERSATION = {
     "model": "stub",
     "messages": [
@@ -59,10 +59,10 @@ Call = Callable[[ClientSession, URL, Mapping[str, str]], Awaitable[None]]
 
 
 async def run(progress: Progress, *, quick: bool = False) -> Part:
-    """Measure the CPU time of this process for a call, in arms that are interleaved.
+    """Measure this process's CPU time for a call, in interleaved arms.
 
-    A call is made within a request, which is where a session server makes it: the inbound half has
-    found the session before the clock starts.
+    A call is made within a request, as in a session server. The inbound half finds the session
+    before the clock starts.
     """
     async with upstream() as gateway, AsyncExitStack() as stack:
         rounds = 6 if quick else ROUNDS
@@ -133,7 +133,7 @@ async def _by_hand(request: ClientRequest, handler: ClientHandlerType) -> Client
 async def _server(
     stack: AsyncExitStack, app: web.Application, call: Callable[[], Awaitable[None]]
 ) -> URL:
-    """Run ``app``, which answers with the CPU seconds that one call took within the request."""
+    """Run ``app``; it answers a request with the CPU seconds of one call."""
 
     async def handler(request: web.Request) -> web.Response:
         begin = time.process_time()

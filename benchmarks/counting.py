@@ -1,4 +1,4 @@
-"""How often a piece of work calls the plugin's core: a count that no busy machine changes."""
+"""Count the calls of the plugin's core, a figure that a busy machine doesn't change."""
 
 import sys
 from collections.abc import Awaitable, Callable
@@ -7,13 +7,13 @@ from types import FrameType
 
 import aiohttp_smg_routing
 
-# Its subpackages, ``testing`` and ``verify``, are not part of what a turn costs.
+# A turn doesn't run the subpackages.
 _CORE = {str(file) for file in Path(aiohttp_smg_routing.__file__).parent.glob("*.py")}
 
 
 async def calls_into_plugin(work: Callable[[], Awaitable[object]]) -> int:
     """Return how many calls of the core's functions ``work`` makes, in this process."""
-    # Python reports a coroutine's frame each time it resumes, which is no new call.
+    # A set, because Python reports a coroutine's frame again each time it resumes.
     frames: set[FrameType] = set()
 
     def count(frame: FrameType, event: str, argument: object) -> None:

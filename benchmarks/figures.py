@@ -1,4 +1,4 @@
-"""A figure is what several runs measured: their median and spread, or that they can't tell."""
+"""Figures: the median and spread of several runs, or the verdict that they can't tell."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -17,11 +17,11 @@ _SUFFIXES = {"ratio": "", "share": "%"}
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One number of each run, and what is promised of it.
+    """A number from each run, and the limit that it must keep.
 
-    ``at_most`` or ``at_least`` is the limit that the median has to keep. ``precision``, for a
-    figure without a limit, is the widest spread, as a share of the median, with which it still
-    says something; None where the spread is a finding of its own.
+    ``at_most`` or ``at_least`` is the limit for the median. ``precision`` is for a figure without a
+    limit: the widest spread, as a share of the median, at which the figure is still meaningful. It
+    is None if the spread is itself a result.
     """
 
     runs: tuple[float, ...]
@@ -37,9 +37,9 @@ class Figure:
 
     @property
     def spread(self) -> tuple[float, float]:
-        """The 95 % confidence interval of the median; of fewer than six runs, their extremes.
+        """The 95 % confidence interval of the median, or the extremes of fewer than six runs.
 
-        It comes from the order of the runs alone, so that it holds however they are distributed.
+        It depends only on the order of the runs, so it holds for any distribution.
         """
         ordered = sorted(self.runs)
         outside = _runs_outside(len(ordered))
@@ -57,7 +57,7 @@ class Figure:
 
     @property
     def verdict(self) -> Verdict:
-        """What the runs say of the limit; empty where there is none and the figure is clear."""
+        """What the runs show about the limit; empty if there is none and the figure is clear."""
         if not self.is_clear:
             return "too noisy to tell"
         if self.at_most is not None:
@@ -86,8 +86,8 @@ class Figure:
 
 @cache
 def _runs_outside(count: int) -> int:
-    """Return how many runs may be left out on each side of a 95 % interval of the median."""
-    # Of the 2**count ways to lie on one side of the median or the other: how many have so few here.
+    """Return how many runs on each side lie outside a 95 % interval of the median."""
+    # Each run is on one side of the median: of the 2**count ways, how many have so few on a side?
     ways = term = 1
     outside = 0
     while 2 * ways / 2**count <= 1 - _CONFIDENCE:
@@ -99,7 +99,7 @@ def _runs_outside(count: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows of one comparison; a cell is a figure, or a text that needs no measurement."""
+    """Rows of one comparison; a cell is a figure or a text."""
 
     title: str
     columns: tuple[str, ...]
@@ -108,30 +108,33 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one part of the benchmark measured: its tables, and a sentence on how to read each."""
+    """The results of one part of the benchmark: its tables, and notes on how to read them."""
 
     name: str
     title: str
     tables: tuple[Table, ...]
     notes: tuple[str, ...] = ()
     headline: str = ""
-    """What a reader with one minute wants to know, in a sentence."""
+    """The main result in a sentence, for a reader with one minute."""
 
 
 Progress = Callable[[float, str], None]
-"""Called with the share of a part that is done, 0 to 1, and what it is at."""
+"""Called with the share of a part that is done, 0 to 1, and the current step."""
 
 
 def step(progress: Progress, begin: float, share: float, what: str) -> Callable[[float], None]:
-    """Return what tells ``progress`` of a stretch that begins there and is that share of a part."""
+    """Return a function that reports the progress of a step of a part.
+
+    The step begins at ``begin`` and is ``share`` of the part, both 0 to 1.
+    """
     return lambda done: progress(begin + share * done, what)
 
 
 def ratios(rounds: Sequence[Mapping[str, float]], arm: str, base: str) -> tuple[float, ...]:
-    """Return what ``arm`` cost as a multiple of ``base``, for each round."""
+    """Return the cost of ``arm`` as a multiple of the cost of ``base``, for each round."""
     return tuple(costs[arm] / costs[base] for costs in rounds)
 
 
 def shuffled(arms: Sequence[str]) -> list[str]:
-    """Return the order in which a round takes its arms: no arm always follows the same one."""
+    """Return the arms in random order, so that no arm always follows the same one."""
     return random.sample(arms, len(arms))

@@ -1,4 +1,4 @@
-"""Part 5: what a turn and a session cost when a million sessions are known, or nothing is on."""
+"""Part 5: the cost of a turn and a session with a million known sessions, or while disabled."""
 
 import gc
 import random
@@ -27,17 +27,17 @@ NAME = "growth"
 TITLE = "Many sessions, and a plugin that is off"
 
 KNOWN = (100, 10_000, 1_000_000)
-# 175,000: the ledger's table has just grown, and each session's share of it is largest.
+# At 175,000 the ledger's table has just grown, so each session's share of it is largest.
 TRACKED = (10_000, 175_000)
 CALLS, ROUNDS = 25, 150
 BYTES_AT_MOST = 400
-CALLS_AT_MOST = 12  # of the core's functions, in a proxied turn
+CALLS_AT_MOST = 12  # calls of the core's functions in a proxied turn
 
 _CLIENT = web.AppKey("client_session", ClientSession)
 
 
 async def run(progress: Progress, *, quick: bool = False) -> Part:
-    """Measure in this process; the upstream is another one."""
+    """Measure in this process; the upstream runs in another."""
     known = KNOWN[:2] if quick else KNOWN
     rounds = 6 if quick else ROUNDS
     async with upstream() as gateway:
@@ -101,7 +101,7 @@ def _ids(count: int) -> list[str]:
 
 
 def _known_to(gateway: URL, ids: list[str], workers: list[str], turns: int) -> Routing:
-    """Return a routing whose ledger knows the sessions, each after so many turns."""
+    """Return a routing whose ledger knows ``turns`` turns of each session."""
     routing = Routing(RoutingConfig(gateway, track_sessions=len(ids)))
     calls = Calls(routing)
     for _ in range(turns):
@@ -114,7 +114,7 @@ def _known_to(gateway: URL, ids: list[str], workers: list[str], turns: int) -> R
 async def _known(
     gateway: URL, known: tuple[int, ...], rounds: int, told: Callable[[float], None]
 ) -> list[dict[str, float]]:
-    """Return the CPU seconds of a call in a ledger that knows so many sessions."""
+    """Return the CPU seconds of a call, for ledgers that know so many sessions."""
     async with AsyncExitStack() as stack:
         arms: dict[str, Arm] = {}
         for number in known:
@@ -135,7 +135,7 @@ async def _calls(session: ClientSession, url: URL, ids: list[str]) -> float:
 
 
 def bytes_per_session(tracked: int) -> float:
-    """Return what the ledger's memory is, as Python allocates it, for each tracked session."""
+    """Return the bytes that Python allocates in the ledger for each tracked session."""
     gc.collect()
     tracemalloc.start()
     try:
@@ -170,7 +170,7 @@ def _app(gateway: URL, arm: str) -> web.Application:
 async def _disabled(
     gateway: URL, rounds: int, told: Callable[[float], None]
 ) -> list[dict[str, float]]:
-    """Return the CPU seconds of a turn, agent and session server together."""
+    """Return the CPU seconds of a turn, for agent and session server together."""
     async with AsyncExitStack() as stack:
         agent = await stack.enter_async_context(ClientSession())
         arms: dict[str, Arm] = {}
@@ -188,7 +188,7 @@ async def _turns(agent: ClientSession, url: URL) -> float:
 
 
 async def _calls_of_a_turn(gateway: URL, arm: str) -> int:
-    """Return how many calls of the plugin's functions a turn makes, once all is warm."""
+    """Return how many calls of the plugin's functions a turn makes, after a warm-up."""
     async with AsyncExitStack() as stack:
         agent = await stack.enter_async_context(ClientSession())
         url = await stack.enter_async_context(serve(_app(gateway, arm))) / "sessions/s-1"

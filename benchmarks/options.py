@@ -1,4 +1,4 @@
-"""Checks the options of the command lines."""
+"""Check the options of the command lines."""
 
 import os
 from math import isnan
@@ -11,10 +11,10 @@ FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 class Range(click.FloatRange):
-    """A range of numbers without ``nan``, which is in any range."""
+    """A range of numbers that excludes ``nan``, which click accepts in any range."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the number, or fail."""
+        """Return the number, or fail if it is ``nan``."""
         number = super().convert(value, param, ctx)
         if isnan(number):
             self.fail("it is no number.", param, ctx)
@@ -22,7 +22,7 @@ class Range(click.FloatRange):
 
 
 def output_file(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
-    """Refuse a file that can't be written, before the run and not after it."""
+    """Refuse a file that can't be written, before the run instead of after it."""
     if value is not None:
         place = value if value.exists() else value.parent
         if value.is_dir() or not os.access(place, os.W_OK):  # Path("") is a folder too
@@ -31,7 +31,7 @@ def output_file(ctx: click.Context, param: click.Parameter, value: Path | None) 
 
 
 def picture_file(ctx: click.Context, param: click.Parameter, value: Path) -> Path | None:
-    """Refuse also a file whose name ends in neither ``.svg`` nor ``.png``."""
+    """Also refuse a file whose name ends in neither ``.svg`` nor ``.png``."""
     if value.suffix not in (".svg", ".png"):
         raise click.BadParameter(f"{str(value)!r} ends neither in .svg nor in .png.")
     return output_file(ctx, param, value)

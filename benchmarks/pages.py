@@ -38,7 +38,7 @@ SHOWN = ("CPU", "system", "Python", "aiohttp", "smg")
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """What a command made."""
+    """The output of a command."""
 
     text: str
     pictures: dict[str, bytes]
@@ -46,7 +46,7 @@ class Output:
     """The command, the commit and the machine, in one line."""
 
     def section(self, heading: str | None) -> str:
-        """Return what stands under a heading, or all of it. Raises ``ValueError``."""
+        """Return the text under a heading, or all of it. Raises ``ValueError``."""
         if heading is None:
             return self.text.strip()
         found = re.search(rf"^(#+) {re.escape(heading)}$\n", self.text, re.MULTILINE)
@@ -59,7 +59,7 @@ class Output:
 
 
 def commands(page: Path) -> list[str]:
-    """Return the commands of a page's blocks. Raises ``ValueError`` where a block is broken."""
+    """Return the commands of a page's blocks. Raises ``ValueError`` if a block is broken."""
     text = page.read_text("utf-8")
     found = [block[1] for block in BLOCK.finditer(text)]
     if not text.count(BEGIN.strip()) == text.count(END) == len(found):
@@ -71,7 +71,7 @@ def commands(page: Path) -> list[str]:
 
 
 def program(command: str) -> list[str]:
-    """Return what to run. Raises ``ValueError`` where there is no such module or file."""
+    """Return the program to run. Raises ``ValueError`` if there is no such module or file."""
     name, *words = shlex.split(command)
     if name == "python" and words[:1] == ["-m"] and _is_module(words[1]):
         return [sys.executable, *words]
@@ -86,7 +86,7 @@ def _is_module(name: str) -> bool:
 
 
 def commit() -> str:
-    """Return the commit of the code that runs, and whether it was changed since."""
+    """Return the commit of the code that runs, and whether files have changed since."""
 
     def git(*words: str) -> str:
         argv = ("git", "-C", str(ROOT), *words)
@@ -99,9 +99,9 @@ def commit() -> str:
 
 
 def run(command: str) -> Output:
-    """Run a command and show what it prints. Raises ``ValueError`` where it fails."""
+    """Run a command and show its output. Raises ``ValueError`` if it fails."""
     code, begin = commit(), time.monotonic()
-    # Wide, because a table that is broken into lines is none in Markdown.
+    # Wide, because wrapped lines would break a table in Markdown.
     env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "PYTHONUNBUFFERED": "1"}
     with TemporaryDirectory() as name:
         folder, lines = Path(name), []
@@ -113,7 +113,7 @@ def run(command: str) -> Output:
                     print(line, end="", flush=True)
                     lines.append(line)
             except BaseException:
-                process.terminate()  # it ends what it has started
+                process.terminate()  # it ends its own child processes
                 raise
         if process.returncode:
             raise ValueError(f"it ended with status {process.returncode}")
@@ -128,7 +128,7 @@ def run(command: str) -> Output:
 
 
 def renew(command: str, pages: Iterable[Path]) -> None:
-    """Run a command, then write its blocks on all pages. Raises ``ValueError`` where it fails."""
+    """Run a command, then write its blocks on all pages. Raises ``ValueError`` if it fails."""
     output = run(command)
 
     def renewed(block: re.Match[str]) -> str:
@@ -146,14 +146,14 @@ def renew(command: str, pages: Iterable[Path]) -> None:
 
 
 def _write(file: Path, content: bytes) -> None:
-    """Replace a file: nobody finds half of it."""
+    """Replace a file at once, so that nobody reads half of it."""
     beside = file.with_name(f".{file.name}")
     beside.write_bytes(content)
     beside.replace(file)
 
 
 def find(chosen: Sequence[Path]) -> dict[str, list[Path]]:
-    """Return each command on a chosen page, and all pages that it has a block on."""
+    """Return each command on a chosen page, with all pages that have a block of it."""
     every = {*chosen, Path("README.md"), *Path("docs").glob("*.md")}
     named = {page: commands(page) for page in sorted(every) if page.exists() or page in chosen}
     wanted = dict.fromkeys(each for page in chosen or named for each in named[page])
@@ -163,7 +163,7 @@ def find(chosen: Sequence[Path]) -> dict[str, list[Path]]:
 
 
 def failures(found: dict[str, list[Path]]) -> Iterator[str]:
-    """Renew command by command; yield what failed, and which pages are as they were."""
+    """Renew the blocks of each command; yield each failure and the pages that it left unchanged."""
     for command, pages in found.items():
         names = ", ".join(map(str, pages))
         print(f"{names}: {command}", flush=True)
@@ -177,7 +177,7 @@ def failures(found: dict[str, list[Path]]) -> Iterator[str]:
 
 
 def main() -> int:
-    """Do what the command line asks for; return the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.pages", description=__doc__)
     parser.add_argument("pages", nargs="*", metavar="PAGE", type=Path, help="all by default")
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""The picture: a panel for each comparison, a dot for each median, a line for its spread."""
+"""Draw the picture: a panel for each comparison, a dot for each median, a line for its spread."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,24 +15,24 @@ from .figures import Figure, Part, Table, Unit
 from .report import limit
 from .style import FAINT, INK, STYLE
 
-# Okabe and Ito's colours: they stay apart for colour-blind eyes. A marker goes with each.
+# Okabe and Ito's colours, which colour-blind people can tell apart. Each has its own marker.
 _SERIES = (
     *(("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "D"), ("#CC79A7", "^")),
     *(("#E69F00", "v"), ("#56B4E9", "P")),
 )
 _TICKS: Mapping[Unit, str] = {"ratio": "{:g}", "share": "{:g} %", "s": "{:g} s", "bytes": "{:,g} B"}
-"""The units that are drawn. CPU times are the machine's own, and counts are in the tables."""
+"""The units to draw. CPU times depend on the machine, and counts are in the tables."""
 _NOT_DRAWN = ("wall time",)
-"""Columns that are not drawn, only in the tables: they would fill the axis of the first tokens."""
+"""Columns that only the tables have: they would dominate the axis of the first tokens."""
 
-_COLUMN_WIDTH, _AXES_LEFT, _AXES_WIDTH = 6.4, 2.1, 4.1  # inches, as all that follow
+_COLUMN_WIDTH, _AXES_LEFT, _AXES_WIDTH = 6.4, 2.1, 4.1  # inches, like the sizes below
 _SERIES_HEIGHT, _LINE_HEIGHT, _HEAD, _FOOT = 0.17, 0.155, 0.42, 0.72
 _LABEL_CHARACTERS, _TITLE_CHARACTERS = 32, 84
 
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """The figures of one table that have one unit: a line for each row that has any."""
+    """The figures of a table that have the same unit, one line for each row with any."""
 
     part: str
     title: str
@@ -52,23 +52,23 @@ class Panel:
 
     @property
     def head(self) -> float:
-        """Inches above the axes."""
+        """The height above the axes, in inches."""
         return _HEAD + _LINE_HEIGHT * len(self.titles)
 
     @property
     def axes(self) -> float:
-        """Inches of the axes."""
+        """The height of the axes, in inches."""
         lines = _LINE_HEIGHT * max(map(len, self.labels))
         return len(self.rows) * (0.1 + max(lines, _SERIES_HEIGHT * len(self.series)))
 
     @property
     def height(self) -> float:
-        """Inches of all of it."""
+        """The height of the panel, in inches."""
         return self.head + self.axes + _FOOT
 
 
 def panels(parts: Sequence[Part]) -> list[Panel]:
-    """Return what there is to draw of ``parts``: those that ran, whichever they are."""
+    """Return the panels of the parts that ran."""
     return [panel for part in parts for table in part.tables for panel in _panels(part, table)]
 
 
@@ -89,7 +89,7 @@ def _panels(part: Part, table: Table) -> Iterator[Panel]:
 
 
 def draw(parts: Sequence[Part], file: Path) -> None:
-    """Draw the picture into ``file``, as its suffix says: ``.svg`` or ``.png``."""
+    """Draw the picture into ``file``, in the format of its suffix: ``.svg`` or ``.png``."""
     columns = _columns(panels(parts))
     width, height = _COLUMN_WIDTH * len(columns), max(map(_height, columns)) or 1
     with rc_context(STYLE):
@@ -105,7 +105,7 @@ def draw(parts: Sequence[Part], file: Path) -> None:
 
 
 def _columns(drawn: Sequence[Panel]) -> list[list[Panel]]:
-    """Return two columns of about one height, to be read one after the other."""
+    """Return the panels in two columns of about the same height."""
     columns: list[list[Panel]] = [[], []]
     for panel in drawn:
         left_is_full = _height(columns[0]) + panel.height / 2 > _height(drawn) / 2
@@ -155,7 +155,7 @@ def _draw(axes: Axes, panel: Panel) -> None:
 
 
 def _figure(axes: Axes, figure: Figure, y: float, height: float, colour: str, marker: str) -> None:
-    """Draw the spread, the median (hollow where the runs don't agree) and the limit."""
+    """Draw the spread, the median (hollow if the runs don't agree) and the limit."""
     low, high = figure.spread
     axes.plot((low, high), (y, y), color=colour, linewidth=2.2, solid_capstyle="butt", alpha=0.55)
     fill_colour = colour if figure.is_clear else "white"

@@ -1,6 +1,6 @@
-"""What ``verify`` prints and draws of a gateway that pins, before real engines.
+"""Show what ``verify`` prints and draws for a gateway that pins, with real engines.
 
-docs/verify.md has it. Options are those of ``verify``.
+The output is for docs/verify.md. The options are those of ``verify``.
 
 python -m benchmarks.pins [OPTION ...]
 """
@@ -18,7 +18,7 @@ from harness.engines import engines, write_model
 WORKERS = 3
 SLOTS, CONTEXT, BLOCKS = 24, 2048, 2
 LAUNCH = ("--assignment-mode", "min_group")
-OPTIONS = ("--concurrency", "2")  # more would wait for the two cores
+OPTIONS = ("--concurrency", "2")  # two cores can't serve more
 PICTURE = "pins.svg"
 
 
@@ -35,7 +35,7 @@ async def main(options: Sequence[str]) -> int:
 
 
 async def verify(smg: SmgGateway, options: Sequence[str]) -> int:
-    """Run ``verify`` on the gateway and print what it prints; return its exit status."""
+    """Run ``verify`` on the gateway and print its output as Markdown; return its exit status."""
     where = ("verify", str(smg.url), "--metrics", str(smg.metrics_url))
     argv = (sys.executable, "-m", "aiohttp_smg_routing", *where, *options, "--plot", PICTURE)
     process = await asyncio.create_subprocess_exec(*argv, stdout=PIPE)

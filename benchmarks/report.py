@@ -1,4 +1,4 @@
-"""What the user reads when it is over: tables, the same as Markdown, and all of it as JSON."""
+"""The report of a run: tables on the terminal, the same as Markdown, and everything as JSON."""
 
 import json
 import os
@@ -29,7 +29,7 @@ _COLOURS: Mapping[Verdict, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What a whole run of the benchmark measured, where, when and in what time."""
+    """The results of a run of the benchmark, with the machine, the date and the time it took."""
 
     parts: tuple[Part, ...]
     seconds: Mapping[str, float]
@@ -39,7 +39,7 @@ class Results:
 
     @property
     def figures(self) -> Iterator[tuple[str, Figure]]:
-        """Each figure with a limit, and where it stands."""
+        """Each figure with a limit, and its place in the tables."""
         for part in self.parts:
             for table in part.tables:
                 for row in table.rows:
@@ -48,12 +48,12 @@ class Results:
                             yield f"{part.name}: {row[0]}, {column}", cell
 
     def with_verdict(self, verdict: Verdict) -> list[str]:
-        """Return where the figures with that verdict stand."""
+        """Return the places of the figures with that verdict."""
         return [place for place, figure in self.figures if figure.verdict == verdict]
 
 
 def machine() -> dict[str, str]:
-    """Describe what all this is measured on and with."""
+    """Describe the machine and the versions of the software."""
     described = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "CPU": f"{_cpu_model()}, {os.cpu_count()} cores",
@@ -78,7 +78,7 @@ def _cpu_model() -> str:
 
 
 def limit(figure: Figure) -> str:
-    """Return the limit of a figure: ``≤ 1.05``; empty where it has none."""
+    """Return the limit of a figure, such as ``≤ 1.05``; empty if it has none."""
     for sign, bound in (("≤", figure.at_most), ("≥", figure.at_least)):
         if bound is not None:
             percent = figure.unit == "share"
@@ -88,12 +88,12 @@ def limit(figure: Figure) -> str:
 
 
 def verdict_of(figure: Figure) -> str:
-    """Return the limit and whether it is kept: ``≤ 1.05: reached``; empty where it has none."""
+    """Return the limit with the verdict, such as ``≤ 1.05: reached``; empty if it has none."""
     return f"{limit(figure)}: {figure.verdict}" if limit(figure) else ""
 
 
 def show(results: Results, console: Console) -> None:
-    """Print a table for each table of each part, what was missed, and the machine."""
+    """Print the tables of each part, the missed limits and the machine."""
     for part in results.parts:
         console.print(Text(f"\n{part.title}", "bold"))
         if part.headline:
@@ -111,7 +111,7 @@ def show(results: Results, console: Console) -> None:
 
 
 def _print(console: Console, text: str) -> None:
-    # Wrapped here, because rich leaves blanks at the ends of lines.
+    # Wrapped here, because rich would leave blanks at the ends of lines.
     console.print(Text(fill(text, console.width, break_on_hyphens=False)), soft_wrap=True)
 
 
@@ -132,7 +132,7 @@ def _rich_cell(cell: str | Figure) -> Text:
 
 
 def conclusion(results: Results) -> list[str]:
-    """Say in sentences what was reached, what was missed and what nobody can tell."""
+    """Say which limits were reached, which were missed, and which figures are too noisy."""
     lines = []
     if results.quick:
         lines.append("A quick run: it shows that all of it works, and its figures mean nothing.")
@@ -187,7 +187,7 @@ def _markdown_cell(cell: str | Figure) -> str:
 
 
 def write_json(results: Results, file: Path) -> None:
-    """Write everything that was measured, each run of each figure too. Raises ``OSError``."""
+    """Write all results, with each run of each figure. Raises ``OSError``."""
     document = {
         "machine": dict(results.machine),
         "quick": results.quick,

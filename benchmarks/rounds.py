@@ -1,4 +1,4 @@
-"""Rounds: in each one every arm works once, in a new order, so that all meet the same machine."""
+"""Rounds: each runs every arm once in a new order, so all arms have the same conditions."""
 
 import gc
 import os
@@ -14,19 +14,19 @@ async def interleave(
     rounds: int,
     step: Callable[[float], None],
 ) -> list[dict[str, float]]:
-    """Run every arm once in each of ``rounds`` rounds; return what each cost in each round.
+    """Run every arm once in each of ``rounds`` rounds; return the cost of each arm in each round.
 
-    An arm does a short chunk of work and returns its cost: CPU seconds of the process under test
-    for a unit of work. One chunk of each comes first and doesn't count. ``step`` is called with
-    the share of the rounds that are done, 0 to 1.
+    An arm does a short chunk of work and returns its cost: the CPU seconds of the process under
+    test for a unit of work. A first chunk of each arm doesn't count. ``step`` is called with the
+    share of the rounds that are done, 0 to 1.
 
-    Many short rounds tell more than a few long ones: a disturbance then hits all arms of a round,
-    or only one round of hundreds, which does not change the median.
+    Many short rounds tell more than a few long ones. A disturbance then hits all arms of a round,
+    or one round of hundreds, which doesn't change the median.
     """
     for arm in shuffled(list(arms)):
         await arms[arm]()
-    # The collector would scan the objects that exist now in one arm's chunk and not in another's.
-    # It stays on, because an arm has to pay for the objects that it makes.
+    # Otherwise the collector would scan the objects that exist now during one arm and not another.
+    # It stays on, because an arm must pay for the objects that it makes.
     gc.collect()
     gc.freeze()
     try:
@@ -40,7 +40,7 @@ async def interleave(
 
 
 def added_up(rounds: Sequence[Mapping[str, float]], count: int) -> list[dict[str, float]]:
-    """Add up each ``count`` rounds in a row, which make a whole of ``count`` short pieces."""
+    """Add up the costs of each ``count`` successive rounds."""
     return [
         {arm: sum(costs[arm] for costs in rounds[begin : begin + count]) for arm in rounds[begin]}
         for begin in range(0, len(rounds), count)
@@ -49,10 +49,10 @@ def added_up(rounds: Sequence[Mapping[str, float]], count: int) -> list[dict[str
 
 @contextmanager
 def on_one_cpu() -> Iterator[None]:
-    """Keep this process, and those that it starts meanwhile, on one CPU, where the system can.
+    """Keep this process, and those that it starts in the block, on one CPU. Linux only.
 
-    Otherwise processes that take turns are woken on another CPU, whose caches are cold: that makes
-    half of the noise of a stream.
+    Otherwise processes that take turns are woken on another CPU with cold caches, which causes half
+    of the noise of a stream.
     """
     if sys.platform != "linux":
         yield

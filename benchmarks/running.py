@@ -1,4 +1,4 @@
-"""Runs parts one after the other, shows how far they are, and writes what they measured."""
+"""Run parts one after the other, show their progress, and write their results."""
 
 import asyncio
 import sys
@@ -22,15 +22,15 @@ from .report import Results, machine, markdown, show, write_json
 
 FAILED = 1
 REFRESH_SECONDS = 0.2
-WIDTH = 100  # of what goes into a file
+WIDTH = 100  # characters of a line in a file
 
 Measure = Callable[[Progress], Awaitable[Part]]
 Load = Callable[[], tuple[str, Measure]]
-"""Returns the title of a part, and what measures it."""
+"""Returns the title of a part, and the function that measures it."""
 
 
 class Draw(Protocol):
-    """Draws a picture of what was measured into a file."""
+    """Draws a picture of the results into a file."""
 
     def __call__(self, parts: Sequence[Part], file: Path) -> None:
         """Draw."""
@@ -38,26 +38,26 @@ class Draw(Protocol):
 
 @dataclass(slots=True)
 class Run:
-    """A run of the benchmark: what it is to do, and what it has measured so far."""
+    """A run of the benchmark: its parts, and their results so far."""
 
     loads: Mapping[str, Load]
-    """Its parts by name. A part is loaded when it begins."""
+    """The parts by name. A part is loaded when it begins."""
 
     quick: bool
     parts: dict[str, Part] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     async def work(self, console: Console) -> None:
-        """Measure part by part. A file gets a line for each, a terminal gets bars."""
+        """Measure part by part. A terminal gets bars, a file gets lines."""
         columns = TextColumn("{task.percentage:>3.0f} %"), TextColumn("{task.fields[state]}")
-        # No refresh from a thread: this process's CPU time is measured, and would include it.
+        # No refresh from a thread, because it would count in this process's CPU time.
         with tables.bars(console, *columns, auto_refresh=False) as bars:
             waiting = {
                 name: bars.add_task(f"{name:8}", start=False, total=1, state="")
                 for name in self.loads
             }
             for name, bar in waiting.items():
-                # Imported only now, so that the imports of one part do not disturb another.
+                # Imported only now, so that the imports of one part don't disturb another.
                 title, measure = self.loads[name]()
                 bars.start_task(bar)
                 shown = Shown(console, bars, bar, name)
@@ -69,13 +69,13 @@ class Run:
 
     @property
     def results(self) -> Results:
-        """What has been measured so far."""
+        """The results so far."""
         return Results(tuple(self.parts.values()), self.seconds, machine(), self.quick)
 
 
 @dataclass(slots=True)
 class Shown:
-    """The progress of a part: its bar, or in a file a line for each new thing that it is at."""
+    """The progress of a part: a bar on a terminal, or a line in a file for each step."""
 
     console: Console
     bars: Bars
@@ -85,7 +85,7 @@ class Shown:
     refreshed: float = 0
 
     def __call__(self, share: float, state: str) -> None:
-        """Show how far the part is, 0 to 1, and what it is at."""
+        """Show the share that is done, 0 to 1, and the current step."""
         self.bars.update(self.bar, completed=share, state=state)
         now = time.monotonic()
         if now - self.refreshed > REFRESH_SECONDS or state != self.state:
@@ -105,9 +105,9 @@ def measure(
     draw: Draw,
     width: int = WIDTH,
 ) -> None:
-    """Measure, show the results, and write the files; leave with the exit status.
+    """Measure, show the results and write the files; exit with the status.
 
-    ``width`` is how many characters a line has where there is no terminal.
+    ``width`` is the number of characters in a line if there is no terminal.
     """
     console = tables.console()
     if not console.is_terminal:
@@ -122,7 +122,7 @@ def measure(
     if stopped_by:
         print(f"Stopped by {stopped_by.name}; all processes are gone.", file=sys.stderr)
         sys.exit(128 + stopped_by)
-    if run.parts:  # what was measured before a failure is worth reading
+    if run.parts:  # keep the results from before a failure
         show(run.results, console)
         files = json_file, picture, markdown_file
         _write(run.results, draw, *files)

@@ -1,6 +1,6 @@
-"""What many sessions cost a gateway, how they spread, and what moves, as Markdown.
+"""Measure what many sessions cost a gateway, how they spread, and how many move.
 
-docs/scaling.md has it.
+It prints Markdown for docs/scaling.md.
 
 python -m benchmarks.scaling [--quick]
 """
@@ -25,7 +25,7 @@ from .report import machine
 from .servers import stub_workers
 
 WORKERS = 8
-STEPS, STEP = 10, 5_000  # keys for the memory
+STEPS, STEP = 10, 5_000  # for memory(): steps, and keys in each
 SESSIONS, TURNS = 2_000, 4
 AT_ONCE = 32
 MILLION = 10**6
@@ -41,7 +41,7 @@ SPREADS = (
 async def play(
     gateways: Sequence[SmgGateway], keys: Iterable[str], *, at_once: int = AT_ONCE
 ) -> dict[str, str]:
-    """Play one turn of each session, the gateways taking turns; return the workers."""
+    """Play one turn of each session; the gateways take turns. Return each session's worker."""
     found: dict[str, str] = {}
     calls = zip(keys, cycle(gateway.url for gateway in gateways), strict=False)
 
@@ -59,7 +59,7 @@ async def play(
 
 
 def resident(gateway: SmgGateway) -> int:
-    """Return how many bytes of memory the gateway's process holds."""
+    """Return the resident memory of the gateway's process, in bytes."""
     held = memory_of(gateway.process.pid)
     if held is None:
         raise RuntimeError("this system does not tell what memory a process holds")
@@ -67,14 +67,14 @@ def resident(gateway: SmgGateway) -> int:
 
 
 def names(count: int, first: int = 0) -> list[str]:
-    """Return keys of the length of a UUID."""
+    """Return new keys, each as long as a UUID."""
     return [f"{number:036}" for number in range(first, first + count)]
 
 
 async def memory(urls: Sequence[URL], step: int) -> None:
-    """Print what a pinned key costs the gateway, beside as many calls of keys that it knows."""
+    """Print the gateway's memory for a new key, and for as many calls with known keys."""
     async with smg_gateway(urls, policy="manual") as gateway:
-        await play([gateway], names(step))  # connections, threads and buffers are there by now
+        await play([gateway], names(step))  # warm-up: makes connections, threads and buffers
         known = [resident(gateway)]
         for _ in range(STEPS):
             await play([gateway], names(step))
@@ -98,7 +98,7 @@ async def memory(urls: Sequence[URL], step: int) -> None:
 async def spread(
     urls: Sequence[URL], sessions: int, launched: Sequence[tuple[str, Sequence[str]]] = SPREADS
 ) -> None:
-    """Print how many sessions a worker gets, by policy, opened one by one or many at once."""
+    """Print how many sessions a worker gets, by policy, if opened one by one or many at once."""
     for policy, args in launched:
         for at_once in (1, AT_ONCE):
             async with smg_gateway(urls, policy=policy, args=args) as gateway:
@@ -110,7 +110,7 @@ async def spread(
 
 
 async def split(urls: Sequence[URL], sessions: int) -> None:
-    """Print how many sessions two gateways that take turns bring to several workers."""
+    """Print how many sessions come to several workers if two gateways take turns."""
     last = "came to several workers"
     heading("Two gateways in turn", f"of {sessions:,} sessions of {TURNS} turns", last)
     for policy in ("manual", "consistent_hashing"):
@@ -124,7 +124,7 @@ async def split(urls: Sequence[URL], sessions: int) -> None:
 
 
 async def restarts(urls: Sequence[URL], sessions: int) -> None:
-    """Print how many sessions move when a gateway starts again, or has other workers."""
+    """Print how many sessions move when a gateway restarts with the same or other workers."""
     keys = names(sessions)
 
     async def found(policy: str, workers: Sequence[URL]) -> Mapping[str, str]:
@@ -166,14 +166,14 @@ def row(*cells: str) -> None:
 
 
 async def main(quick: bool) -> None:
-    """Measure all of it."""
+    """Measure and print everything."""
     sessions, step = (200, 200) if quick else (SESSIONS, STEP)
     async with stub_workers(WORKERS) as workers:
         await memory(workers.urls, step)
         columns = ("sessions", "at once", "on a worker", "fullest / mean")
         heading("Spread", f"{WORKERS} workers", *columns)
         await spread(workers.urls, sessions)
-        await spread(workers.urls, 20 * sessions, SPREADS[-1:])  # is it the keys, or the ring?
+        await spread(workers.urls, 20 * sessions, SPREADS[-1:])  # is the ring itself uneven?
         await split(workers.urls, sessions)
         await restarts(workers.urls, sessions)
     if quick:

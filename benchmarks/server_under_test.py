@@ -1,8 +1,7 @@
-"""The session server under test, a process of its own.
+"""The session server under test, in its own process.
 
-It is either whole, which is the one in ``examples/``, or the barest proxy there could be. One
-process has all its arms, each on a port of its own, so that all arms run under the same
-conditions.
+It is either the whole server of ``examples/`` or the barest proxy possible. One process runs all
+arms, each on its own port, so that all have the same conditions.
 """
 
 import asyncio
@@ -29,7 +28,7 @@ Loop = Literal["asyncio", "uvloop"]
 Kind = Literal["whole", "barest"]
 Arm = Literal[
     "nothing",  # no key
-    "by hand",  # the barest proxy passes the key in headers=; to the whole one the agent sends it
+    "by hand",  # the barest proxy sets headers=; for the whole server the agent sends the key
     "floor",  # by hand, with a middleware and a TraceConfig that do nothing
     "plugin",
 ]
@@ -42,7 +41,7 @@ _CLIENT = web.AppKey("client_session", aiohttp.ClientSession)
 
 @dataclass(frozen=True, slots=True)
 class ServerUnderTest:
-    """A session server in another process: where each of its arms listens."""
+    """A session server in another process, with the URL of each arm."""
 
     urls: dict[Arm, URL]
     reader: asyncio.StreamReader
@@ -58,9 +57,9 @@ class ServerUnderTest:
 async def server_under_test(
     gateway: URL, arms: Sequence[Arm], *, kind: Kind = "barest", loop: Loop = "asyncio"
 ) -> AsyncIterator[ServerUnderTest]:
-    """Run a session server before ``gateway``, with all ``arms``; enter the block once they listen.
+    """Run a session server with all ``arms``; enter the block once they listen.
 
-    An arm answers ``POST /sessions/{session_id}/v1/chat/completions``; the whole server wants
+    An arm answers ``POST /sessions/{session_id}/v1/chat/completions``; the whole server requires
     ``POST /sessions`` before that.
     """
     control, *free = free_ports(1 + len(arms))
@@ -106,7 +105,7 @@ def whole_app(gateway: URL, arm: Arm) -> web.Application:
 
 
 def barest_app(gateway: URL, arm: Arm) -> web.Application:
-    """Return a proxy that reads nothing of what it passes on, and keeps nothing."""
+    """Return a proxy that passes on bodies without parsing or keeping them."""
     chat = gateway / CHAT
     by_hand = arm in ("by hand", "floor")
     app = web.Application()
@@ -156,11 +155,11 @@ async def _pass_through(request: web.Request, handler: Handler) -> web.StreamRes
 
 
 class _Control(asyncio.Protocol):
-    """Tells the CPU time of this process to whoever asks, for next to none of it."""
+    """Answers any data with the CPU time of this process, and uses almost none for it."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport."""
-        self._transport = cast("asyncio.Transport", transport)  # uvloop's own kind is no subclass
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass
 
     def data_received(self, data: bytes) -> None:
         """Answer."""
@@ -181,7 +180,7 @@ async def _run(gateway: str, ports: dict[Arm, int], control: int, kind: Kind) ->
 
 
 def main(loop: Loop, gateway: str, ports: dict[Arm, int], control: int, kind: Kind) -> None:
-    """Be the other process, until it is killed."""
+    """Run the session server in this process until it is killed."""
     if loop == "uvloop":
         import uvloop
 

@@ -1,6 +1,6 @@
-"""What stands behind a session server in a measurement: an upstream, or workers for the gateway.
+"""Stand-ins for the servers behind a session server: an upstream, or workers for the gateway.
 
-They are another process, and bare protocols, so that the machine's time goes to what is measured.
+They are bare protocols in another process, to leave the machine's time to the measured code.
 """
 
 import asyncio
@@ -42,7 +42,7 @@ _USER = re.compile(rb'"user": ?"([^"]*)"')
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """How many turns a worker received from one session; ``user`` is what the body says it is."""
+    """How many turns a worker received from one session; ``user`` is the session in the body."""
 
     worker: int
     user: str
@@ -52,12 +52,12 @@ class Counted:
 
 @dataclass(frozen=True, slots=True)
 class Workers:
-    """Stub workers, all in one other process."""
+    """Stub workers, all in one child process."""
 
     urls: tuple[URL, ...]
 
     async def received(self) -> list[Counted]:
-        """Return what the workers have received since they were last asked."""
+        """Return the turns that the workers received since the last call of this method."""
         async with (
             aiohttp.ClientSession(raise_for_status=True) as session,
             session.get(self.urls[0] / "received") as response,
@@ -73,9 +73,9 @@ def content_length(head: bytes) -> int:
 
 @asynccontextmanager
 async def upstream() -> AsyncIterator[URL]:
-    """Run what stands in for a gateway until the block ends; enter the block once it answers.
+    """Run a stand-in for a gateway until the block ends; enter the block once it answers.
 
-    Every POST gets the same chat completion, and the header that names a worker.
+    It answers every POST with the same chat completion, and a header that names a worker.
     """
     async with _workers(1, record=False) as workers:
         yield workers.urls[0]
@@ -83,7 +83,7 @@ async def upstream() -> AsyncIterator[URL]:
 
 @asynccontextmanager
 async def stub_workers(count: int) -> AsyncIterator[Workers]:
-    """Run ``count`` workers for the real gateway, which note who called."""
+    """Run ``count`` workers for the real gateway; they record the session and key of each turn."""
     async with _workers(count, record=True) as workers:
         yield workers
 
@@ -97,7 +97,7 @@ async def _workers(count: int, *, record: bool) -> AsyncIterator[Workers]:
 
 
 class _Worker(asyncio.Protocol):
-    """One keep-alive connection to a worker: as little work as an answer takes."""
+    """A keep-alive connection to a worker that does as little work as possible."""
 
     def __init__(self, received: Counter[tuple[int, str, str | None]] | None) -> None:
         self._received = received
@@ -105,7 +105,7 @@ class _Worker(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport, and the answer that names this worker."""
-        self._transport = cast("asyncio.Transport", transport)  # uvloop's own kind is no subclass
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass
         self._port: int = self._transport.get_extra_info("sockname")[1]
         worker = f"x-smg-routed-worker-id: http://127.0.0.1:{self._port}\r\n"
         self._completion = _answer(_COMPLETION, worker)
@@ -155,5 +155,5 @@ async def _run(ports: Sequence[int], record: bool) -> None:
 
 
 def main(ports: Sequence[int], record: bool) -> None:
-    """Be the other process, until it is killed."""
+    """Run the workers in this process until it is killed."""
     asyncio.run(_run(ports, record))

@@ -1,4 +1,4 @@
-"""Part 7: ten thousand sessions through the real gateway, with the plugin and without."""
+"""Part 7: ten thousand sessions through the real gateway, with and without the plugin."""
 
 import asyncio
 import json
@@ -25,8 +25,8 @@ LIMIT = 0.97
 OTHERS: tuple[Arm, ...] = ("nothing", "by hand")
 ARMS: tuple[Arm, ...] = ("plugin", *OTHERS)
 TURNS, WORKERS, AT_ONCE = 5, 4, 64
-# A block is a session of each of the 64 agents. A round is so many blocks of the plugin's arm and
-# one of each other's; with the first round, which doesn't count, the plugin's are 10,368 sessions.
+# A block is one session of each of the 64 agents. A round has BLOCKS blocks of the plugin's arm and
+# one of each other arm. With the warm-up round, the plugin's arm plays 10,368 sessions.
 BLOCKS, ROUNDS = 6, 26
 BRANCHES = ("vacant", "occupied_hit", "no_routing_id")
 
@@ -44,7 +44,7 @@ _NOTES = (
 
 @dataclass(slots=True)
 class Play:
-    """One arm: its agents, the sessions that they have played, what the gateway counted."""
+    """An arm: its agents, the number of sessions played, and the gateway's branch counts."""
 
     arm: Arm
     agents: Sequence[Caller]
@@ -53,16 +53,16 @@ class Play:
 
     @property
     def name(self) -> str:
-        """What the names of its sessions begin with."""
+        """The prefix of the arm's session ids."""
         return self.arm.replace(" ", "-")
 
     @property
     def turns(self) -> int:
-        """How many turns these were."""
+        """The number of turns played."""
         return self.sessions * TURNS
 
     async def block(self) -> float:
-        """Let each agent play a session, all at once; return wall seconds per turn."""
+        """Play a session of each agent, all at once; return the wall seconds per turn."""
         numbers = range(self.sessions, self.sessions + len(self.agents))
         names = [f"{self.name}-{number}" for number in numbers]
         begin = time.perf_counter()
@@ -73,7 +73,7 @@ class Play:
 
 
 async def play(agent: Caller, session_id: str) -> None:
-    """Play a session; its name in the body tells the worker whose turn it is, key or not."""
+    """Play a session; each body has its id, so that workers know it even without a key."""
     messages = []
     for turn in range(TURNS):
         messages.append({"role": "user", "content": f"turn {turn}"})
@@ -83,7 +83,7 @@ async def play(agent: Caller, session_id: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    """All that runs: the workers, the gateway before them, and the arms."""
+    """The running workers, gateway and arms."""
 
     workers: Workers
     gateway: SmgGateway
@@ -91,7 +91,7 @@ class Bench:
     counted: Counter[str]
 
     async def block(self, arm: Arm) -> float:
-        """Play a block of an arm, and enter what the gateway counted meanwhile."""
+        """Play a block of an arm, and add the gateway's counts to it."""
         cost = await self.plays[arm].block()
         counted = await self.gateway.branches()
         self.plays[arm].branches.update(counted - self.counted)
@@ -118,7 +118,7 @@ async def bench() -> AsyncIterator[Bench]:
 
 
 async def run(progress: Progress, *, quick: bool = False) -> Part:
-    """Play the plugin's sessions between those without a key and those by hand."""
+    """Interleave the plugin's sessions with those without a key and those by hand."""
     blocks, rounds = (2, 2) if quick else (BLOCKS, ROUNDS)
     told = step(progress, 0, 1, f"{AT_ONCE} agents at once")
     async with bench() as running:
@@ -133,21 +133,21 @@ async def run(progress: Progress, *, quick: bool = False) -> Part:
 
 
 def speed(costs: Sequence[Mapping[str, float]]) -> Table:
-    """Return the turns per second of the arms, and the plugin's as a multiple of each other's."""
+    """Return each arm's turns per second, and the plugin's as a multiple of it."""
 
     def rate(arm: Arm) -> Figure:
         return Figure(tuple(1 / cost[arm] for cost in costs), "turns/s")
 
     rows: list[tuple[str | Figure, ...]] = [("plugin", rate("plugin"), "1")]
     for other in OTHERS:
-        # The plugin's share of the other's turns per second is the other's share of its time.
+        # A ratio of turns per second is the inverse ratio of the times.
         ratio = Figure(ratios(costs, other, "plugin"), "ratio", at_least=LIMIT)
         rows.append((other, rate(other), ratio))
     return Table("Turns per second", ("", "turns/s", "plugin / this"), tuple(rows))
 
 
 def pins(plays: Mapping[Arm, Play], received: Sequence[Counted]) -> Table:
-    """Return what the workers received and the gateway counted; the plugin's has to be perfect."""
+    """Return what the workers received and the gateway counted; the plugin's must be perfect."""
     workers: defaultdict[str, set[int]] = defaultdict(set)
     turns: Counter[str] = Counter()
     keyed: Counter[str] = Counter()
@@ -155,7 +155,7 @@ def pins(plays: Mapping[Arm, Play], received: Sequence[Counted]) -> Table:
         workers[each.user].add(each.worker)
         turns[each.user] += each.turns
         keyed[each.user.rpartition("-")[0]] += each.turns if each.key == each.user else 0
-    # Whole: a session of which a turn is missing proves nothing.
+    # A session without all its turns proves nothing.
     whole = Counter(
         user.rpartition("-")[0]
         for user, seen in workers.items()
@@ -181,5 +181,5 @@ def pins(plays: Mapping[Arm, Play], received: Sequence[Counted]) -> Table:
 
 
 def _count(play: Play, count: int, due: int, unit: Unit) -> Figure:
-    """Return a count of which the plugin's arm has to have them all."""
+    """Return a count as a figure; the plugin's arm must reach all that are ``due``."""
     return Figure((count,), unit, at_least=due if play.arm == "plugin" else None)

@@ -1,4 +1,4 @@
-"""Part 4: a streamed answer of 2,000 chunks, the plugin against nothing; no work per chunk."""
+"""Part 4: a streamed answer of 2,000 chunks with and without the plugin; no work per chunk."""
 
 import asyncio
 import importlib
@@ -27,9 +27,9 @@ TITLE = "A streamed answer"
 LIMIT = 1.01
 CHUNKS = 2000
 FEW_CHUNKS = 20
-PIECE = 50  # chunks of one arm's stream, then of the other's
+PIECE = 50  # chunks of an arm before the other's turn
 SERVERS = 3
-# Streams of each arm, of each server: what takes the less time can be done more often.
+# Streams of each arm on each server; the faster loop has time for more.
 STREAMS: Mapping[Loop, int] = {"asyncio": 20, "uvloop": 42}
 LOOPS = tuple(STREAMS)
 ARMS: tuple[Arm, ...] = ("nothing", "plugin")
@@ -56,7 +56,7 @@ _NOTES = (
 
 
 class Engine(asyncio.Protocol):
-    """The engine behind the session server: it streams an answer, each chunk on request."""
+    """The engine behind the session server; it streams an answer, chunk by chunk on request."""
 
     def __init__(self, chats: Mapping[str, "Chat"]) -> None:
         self._chats = chats
@@ -67,7 +67,7 @@ class Engine(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
-        """Begin the stream when the request is complete; its body says whose turn it is."""
+        """Begin the stream once the request is complete; its body names the agent."""
         self._request += data
         head, end, body = self._request.partition(b"\r\n\r\n")
         if end and len(body) == content_length(head):
@@ -81,7 +81,7 @@ class Engine(asyncio.Protocol):
 
 
 class Chat(Connection):
-    """An agent that asks the engine for the next chunk when it has received one."""
+    """An agent that asks the engine for the next chunk once it has received one."""
 
     def __init__(self, user: str, session_id: str = "s-1") -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class Chat(Connection):
         self.is_open = False
 
     def begun(self, engine: Engine) -> None:
-        """Take the engine that answers, and have the first chunk."""
+        """Remember the engine that answers, and have it send the first chunk."""
         self._engine = engine
         engine.send(_CHUNK)
 
@@ -100,7 +100,7 @@ class Chat(Connection):
         if data.startswith(b"HTTP/") and not data.startswith(b"HTTP/1.1 200"):
             self.fail(RuntimeError(f"a turn failed: {data[:500]!r}"))
             return
-        # A small write to a loopback socket arrives in one piece: no event and no end is cut.
+        # A small write to a loopback socket arrives in one piece, so no event is cut.
         for _ in range(data.count(b"\n\n")):
             self._wanted -= 1
             if self._wanted:
@@ -111,30 +111,30 @@ class Chat(Connection):
             self.succeed()
 
     async def begin(self, chunks: int) -> None:
-        """Ask for a turn; return when so many chunks of its answer are here."""
+        """Begin a turn; return once ``chunks`` chunks of its answer have arrived."""
         self._wanted, self.is_open = chunks, True
         self.send_turn(self._session_id, self._body)
         await self.until_done()
 
     async def go_on(self, chunks: int) -> None:
-        """Return when so many more chunks are here."""
+        """Return once ``chunks`` more chunks have arrived."""
         self._wanted = chunks
         self._engine.send(_CHUNK)
         await self.until_done()
 
     async def end(self) -> None:
-        """End the stream; return when the agent has its end."""
+        """End the stream; return once the agent has received the end."""
         self.is_open = False
         self._engine.send(_LAST_CHUNK)
         await self.until_done()
 
 
 def with_their_share(pieces: Sequence[Mapping[str, float]], count: int) -> list[dict[str, float]]:
-    """Return the middle pieces of streams of ``count``, each with its share of the rest.
+    """Return the middle pieces of streams of ``count`` pieces, each with its share of the rest.
 
-    The rest is the cost to begin and to end a stream: how much more a piece that does so costs
-    than others, at the median. That is every ``count``-th piece. Many pieces tell more than a few
-    whole streams, because every whole stream is disturbed.
+    The rest is the cost to begin and end a stream. Every ``count``-th piece does that; the rest is
+    the difference between the median cost of these pieces and of the others. Many pieces tell more
+    than a few whole streams, because something disturbs every whole stream.
     """
     midst = [piece for place, piece in enumerate(pieces, 1) if place % count]
     ends = pieces[count - 1 :: count]
@@ -147,7 +147,7 @@ def with_their_share(pieces: Sequence[Mapping[str, float]], count: int) -> list[
 
 @asynccontextmanager
 async def engine(chats: Mapping[str, Chat]) -> AsyncIterator[URL]:
-    """Listen as the gateway of the session server, in this process."""
+    """Run the engine in this process, as the gateway of the session server."""
     loop = asyncio.get_running_loop()
     server = await loop.create_server(lambda: Engine(chats), "127.0.0.1", 0)
     try:
@@ -157,9 +157,9 @@ async def engine(chats: Mapping[str, Chat]) -> AsyncIterator[URL]:
 
 
 def arm_of(server: ServerUnderTest, chat: Chat, chunks: int) -> Callable[[], Awaitable[float]]:
-    """Return what plays the next piece of a stream, and returns the server's CPU seconds.
+    """Return a function that plays the next piece of a stream and returns the server's CPU seconds.
 
-    The piece that begins a stream ends the one before, too.
+    The piece that begins a stream also ends the stream before.
     """
     places = cycle(range(0, chunks, PIECE))
 
@@ -176,7 +176,7 @@ def arm_of(server: ServerUnderTest, chat: Chat, chunks: int) -> Callable[[], Awa
 async def measure(
     loop: Loop, chunks: int, streams: int, step: Callable[[float], None]
 ) -> list[dict[str, float]]:
-    """Return what each piece of ``streams`` streams cost in each arm, on that event loop."""
+    """Return the cost of each piece of ``streams`` streams in each arm, on an event loop."""
     chats: dict[str, Chat] = {arm: Chat(arm) for arm in ARMS}
     async with (
         engine(chats) as gateway,
@@ -192,10 +192,10 @@ async def measure(
 
 
 async def calls_of_a_stream(chunks: int) -> int:
-    """Return how often a turn, whose answer has so many chunks, calls the plugin's functions.
+    """Return how often a turn with an answer of ``chunks`` chunks calls the plugin's functions.
 
-    The turn is the session's second: the ledger knows it. The session server runs in this
-    process for this.
+    The turn is the second of its session, so the ledger knows the session. The session server runs
+    in this process.
     """
     chat = Chat("plugin")
 
@@ -211,8 +211,8 @@ async def calls_of_a_stream(chunks: int) -> int:
 
 
 async def run(progress: Progress, *, quick: bool = False) -> Part:
-    """Measure the streams on both event loops, and count the calls of a short and a long one."""
-    importlib.import_module("uvloop")  # of the server process: say so now if it is not there
+    """Measure the streams on both event loops; count the calls of a short and a long stream."""
+    importlib.import_module("uvloop")  # the server process needs it; fail early
     chunks, servers = (2 * PIECE, 1) if quick else (CHUNKS, SERVERS)
     measured = []
     with on_one_cpu():

@@ -1,4 +1,4 @@
-"""How the pictures look: few lines, and colours that colour-blind eyes tell apart."""
+"""The style of the pictures: few lines, and colours that colour-blind people can tell apart."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.edgecolor": FAINT,
-    "text.parse_math": False,  # a trace may be called $x
+    "text.parse_math": False,  # a trace's name may contain a $
     "svg.hashsalt": "benchmarks",
     **{f"axes.spines.{side}": False for side in ("left", "right", "top")},
     **{f"{axis}tick.color": INK for axis in "xy"},

@@ -1,4 +1,4 @@
-"""The pieces of a turn, one by one, so that a slowdown shows in review: ``make micro``."""
+"""Measure each step of a turn, so that a slowdown shows in review: ``make micro``."""
 
 import asyncio
 import itertools
@@ -72,13 +72,13 @@ def test_the_middleware_for_a_request(benchmark: BenchmarkFixture) -> None:
     middleware = cast("Any", Routing({"gateway": str(GATEWAY)}).middleware)
 
     async def handler(request: web.Request) -> web.Response:
-        request.clear()  # a request is one request: what the last round kept is not for this one
+        request.clear()  # each round must begin with a fresh request
         return answer
 
     answer = web.Response()
     request = make_mocked_request("POST", "/", match_info={"session_id": "rollout-000017"})
 
-    async def requests() -> None:  # in a task, as aiohttp has them
+    async def requests() -> None:  # in a task, as in aiohttp
         benchmark(lambda: done(middleware(request, handler)))
 
     asyncio.run(requests())

@@ -1,4 +1,4 @@
-"""Part 2: a proxied turn through a whole session server, the plugin against a header by hand."""
+"""Part 2: a turn through a whole session server, with the plugin and with a header by hand."""
 
 import asyncio
 import importlib
@@ -31,12 +31,12 @@ ARMS: Mapping[Kind, tuple[Arm, ...]] = {
     "whole": ("by hand", "floor", "plugin"),
     "barest": ("by hand", "floor", "plugin"),
 }
-AGENTS = 5  # at once
-TURNS = 10  # of a session
+AGENTS = 5  # play at once
+TURNS = 10  # in a session
 SYSTEM_CHARACTERS, USER_CHARACTERS = 3000, 900
-SESSIONS: Mapping[Kind, int] = {"whole": 160, "barest": 60}  # of each agent, in each arm
+SESSIONS: Mapping[Kind, int] = {"whole": 160, "barest": 60}  # per agent and arm
 SHORT = 2000  # characters of a turn through the barest proxy
-# What the openai client (2.x) sends besides: the whole server passes it on.
+# The openai client (2.x) sends these too, and the whole server passes them on.
 OPENAI_HEADERS = """\
 Accept: application/json
 Accept-Encoding: gzip, deflate
@@ -66,7 +66,7 @@ class Connection(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Fail what is waited for."""
+        """Fail the wait, if there is one."""
         self.fail(ConnectionError(f"the session server hung up: {exc}"))
 
     def send(self, method: str, path: str, body: bytes = b"", headers: str = "") -> None:
@@ -100,14 +100,14 @@ class Connection(asyncio.Protocol):
 
 
 class Caller(Connection):
-    """An agent that spends as little time as it can on an answer."""
+    """An agent that spends as little time as possible on an answer."""
 
     def __init__(self) -> None:
         super().__init__()
         self._answer = b""
 
     def data_received(self, data: bytes) -> None:
-        """Note when the answer is complete."""
+        """End the wait when the answer is complete."""
         self._answer += data
         head, end, body = self._answer.partition(b"\r\n\r\n")
         if not end or len(body) < content_length(head):
@@ -119,17 +119,17 @@ class Caller(Connection):
             self.fail(RuntimeError(f"a request failed: {(head + end + body)[:500]!r}"))
 
     async def turn(self, session_id: str, body: bytes, headers: str = "") -> None:
-        """Play a turn; return when its answer is here. Raises ``RuntimeError`` if it failed."""
+        """Play a turn; return once its answer has arrived. Raises ``RuntimeError`` if it failed."""
         self.send_turn(session_id, body, headers)
         await self.until_done()
 
     async def begin(self, session_id: str) -> None:
-        """Have the whole session server make a session."""
+        """Create a session at the whole session server."""
         self.send("POST", "/sessions", json.dumps({"session_id": session_id}).encode())
         await self.until_done()
 
     async def end(self, session_id: str) -> None:
-        """Have the whole session server forget a session."""
+        """Delete a session at the whole session server."""
         self.send("DELETE", f"/sessions/{session_id}")
         await self.until_done()
 
@@ -156,13 +156,13 @@ async def connected(agents: Sequence[Connection], server: URL) -> AsyncIterator[
 
 
 def long_turn(user: str, characters: int) -> bytes:
-    """Return the body of a turn whose conversation is so long by now."""
+    """Return the body of a turn whose conversation has so many characters."""
     messages = [{"role": "user", "content": "x" * characters}]
     return json.dumps({"model": "stub", "user": user, "messages": messages}).encode()
 
 
 def conversation(turns: int) -> list[bytes]:
-    """Return the bodies of a session's turns: each repeats all that was said before."""
+    """Return the bodies of a session's turns; each repeats the conversation so far."""
     messages = [{"role": "system", "content": _text(SYSTEM_CHARACTERS)}]
     bodies = []
     for _ in range(turns):
@@ -173,7 +173,7 @@ def conversation(turns: int) -> list[bytes]:
 
 
 def _text(characters: int) -> str:
-    """Return what a tool may have printed."""
+    """Return a text like a tool's output."""
     lines = (f'line {number}: "what there is to read in it"\n' for number in count())
     text = ""
     while len(text) < characters:
@@ -183,7 +183,7 @@ def _text(characters: int) -> str:
 
 @dataclass(slots=True)
 class Play:
-    """An arm: its agents, who all are at the same turn of a session of their own."""
+    """An arm: its agents, each at the same turn of its own session."""
 
     arm: Arm
     kind: Kind
@@ -192,9 +192,9 @@ class Play:
     bodies: Sequence[bytes]
 
     def chunk(self) -> Callable[[], Awaitable[float]]:
-        """Return what plays each agent's next turn and returns the server's CPU seconds per turn.
+        """Return a function that plays each agent's next turn.
 
-        To begin a session and to end it doesn't count.
+        It returns the server's CPU seconds per turn, without those to create and delete sessions.
         """
         sessions, places, names = count(), cycle(range(len(self.bodies))), [""]
 
@@ -233,7 +233,7 @@ class Play:
 async def measure(
     kind: Kind, loop: Loop, sessions: int, step: Callable[[float], None]
 ) -> list[dict[str, float]]:
-    """Return what a turn cost, for each of ``sessions`` of an agent, on that event loop."""
+    """Return the cost of a turn, for each of an agent's ``sessions`` sessions, on an event loop."""
     bodies = conversation(TURNS) if kind == "whole" else [long_turn("s", SHORT)] * TURNS
     async with (
         upstream() as gateway,
@@ -245,14 +245,14 @@ async def measure(
             agents = [Caller() for _ in range(AGENTS)]
             await stack.enter_async_context(connected(agents, url))
             arms[arm] = Play(arm, kind, server, agents, bodies).chunk()
-        # Wherever a session begins in them: so many rounds in a row are a turn of each kind.
+        # Any TURNS successive rounds have one turn of each number, wherever a session begins.
         rounds = added_up(await interleave(arms, sessions * TURNS, step), TURNS)
         return [{arm: cost / TURNS for arm, cost in costs.items()} for costs in rounds]
 
 
 async def run(progress: Progress, *, quick: bool = False) -> Part:
-    """Measure the whole server, then the barest, on both event loops, one after the other."""
-    importlib.import_module("uvloop")  # of the server process: say so now if it is not there
+    """Measure the whole server, then the barest proxy, each on both event loops."""
+    importlib.import_module("uvloop")  # the server process needs it; fail early
     plan = dict.fromkeys(SESSIONS, 2) if quick else SESSIONS
     tables: list[Table] = []
     headline = ""
@@ -265,12 +265,12 @@ async def run(progress: Progress, *, quick: bool = False) -> Part:
             measured.append(await measure(kind, loop, sessions, told))
             done += share
         tables.append(costs(kind, measured))
-        headline = headline or in_short(measured)  # of the whole server
+        headline = headline or in_short(measured)  # the whole server comes first
     return Part(NAME, TITLE, tuple(tables), notes(), headline)
 
 
 def in_short(measured: Sequence[Sequence[dict[str, float]]]) -> str:
-    """Say what a turn through the whole server costs on each event loop, in the order of LOOPS."""
+    """Say what a turn through the whole server costs on the event loops, in ``LOOPS`` order."""
 
     def more(arm: str, base: str) -> list[str]:
         return [f"{median(ratios(rounds, arm, base)) - 1:.0%}" for rounds in measured]
@@ -289,7 +289,7 @@ def in_short(measured: Sequence[Sequence[dict[str, float]]]) -> str:
 
 
 def costs(kind: Kind, measured: Sequence[Sequence[dict[str, float]]]) -> Table:
-    """Return what the arms cost on each event loop, in the order of ``LOOPS``."""
+    """Return the costs of the arms on each event loop, in the order of ``LOOPS``."""
     by_hand = [Figure(tuple(1e6 * r["by hand"] for r in rounds), "µs") for rounds in measured]
     rows: list[tuple[str | Figure, ...]] = [("by hand, a turn", *by_hand)]
     floor_limits = OVER_THE_FLOOR if kind == "whole" else {}
@@ -308,7 +308,7 @@ def costs(kind: Kind, measured: Sequence[Sequence[dict[str, float]]]) -> Table:
 
 
 def notes() -> tuple[str, ...]:
-    """Say what the tables are of."""
+    """Say what the tables measure."""
     last = conversation(TURNS)[-1]
     return (
         "CPU time of the session server's process, without an access log; the agents and the "

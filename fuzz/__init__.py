@@ -1,1 +1,1 @@
-"""Inputs that a fuzzer makes up, against the laws of the key, the matcher and the config."""
+"""Check the laws of the key, the matcher and the config on a fuzzer's inputs."""

@@ -1,6 +1,6 @@
-"""Fuzz each target for so many seconds: ``python -m fuzz SECONDS``, 60 unless given.
+"""Fuzz each target for some seconds: ``python -m fuzz SECONDS``, by default 60.
 
-The exit status is 1 where a law was broken. Then the input is shown, and kept in a file that
+If a law is broken the exit status is 1. The input is then shown, and kept in a file that
 ``python -m fuzz.run TARGET FILE`` tries again.
 """
 
@@ -15,7 +15,7 @@ TARGETS = ("key", "matcher", "config")
 
 
 def main() -> int:
-    """Fuzz each target in a process of its own, which is how libFuzzer wants it."""
+    """Fuzz each target in its own process, as libFuzzer requires; return the exit status."""
     seconds = int(sys.argv[1]) if len(sys.argv) > 1 else 60
     tried = {target: fuzz(target, seconds) for target in TARGETS}
     broken = [target for target, (holds, _) in tried.items() if not holds]
@@ -28,10 +28,10 @@ def main() -> int:
 
 
 def fuzz(target: str, seconds: int) -> tuple[bool, int]:
-    """Return whether a target's laws hold for what libFuzzer makes up, and for how many inputs."""
+    """Return whether a target's laws hold for libFuzzer's inputs, and the number of inputs."""
     inputs = 0
     with TemporaryDirectory() as corpus:
-        # It begins with long inputs: of short ones it makes few that are more than one field.
+        # Long inputs to begin with, because short inputs seldom fill more than one field.
         for number in range(64):
             Path(corpus, str(number)).write_bytes(random.randbytes(1024))  # noqa: S311
         command = [sys.executable, "-m", "fuzz.run", target, corpus]

@@ -1,4 +1,4 @@
-"""The laws that hold for any input. The property tests ask them too."""
+"""The laws that hold for any input. The property tests check them too."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -19,8 +19,8 @@ ROUTING = Routing({"gateway": "http://gw.example/base"})
 CHAT = URL("http://gw.example/base/v1/chat/completions")
 #: The name of the session id in a ``pin_by``.
 SESSION_ID = "session_id"
-#: It marks where a config may hold a credential. Hypothesis tries each string of the code, also as
-#: the name of an option, which an error has to show. So the code does not contain it whole.
+#: It marks where a config may hold a credential. It is in two parts, because Hypothesis tries each
+#: string of the code, even as the name of an option, which an error must show.
 HIDDEN = "-".join(("hush", "7f3a"))
 
 
@@ -36,29 +36,29 @@ def _closed_session() -> ClientSession:
         loop.close()
 
 
-#: The session whose calls the hook sees. It is closed: no call of it goes out.
+#: The hook sees calls of this ClientSession. It is closed, so that no call goes out.
 SESSION = _closed_session()
 
 
 class LawError(AssertionError):
-    """A law does not hold; the message has the input."""
+    """A law doesn't hold; the message has the input."""
 
 
 def law(holds: bool, *shown: object) -> None:
-    """Raise where a law does not hold: an ``assert`` would be gone under ``python -O``."""
+    """Raise if a law doesn't hold, even under ``python -O``, which removes ``assert``."""
     if not holds:
         raise LawError(ascii(shown))
 
 
 def key(one: str, other: str, form: Mapping[str, Any]) -> None:
-    """Ask that a key is 1 to 128 visible ASCII bytes, and that of one id alone."""
+    """Check that a key has 1 to 128 visible ASCII bytes, and belongs to one id only."""
     keys = [routing_key(session_id, **form) for session_id in (one, other)]
     prefix = form.get("prefix", "")
     for given in keys:
         _good_key(given, prefix, one, other, form)
     law(routing_key(one, **form) == keys[0], one, form)
     law((keys[0] == keys[1]) == (one == other), one, other, form, keys)
-    # Of all ids the key itself, as a client may have read it, is the nearest to a second one.
+    # The key itself, which a client may have read, is the likeliest id to have the same key.
     copied = keys[0][len(prefix) :]
     law(copied == one or routing_key(copied, **form) != keys[0], one, form, keys)
 
@@ -72,7 +72,7 @@ def _good_key(given: str, *shown: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What shares a worker: a ``pin_by``, the session, and what the sources in it found."""
+    """A combination that shares a worker: a ``pin_by``, a session, and what its sources found."""
 
     pin_by: str
     session_id: str
@@ -86,7 +86,7 @@ class Shared:
             return sent(routing, "POST", CHAT).getone(ROUTING_HEADERS[0])
 
     def meaning(self, names: Sequence[str]) -> tuple[object, ...]:
-        """Return what is the same where the key is; ``names`` are the sources in ``pin_by``."""
+        """Return a value that is equal if the keys must be; ``names`` are the sources."""
         found = [self.session_id if it == SESSION_ID else self.found.get(it) for it in names]
         if self.pin_by == "{session_id}" or not all(it and it.strip() for it in found):
             return (SESSION_ID, self.session_id)
@@ -94,10 +94,10 @@ class Shared:
 
 
 def shared(one: Shared, other: Shared, names: Sequence[Sequence[str]], form: Any) -> None:
-    """Ask that no two combinations share a key, and none that of a session id.
+    """Check that no two combinations share a key, and that none has the key of a session id.
 
-    ``names`` are the sources in the ``pin_by`` of both, and ``form`` is what their configs say of
-    the key.
+    ``names`` are the sources in the ``pin_by`` of each, and ``form`` has the options of the key in
+    their configs.
     """
     keys = [one.key(form), other.key(form)]
     for given in keys:
@@ -105,7 +105,7 @@ def shared(one: Shared, other: Shared, names: Sequence[Sequence[str]], form: Any
     law(one.key(form) == keys[0], one, form)
     meant = [it.meaning(its) for it, its in zip((one, other), names, strict=True)]
     law((keys[0] == keys[1]) == (meant[0] == meant[1]), one, other, form, keys)
-    # The ids that are the nearest: what the parts spell, and the key as a client may have read it.
+    # The likeliest ids to share the key: the parts put together, and the key itself.
     ids = {*one.found.values(), one.pin_by, keys[0], keys[0][len(form.get("prefix", "")) :]}
     spelled = one.pin_by
     for name in names[0]:
@@ -118,9 +118,9 @@ def shared(one: Shared, other: Shared, names: Sequence[Sequence[str]], form: Any
 
 
 def config(mapping: Mapping[str, Any]) -> None:
-    """Ask that a mapping gives faults, or a config that is made again of its own values.
+    """Check that a mapping has faults, or makes a config that its own values make again.
 
-    Neither shows what may be a credential.
+    Neither may show a credential.
     """
     try:
         made = RoutingConfig.from_mapping(mapping)
@@ -128,7 +128,7 @@ def config(mapping: Mapping[str, Any]) -> None:
         law(bool(error.faults and str(error)), mapping)
         law(HIDDEN not in str(error), mapping)
         return
-    # A host or a path is no credential.
+    # A host or a path is not a credential.
     is_plain = any(HIDDEN in f"{url.raw_host}{url.raw_path}" for url in made.gateway)
     law(is_plain or HIDDEN not in repr(made), mapping)
     values = {field.name: getattr(made, field.name) for field in fields(made)}
@@ -144,7 +144,7 @@ def config(mapping: Mapping[str, Any]) -> None:
 
 
 def matcher(method: str, url: URL, session_id: str, headers: Sequence[tuple[str, str]]) -> None:
-    """Ask that a call to the gateway has one key, and that no other call is tagged."""
+    """Check that a call to the gateway has one key, and that no other call is tagged."""
     tagged, explained = carries(ROUTING, method, url), ROUTING.explain(method, url)
     law((" goes out without a key: " in explained) != tagged, method, url, explained)
     with routing_session(session_id):
@@ -167,25 +167,25 @@ def matcher(method: str, url: URL, session_id: str, headers: Sequence[tuple[str,
         *("http", "gw.example", 80),
         "/base/v1/chat/completions",
     )
-    # urlsplit() takes no notice of some characters, and of a port 0.
+    # urlsplit() ignores some characters and a port 0.
     if text.isprintable() and " " not in text and read.port != 0:
         law(tagged == meant, method, url)
     law(meant or not tagged, method, url)
 
 
 def carries(routing: Routing, method: str, url: URL) -> bool:
-    """Tell whether the plugin says that such a call carries a key."""
+    """Tell whether the plugin says that a call carries a key."""
     return f" carries {routing.config.header}," in routing.explain(method, url)
 
 
 def sent(
     routing: Routing, method: str, url: URL, headers: Sequence[tuple[str, str]] = ()
 ) -> "CIMultiDict[str]":
-    """Return the headers of a call as the hook lets it go."""
+    """Return the headers of a call after the hook."""
     hook, going = routing.trace_config(), CIMultiDict(headers)
     hook.freeze()
     start = TraceRequestStartParams(method, url, going)
-    # A loop would take longer than all the rest.
+    # An event loop would take longer than the rest.
     done(hook.on_request_start.send(SESSION, SimpleNamespace(), start))
     return going
 

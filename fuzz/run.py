@@ -50,7 +50,7 @@ _PIECES = [
 
 
 def key(data: Any) -> None:
-    """Make up two ids, or two combinations of what shares a worker, and a form of their keys."""
+    """Make two ids, or two combinations that share a worker, and the options of their keys."""
     form = {
         "key": data.PickValueInList(["session_id", "digest"]),
         "secret": _text(data, 8) or None,
@@ -62,13 +62,13 @@ def key(data: Any) -> None:
         return
     first, second = _text(data, 150), _text(data, 150)
     if data.ConsumeBool():
-        second = first + second  # ids that are near to each other
+        second = first + second  # two similar ids
     if first.strip() and second.strip():
         laws.key(first, second, form)
 
 
 def _combination(data: Any) -> tuple[laws.Shared, list[str]]:
-    """Return what shares a worker, and the sources in its ``pin_by``."""
+    """Return a combination that shares a worker, and the sources in its ``pin_by``."""
     count = data.ConsumeIntInRange(1, 3)
     names = [data.PickValueInList(_NAMES) for _ in range(count)]
     between = [re.sub("[{}]", "", _text(data, 3)) for _ in names]
@@ -79,7 +79,7 @@ def _combination(data: Any) -> tuple[laws.Shared, list[str]]:
 
 
 def matcher(data: Any) -> None:
-    """Make up a call, and the headers that its caller passes."""
+    """Make a call, and the headers that its caller passes."""
     method = data.PickValueInList(["POST", "post", "GET"])
     headers = [
         (data.PickValueInList([*laws.ROUTING_HEADERS, "x-smg-routing-key", "X-A"]), value)
@@ -96,7 +96,7 @@ def matcher(data: Any) -> None:
 
 
 def config(data: Any) -> None:
-    """Make up a mapping as an app's config file may have it."""
+    """Make a mapping as an app's config file may have it."""
     mapping: dict[str, Any] = {"gateway": "http://gw"} if data.ConsumeBool() else {}
     for _ in range(data.ConsumeIntInRange(0, 4)):
         name = data.PickValueInList([*_FIELDS, _text(data, 12)])
@@ -129,7 +129,7 @@ def _text(data: Any, longest: int) -> str:
 
 
 def _pieces(data: Any) -> str:
-    """Return a text of what parsers of URLs, paths and names trip over."""
+    """Return a text of pieces that often break parsers of URLs, paths and names."""
     count = data.ConsumeIntInRange(0, 5)
     return "".join(data.PickValueInList([*_PIECES, _text(data, 6)]) for _ in range(count))
 
@@ -138,7 +138,7 @@ TARGETS = {"key": key, "matcher": matcher, "config": config}
 
 
 def main() -> None:
-    """Fuzz the target that the command line names; the process ends with it."""
+    """Fuzz the target that the command line names; this ends the process."""
     target = TARGETS[sys.argv.pop(1)]
 
     def one_input(raw: bytes) -> None:

@@ -1,1 +1,1 @@
-"""Mutation sampling: how many of the small faults in the package its tests notice."""
+"""Mutation sampling: how many small faults in the package its tests catch."""

@@ -20,11 +20,11 @@ except ModuleNotFoundError as error:
 from .trial import Copy
 
 ROOT = Path(__file__).parents[1]
-_COUNT = 100  # some fifteen minutes on two cores
+_COUNT = 100  # about fifteen minutes on two cores
 
 
 def arguments() -> argparse.Namespace:
-    """Return what the command line says; exit where it makes no sense."""
+    """Return the arguments of the command line; exit if they are wrong."""
     parser = argparse.ArgumentParser(prog="python -m mutants")
     known = files(ROOT)
     parser.add_argument("files", nargs="*", default=known, help="files of the package; all of them")
@@ -37,7 +37,7 @@ def arguments() -> argparse.Namespace:
             parser.error(f"{file} is no file of the package, such as {known[3]}")
     if given.count < 1:
         parser.error(f"--count is {given.count}: there is nothing to try")
-    given.files = sorted(set(given.files))  # a seed draws the same from them in any order
+    given.files = sorted(set(given.files))  # so that their order doesn't change the sample
     if given.seed is None:
         given.seed = random.randrange(10**6)  # noqa: S311 - no secret
     return given
@@ -52,7 +52,7 @@ def sample(chosen: Sequence[str], count: int, seed: int) -> list[Mutant]:
 
 
 def attempt(mutants: Sequence[Mutant]) -> Counter[tuple[str, str]]:
-    """Try each mutant and return the count of each outcome by file; show those that survive."""
+    """Try each mutant; return the count of each outcome by file, and show the survivors."""
     counts: Counter[tuple[str, str]] = Counter()
     with TemporaryDirectory(prefix="mutants-") as folder:
         copy = Copy(ROOT, Path(folder))

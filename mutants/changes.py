@@ -1,8 +1,8 @@
-"""The faults that are put into a file: mutmut's operators, and statements that are removed.
+"""The faults to put into a file: those of mutmut's operators, and removed statements.
 
 mutmut itself can't run here. It keeps all mutants of a function in one file and switches between
-them, which changes what the tests of this package look at: names, signatures, imports, and
-programs that run in processes of their own. It has neither a sample nor removed statements.
+them. That changes things which this package's tests check: names, signatures, imports, and programs
+in other processes. Also, it can't draw a sample or remove statements.
 """
 
 import difflib
@@ -15,21 +15,21 @@ import libcst as cst
 import libcst.matchers as m
 from mutmut.mutation import mutators
 
-#: Imports, what holds names of types only, and what tells a type checker something.
+#: Imports, and code that is only for type checkers or names of types.
 _LEFT_OUT = (
     m.Annotation()
     | m.Subscript(m.Name("Literal"))
     | m.Call(m.Name("TypeVar") | m.Name("cast"))
     | m.Assign(value=m.BinaryOperation(operator=m.BitOr()))  # an alias, such as str | None
     | m.If(m.Name("TYPE_CHECKING"))
-    | m.Arg(keyword=m.Name("slots"))  # of a dataclass: it saves memory, and does no more
+    | m.Arg(keyword=m.Name("slots"))  # slots only save memory
     | m.ConcatenatedString()  # a message of several lines
     | m.Assert()
     | m.Import()
     | m.ImportFrom()
 )
 
-#: Assignments to names and yields stay: without them nothing runs, which any test notices.
+#: Assignments to names and yields stay, because any test would notice their absence.
 _REMOVABLE = (
     m.Expr(m.Call() | m.Await())
     | m.AugAssign()
@@ -46,23 +46,23 @@ def _removed(line: cst.SimpleStatementLine) -> Iterator[cst.CSTNode]:
 
 
 def _other_name(text: cst.SimpleString) -> Iterator[cst.CSTNode]:
-    # A header, an option, a path. What has spaces or a % is a message, which may be worded anew.
+    # Headers, options and paths only. A text with a space or a % is a message: its wording is free.
     if not {" ", "%"} & set(text.raw_value):
         yield from islice(mutators.operator_string(text), 1)
 
 
-def _never_entered(loop: Any) -> Iterator[cst.CSTNode]:  # treated as an IfExp: both have a test
+def _never_entered(loop: Any) -> Iterator[cst.CSTNode]:  # both a while and an IfExp have a test
     yield from islice(mutators.operator_if_exp(loop), 1)
 
 
 _OPERATORS: tuple[tuple[type | tuple[type, ...], Callable[[Any], Iterable[cst.CSTNode]]], ...] = (
-    (cst.CSTNode, mutators.operator_swap_op),  # + is -, < is <=, and is or
-    (cst.CSTNode, mutators.operator_keywords),  # in is not in, continue is break
-    (cst.UnaryOperation, mutators.operator_remove_unary_ops),  # not x is x
-    (cst.BaseNumber, mutators.operator_number),  # one more
-    (cst.Name, mutators.operator_name),  # True is False
+    (cst.CSTNode, mutators.operator_swap_op),  # + becomes -, < becomes <=, and becomes or
+    (cst.CSTNode, mutators.operator_keywords),  # in becomes not in, continue becomes break
+    (cst.UnaryOperation, mutators.operator_remove_unary_ops),  # not x becomes x
+    (cst.BaseNumber, mutators.operator_number),  # 1 becomes 2
+    (cst.Name, mutators.operator_name),  # True becomes False
     (cst.SimpleString, _other_name),
-    ((cst.If, cst.IfExp, cst.CompIf), mutators.operator_if_exp),  # each branch in all cases
+    ((cst.If, cst.IfExp, cst.CompIf), mutators.operator_if_exp),  # always one branch
     (cst.While, _never_entered),
     (cst.SimpleStatementLine, _removed),
 )
@@ -73,7 +73,7 @@ class Mutant:
     """A file with one fault."""
 
     file: str
-    """Its path below the root of the repository."""
+    """The path below the root of the repository."""
     before: str
     after: str
 
@@ -92,7 +92,7 @@ class Mutant:
 
 
 class Faults:
-    """All the faults that a file can have; ``faults[n]`` is the mutant with one of them."""
+    """All faults that a file can have; ``faults[n]`` is the mutant with one of them."""
 
     def __init__(self, file: str, text: str) -> None:
         self._file, self._module = file, cst.parse_module(text)
@@ -104,7 +104,7 @@ class Faults:
     def __getitem__(self, number: int) -> Mutant:
         old, new = self._found[number]
         mutated = self._module.deep_replace(old, new)
-        assert isinstance(mutated, cst.Module)  # noqa: S101 - what is replaced is in it
+        assert isinstance(mutated, cst.Module)  # noqa: S101 - still a module
         return Mutant(self._file, self._module.code, mutated.code)
 
 

@@ -1,11 +1,11 @@
-"""Which tests are there for a file of the package."""
+"""The tests for each file of the package."""
 
 from pathlib import Path
 
 PACKAGE = "aiohttp_smg_routing"
 
-# By the path below the package. Left out are tests that take long and look at many files at once,
-# such as test_properties.py and all on the real gateway but those of the fixtures for it.
+# By the path below the package. Slow tests of many files are left out, such as test_properties.py
+# and most tests on the real gateway.
 TESTS = {
     "__init__": "unit/test_init unit/test_architecture",
     "__main__": "unit/test_verify_cli unit/test_run",
@@ -59,7 +59,7 @@ def files(root: Path) -> list[str]:
 
 
 def selected(file: str) -> tuple[str, ...]:
-    """Return the test files for a file of the package: its own row, or that of its folder."""
+    """Return the test files for a file of the package, from its own row or its folder's."""
     name = Path(file).relative_to(PACKAGE).with_suffix("")
     row = TESTS.get(name.as_posix()) or TESTS[name.parts[0]]
     return tuple(f"tests/{test}.py" for test in row.split())

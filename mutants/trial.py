@@ -1,4 +1,4 @@
-"""Tests on a copy of the repository, each run in a process of its own."""
+"""Run tests on a copy of the repository, each in its own process."""
 
 import gc
 import itertools
@@ -14,21 +14,21 @@ from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 
-#: What most tests import, loaded once: each run is forked from a process that has it already.
+#: Most tests import these. They are loaded once, because each run is forked from this process.
 _LOADED = ("pytest", "aiohttp.test_utils", "aiohttp.web", "hypothesis.strategies")
 
 _FORK = multiprocessing.get_context("fork")
-# pytest warns that hypothesis, which has a plugin, is imported too early to be rewritten.
+# pytest warns that hypothesis, which has a plugin, was imported too early to be rewritten.
 _QUIET = "ignore:Module already imported"
 _OPTIONS = ("-q", "-x", "--hypothesis-seed=0", "-p", "no:cacheprovider", "-W", _QUIET)
 _STOP = {signal.SIGINT, signal.SIGTERM}
 _NO_TESTS = 5  # an exit status of pytest
 
-_SECONDS_MORE = 20  # added to three times what the tests take without a fault
+_SECONDS_MORE = 20  # more than three times the seconds without a fault
 
 
 class Copy:
-    """A copy of the repository as it stands: what git tracks, and what it does not ignore."""
+    """A copy of the working tree, without the files that git ignores."""
 
     def __init__(self, root: Path, folder: Path) -> None:
         self._tree = folder / "tree"
@@ -45,12 +45,12 @@ class Copy:
         for name in _LOADED:
             import_module(name)
         gc.freeze()
-        # Both raise KeyboardInterrupt, and only while a run is waited for.
+        # Both signals raise KeyboardInterrupt, but only while the process waits for a run.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
 
     def measure(self, test: str) -> float:
-        """Return the seconds that a test file takes without a fault; exit if it does not pass."""
+        """Return the seconds that a test file takes without a fault; exit if it fails."""
         started = time.monotonic()
         if self._run(test, None) != 0:
             sys.exit(f"{self._printed.read_text(errors='replace')}\n{test} fails without a mutant.")
@@ -58,7 +58,7 @@ class Copy:
         return self._seconds[test]
 
     def outcome(self, file: str, text: str, tests: tuple[str, ...]) -> str:
-        """Return the outcome of ``tests`` if a file has another text. The fastest run first."""
+        """Return the outcome of ``tests``, fastest first, if ``file`` has another text."""
         with self._changed(self._tree / file, text):
             for test in sorted(tests, key=self._seconds.__getitem__):
                 status = self._run(test, _SECONDS_MORE + 3 * self._seconds[test])
@@ -77,7 +77,7 @@ class Copy:
 
     def _write(self, file: Path, text: str) -> None:
         file.write_text(text, encoding="utf-8")
-        # Python compiles it again only if its size or its time, in seconds, is another one.
+        # Python recompiles a file only if its size or its time, in whole seconds, changes.
         now = next(self._times)
         os.utime(file, (now, now))
 
@@ -91,7 +91,7 @@ class Copy:
             run.join(limit)
             status = run.exitcode
             if status is None:
-                os.kill(run.pid, signal.SIGINT)  # the fixtures end what has a group of its own
+                os.kill(run.pid, signal.SIGINT)  # fixtures end processes in their own groups
                 run.join(_SECONDS_MORE)
         finally:
             signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
@@ -112,5 +112,5 @@ class Copy:
         os.dup2(printed, 2)
         os.chdir(self._tree)
         os.environ |= {"PYTHONPATH": str(self._tree), "TMPDIR": str(self._temporary)}
-        sys.path[0] = str(self._tree)  # the package is not imported yet
+        sys.path[0] = str(self._tree)  # the copy's package, not imported yet
         sys.exit(import_module("pytest").main([*_OPTIONS, test]))

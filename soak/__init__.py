@@ -1,1 +1,1 @@
-"""Many sessions through a session server while everything around it fails: ``make soak``."""
+"""Play many sessions through a session server while everything around it fails: ``make soak``."""

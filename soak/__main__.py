@@ -19,12 +19,12 @@ try:
 except ModuleNotFoundError as error:
     sys.exit(f"{error}: pip install -e . --group demo")
 
-DEBUG_SHARE = 10  # with PYTHONASYNCIODEBUG=1 a turn takes several times as long: fewer are played
+DEBUG_SHARE = 10  # PYTHONASYNCIODEBUG=1 makes turns several times slower, so it plays fewer
 MIB = 2**20
 
 
 async def run(loads: list[Load], console: Console) -> list[Outcome]:
-    """Play one load after the other. A terminal gets a bar for each."""
+    """Play the loads one after the other. A terminal gets a bar for each."""
     outcomes = []
     with tables.bars(console) as bars:
         for load in loads:
@@ -38,12 +38,12 @@ async def run(loads: list[Load], console: Console) -> list[Outcome]:
 
 
 def name(load: Load) -> str:
-    """Return what a load is called."""
+    """Return the name of a load."""
     return "PYTHONASYNCIODEBUG=1" if load.debug else "soak"
 
 
 def row_values(outcome: Outcome) -> dict[str, Any]:
-    """Return what the table and the file say of a load."""
+    """Return the values of a load for the table and the file."""
     turns, load = outcome.tally.turns, outcome.load
     at_first, at_last = outcome.descriptors or (None, None)
     half, end = outcome.memory_of_quarter(3), outcome.memory_of_quarter(4)
@@ -77,7 +77,7 @@ def row_values(outcome: Outcome) -> dict[str, Any]:
 
 
 def report(console: Console, outcomes: list[Outcome]) -> int:
-    """Print what came of the loads; return the exit status."""
+    """Print the outcomes of the loads; return the exit status."""
     table = tables.table("", *(name(outcome.load) for outcome in outcomes), box=MARKDOWN)
     columns = [row_values(outcome) for outcome in outcomes]
     for label in columns[0]:
@@ -93,7 +93,7 @@ def report(console: Console, outcomes: list[Outcome]) -> int:
 
 
 def write_json(file: Path, outcomes: list[Outcome]) -> None:
-    """Write all of it to a file."""
+    """Write the outcomes of the loads to a file."""
     documents = [
         {
             "name": name(outcome.load),
@@ -109,7 +109,7 @@ def write_json(file: Path, outcomes: list[Outcome]) -> None:
 
 
 async def play(loads: list[Load], console: Console, file: Path | None) -> int:
-    """Play the loads, and tell what came of them; return the exit status."""
+    """Play the loads and report their outcomes; return the exit status."""
     outcomes = await run(loads, console)
     if file:
         write_json(file, outcomes)

@@ -18,23 +18,23 @@ T = TypeVar("T")
 Outcome = Literal["answered", "reported", "hung up", "lost", "crosstalk"]
 ErrorKind = Literal["cut off", "gateway's", "other"]
 
-WAIT_SECONDS = 120  # for an answer: after that it is lost
-SETTLE_SECONDS = 30  # until a transcript must be right
-HANG_UP_SECONDS = 0.1  # the longest that an agent which is to hang up waits for its answer
-HANG_UPS = 0.02  # the share of the turns that an agent hangs up in
-PAUSE_SECONDS = 1  # of an agent that was told of an error: a worker that failed may be back then
-STREAMED = 0.5  # the share of the turns that are streamed
-GATEWAYS_OWN = "X-SMG-Error-Code"  # a header of the errors that come from no worker
+WAIT_SECONDS = 120  # for an answer; then the turn is lost
+SETTLE_SECONDS = 30  # by then a transcript must be right
+HANG_UP_SECONDS = 0.1  # the longest wait of an agent that hangs up
+HANG_UPS = 0.02  # the share of turns in which the agent hangs up
+PAUSE_SECONDS = 1  # after an error, so that a failed worker may be back
+STREAMED = 0.5  # the share of turns that are streamed
+GATEWAYS_OWN = "X-SMG-Error-Code"  # a header of the gateway's own errors
 NOTHING = Transcript(0, [])
 
 
 class Report(NamedTuple):
-    """A turn whose agent was told of an error, and when it was under way."""
+    """A turn whose agent got an error, and the time that it was under way."""
 
     user: str
     text: str
     error: ErrorKind
-    """Whether the answer was cut off, or the gateway reported the error as its own, or neither."""
+    """Whether the answer was cut off, the error was the gateway's own, or neither."""
 
     since: float
     until: float
@@ -42,13 +42,13 @@ class Report(NamedTuple):
 
 @dataclass(slots=True)
 class Tally:
-    """What came of the turns of all agents."""
+    """The outcomes of the turns of all agents."""
 
     turns: Counter[str] = field(default_factory=Counter)
     reported_as: Counter[str] = field(default_factory=Counter)
     reports: list[Report] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
-    """The first transcripts that were not what the agent got."""
+    """The transcripts that differ from what the agents got."""
 
     in_flight: int = 0
     most_in_flight: int = 0
@@ -56,7 +56,7 @@ class Tally:
 
     @property
     def played(self) -> int:
-        """How many turns have come to an end."""
+        """How many turns have ended."""
         return self.turns.total()
 
     def begin(self) -> None:
@@ -65,13 +65,13 @@ class Tally:
         self.most_in_flight = max(self.most_in_flight, self.in_flight)
 
     def end(self, outcome: Outcome) -> None:
-        """Count a turn that has come to an end."""
+        """Count a turn that has ended."""
         self.in_flight -= 1
         self.turns[outcome] += 1
         self._ended.set()
 
     async def until(self, turns: float) -> None:
-        """Wait until so many turns have come to an end."""
+        """Wait until so many turns have ended."""
         while self.played < turns:
             self._ended.clear()
             await self._ended.wait()
@@ -79,7 +79,7 @@ class Tally:
 
 @dataclass(slots=True)
 class Player:
-    """Plays a session with its agent, hangs up now and then, and checks what was kept."""
+    """Plays a session of an agent, sometimes hangs up, and checks the transcript."""
 
     agent: Agent
     gateway: Restartable[Any]
@@ -87,26 +87,26 @@ class Player:
     random: Random
     tally: Tally
     said: list[Message] = field(default_factory=list)
-    """The conversation up to the last turn that was answered."""
+    """The conversation up to the last answered turn."""
 
     kept: Transcript = NOTHING
-    """What the session server must have: after a kill it begins with nothing."""
+    """The transcript that the session server must have; it begins empty after a kill."""
 
     left: list[Message] | None = None
-    """The conversation of the turn just hung up in, with its reply: it may be kept, too."""
+    """The conversation of the turn that was just hung up on, with its reply; it may be kept too."""
 
     kills: int = 0
-    """How often the session server had been killed when the session was made."""
+    """The number of the session server's kills when the session was created."""
 
     async def play(self, turns: int) -> None:
-        """Play a session from its beginning to its end."""
+        """Play a whole session."""
         await self.begin()
         for number in range(turns):
             self.tally.begin()
             outcome = await self.turn(f"turn {number}")
             self.tally.end(outcome)
             if outcome == "reported":
-                # How long an outage lasts is the machine's: no agent plays turn after turn into it.
+                # An outage may be long on a slow machine, so no agent plays several turns into it.
                 await self.gateway.up.wait()
                 await asyncio.sleep(PAUSE_SECONDS)
             if outcome != "answered":
@@ -115,13 +115,13 @@ class Player:
         await self.through_kills(self.agent.end)
 
     async def begin(self) -> None:
-        """Make the session; the session server has nothing of it."""
+        """Create the session, with an empty transcript."""
         self.kept, self.left = NOTHING, None
         self.kills = self.server.kills
         await self.through_kills(self.agent.begin)
 
     async def turn(self, text: str) -> Outcome:
-        """Play a turn; return what came of it."""
+        """Play a turn; return its outcome."""
         messages = [*self.said, {"role": "user", "content": text}]
         expected = reply_text(self.agent.session_id, messages)
         whole = [*messages, {"role": "assistant", "content": expected}]
@@ -144,7 +144,7 @@ class Player:
         return "answered"
 
     def failed(self, got: Reply, text: str, since: float) -> Outcome:
-        """Note the error that the agent was told of, if it was told of one."""
+        """Record the error that the agent got; return ``lost`` if it got none."""
         until = time.monotonic()
         kind: ErrorKind = "other"
         if got.whole:
@@ -157,16 +157,16 @@ class Player:
         elif self.server.was_down(since, until):
             told = got.broke
         else:
-            # A connection that breaks without a word tells an agent only that the server is gone.
+            # A broken connection reports an error only if the server was down.
             return "lost"
         self.tally.reported_as[told] += 1
         self.tally.reports.append(Report(self.agent.session_id, text, kind, since, until))
         return "reported"
 
     async def through_kills(self, request: Callable[[], Awaitable[T]]) -> T | None:
-        """Return what the session server says of the session, or None if a kill lost the session.
+        """Make a request about the session; return its result, or None if a kill lost the session.
 
-        A request that a kill breaks is made again.
+        It repeats a request that a kill breaks.
         """
         while True:
             await self.server.up.wait()
@@ -181,12 +181,12 @@ class Player:
                     raise
 
     async def check(self) -> None:
-        """Check that each answered turn is kept once, and that no other turn is kept.
+        """Check that the session server kept each answered turn once, and no other turn.
 
-        The turn that the agent just hung up on may not be over. It may be kept or not, but what is
-        found here must not change later.
+        The turn that the agent just hung up on may still run. It may be kept or not, but once it is
+        found kept it must stay.
         """
-        # Once several transcripts are wrong, do not wait for the others.
+        # Once several transcripts are wrong, don't wait for the others.
         patience = SETTLE_SECONDS if len(self.tally.wrong) < 3 else 0
         deadline = asyncio.get_running_loop().time() + patience
         while True:

@@ -1,4 +1,4 @@
-"""Why turns were reported to their agents as errors: each must have met a fault."""
+"""The causes of the errors that agents got: a fault must explain each."""
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ from harness.workers import Received, Worker
 
 from .agents import Report
 
-TRIES = 3  # of the example session server, for a turn whose answer has not begun
-BREAKER_SECONDS = 2  # for which the gateway does not ask a worker that refused, back or not
+TRIES = 3  # the example server tries a turn so often
+BREAKER_SECONDS = 2  # the gateway skips a worker that refused for this long
 
 Tries = Sequence[tuple[Worker, Received]]
 
@@ -21,7 +21,7 @@ def causes(
     gateway: Restartable[Any],
     workers: Sequence[Worker],
 ) -> tuple[Counter[str], list[Report]]:
-    """Return how many reports each cause explains, and the reports that no fault explains."""
+    """Return how many reports each cause explains, and the reports without an explanation."""
     tries: dict[tuple[str, str], list[tuple[Worker, Received]]] = defaultdict(list)
     reported = {(report.user, report.text) for report in reports}
     for worker in workers:
@@ -43,7 +43,7 @@ def causes(
 
 
 def is_of_workers(report: Report, tries: Tries, workers: Sequence[Worker]) -> bool:
-    """Tell whether workers failed each try that they received, and one was down for the others.
+    """Tell whether workers failed all tries that they received, and one was down for the others.
 
     If no worker received a try, the gateway must have reported the error as its own.
     """

@@ -1,4 +1,4 @@
-"""A soak: a load, what fails around it, and what is to be true of it at the end."""
+"""A soak: a load, the failures around it, and the promises that must hold at the end."""
 
 import asyncio
 import tempfile
@@ -24,20 +24,20 @@ from .causes import BREAKER_SECONDS, causes
 
 WORKERS = 4
 WORKER_KILLS = 40  # spread over the run
-# The shares of the run after which they are killed. The session server lives over the second half:
-# its memory is looked at there. Each new life of it begins with no transcript at all.
+# The shares of the run after which each is killed. The session server survives the second half,
+# because its memory is checked there. It starts without any transcripts.
 GATEWAY_KILLS = (0.2, 0.4, 0.6)
 SERVER_KILLS = (0.1, 0.3)
-FAILURE_SHARE = 0.02  # of the turns that a worker receives, for each way to fail
+FAILURE_SHARE = 0.02  # the share of a worker's turns with each kind of failure
 LIMIT_SECONDS = 1800  # for one load
-SAMPLES = 200  # of the session server's memory
-OUTAGE_SHARE = 0.01  # of the turns, at most, end before the gateway starts anew
-# Of the turns, for what workers do: five times what their faults come to. A short run has a turn of
-# each agent beyond that.
+SAMPLES = 200  # how often to read the session server's memory
+OUTAGE_SHARE = 0.01  # the most turns that end before the gateway restarts, as a share of all
+# The share of turns that workers may fail, five times what their faults cause. A short run may
+# fail one more turn of each agent.
 MOST_REPORTED = 0.05
-LEAST_ANSWERED = 0.8  # of the turns that fell into no outage, and that no agent hung up in
-TRACKED = 200  # sessions in the ledger: full long before half, so that it must not grow any more
-# A worker that is back is tried again after seconds, not after a minute.
+LEAST_ANSWERED = 0.8  # as a share of the turns without an outage or a hang-up
+TRACKED = 200  # sessions in the ledger, so that it is full long before half of the run
+# The gateway tries a worker again after seconds instead of a minute.
 GATEWAY_ARGS = (
     "--assignment-mode",
     "min_group",
@@ -49,7 +49,7 @@ GATEWAY_ARGS = (
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How many sessions are played, of how many turns, and how many at a time."""
+    """The number of sessions, of turns in each, and of sessions at a time."""
 
     sessions: int
     turns: int
@@ -60,39 +60,39 @@ class Load:
 
     @property
     def all_turns(self) -> int:
-        """The turns of all sessions."""
+        """The number of turns of all sessions."""
         return self.sessions * self.turns
 
     @property
     def memory_slack(self) -> int:
         """The bytes by which memory may grow over the second half.
 
-        In a full run a ledger that forgets nothing grows by more than twice of that. A shorter one
-        is still at its beginning.
+        In a full run a ledger that forgets nothing grows by more than twice that. A shorter run
+        may grow by more, because memory still grows at its beginning.
         """
         return 2**18 if self.all_turns >= 100_000 else 2**20
 
 
 @dataclass(slots=True)
 class Outcome:
-    """What came of a load."""
+    """The outcome of a load."""
 
     load: Load
     tally: Tally = field(default_factory=Tally)
     kills: Counter[str] = field(default_factory=Counter)
     received: int = 0
     wrong_keys: list[str] = field(default_factory=list)
-    """The first turns whose key was not the session that the body names."""
+    """The turns whose key was not the id of the session that the body names."""
 
     faults: Counter[str] = field(default_factory=Counter)
     causes: Counter[str] = field(default_factory=Counter)
-    """How many of the turns that were reported as errors each cause explains."""
+    """How many of the reported turns each cause explains."""
 
     unexplained: list[Report] = field(default_factory=list)
     """The reported turns that no fault explains."""
 
     descriptors: tuple[int, int] | None = None
-    """What the session server had open before the first turn and after the last."""
+    """The session server's open descriptors before the first turn and after the last."""
 
     memory: list[int] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)
@@ -100,23 +100,23 @@ class Outcome:
     seconds: float = 0
 
     def memory_of_quarter(self, number: int) -> float | None:
-        """Return the median of the bytes that the session server held; the first quarter is 1."""
+        """Return the median bytes that the session server held in a quarter, counted from 1."""
         size = len(self.memory) // 4
         return median(self.memory[(number - 1) * size : number * size]) if size else None
 
     @property
     def memory_growth(self) -> float:
-        """The bytes by which the last quarter is above the third, 0 where they are not known."""
+        """The bytes by which the last quarter exceeds the third, 0 if they are unknown."""
         return (self.memory_of_quarter(4) or 0) - (self.memory_of_quarter(3) or 0)
 
     @property
     def answerable(self) -> int:
-        """The turns that fell into no outage, and that no agent hung up in."""
+        """The number of turns without an outage or a hang-up."""
         outages = self.causes["gateway"] + self.causes["session server"]
         return self.load.all_turns - outages - self.tally.turns["hung up"]
 
     def failures(self) -> list[str]:
-        """Return which promises are broken, in plain words."""
+        """Return the broken promises, in plain words."""
         turns, load = self.tally.turns, self.load
         checks = {
             f"{turns['lost']} turns got no answer and no error": turns["lost"],
@@ -135,7 +135,7 @@ class Outcome:
             f"turns were reported for no fault: {self.unexplained[:3]}": self.unexplained,
             f"the session server complained: {self.complaints[:3]}": self.complaints,
             f"the session server ended with status {self.exit_status}": self.exit_status,
-            # Where nothing works nothing is lost, and nothing shown.
+            # If nothing works, nothing is lost, but nothing is proven either.
             f"workers failed at {self.causes['workers']} turns": (
                 self.causes["workers"] > MOST_REPORTED * load.all_turns + load.at_a_time
             ),
@@ -149,7 +149,7 @@ class Outcome:
 
 
 async def soak(load: Load, progress: Callable[[Outcome], None]) -> Outcome:
-    """Play a load while all is killed in turn; ``progress`` is called now and then."""
+    """Play a load while each server is killed in turn; call ``progress`` now and then."""
     outcome = Outcome(load)
     ports = free_ports(2)
     gateway_url, server_url = map(local_url, ports)
@@ -192,7 +192,7 @@ async def soak(load: Load, progress: Callable[[Outcome], None]) -> Outcome:
             outcome.causes, outcome.unexplained = causes(
                 outcome.tally.reports, server, gateway, workers
             )
-            # It ends the connections that the session server keeps for later turns.
+            # This ends the connections that the session server keeps for later turns.
             await gateway.kill()
             if at_first is not None:
                 at_last = await descriptors_left(server.running, at_first)
@@ -203,7 +203,7 @@ async def soak(load: Load, progress: Callable[[Outcome], None]) -> Outcome:
 
 
 async def in_time(work: Coroutine[Any, Any, None], tally: Tally) -> None:
-    """Do ``work``; raise ``RuntimeError`` when it takes too long."""
+    """Do ``work``; raise ``RuntimeError`` if it takes too long."""
     try:
         await asyncio.wait_for(work, LIMIT_SECONDS)
     except asyncio.TimeoutError as error:
@@ -229,7 +229,7 @@ async def play(
 
 
 async def alongside(work: Awaitable[None], *others: Awaitable[None]) -> None:
-    """Do ``work`` while ``others`` are done; what goes wrong in any ends all, at once."""
+    """Do ``work`` and ``others`` at once until ``work`` ends; an error in any ends all."""
     tasks = [asyncio.ensure_future(each) for each in (work, *others)]
     waiting = set(tasks)
     try:
@@ -246,7 +246,7 @@ async def alongside(work: Awaitable[None], *others: Awaitable[None]) -> None:
 async def kill_workers(
     outcome: Outcome, workers: Sequence[Worker], all_workers_up: asyncio.Lock
 ) -> None:
-    """Kill one worker after another, each for some share of the run."""
+    """Kill one worker at a time, each for a share of the run."""
     random, step = Random(outcome.load.seed), outcome.load.all_turns / WORKER_KILLS
     for number in range(WORKER_KILLS):
         await outcome.tally.until((number + 0.25) * step)
@@ -260,19 +260,19 @@ async def kill_workers(
 async def kill_gateway(
     outcome: Outcome, gateway: Restartable[SmgGateway], all_workers_up: asyncio.Lock
 ) -> None:
-    """Kill the gateway now and then, and start it anew with an empty sticky map."""
+    """Kill the gateway now and then, and restart it with an empty sticky map."""
     for share in GATEWAY_KILLS:
         await outcome.tally.until(share * outcome.load.all_turns)
-        async with all_workers_up:  # one that is not costs a new gateway half a minute
+        async with all_workers_up:  # a new gateway waits half a minute for a worker that is down
             await gateway.kill()
-            # Half of the agents meet it, at least: each meets it once, and waits for its end.
+            # Agents that meet the outage wait for its end, so each turn is another agent's.
             met = min(outcome.load.at_a_time / 2, OUTAGE_SHARE * outcome.load.all_turns)
             await outcome.tally.until(outcome.tally.played + met)
             await gateway.start()
 
 
 async def kill_server(outcome: Outcome, server: Restartable[SessionServer]) -> None:
-    """Kill the session server now and then, and start it anew without any session."""
+    """Kill the session server now and then, and restart it without any session."""
     for share in SERVER_KILLS:
         await outcome.tally.until(share * outcome.load.all_turns)
         await server.kill()
@@ -282,16 +282,16 @@ async def kill_server(outcome: Outcome, server: Restartable[SessionServer]) -> N
 async def watch(
     outcome: Outcome, server: Restartable[SessionServer], progress: Callable[[Outcome], None]
 ) -> None:
-    """Sample the session server's memory, and tell how far the load is."""
+    """Sample the session server's memory, and report the progress of the load."""
     for number in range(SAMPLES):
         await outcome.tally.until(number / SAMPLES * outcome.load.all_turns)
-        if memory := server.running.memory():  # 0 as it dies
+        if memory := server.running.memory():  # 0 while it is dying
             outcome.memory.append(memory)
         progress(outcome)
 
 
 async def descriptors_left(server: SessionServer, at_first: int) -> int:
-    """Return how many descriptors a server has open that nobody is connected to any more."""
+    """Return how many descriptors a server has open, once it has had time to close connections."""
     deadline = asyncio.get_running_loop().time() + SETTLE_SECONDS
     while (left := server.descriptors() or 0) > at_first:
         if asyncio.get_running_loop().time() > deadline:

@@ -9,12 +9,12 @@ from aiohttp import ClientSession
 from aiohttp_smg_routing.testing import Recorder, recording_gateway
 from harness.proc import processes_in
 
-# Each Python that imports aiohttp, and each client of httpx, reads the certificates of all
-# authorities, which takes as long as the rest of the import. No test goes where they are asked for.
+# Each import of aiohttp and each httpx client reads the certificates of all authorities, which
+# doubles the time of the import. No test needs them.
 os.environ["SSL_CERT_FILE"] = str(Path(__file__).with_name("authority.pem"))
 
-# A shell has a job in the background ignore Ctrl-C, and nohup a hang-up. Programs would inherit it
-# that the tests start, and end by a signal.
+# A shell makes background jobs ignore Ctrl-C, and nohup makes them ignore a hang-up. The programs
+# that tests start and stop by a signal would inherit this.
 for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, signal.SIG_DFL)
@@ -33,20 +33,20 @@ async def elsewhere() -> AsyncIterator[Recorder]:
 
 @pytest.fixture
 async def client() -> AsyncIterator[ClientSession]:
-    """A client of the server under test, and of nothing else: it has no hook."""
+    """A ClientSession without a hook, for calls to the server under test."""
     async with ClientSession() as session:
         yield session
 
 
 @pytest.fixture
 async def outgoing() -> AsyncIterator[ClientSession]:
-    """What a server under test calls the gateway with, where the test attaches the hook."""
+    """A ClientSession for calls to the gateway; the test attaches the hook to it."""
     async with ClientSession() as session:
         yield session
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
-    """Yield a folder to run a program in; nothing may be at work in it afterwards."""
+    """Yield a folder to run a program in; no process may run in it afterwards."""
     yield tmp_path.resolve()
     assert processes_in(tmp_path.resolve()) == {}

@@ -1,11 +1,11 @@
-"""Inputs for the laws: the same in every run, with awkward texts."""
+"""Inputs for the laws, with awkward texts."""
 
 import string
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-# The same inputs in every run, whatever the machine has to do besides; nothing is kept on disk.
+# Every run has the same inputs, even on a busy machine, and keeps nothing on disk.
 LAW = settings(
     max_examples=300,
     derandomize=True,

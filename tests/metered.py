@@ -1,4 +1,4 @@
-"""A session server that serves its metrics, as a process of its own."""
+"""A session server that serves its metrics, in its own process."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,7 +17,7 @@ async def metrics(request: web.Request) -> web.Response:
 
 
 def main(gateway: str, port: int) -> None:
-    """Be the server, until it is killed."""
+    """Run the server until it is killed."""
     app = pinned_server(URL(gateway), metrics="prometheus")
     app.router.add_get("/metrics", metrics)
     web.run_app(app, host="127.0.0.1", port=port, print=lambda _: None)
@@ -25,7 +25,7 @@ def main(gateway: str, port: int) -> None:
 
 @asynccontextmanager
 async def metered_server(gateway: URL) -> AsyncIterator[Restartable[object]]:
-    """Run it before ``gateway`` until the block ends. It can be killed, and run again."""
+    """Run the server with ``gateway`` until the block ends; it can be killed and restarted."""
     url = local_url(free_port())
     argv = command(main, gateway=str(gateway), port=url.port)
     server: Restartable[object] = Restartable(url, lambda: answering(url / "metrics", *argv))

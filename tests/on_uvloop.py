@@ -1,4 +1,4 @@
-"""Every test on uvloop: ``python -m pytest -p tests.on_uvloop``."""
+"""Run every test on uvloop: ``python -m pytest -p tests.on_uvloop``."""
 
 import asyncio
 

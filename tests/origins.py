@@ -1,4 +1,4 @@
-"""Every origin leads to this machine: the gateway's to one recorder, any other to a second one."""
+"""Send calls to any origin to two recorders: one for the gateway's origin, one for all others."""
 
 import asyncio
 import socket
@@ -16,7 +16,7 @@ from aiohttp_smg_routing import ROUTING_KEY_HEADER, Routing, RoutingConfig, rout
 from aiohttp_smg_routing.gateway import TARGET_WORKER_HEADER
 from aiohttp_smg_routing.testing import Answer, Call, Recorder, answer, recording_gateway
 
-#: How a call is refused before it leaves; aiohttp 3.9 asserts that a URL has a scheme of its own.
+#: Errors of a call that is refused before it leaves; aiohttp 3.9 also raises AssertionError.
 _REFUSED = (ClientError, ValueError, IndexError, OSError, AssertionError)
 
 Send = Callable[[ClientSession], Awaitable[ClientResponse]]
@@ -26,7 +26,7 @@ _ROUTING = {str(name).lower() for name in (ROUTING_KEY_HEADER, TARGET_WORKER_HEA
 
 @dataclass(frozen=True)
 class Gateway:
-    """A gateway as a config says it, and where its chat completions are to arrive."""
+    """A gateway's URL as in a config, and where its chat completions must arrive."""
 
     said: str
     host: str
@@ -43,12 +43,12 @@ class Arrived:
     call: Call
 
     def is_chat(self, gateway: Gateway) -> bool:
-        """Tell whether it is what the key is for, by what arrived alone."""
+        """Tell from the request alone whether the call is a chat completion for the gateway."""
         line = self.call.start_line.partition(b"?")[0].removesuffix(b" HTTP/1.1")
         return self.at_gateway and line == f"POST {gateway.path}".encode()
 
     def but_routing(self) -> list[bytes]:
-        """Return its header lines except ``Connection`` and those that choose a worker."""
+        """Return the header lines, except ``Connection`` and those that choose a worker."""
         names = {*_ROUTING, "connection"}
         return [
             line
@@ -57,30 +57,30 @@ class Arrived:
         ]
 
     def connection(self) -> list[bytes]:
-        """Return its lines of ``Connection``."""
+        """Return the values of ``Connection``."""
         return self.call.values("Connection")
 
     def names_the_key(self) -> bool:
-        """Tell whether ``Connection`` names the key: then a proxy drops that."""
+        """Tell whether ``Connection`` names the key's header, which makes a proxy drop it."""
         named = b",".join(self.connection()).lower().split(b",")
         return ROUTING_KEY_HEADER.lower().encode() in map(bytes.strip, named)
 
 
 @dataclass
 class Origins:
-    """Two recorders that all origins lead to."""
+    """The two recorders that receive the calls to all origins."""
 
     gateway: Recorder
     elsewhere: Recorder
     tls_ports: dict[int, int]
-    """Where each recorder's port is reached through TLS."""
+    """The port that each recorder's port has under TLS."""
     under_tls: set[asyncio.Task[None]]
     arrived: list[Arrived] = field(default_factory=list)
 
     async def send(
         self, gateway: Gateway, send: Send, answers: tuple[Answer, ...] = (), **session: Any
     ) -> tuple[type[Exception] | None, list[Arrived]]:
-        """Send a call; return what it raised, if it did, and what arrived."""
+        """Send a call; return the type of its error, if any, and the calls that arrived."""
         self.arrived.clear()
         rest = iter(answers)
         for wire in (self.gateway, self.elsewhere):
@@ -111,10 +111,10 @@ class Origins:
         answers: tuple[Answer, ...] = (),
         **session: Any,
     ) -> list[Arrived]:
-        """Assert that a chat completion to the gateway gains the key, and no other call anything.
+        """Assert that a chat completion to the gateway gains the key, and other calls don't change.
 
-        The call is sent without the plugin first, which shows what it is without it. What arrived
-        with it is returned.
+        It sends the call without the plugin first, to compare. It returns the calls that arrived
+        with the plugin.
         """
         plain_error, plain = await self.send(gateway, send, answers, **session)
         hook = Routing(RoutingConfig(gateway.said)).trace_config()
@@ -137,7 +137,7 @@ class Origins:
 
 
 class _Loopback(TCPConnector):
-    """Asks no DNS, and takes no address for what it says."""
+    """A connector that leads each host name or address to a recorder, without DNS."""
 
     def __init__(self, gateway: Gateway, origins: Origins) -> None:
         super().__init__(ssl=False)
@@ -146,14 +146,14 @@ class _Loopback(TCPConnector):
         self._is_gateway, self._is_tls = False, False
 
     async def connect(self, req: ClientRequest, *rest: Any, **named: Any) -> Connection:
-        # One call after the other: a redirect is followed when it has been read.
+        # Calls come one after another, because aiohttp reads a redirect before it follows it.
         url = req.url
         origin = (url.scheme, (url.raw_host or "").lower(), url.port)
         self._is_gateway, self._is_tls = origin == self._of_gateway, req.is_ssl()
         return await super().connect(req, *rest, **named)
 
     async def _resolve_host(self, host: str, *_: Any, **__: Any) -> list[Any]:
-        host.encode("idna")  # a resolver refuses what is no name: else aiohttp leaks a socket
+        host.encode("idna")  # refuse invalid names as a resolver does
         origins = self._origins
         led_to = (origins.gateway if self._is_gateway else origins.elsewhere).url.port
         assert led_to
@@ -180,9 +180,9 @@ async def all_origins() -> AsyncIterator[Origins]:
 async def _tls(
     recorder: Recorder, tasks: set[asyncio.Task[None]]
 ) -> AsyncIterator[tuple[int, int]]:
-    """Take TLS off what comes to a port of its own; give the recorder's port and that one."""
+    """Listen with TLS and pass on to the recorder; yield the recorder's port and the TLS port."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    trustme.CA().issue_cert("any.example").configure_cert(context)  # nobody verifies it
+    trustme.CA().issue_cert("any.example").configure_cert(context)  # no client verifies it
     port = recorder.url.port
     assert port
 

@@ -1,12 +1,12 @@
-"""The pages that users read are run: each snippet of README.md and docs/*.md is a test.
+"""Run the pages that users read: each snippet of README.md and docs/*.md is a test.
 
-Those of docs/scaling.md that are not sh are what tests/scale runs.
+tests/scale runs the snippets of docs/scaling.md that are not sh.
 
-Addresses in them are made real: ``http://10.0.0.1:30000`` is a recording gateway while they run,
-and ``8080`` a free port.
-Names that a snippet takes for granted, such as ``app``, are those that ``Page`` sets.
+Real addresses replace those in the snippets: a recording gateway replaces
+``http://10.0.0.1:30000``, and a free port replaces ``8080``. ``Page`` sets the names that snippets
+take for granted, such as ``app``.
 
-A snippet that begins with the name of a file, such as ``# server.py``, is also written to it. The
+A snippet that begins with a file name, such as ``# server.py``, is also written to that file. The
 lines ``smg launch`` and ``python server.py`` run the real gateway and that file, on free ports.
 """
 
@@ -46,29 +46,29 @@ from aiohttp_smg_routing.testing import (
 from aiohttp_smg_routing.testing.gateway import run_gateway
 
 tomllib = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
-sys.modules["tomllib"] = tomllib  # Python 3.10 has none, as a comment in README.md says
+sys.modules["tomllib"] = tomllib  # Python 3.10 has no tomllib
 
 ROOT = Path(__file__).parents[1]
 GATEWAY = "http://10.0.0.1:30000"
 PORT = "8080"
 SERVER = f"http://127.0.0.1:{PORT}"
-ELSEWHERE = (  # the first four in tests/recipes
+ELSEWHERE = (  # tests/recipes runs the first four
     *("aiohttp-smg-routing", "export", "gunicorn", "ray"),
     *("python3", "ruff"),
 )
-FILE = re.compile(r"# (\S+\.(?:py|toml))\n")  # the first line of a snippet that is a file
+FILE = re.compile(r"# (\S+\.(?:py|toml))\n")  # the first line of a snippet for a file
 TURN = {"messages": [{"role": "user", "content": "hello"}]}
-CHAT = "/sessions/{session_id}/v1/chat/completions"  # of the session server in README.md
+CHAT = "/sessions/{session_id}/v1/chat/completions"  # README.md's session server
 
 
 class Page:
-    """What the snippets of a page share: an event loop, a gateway, and the names that they set."""
+    """The event loop, the gateway and the names that the snippets of a page share."""
 
     def __init__(self, namespace: dict[str, Any]) -> None:
         self.loop = asyncio.new_event_loop()
         self._programs = AsyncExitStack()
         self._folder = self._programs.enter_context(tempfile.TemporaryDirectory())
-        self._played: Counter[str] = Counter()  # the turns of each session
+        self._played: Counter[str] = Counter()  # turns by session
         self._ports = dict(zip(("30000", PORT), map(str, free_ports(2)), strict=True))
         self.smg: SmgGateway
         self._gateway = recording_gateway()
@@ -99,7 +99,7 @@ class Page:
         sessions: tuple[str, ...] = ("s-1", "s-2"),
         turns: int = 2,
     ) -> None:
-        """Play ``turns`` of each session in turn, as ``call`` makes them; all must be pinned."""
+        """Play ``turns`` turns of each session, made by ``call``; assert that all are pinned."""
         self.gateway.calls.clear()
         async with serve(app) as client:
             for _ in range(turns):
@@ -113,20 +113,20 @@ class Page:
             self.gateway.assert_pinned(session_id, turns=turns, config=config)
 
     def save(self, name: str, text: str) -> str:
-        """Write a snippet to its file, and return what is in it."""
+        """Write a snippet to its file, and return the text of the file."""
         text = self.here(text)
         Path(self._folder, name).write_text(text)
         return text
 
     def here(self, text: str) -> str:
-        """Return a text with the ports of this page."""
+        """Replace the ports in a text with the real ports of this page."""
         return re.sub("|".join(self._ports), lambda port: self._ports[port[0]], text)
 
     async def launch(self, words: Sequence[str]) -> None:
-        """Run ``smg launch``; for each of the workers that the line names a recorder stands in."""
+        """Run ``smg launch`` with a recorder in place of each worker that the line names."""
         end = words.index("--worker-urls")
         smg = str(Path(sysconfig.get_path("scripts"), "smg"))
-        # The stand-ins have no tokenizer that could be fetched.
+        # The recorders have no tokenizer to fetch.
         program = (smg, *words[:end], "--disable-tokenizer-autoload")
         workers = len(words) - end - 1
         running = run_gateway(program, workers, (), int(self._ports["30000"]))
@@ -151,7 +151,7 @@ class Page:
         names = [f"s-{number}" for number in range(1, sessions + 1)]
         for number in range(turns):
             for session_id in names:
-                if self._played[session_id] <= number:  # else the page has done it
+                if self._played[session_id] <= number:  # the page's own lines may have played it
                     body = {"model": "stub", **TURN, "stream": bool(number % 2)}
                     await self._turn(CHAT.format(session_id=session_id), body)
         for session_id in names:
@@ -173,7 +173,7 @@ class Page:
         self._played[path.split("/")[2]] += 1
 
     async def verify(self, words: Sequence[str]) -> None:
-        """Run ``aiohttp-smg-routing verify`` on the real gateway, which pins."""
+        """Run ``aiohttp-smg-routing verify`` on the real gateway; it must find it pinned."""
         argv = (*words, "--metrics", str(self.smg.metrics_url))
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "aiohttp_smg_routing", *map(self.here, argv)),
@@ -185,11 +185,11 @@ class Page:
         assert process.returncode == 0, out.decode()
 
     def run(self, coroutine: Awaitable[Any]) -> None:
-        """Run what a snippet awaits."""
+        """Run a coroutine of a snippet."""
         self.loop.run_until_complete(coroutine)
 
     def close(self) -> None:
-        """End with the page, and with the tasks that its snippets have left running."""
+        """Stop the page's programs, and cancel the tasks that its snippets left running."""
         self.run(self._programs.aclose())
         self.run(self._session.close())
         self.run(self._gateway.__aexit__(None, None, None))
@@ -200,7 +200,7 @@ class Page:
 
 
 async def _cancel_tasks() -> None:
-    """Cancel every other task: on a closed loop it would fail a later test when it is collected."""
+    """Cancel every other task, because garbage collection of one would fail a later test."""
     left = asyncio.all_tasks() - {asyncio.current_task()}
     for task in left:
         task.cancel()
@@ -208,17 +208,17 @@ async def _cancel_tasks() -> None:
 
 
 def serve(app: web.Application, **kwargs: Any) -> "TestClient[web.Request, web.Application]":
-    """Return a client of ``app``, which runs as long as the client is open."""
+    """Return a client of ``app``; ``app`` runs while the client is open."""
     return TestClient(TestServer(app), **kwargs)
 
 
 async def new_session() -> ClientSession:
-    """Return a session; aiohttp wants a running loop for it."""
+    """Return a ClientSession, which aiohttp must make in a running loop."""
     return ClientSession()
 
 
 def python(example: Example) -> None:
-    """Run a snippet, which may await."""
+    """Run a Python snippet, which may await."""
     page: Page = example.namespace["page"]
     source = "\n" * (example.line + example.parsed.line_offset) + saved(example)
     flags = ast.PyCF_ALLOW_TOP_LEVEL_AWAIT
@@ -233,7 +233,7 @@ def python(example: Example) -> None:
 
 
 def toml(example: Example) -> None:
-    """Take a snippet as the config of the snippets below."""
+    """Use a snippet as the config of the snippets below it."""
     table = tomllib.loads(saved(example))
     config = {"gateway": str(example.namespace["gateway"].url)}
     config |= table.get("smg_routing", table)
@@ -242,7 +242,7 @@ def toml(example: Example) -> None:
 
 
 def shell(example: Example) -> None:
-    """Run what starts a program; of all else look that it is there, and what it prints."""
+    """Run the lines of a shell snippet that start programs; check the names in the others."""
     page: Page | None = example.namespace.get("page")
     for line in example.parsed.replace("\\\n", "").splitlines():
         command, *words = shlex.split(line, comments=True)
@@ -274,24 +274,24 @@ def shell(example: Example) -> None:
 
 
 async def prints(page: Page, line: str, text: str) -> None:
-    """Assert that a page has what ``curl -s METRICS | grep NAME`` prints."""
+    """Assert that the page shows the output of ``curl -s METRICS | grep NAME``."""
     found = re.fullmatch(r"curl -s http://127.0.0.1:29000/metrics \| grep \^(\w+)", line)
     assert found, line
     async with ClientSession() as session, session.get(page.smg.metrics_url) as response:
         lines = [it for it in (await response.text()).splitlines() if it.startswith(found[1])]
     assert lines
-    assert set(lines) <= set(text.splitlines())  # the gateway has them in any order
+    assert set(lines) <= set(text.splitlines())  # the gateway's order varies
 
 
 def saved(example: Example) -> str:
-    """Return a snippet as it is run; one that is a file is written to it."""
+    """Return a snippet with real addresses; also write it to the file that it names, if any."""
     name = FILE.match(example.parsed)
     page: Page = example.namespace["page"]
     return page.save(name[1], str(example.parsed)) if name else real(example)
 
 
 def real(example: Example) -> str:
-    """Return a snippet with real addresses in it."""
+    """Return a snippet with real addresses."""
     url: URL = example.namespace["gateway"].url
     return str(example.parsed).replace(GATEWAY, str(url)).replace(PORT, str(free_port()))
 

@@ -1,4 +1,4 @@
-"""Programs that are no Python, and where they are."""
+"""Programs that are not written in Python, and their paths."""
 
 import os
 import shutil
@@ -14,13 +14,13 @@ SCRIPTS = sysconfig.get_path("scripts")
 
 
 def found(name: str, environ: Mapping[str, str] = os.environ) -> str | None:
-    """Return where the program is, the virtual environment included."""
+    """Return the path of a program, which may be in the virtual environment."""
     folders = [environ.get("PATH", os.defpath), "/usr/sbin", SCRIPTS]
     return shutil.which(name, path=os.pathsep.join(folders))
 
 
 def program(name: str, package: str, environ: Mapping[str, str] = os.environ) -> str:
-    """Return where Debian's program is; without it fail on CI, and skip elsewhere."""
+    """Return the path of a program of Debian's; without it, fail on CI and skip elsewhere."""
     return found(name, environ) or absent(
         f"{name} is not here: run .ci/debian {package} {name}, which puts it into .venv/bin",
         environ,
@@ -28,7 +28,7 @@ def program(name: str, package: str, environ: Mapping[str, str] = os.environ) ->
 
 
 def absent(reason: str, environ: Mapping[str, str] = os.environ) -> NoReturn:
-    """End a test that misses something: with a failure on CI, and skipped elsewhere."""
+    """End a test that lacks something: fail on CI, and skip elsewhere."""
     if environ.get("CI") == "true":
         pytest.fail(reason)
     pytest.skip(reason)

@@ -1,4 +1,4 @@
-"""Programs that have a Ray cluster of their own, which ends with their standard input."""
+"""Programs with their own Ray cluster, which ends when their standard input does."""
 
 import os
 import secrets
@@ -13,19 +13,19 @@ from typing import Any
 
 from harness.proc import processes_in
 
-# Without it Ray finds the machine's own address, and listens there.
+# Without this, Ray listens on the machine's external address.
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
 def options(folder: str, processors: int) -> dict[str, Any]:
-    """Return what ``ray.init()`` takes for a small cluster on loopback, with its files in a folder.
+    """Return the arguments of ``ray.init()`` for a small loopback cluster with files in a folder.
 
-    Ray has sockets in that folder, and their paths must be short.
+    Ray puts sockets into that folder, and their paths must be short.
     """
     return {
         "address": "local",
         "num_cpus": processors,
-        "object_store_memory": 80 * 2**20,  # bytes: the least that it takes
+        "object_store_memory": 80 * 2**20,  # bytes; Ray accepts no less
         "include_dashboard": False,
         "_node_ip_address": "127.0.0.1",
         "_temp_dir": folder,
@@ -36,11 +36,11 @@ def options(folder: str, processors: int) -> dict[str, Any]:
 async def ray_program(
     folder: Path, *argv: str, env: Mapping[str, str], stdout: int = PIPE
 ) -> AsyncIterator[Process]:
-    """Run Python in ``folder`` until the block ends; nothing is left of it."""
+    """Run Python in ``folder`` until the block ends; leave nothing behind."""
     environ = {
         **{name: text for name, text in os.environ.items() if not name.startswith("RAY_")},
         **LOOPBACK,
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),  # or it makes one, and keeps it in the home
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),  # else Ray saves one in the home folder
         **env,
     }
     with (folder / "log").open("wb") as log:
@@ -49,7 +49,7 @@ async def ray_program(
         )
     try:
         yield process
-        await process.communicate(b"")  # its standard input ends, and so does Ray
+        await process.communicate(b"")  # ends its standard input, and so Ray
         left = processes_in(folder)
     finally:
         for pid in {process.pid, *processes_in(folder)}:

@@ -1,4 +1,4 @@
-"""What docs/reference.md shows: the public names, their texts, and the examples in these.
+"""The content of docs/reference.md: the public names, their docstrings and the examples in them.
 
 An example runs in a handler of a real session server, after six turns of session ``s-17``.
 """
@@ -28,7 +28,7 @@ PACKAGE = ROOT / "aiohttp_smg_routing"
 PUBLIC = (*aiohttp_smg_routing.__all__, *testing.__all__)
 #: The public names whose examples need the real gateway.
 ON_A_GATEWAY = ("SmgGateway", "smg_gateway", "StartSmgGateway")
-#: On the page: a directive, its name, its options, and what stands beside the docstring.
+#: An entry on the page: a directive, its name, its options, and any text after them.
 ENTRY = re.compile(r"^\.\. auto\w+:: (?:\w+\.)*(\w+).*\n((?: +.*\n|\n)*)", re.MULTILINE)
 
 GATEWAY = "http://10.0.0.1:30000"
@@ -39,7 +39,7 @@ FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 @cache
 def page() -> dict[str, str]:
-    """Return what the page has for each name, in addition to its docstring."""
+    """Return the page's own text for each name, in addition to the docstring."""
     text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
     return {name: inspect.cleandoc(f"\n{beside}") for name, beside in ENTRY.findall(text)}
 
@@ -70,7 +70,7 @@ def excluded(beside: str) -> list[str]:
 
 
 def _texts(source: str) -> Iterator[tuple[str, str]]:
-    """Yield each name that a file defines, and each member of its classes, with its text."""
+    """Yield each name that a file defines, and each member of its classes, with its docstring."""
     lines = source.splitlines()
     for name, node, text in _defined(ast.parse(source).body, lines):
         yield name, text
@@ -86,9 +86,9 @@ def _texts(source: str) -> Iterator[tuple[str, str]]:
 def _defined(
     body: list[ast.stmt], lines: list[str], *, of_self: bool = False
 ) -> Iterator[tuple[str, ast.stmt, str]]:
-    """Yield what statements define: functions, classes, and what they assign to a public name.
+    """Yield the functions, classes and public variables that statements define.
 
-    The text of the last is a string below it, or a comment beside it that begins with ``#:``.
+    A variable's text is the string below it, or a comment beside it that begins with ``#:``.
     """
     for node, after in zip(body, (*body[1:], None), strict=True):
         if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
@@ -109,9 +109,9 @@ def _string(node: ast.stmt | None) -> str:
 
 
 def examples(*, on_a_gateway: bool) -> dict[str, str]:
-    """Return the texts with an example that needs the real gateway, or those that do not.
+    """Return the texts whose examples need the real gateway, or those whose examples don't.
 
-    What stands beside the entry of a name on the page is called ``NAME beside``.
+    The page's own text about a name has the key ``NAME beside``.
     """
     found = {**texts(), **{f"{name} beside": text for name, text in page().items()}}
     return {
@@ -127,7 +127,7 @@ def owner(name: str) -> str:
 
 
 def examples_of(name: str) -> str:
-    """Return the examples of a public name, with those of its members and on the page."""
+    """Return the examples of a public name, including those of its members and on the page."""
     parser = doctest.DocTestParser()
     return "\n".join(
         f"{example.source}{example.want}"
@@ -138,7 +138,7 @@ def examples_of(name: str) -> str:
 
 
 async def run(text: str, **names: Any) -> None:
-    """Run the examples in a text; raise ``AssertionError`` where one prints something else.
+    """Run the examples in a text; raise ``AssertionError`` if one prints something else.
 
     They share the names that readers take for granted, and may await.
     """
@@ -229,7 +229,7 @@ async def _run(text: str, namespace: dict[str, Any]) -> None:
 
 
 async def _close(namespace: Mapping[str, Any]) -> None:
-    """Close what examples have left open, except what is the app's."""
+    """Close what the examples left open, except what belongs to the app."""
     for value in namespace.values():
         if isinstance(value, ClientResponse):
             value.release()

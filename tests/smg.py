@@ -1,4 +1,4 @@
-"""The version of SMG that is installed, and what tests ask of the workers behind it."""
+"""The installed version of SMG, and a helper for tests with its workers."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Iterable
@@ -14,7 +14,7 @@ names_workers = pytest.mark.skipif(SMG < (1, 10), reason="SMG names its workers 
 
 
 def answer_when_all_are_there(workers: Iterable[Recorder], count: int) -> None:
-    """Have the workers answer no chat completion before ``count`` of them have arrived."""
+    """Have the workers answer chat completions only once ``count`` of them have arrived."""
     arrived, everybody = 0, asyncio.Event()
 
     async def late(call: Call) -> AsyncGenerator[bytes, None]:

@@ -1,4 +1,4 @@
-"""Turns of sessions: played through a session server, and as they came to a gateway or workers."""
+"""Helpers to play turns through a session server, and to see where they arrived."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 async def turn(client: "Client", session_id: str, turns: int = 1, **fields: object) -> None:
-    """Play a turn, the last of so many; it must be answered."""
+    """Play turn number ``turns`` of a session; assert that it is answered."""
     body = chat(session_id, turns, **fields)
     async with client.post(f"/sessions/{session_id}/{CHAT}", json=body) as response:
         assert response.status == 200, await response.text()
@@ -33,12 +33,12 @@ async def keys(
 
 
 def turns_of(*recorders: Recorder) -> list[Call]:
-    """Return the turns that arrived, among the questions that the gateway asks its workers."""
+    """Return the turns that arrived, without the gateway's own requests to its workers."""
     return [call for each in recorders for call in each.calls if call.method == "POST"]
 
 
 def served(*workers: Recorder) -> Mapping[str, Counter[URL]]:
-    """Return how many turns of each session came to which worker, by the bodies of the turns."""
+    """Return each session's number of turns by worker, from the bodies of the turns."""
     found: dict[str, Counter[URL]] = defaultdict(Counter)
     for worker in workers:
         for call in turns_of(worker):
@@ -55,6 +55,6 @@ def assert_keys(calls: Iterable[Call], *, plugin: bool = True) -> None:
 
 
 def forget(*recorders: Recorder) -> None:
-    """Forget what arrived."""
+    """Forget the calls that arrived."""
     for recorder in recorders:
         recorder.calls.clear()

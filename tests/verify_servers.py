@@ -28,7 +28,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 async def stub_engines(
     count: int, *, report: bool = True, kv_usage: Sequence[float] = ()
 ) -> AsyncIterator[list[URL]]:
-    """Run workers that stream; ``report`` is whether their usage tells the cached tokens.
+    """Run workers that stream; with ``report`` their usage has the cached tokens.
 
     ``kv_usage`` is how full the KV cache of each is, 0 to 1, in its metrics.
     """
@@ -40,7 +40,7 @@ async def stub_engines(
 
 
 def engine(*, report: bool = True) -> web.Application:
-    """Return a worker: a word is a token, and its KV cache holds every prompt it served."""
+    """Return a worker whose tokens are words, and whose KV cache holds every prompt it served."""
     cache: set[str] = set()
 
     async def health(request: web.Request) -> web.Response:
@@ -93,7 +93,7 @@ async def _event(response: web.StreamResponse, data: object) -> None:
 
 
 def fake_gateway(chat: Handler, *, models: Handler = models) -> web.Application:
-    """Return a server that is asked what a gateway is asked; ``chat`` answers the turns."""
+    """Return a server with the endpoints of a gateway; ``chat`` answers the turns."""
 
     async def metrics(request: web.Request) -> web.Response:
         return web.Response(text="smg_manual_policy_cache_entries 0\n")
@@ -117,12 +117,12 @@ def proxy(
     body: Callable[[bytes, web.Request], bytes] = lambda said, request: said,
     api_key: str | None = None,
 ) -> web.Application:
-    """Return a proxy before one gateway, or before replicas that take turns.
+    """Return a proxy in front of one gateway, or of replicas that take turns.
 
-    ``drop`` names headers, in small letters, that it takes off calls and answers; ``add`` are those
-    that it puts on calls. With a ``key`` it is a session server that sends that one, and the
-    ``body`` that is made of the one it got. Where there is an ``api_key`` it asks for it, and tells
-    what it got instead.
+    ``drop`` names headers, in lower case, that it removes from calls and answers; ``add`` has
+    headers that it adds to calls. With ``key`` it is a session server that sends that key.
+    ``body`` changes the body of a call. With ``api_key`` it requires that key, and answers a wrong
+    one with a 401 that shows it.
     """
     turn = cycle(upstreams)
 
@@ -162,7 +162,7 @@ def proxy(
 
 @contextmanager
 def in_background(manager: AbstractAsyncContextManager[T]) -> Iterator[T]:
-    """Hold ``manager`` open in a thread of its own: the command needs the main thread."""
+    """Hold ``manager`` open in another thread, because the command needs the main thread."""
     entered: Future[tuple[T, asyncio.AbstractEventLoop, asyncio.Event]] = Future()
 
     async def hold() -> None:
@@ -176,7 +176,7 @@ def in_background(manager: AbstractAsyncContextManager[T]) -> Iterator[T]:
         either: tuple[Future[Any], ...] = (entered, held)
         wait(either, return_when=FIRST_COMPLETED)
         if not entered.done():
-            held.result()  # the error
+            held.result()  # raises the error
         value, loop, end = entered.result()
         try:
             yield value

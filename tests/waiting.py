@@ -1,4 +1,4 @@
-"""Waiting for what must happen: by an event, or by looking again and again, and never in vain."""
+"""Wait with a time limit: for an awaitable, or for a condition."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -10,14 +10,14 @@ PATIENCE_SECONDS = 30
 
 
 async def soon(awaitable: Awaitable[T]) -> T:
-    """Wait for what must happen; a test that waits in vain fails instead of hanging."""
+    """Wait for ``awaitable``; fail instead of hanging if it doesn't finish."""
     return await asyncio.wait_for(awaitable, PATIENCE_SECONDS)
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Wait by polling until ``condition`` holds, if no event announces it."""
+    """Poll until ``condition`` holds, for conditions that no event announces."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + PATIENCE_SECONDS
     while not condition():
-        assert loop.time() < deadline, "it has not come about"
+        assert loop.time() < deadline, "the condition never held"
         await asyncio.sleep(0.01)

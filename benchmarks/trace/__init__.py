@@ -1,8 +1,9 @@
-"""Recorded agent sessions, played through the real gateway on workers that are a model.
+"""Play recorded agent sessions through the real gateway, on simulated workers.
 
     python -m benchmarks trace FILE ...
 
-The files follow the way of a session: ``read`` it from a file, ``grow`` the trace to more sessions,
-``play`` them in ``arms`` on the ``worker``s, each an ``engine`` with a ``cache``, and compare what
-came from the cache with the ``limit``. ``check`` compares the model with real engines.
+The modules follow the path of a session: ``read`` it from a file, ``grow`` the trace to more
+sessions, ``play`` them in ``arms`` on the ``worker``s, each an ``engine`` with a ``cache``, and
+compare the tokens from the cache with the ``limit``. ``check`` compares the model with real
+engines.
 """

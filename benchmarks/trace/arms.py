@@ -1,4 +1,4 @@
-"""The arms: how the gateway is launched, and which key the calls carry."""
+"""The arms: the gateway's policy and arguments, and the key of the calls."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -7,19 +7,19 @@ from typing import Literal
 from .read import Session
 
 Key = Literal["no", "session", "group", "later turns"]
-"""What pins a call: nothing, its session, its group, or its session from the second turn on."""
+"""The key of a call: none, its session, its group, or its session from the second turn on."""
 
 MIN_GROUP = ("--assignment-mode", "min_group")
 PROTECTION = "--worker-overload-protection"
 DEFAULT_TIMES = {"--load-monitor-interval": 10, "--eviction-interval-secs": 60}
-"""Seconds between two times that SMG asks a worker for its load, and that ``cache_aware`` cuts what
-it remembers of the prompts to its size, unless told otherwise."""
+"""SMG's default intervals in seconds: to poll a worker's load, and to trim the prompts that
+``cache_aware`` remembers."""
 
 
 def times(scale: float) -> tuple[str, ...]:
-    """Return the arguments that have these times pass as fast as the model's.
+    """Return the arguments that scale these intervals to the model's time.
 
-    SMG takes whole seconds, and one at the least.
+    SMG accepts whole seconds only, from one up.
     """
     scaled = {option: max(1, round(time / scale)) for option, time in DEFAULT_TIMES.items()}
     return tuple(word for option, time in scaled.items() for word in (option, str(time)))
@@ -27,7 +27,7 @@ def times(scale: float) -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """A policy of the gateway, its further arguments, and the key of the calls."""
+    """A policy of the gateway, further arguments, and the key of the calls."""
 
     policy: str
     args: tuple[str, ...] = ()
@@ -35,7 +35,7 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """What the tables call it."""
+        """The name in the tables."""
         words = [self.policy, *(arg for arg in self.args if not arg.startswith("--"))]
         name = " ".join(words)
         name += " + override" * ("--routing-key-override" in self.args)
@@ -45,7 +45,7 @@ class Arm:
         return ", ".join([name, *said])
 
     def protected(self) -> "Arm":
-        """Return the same arm with worker overload protection, SMG's default since 1.12."""
+        """Return the arm with worker overload protection, SMG's default since 1.12."""
         return replace(self, args=(*self.args, PROTECTION))
 
 
@@ -79,7 +79,7 @@ FURTHER_GROUPED = (replace(HASHED, key="group"),)
 
 
 def arms(sessions: Sequence[Session], *, every: bool) -> Iterator[Arm]:
-    """Yield the arms that play a trace: the main ones, or ``every`` one."""
+    """Yield the arms to play a trace with: the main ones, or ``every`` one."""
     has_groups = any(session.group for session in sessions)
     yield PINNED
     if has_groups:

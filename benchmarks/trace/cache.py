@@ -1,4 +1,4 @@
-"""A prefix cache as vLLM and SGLang have one: blocks of tokens, hashed in a chain, LRU."""
+"""A prefix cache like that of vLLM and SGLang: blocks of tokens, hashed in a chain, LRU."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -9,17 +9,17 @@ BLOCK = 16
 
 
 def tokens_in(characters: int, per_token: float) -> int:
-    """Return how many tokens a text of so many characters is."""
+    """Return the number of tokens in a text of so many characters."""
     return max(1, int(characters / per_token))
 
 
 def characters_in_block(per_token: float) -> int:
-    """Return how many characters a block is."""
+    """Return the number of characters in a block."""
     return int(BLOCK * per_token)
 
 
 def chain(text: str, per_token: float) -> list[int]:
-    """Return the names of the whole blocks of a text. A name stands for all that is before, too."""
+    """Return the names of the full blocks of a text. A name also depends on all blocks before."""
     size = characters_in_block(per_token)
     names, before = [], 0
     for begin in range(0, len(text) - size + 1, size):
@@ -30,18 +30,18 @@ def chain(text: str, per_token: float) -> list[int]:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What a running call holds: named blocks, and room for what it has still to write."""
+    """The blocks that a running call holds, and the room for those that it has yet to write."""
 
     names: Sequence[int]
     cached: int
-    """How many of them were in the cache."""
+    """How many of the blocks were in the cache."""
 
     room: int
 
     def reused(self, prompt_tokens: int) -> int:
-        """Return the prompt tokens that need not be computed: all but one, at the most.
+        """Return the prompt tokens that need not be computed: at most all but one.
 
-        The next token comes from that one.
+        The last token must be computed, because the next token comes from it.
         """
         return BLOCK * min(self.cached, (prompt_tokens - 1) // BLOCK)
 
@@ -49,17 +49,17 @@ class Held:
 class PrefixCache:
     """The blocks of one worker, or of one cache for all.
 
-    A running call holds its blocks, and no other call can displace them. When it ends they stay,
-    until their room is needed: then the block that was used longest ago goes first, and of those
-    that one call used last, the one at the end of its text. So no block outlives the one before it.
+    A running call holds its blocks, and no other call can displace them. After its end they stay
+    until their room is needed. The least recently used block goes first; among the blocks that one
+    call used last, the one at the end of its text. So no block outlives the one before it.
     """
 
     def __init__(self, blocks: float) -> None:
         self.blocks = blocks
-        """How many blocks there are; ``inf`` for a cache that displaces nothing."""
+        """The size in blocks; ``inf`` for a cache that displaces nothing."""
 
-        self._calls: dict[int, int] = {}  # how many calls hold the block
-        self._idle: OrderedDict[int, None] = OrderedDict()  # the next one to go comes first
+        self._calls: dict[int, int] = {}  # how many calls hold each block
+        self._idle: OrderedDict[int, None] = OrderedDict()  # the next to go first
         self._room = 0
 
     @property
@@ -68,9 +68,9 @@ class PrefixCache:
         return len(self._calls) + self._room
 
     def begin(self, names: Sequence[int], blocks: int) -> Held | None:
-        """Hold the blocks of a prompt and the room for ``blocks`` in all.
+        """Hold the blocks of a prompt, and room for ``blocks`` blocks in all.
 
-        Return None where running calls leave too little room.
+        Return None if running calls leave too little room.
         """
         calls, idle = self._calls, self._idle
         cached = shared = 0
@@ -94,16 +94,16 @@ class PrefixCache:
     def begin_call(
         self, names: Sequence[int], prompt: int, characters: int, per_token: float
     ) -> Held | None:
-        """Hold what a call needs: ``names`` are the blocks of its prompt and output.
+        """Hold the blocks and the room of a call; ``names`` are the blocks of prompt and output.
 
-        ``prompt`` and ``characters`` are the characters of its prompt and of both. Return None
-        where running calls leave too little room.
+        ``prompt`` is the number of characters of the prompt, ``characters`` that of both. Return
+        None if running calls leave too little room.
         """
         size = characters_in_block(per_token)
         return self.begin(names[: prompt // size], -(-characters // size))
 
     def end(self, held: Held, names: Sequence[int]) -> None:
-        """Keep the blocks of a call that has ended: ``names`` are those of prompt and output."""
+        """Keep the blocks of a call that has ended: ``names``, those of prompt and output."""
         self._room -= held.room
         calls, idle = self._calls, self._idle
         for place in range(len(names) - 1, -1, -1):

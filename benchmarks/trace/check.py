@@ -1,11 +1,11 @@
-"""Checks the model of an engine against real ones: ``python -m benchmarks trace --check``.
+"""Check the model of an engine against real engines: ``python -m benchmarks trace --check``.
 
-Both play one load that real engines on two cores can play, by some of the arms. Where a call goes
-is partly chance. So the model is asked twice: what it says of the very calls that the real engines
-had, each on the worker that had it, and what comes out when the gateway plays on model workers.
+Both play a load that real engines can serve on two cores, in some of the arms. Chance partly
+decides the worker of a call. So the model is compared twice: on the same calls as the real engines,
+each on the same worker, and in a play of its own through the gateway.
 
-Each worker has room for all sessions. With too little room the two need not agree: llama.cpp then
-displaces a whole conversation, and the model a block, as vLLM and SGLang do.
+Each worker has room for all sessions. With too little room the two may differ, because llama.cpp
+then displaces a whole conversation, and the model a block, as vLLM and SGLang do.
 """
 
 import asyncio
@@ -39,25 +39,25 @@ from .worker import model_workers
 
 TITLE = "The model of an engine, beside real ones"
 POINTS = 0.02
-"""How far the cached share may be from that of the real engines."""
+"""How far the model's cached share may be from that of the real engines."""
 
 APART = 0.1
-"""Arms that are nearer to each other than this may change places: chance plays in them."""
+"""Arms that are closer than this may change places by chance."""
 
-# Not round_robin: with so few sessions, lockstep decides which workers have seen a session.
+# Not round_robin: with so few sessions its result depends on lockstep.
 ARMS = (PINNED, HASHED, CACHE_AWARE, RANDOM)
 QUICK_ARMS = (PINNED, RANDOM)
 ENGINE_MODEL, ENGINE_BLOCKS = "random-llama", 2
 OUTPUT = 8  # tokens
-SPEED = Speed(prefill=3000, per_token=1)  # about that of a real one; nothing here depends on it
+SPEED = Speed(prefill=3000, per_token=1)  # about a real engine's; no result depends on it
 REAL, SAME, PLAYED = "real engines", "the model, same calls", "the model, played"
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Sessions at once, of so many turns; one character is one token."""
+    """Sessions played at once, their turns and their sizes; one character is one token."""
 
-    sessions: int = 7  # odd: in lockstep on round_robin, an even number can look pinned
+    sessions: int = 7  # odd: an even number in lockstep on round_robin can look pinned
     turns: int = 4
     workers: int = 4
     first: int = 1200
@@ -65,7 +65,7 @@ class Load:
 
     @property
     def context(self) -> int:
-        """The tokens of a whole session, or a few more."""
+        """The tokens of a whole session, with a margin."""
         return self.first + self.turns * (self.later + OUTPUT) + TEMPLATE_TOKENS
 
 
@@ -73,7 +73,7 @@ QUICK = Load(sessions=3, turns=3, workers=2, first=600)
 
 
 class Row(NamedTuple):
-    """The cached shares of an arm: of the real engines, and of the model in both ways."""
+    """The cached shares of an arm: of the real engines, and of the model in both comparisons."""
 
     name: str
     real: float
@@ -83,7 +83,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A call, the worker that answered it, and what it took from the cache."""
+    """A call, the worker that answered it, and its tokens from the cache."""
 
     session: int
     number: int
@@ -93,7 +93,7 @@ class Asked:
 
 
 def sessions_of(load: Load) -> list[Session]:
-    """Return sessions whose prompts share nothing with each other's."""
+    """Return sessions whose prompts have no prefix in common."""
     made = []
     for seed in range(load.sessions):
         random = Random(seed)
@@ -137,7 +137,7 @@ async def measure(progress: Progress, quick: bool) -> Part:
 async def ask(
     arm: Arm, workers: Sequence[URL], sessions: Sequence[Session], model: str
 ) -> list[Asked]:
-    """Play the sessions on workers that run, and return the calls in the order of their answers."""
+    """Play the sessions on running workers; return the calls in the order of their answers."""
     asked: list[Asked] = []
     async with smg_gateway(workers, policy=arm.policy, args=arm.args) as gateway:
         hooks = [] if arm.key == "no" else [Routing({"gateway": gateway.url}).trace_config()]
@@ -174,7 +174,7 @@ async def ask(
 
 
 def replayed(real: Sequence[Asked], sessions: Sequence[Session], speed: Speed) -> list[Asked]:
-    """Return what the model says of these calls, each on the worker that had it."""
+    """Return the same calls with the model's figures, each on the same worker."""
     caches: defaultdict[str, PrefixCache] = defaultdict(lambda: PrefixCache(speed.tokens // BLOCK))
     said = []
     for call in real:
@@ -190,13 +190,13 @@ def replayed(real: Sequence[Asked], sessions: Sequence[Session], speed: Speed) -
 
 
 def share(calls: Sequence[Asked]) -> float:
-    """Return the share of the prompt tokens that came from the cache, second turn on."""
+    """Return the share of the prompt tokens from the cache, from the second turn on."""
     later = [call for call in calls if call.number]
     return sum(call.cached_tokens for call in later) / sum(call.prompt_tokens for call in later)
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """Say whether the model is near the real engines. Raises ``RuntimeError`` where it is not."""
+    """Say how near the model is to the real engines. Raises ``RuntimeError`` if it is not near."""
     off = max(abs(row.real - row.same) for row in rows)
     if off > POINTS:
         raise RuntimeError(
@@ -215,7 +215,7 @@ def verdict(rows: Sequence[Row]) -> str:
 
 
 def shown(rows: Sequence[Row]) -> str:
-    """Return the rows for an error."""
+    """Return the rows as text for an error."""
     return "; ".join(
         f"{name}: {', '.join(f'{each:.1%}' for each in shares)}" for name, *shares in rows
     )

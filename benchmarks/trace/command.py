@@ -23,18 +23,18 @@ from .play import Settings
 from .read import Session, TraceError, read
 
 FOLDER = "TRACE_FOLDER"
-"""An environment variable: where a file is looked for that is not in this folder."""
+"""The environment variable with a second folder to look for files in."""
 
-WIDTH = 132  # of a table in a file
+WIDTH = 132  # characters of a table's line in a file
 SPEED = Speed()
 SESSIONS, WORKERS = 256, 16
-SCALE = 10  # so SMG, which polls every 10 s, can poll each second instead, but not faster
+SCALE = 10  # SMG polls every 10 s, and can poll at most every second
 MAIN_ROOMS, ALL_ROOMS = (1.0, 0.5), (1.0, 0.5, 0.125)
 QUICK_SESSIONS, QUICK_WORKERS, QUICK_SCALE = 12, 3, 40
 ARM_NAMES = [arm.name for arm in (*MAIN, GROUPED, *FURTHER, *FURTHER_GROUPED)]
 
 OLDEST = (1, 12)
-"""The version of SMG that brought worker overload protection, which some arms turn on."""
+"""The first version of SMG with worker overload protection, which some arms turn on."""
 
 Trace = tuple[Path, list[Session]]
 
@@ -202,7 +202,7 @@ def _require_gateway() -> None:
 
 
 def _check(quick: bool) -> tuple[str, Measure]:
-    from . import check  # it needs the engines' packages
+    from . import check  # needs the engines' packages
 
     return check.TITLE, partial(check.measure, quick=quick)
 

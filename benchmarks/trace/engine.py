@@ -1,19 +1,19 @@
-"""The model of an engine: what it computes, when it is done. It knows no clock and no network.
+"""The model of an engine: what it computes and when. It has no clock and no network.
 
 - *Prefill* is serial: one prompt after the other, in the order of arrival, at a rate that counts
   only the tokens that the cache does not have.
 - *Decode*: all running calls get a token in each step; a step takes longer with more calls.
-  A prefill does not slow it down, or it brings it to a stand (``Speed.stalls``). Engines that share
-  their compute are in between.
-- A call waits while the admitted ones have more than ``Speed.budget`` tokens to prefill, while too
-  many run, or while the running ones leave too little room in the cache for its prompt and its
-  output. Then it is admitted, and counts as running, though its prefill may begin later. Nothing is
+  A prefill either doesn't slow it down, or stops it (``Speed.stalls``). Engines that share their
+  compute are in between.
+- A call waits while the admitted calls have more than ``Speed.budget`` tokens to prefill, while too
+  many calls run, or while they leave too little room in the cache for its prompt and its output.
+  Then it is admitted and counts as running, though its prefill may begin later. Nothing is
   preempted.
 
-The gateway leaves out a worker that reports eight waiting calls, so it matters which calls wait.
-vLLM and SGLang admit as many prompts to a step as its budget of tokens takes. The model does so at
-any time, because it has no steps of prefill. It takes the room for the whole call then, and vLLM
-takes blocks as it computes them, so the model reports a KV usage that is a little higher.
+The gateway skips a worker that reports eight waiting calls, so it matters which calls wait. vLLM
+and SGLang admit as many prompts to a step as fit into its budget of tokens. The model admits them
+at any time, because it has no steps of prefill. It reserves the room for the whole call at once,
+while vLLM takes blocks as it computes them. So the model reports a slightly higher KV usage.
 """
 
 import heapq
@@ -28,30 +28,30 @@ NEVER = float("inf")
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """How fast an engine is, and how much it takes. The times are of the model."""
+    """The speed and capacity of an engine. Times are in the model's seconds."""
 
     prefill: float = 10_000
     """Tokens per second."""
 
     step: float = 0.015
-    """Seconds of a decode step, and how much longer each running call makes it."""
+    """Seconds of a decode step; each running call adds ``step_per_call`` seconds."""
 
     step_per_call: float = 0.0005
     stalls: bool = False
-    """Whether decoding stands still during a prefill."""
+    """Whether a prefill stops decoding."""
 
     running: int = 64
-    """Calls that run at once, at the most."""
+    """The most calls that run at once."""
 
     budget: int = 8192
-    """Tokens that admitted calls may have to prefill when another one is admitted. It is what vLLM
-    calls ``max_num_batched_tokens``, and SGLang ``chunked_prefill_size``."""
+    """The most tokens that admitted calls may have to prefill when another call is admitted. vLLM
+    calls it ``max_num_batched_tokens``, and SGLang ``chunked_prefill_size``."""
 
     tokens: int = 100_000
-    """The size of the cache."""
+    """The size of the cache, in tokens."""
 
     per_token: float = 4
-    """Characters of a token."""
+    """Characters in a token."""
 
     def needs(self, characters: int) -> int:
         """Return the tokens that a call needs, in whole blocks."""
@@ -60,12 +60,12 @@ class Speed:
 
 @dataclass(slots=True)
 class Job:
-    """A call that an engine works on."""
+    """A call as the engine processes it."""
 
     prompt: str
     output: str
     at: float
-    """When it arrived, in seconds of the model, as all times here."""
+    """When the call arrived. All times here are in the model's seconds."""
 
     begun: float = 0
     """When its prefill began."""
@@ -82,11 +82,11 @@ class Job:
 
 
 class TooLongError(ValueError):
-    """A call that the whole cache has no room for."""
+    """A call that doesn't fit into the whole cache."""
 
 
 class Engine:
-    """One worker's engine. It moves on when it is told what time it is."""
+    """The engine of a worker. It advances when it is told the time."""
 
     def __init__(self, speed: Speed) -> None:
         self.speed = speed
@@ -96,13 +96,13 @@ class Engine:
         self._prefilling: deque[Job] = deque()
         self._admits_at = NEVER  # when the budget admits the next call
         self._decoding: list[tuple[float, int, Job]] = []
-        self._steps = 0.0  # of a call that decodes since the beginning
+        self._steps = 0.0  # decode steps since the beginning
         self._steps_at = 0.0
         self._count = 0
 
     @property
     def running(self) -> int:
-        """How many calls run: all that were admitted."""
+        """How many calls run, including those whose prefill has not begun."""
         return len(self._decoding) + len(self._prefilling)
 
     @property
@@ -112,7 +112,7 @@ class Engine:
 
     @property
     def next(self) -> float:
-        """When something happens next, ``inf`` if nothing does."""
+        """The time of the next event, ``inf`` if there is none."""
         prefilled = self._prefilling[0].first_token if self._prefilling else NEVER
         return min(prefilled, self._decoded, self._admits_at)
 
@@ -131,7 +131,7 @@ class Engine:
         return self.speed.step + self.speed.step_per_call * len(self._decoding)
 
     def take(self, job: Job) -> None:
-        """Take a call, which has arrived now. Raises ``TooLongError``."""
+        """Take a call that arrives at ``job.at``. Raises ``TooLongError``."""
         speed = self.speed
         if speed.needs(len(job.prompt) + len(job.output)) > speed.tokens:
             raise TooLongError(
@@ -145,7 +145,7 @@ class Engine:
         self._admit(job.at)
 
     def until(self, now: float) -> Iterator[Job]:
-        """Do all that happens until then, and yield the calls that are done."""
+        """Advance to ``now``; yield the calls that finish."""
         while (at := self.next) <= now:
             decoded = self._decoded
             self._pass_time(at)
@@ -169,7 +169,7 @@ class Engine:
         self._steps_at = at
 
     def _admit(self, now: float) -> None:
-        """Admit the calls that there are budget and room for; their prefills queue up."""
+        """Admit the calls that fit into the budget and the cache; their prefills queue up."""
         speed = self.speed
         self._admits_at = NEVER
         while self.waiting and self.running < speed.running:

@@ -1,4 +1,4 @@
-"""Grows a trace to more sessions or to more samples of each, or cuts it to fewer sessions."""
+"""Grow a trace to more sessions or more samples of each session, or cut it to fewer sessions."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -9,13 +9,13 @@ from .read import Session
 
 
 def grow(recorded: Sequence[Session], sessions: int) -> list[Session]:
-    """Return so many sessions: the recorded ones, then copies of them, over and over.
+    """Return ``count`` sessions: the recorded ones, then as many copies of them as needed.
 
-    No two sessions are more alike than the trace says. A copy has a mark in each of its prompts,
-    where the text of the recorded session stops being the same as that of any other session. So
-    what all sessions share, such as a system prompt, the copies share too. From the mark on they
-    differ, as other tasks would. A group is copied as one: the mark stands where its text stops
-    being that of any other *group*, and is the same for all samples in that copy of the group.
+    No two sessions are more alike than those of the trace. A copy has a mark in each prompt, at the
+    point where the recorded session's text differs from that of every other session. So the copies
+    still share what all sessions share, such as a system prompt. From the mark on they differ, as
+    other tasks would. A group is copied as a whole: its mark is where its text differs from that of
+    every other *group*, and all samples in a copy of the group have the same mark.
     """
     places = shared_with_others(recorded)
     grown = list(recorded[:sessions])
@@ -28,10 +28,10 @@ def grow(recorded: Sequence[Session], sessions: int) -> list[Session]:
 
 
 def sample(recorded: Sequence[Session], samples: int) -> list[Session]:
-    """Return so many samples of each session, side by side, as GRPO draws them of one prompt.
+    """Return ``count`` samples of each session, next to each other, as GRPO draws from a prompt.
 
-    The first one is the recorded session. The others share its first prompt, and have a mark where
-    that ends: from there on they differ. They are one group: the session's own, if it has one.
+    The first sample is the recorded session. The others share its first prompt, and differ from a
+    mark at its end on. They are one group, that of the session if it has one.
     """
     return [
         replace(
@@ -46,22 +46,22 @@ def sample(recorded: Sequence[Session], samples: int) -> list[Session]:
 
 
 def copy(session: Session, number: int, place: int) -> Session:
-    """Return a copy of a session, marked at that place."""
+    """Return a copy of a session, with a mark at ``place``."""
     name = f"copy-{number}"
     group = session.group and f"{session.group}-{name}"
     return replace(session, id=f"{session.id}-{name}", group=group, place=place, mark=f"<{name}>")
 
 
 def shared_with_others(sessions: Sequence[Session]) -> list[int]:
-    """Return for each session how many characters its group's prompts share with other groups.
+    """Return how many characters each session's group shares with other groups.
 
-    It is the longest prefix that a first prompt of the group shares with one of another group. A
-    session without a group is a group by itself.
+    That is the longest prefix that a first prompt of the group has in common with one of another
+    group. A session without a group is a group by itself.
     """
     ordered = sorted(sessions, key=lambda session: session.turns[0].prompt)
     longest: dict[str, int] = {}
     for way in (ordered, ordered[::-1]):
-        # In sorted order, no text shares more than the nearest one on each side.
+        # In sorted order, the neighbours share the longest prefix with a text.
         before = other = ""
         of_group = None
         for session in way:
@@ -75,5 +75,5 @@ def shared_with_others(sessions: Sequence[Session]) -> list[int]:
 
 
 def name(session: Session) -> str:
-    """Return the name of its group, or of the session where it has none."""
+    """Return the name of a session's group, or of the session if it has none."""
     return session.group or session.id

@@ -1,18 +1,18 @@
-"""How much of the prompt tokens a cache could give that all workers had in common."""
+"""The limit: the share of the prompt tokens that a cache shared by all workers could give."""
 
 from collections.abc import Iterable, Sequence
 
 from .cache import BLOCK, PrefixCache, tokens_in
 
 Blocks = tuple[Sequence[int], int, int]
-"""The blocks of a call's prompt and output, the characters of its prompt, and of both."""
+"""The blocks of a call's prompt and output, and the characters of its prompt and of both."""
 
 
 def shared_cache(calls: Iterable[Blocks], tokens: float, per_token: float) -> float:
-    """Return the share of the prompt tokens that one LRU cache of so many tokens gives, 0 to 1.
+    """Return the share of the prompt tokens that one LRU cache of this size gives, 0 to 1.
 
-    ``tokens`` is ``inf`` for the most that the trace allows. A call's blocks are there for the
-    next one at once, as if no two calls ran at the same time.
+    With ``tokens`` of ``inf`` it is the most that the trace allows. The next call finds a call's
+    blocks at once, as if no two calls ran at the same time.
     """
     cache = PrefixCache(tokens // BLOCK)
     cached = prompts = 0

@@ -1,4 +1,4 @@
-"""Plays all arms of a trace, and makes tables of what they did."""
+"""Play all arms of a trace, and make tables of the results."""
 
 from array import array
 from collections import Counter, defaultdict
@@ -17,26 +17,26 @@ from .read import Session
 INFINITE, ONE_LRU = "the limit: one infinite cache", "one LRU cache for all"
 CACHED, OF_LIMIT, DONE = "from the cache", "of the limit", "all done"
 BEHIND = 0.1
-"""The share of the calls' time that may be the machine's own before a note says so."""
+"""The machine's share of the calls' time above which a note warns."""
 
 ROOMS = {1: "all sessions", 1 / 2: "half of the sessions", 1 / 8: "an eighth of the sessions"}
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A trace that is to be played: its sessions, in each room by each arm."""
+    """A trace to play: its sessions, played by each arm in each room."""
 
     name: str
     sessions: Sequence[Session]
     arms: Sequence[Arm]
     rooms: Sequence[float]
-    """The total size of the caches, as a share of what all sessions that run at once come to."""
+    """Total sizes of the caches, as shares of the tokens of all sessions that run at once."""
 
     settings: Settings
     rounds: int = 1
 
     def tokens(self, room: float) -> int:
-        """Return the size of a worker's cache: at least what the longest call needs."""
+        """Return the size of a worker's cache; the longest call always fits."""
         settings = self.settings
         lengths = [session.length for session in self.sessions]
         at_once = min(settings.at_once or len(lengths), len(lengths))
@@ -46,13 +46,13 @@ class Plan:
 
     @property
     def calls(self) -> int:
-        """How many calls all sessions have."""
+        """The number of calls of all sessions."""
         return sum(len(session.turns) for session in self.sessions)
 
 
 @dataclass(slots=True)
 class Room:
-    """What all arms did in one room."""
+    """The results of all arms in one room, that is with one size of caches."""
 
     room: float
     tokens: int
@@ -60,7 +60,7 @@ class Room:
     limit: float = 0
     one_lru: float = 0
     distinct: int = 0
-    """The tokens that an infinite cache holds at the end: what sessions share counts once."""
+    """The tokens in an infinite cache at the end; tokens that sessions share count once."""
 
 
 async def measure(progress: Progress, plan: Plan) -> Part:
@@ -98,13 +98,13 @@ async def measure(progress: Progress, plan: Plan) -> Part:
 
 
 def set_limits(plan: Plan, room: Room, played: Played) -> None:
-    """Work out what one cache would give, in the order in which the calls of an arm began."""
+    """Compute what one cache would give, in the order in which an arm's calls began."""
     per_token = plan.settings.speed.per_token
     blocks: list[Blocks] = []
     for call in sorted(played.calls, key=lambda call: call.begun):
         session = plan.sessions[call.session]
         prompt, output = session.prompt(call.number), session.output(call.number)
-        names = array("q", chain(prompt + output, per_token))  # a fifth of a list's memory
+        names = array("q", chain(prompt + output, per_token))  # a fifth of the memory of a list
         blocks.append((names, len(prompt), len(prompt) + len(output)))
     room.distinct = BLOCK * len(set().union(*(names for names, _, _ in blocks)))
     room.limit = shared_cache(blocks, float("inf"), per_token)
@@ -112,16 +112,16 @@ def set_limits(plan: Plan, room: Room, played: Played) -> None:
 
 
 def cached(played: Played) -> float:
-    """Return the share of all prompt tokens that came from a cache, 0 to 1."""
+    """Return the share of all prompt tokens that came from the workers' caches, 0 to 1."""
     prompts = sum(call.prompt_tokens for call in played.calls)
     return sum(call.cached_tokens for call in played.calls) / prompts
 
 
 def first_token(percent: int) -> Callable[[Played], float]:
-    """Return what gives that percentile of the time to first token, in seconds of the model.
+    """Return a function for that percentile of the time to first token, in the model's seconds.
 
-    It is queue and prefill, and the time in which client, gateway and worker passed the call on:
-    that time is the wall's, which a real plan would spend too.
+    The time includes queue and prefill in the model's seconds, and the wall time that client,
+    gateway and worker took to pass the call on, which a real deployment spends too.
     """
 
     def percentile(played: Played) -> float:
@@ -132,7 +132,7 @@ def first_token(percent: int) -> Callable[[Played], float]:
 
 
 def fullest(workers: int) -> Callable[[Played], float]:
-    """Return what gives the prompt tokens of the fullest worker, as a multiple of the mean."""
+    """Return a function for the prompt tokens of the fullest worker, as a multiple of the mean."""
 
     def share(played: Played) -> float:
         tokens: Counter[str] = Counter()
@@ -144,7 +144,7 @@ def fullest(workers: int) -> Callable[[Played], float]:
 
 
 def moves(played: Played) -> float:
-    """Return how many calls came to another worker than the call before in their session."""
+    """Return how many calls came to another worker than the session's call before."""
     count = 0
     last: dict[int, str] = {}
     for call in sorted(played.calls, key=lambda call: (call.session, call.number)):
@@ -154,7 +154,7 @@ def moves(played: Played) -> float:
 
 
 def of_machine(played: Played, scale: float) -> float:
-    """Return which share of the calls' time was the machine's, and not the model's."""
+    """Return the share of the calls' time that was the machine's instead of the model's."""
     outside = scale * sum(call.outside for call in played.calls)
     return outside / (outside + sum(call.inside for call in played.calls))
 
@@ -191,12 +191,12 @@ def table(plan: Plan, room: Room) -> Table:
 
 
 def called(room: float) -> str:
-    """Return what a room is called: ``half of the sessions``."""
+    """Return the name of a room, such as ``half of the sessions``."""
     return ROOMS.get(room, f"{100 * room:g} % of the sessions")
 
 
 def headline(plan: Plan, rooms: Sequence[Room]) -> str:
-    """Say in a sentence which arm came next to the limit in each room, and which was the last."""
+    """Say which arm came closest to the limit in each room, and which was the worst."""
     sentences = []
     for room in rooms:
         shares = {name: fmean(map(cached, rounds)) for name, rounds in room.rounds.items()}
@@ -210,7 +210,7 @@ def headline(plan: Plan, rooms: Sequence[Room]) -> str:
 
 
 def notes(plan: Plan, rooms: Sequence[Room]) -> Iterator[str]:
-    """Yield how to read the tables, and what was wrong."""
+    """Yield how to read the tables, and the problems of the run."""
     settings, speed = plan.settings, plan.settings.speed
     yield (
         "All seconds are the model's. A worker prefills"

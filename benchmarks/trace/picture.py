@@ -1,4 +1,4 @@
-"""The picture: how much of the limit each arm took from the cache, a panel for trace and room."""
+"""Draw each arm's share of the limit, a panel for each trace and room."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,9 +15,9 @@ from benchmarks.style import FAINT, INK, STYLE
 from .measure import DONE, INFINITE, OF_LIMIT, ONE_LRU
 
 PANELS = 2
-"""Of each trace, and traces: more would be no picture that speaks at a glance."""
+"""The most traces to draw, each with two rooms; more would be hard to read."""
 
-KEY, NO_KEY = "#0072B2", "#E69F00"  # Okabe and Ito's
+KEY, NO_KEY = "#0072B2", "#E69F00"  # Okabe and Ito's colours
 
 
 def draw(parts: Sequence[Part], file: Path) -> None:

@@ -1,4 +1,4 @@
-"""Plays the sessions of a trace through the real gateway, on workers that are a model."""
+"""Play the sessions of a trace through the real gateway, on simulated workers."""
 
 import asyncio
 import json
@@ -23,61 +23,61 @@ from .read import Session
 from .worker import model_workers
 
 GROUP = "header:X-Group-Id"
-CALL_SECONDS = 900  # the longest that a call may take, on the wall
+CALL_SECONDS = 900  # the longest that a call may take, in wall time
 NO_PAUSE_KNOWN = 1.0
 STARTS = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the sessions are played on, and how."""
+    """The workers that play the sessions, and the pace."""
 
     workers: int
     speed: Speed
     scale: float = 1
-    """Seconds of the model in a second."""
+    """The model's seconds in a second of wall time."""
 
     at_once: int = 0
-    """How many sessions run at a time; 0: all of them."""
+    """How many sessions run at a time; 0 for all."""
 
     pause: float | None = None
-    """Seconds before each later turn; None: as recorded, or ``NO_PAUSE_KNOWN``."""
+    """Seconds before each later turn; None for the recorded ones, or ``NO_PAUSE_KNOWN``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """An answered call. Times are in seconds of the model, but for ``outside``."""
+    """An answered call. Times are in the model's seconds, except ``outside``."""
 
     session: int
-    """Its place among the sessions."""
+    """The index of its session."""
 
     number: int
-    """Its turn, counted from 0."""
+    """The index of its turn."""
 
     worker: str
     begun: float
     first_token: float
-    """From its arrival at the worker: queue and prefill."""
+    """From arrival at the worker to the first token: queue and prefill."""
 
     inside: float
-    """From its arrival at the worker to its last token."""
+    """From arrival at the worker to the last token."""
 
     prompt_tokens: int
     cached_tokens: int
     outside: float
-    """Seconds of the wall from sending to the answer in which the worker did not have the call."""
+    """Seconds of wall time outside the worker, from sending the call to its answer."""
 
 
 @dataclass(slots=True)
 class Played:
-    """What an arm measured."""
+    """The results of an arm."""
 
     calls: list[Call] = field(default_factory=list)
     failures: Counter[str] = field(default_factory=Counter)
-    """Calls that were not answered with 200, by what came instead. The session goes on."""
+    """Calls without a 200, by what came instead. Their sessions go on."""
 
     seconds: float = 0
-    """Of the model, until the last session was over."""
+    """The model's seconds until the end of the last session."""
 
     wall: float = 0
 
@@ -85,12 +85,12 @@ class Played:
 async def play(
     arm: Arm, sessions: Sequence[Session], settings: Settings, done: Callable[[], None]
 ) -> Played:
-    """Play all sessions on fresh workers and a fresh gateway; ``done`` is called at each turn."""
+    """Play all sessions on new workers and a new gateway; call ``done`` at each turn."""
     for _ in range(STARTS - 1):
         try:
             return await _play(arm, sessions, settings, done)
         except RuntimeError as error:
-            # A run has hundreds of ports: another program may take one before its worker does.
+            # A run uses hundreds of ports, and another program may take one before its worker does.
             if "address already in use" not in str(error).lower():
                 raise
     return await _play(arm, sessions, settings, done)
@@ -114,7 +114,7 @@ async def play_on(
     settings: Settings,
     done: Callable[[], None] = lambda: None,
 ) -> Played:
-    """Play all sessions on a gateway that runs."""
+    """Play all sessions on a running gateway."""
     config = {"pin_by": f"{{{GROUP}}}"} if arm.key == "group" else {}
     routing = Routing({"gateway": gateway, **config})
     hooks = [] if arm.key == "no" else [routing.trace_config()]
@@ -148,21 +148,21 @@ async def play_on(
 
 
 def pause(recorded: float | None, settings: Settings) -> float:
-    """Return the seconds of the model before a later turn."""
+    """Return the model's seconds before a later turn."""
     if settings.pause is not None:
         return settings.pause
     return NO_PAUSE_KNOWN if recorded is None else recorded
 
 
 def pinned(arm: Arm, session: Session, number: int) -> AbstractContextManager[None]:
-    """Return the block in which a turn is made: it says which session the turn belongs to."""
+    """Return the block to make a turn in, which names its session if the arm has a key."""
     if arm.key == "no" or (arm.key == "later turns" and not number):
         return nullcontext()
     return routing_session(session.id, {GROUP: session.group})
 
 
 def chat(prompt: str, output: str) -> bytes:
-    """Return the body of a call, with what the model is to say."""
+    """Return the body of a call, with the reply that the model must give."""
     messages = [{"role": "user", "content": prompt}]
     return json.dumps({"model": MODEL, "messages": messages, "reply": output}).encode()
 
@@ -170,7 +170,7 @@ def chat(prompt: str, output: str) -> bytes:
 async def call(
     client: ClientSession, url: URL, body: bytes, scale: float
 ) -> Mapping[str, Any] | str:
-    """Make a call; return what was measured, or what went wrong in a few words."""
+    """Make a call; return its measurements, or a short text if it failed."""
     sent = time.monotonic()
     headers = {"Content-Type": "application/json"}
     try:
@@ -195,7 +195,7 @@ async def call(
 
 
 def refusal(status: int, content: bytes) -> str:
-    """Return what a refused call is counted as: the status, and the gateway's code of the error."""
+    """Return the name to count a refused call by: the status and the gateway's error code."""
     try:
         code = json.loads(content)["error"]["code"]
     except (LookupError, TypeError, ValueError):

@@ -1,9 +1,10 @@
-"""Reads a trace: a file of recorded sessions, JSONL or ``.jsonl.xz``, in one of two formats.
+"""Read a trace: a file of recorded sessions, JSONL or ``.jsonl.xz``, in one of two formats.
 
 *Calls*: a line is a call, with ``session_id``, ``timestamp`` (when it began, in microseconds),
 ``input`` (the whole prompt) and ``output``. *Chat transcripts*: a line is a session, with
-``session_id``, ``messages`` in the form of OpenAI's API, and perhaps ``group``, the task that it is
-a sample of. Each message of the assistant is a call, and the messages before it are its prompt.
+``session_id``, ``messages`` in the form of OpenAI's API, and optionally ``group``, the task that
+the session is a sample of. Each message of the assistant is a call, and the messages before it are
+its prompt.
 """
 
 import json
@@ -19,7 +20,7 @@ MICROSECONDS = 1e6
 
 
 class TraceError(ValueError):
-    """A file that is no trace. It says where, what is wrong, and what would be right."""
+    """A file is no trace. The message says where, what is wrong, and what would be right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,29 +30,29 @@ class Turn:
     prompt: str
     output: str
     pause: float | None = None
-    """Seconds from the start of the call before to the start of this one; None where the trace
-    does not tell, and for the first turn."""
+    """Seconds from the start of the call before to the start of this one; None if the trace doesn't
+    have it, and for the first turn."""
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A recorded session, or one that is made of it: a copy, a sample, or both."""
+    """A recorded session, or a copy or sample of one."""
 
     id: str
     group: str
-    """The task that it is a sample of; empty where the trace has no groups."""
+    """The task that the session is a sample of; empty if the trace has no groups."""
 
     turns: tuple[Turn, ...]
     place: int = 0
-    """Where the mark of a copy stands in all of its prompts, in characters."""
+    """The position of a copy's mark in all of its prompts, in characters."""
 
     mark: str = ""
     sample_mark: str = ""
-    """What tells samples with the same first prompt apart. It stands where the first prompt ends:
+    """A mark that distinguishes samples with the same first prompt. It follows the first prompt:
     before the first output, and in each later prompt."""
 
     def prompt(self, number: int) -> str:
-        """Return the prompt of a turn; they are counted from 0."""
+        """Return the prompt of a turn, counted from 0."""
         text = self.turns[number].prompt
         if self.sample_mark and number:
             first = self.turns[0].prompt
@@ -61,19 +62,19 @@ class Session:
         return text[: self.place] + self.mark + text[self.place :] if self.mark else text
 
     def output(self, number: int) -> str:
-        """Return the output of a turn; they are counted from 0."""
+        """Return the output of a turn, counted from 0."""
         output = self.turns[number].output
         return output if number else self.sample_mark + output
 
     @property
     def length(self) -> int:
-        """The characters of the longest call, prompt and output: what a cache must hold for it."""
+        """The characters of the longest call, prompt and output, which a cache must hold."""
         longest = max(len(turn.prompt) + len(turn.output) for turn in self.turns)
         return longest + len(self.mark) + len(self.sample_mark)
 
 
 def read(file: Path) -> list[Session]:
-    """Return the sessions of a file, in the order in which they begin there.
+    """Return the sessions of a file, in the order of their first lines.
 
     Raises ``OSError`` if it can't be read, and ``TraceError`` if it is no trace.
     """
@@ -159,7 +160,7 @@ def _transcript(line: Mapping[str, Any], place: str) -> Session:
 
 
 def _turns(messages: Sequence[Mapping[str, Any]], place: str) -> Iterator[Turn]:
-    """Yield a turn for each message of the assistant; its prompt is all before, as one text."""
+    """Yield a turn for each message of the assistant; its prompt is the text of all before."""
     text = ""
     for number, message in enumerate(messages, 1):
         role = _text(message, "role", f"{place}, message {number}")
@@ -172,7 +173,7 @@ def _turns(messages: Sequence[Mapping[str, Any]], place: str) -> Iterator[Turn]:
 
 def _said(message: Mapping[str, Any], place: str) -> str:
     content = message.get("content")
-    if isinstance(content, list):  # its parts, of which some are no text
+    if isinstance(content, list):  # parts, some of which may not be text
         content = "".join(
             part["text"]
             for part in content

@@ -1,9 +1,9 @@
-"""Workers for the real gateway: an engine that is a model, behind the API of a real one.
+"""Workers for the real gateway: the model of an engine behind the API of a real one.
 
-A call's prompt is the text of its messages. What the model is to say stands beside it in the body,
-as ``reply``, because the trace knows it. The answer comes when the engine has it, whole. Its
-``usage`` has the cached tokens, and its ``timings`` say when the engine did what. Many workers are
-one process, and bare protocols: the machine's time is to be the gateway's.
+A call's prompt is the text of its messages. The body also has the model's ``reply``, which the
+trace knows. The answer comes as a whole once the engine is done. Its ``usage`` has the cached
+tokens, and its ``timings`` have the times of the engine's steps. Many workers share one process and
+are bare protocols, to leave the machine's time to the gateway.
 """
 
 import asyncio
@@ -25,14 +25,14 @@ from harness.workers import MODEL, models
 from .engine import Engine, Job, Speed, TooLongError
 
 PROCESSES = 2
-CONTEXT = 10**6  # tokens: the gateway lets every call through, and the engine judges
+CONTEXT = 10**6  # tokens; so large that only the engine refuses calls
 
 
 @asynccontextmanager
 async def model_workers(count: int, speed: Speed, scale: float) -> AsyncIterator[tuple[URL, ...]]:
     """Run workers with cold caches until the block ends; yield their URLs.
 
-    ``scale`` is how many seconds of the model pass in a second.
+    ``scale`` is the number of the model's seconds in a second.
     """
     urls = tuple(map(local_url, free_ports(count)))
     shares = [urls[first::PROCESSES] for first in range(min(PROCESSES, count))]
@@ -48,7 +48,7 @@ async def model_workers(count: int, speed: Speed, scale: float) -> AsyncIterator
 
 
 class Worker:
-    """One worker: an engine, and the connections that wait for it."""
+    """A worker: an engine, and the connections that wait for answers."""
 
     def __init__(self, speed: Speed, scale: float) -> None:
         self.engine = Engine(speed)
@@ -57,18 +57,18 @@ class Worker:
         self._alarm: asyncio.TimerHandle | None = None
 
     def now(self) -> float:
-        """Return the time of the model. All processes have the same."""
+        """Return the model's time, which is the same in all processes."""
         return time.monotonic() * self._scale
 
     def take(self, body: bytes, connection: "Connection") -> None:
         """Take a call.
 
-        Raises ``TooLongError``; and ``LookupError``, ``TypeError`` or ``ValueError`` for no call.
+        Raises ``TooLongError``; ``LookupError``, ``TypeError`` or ``ValueError`` for a bad body.
         """
         document = json.loads(body)
         prompt = "".join(message["content"] for message in document["messages"])
         job = Job(prompt, document["reply"], self.now())
-        self._answer(job.at)  # what is over by now is not in its way
+        self._answer(job.at)  # finish the calls that are done by now
         self.engine.take(job)
         self._asked[id(job)] = job, connection
         self._set_alarm()
@@ -88,12 +88,12 @@ class Worker:
         self._alarm = None
         if self._asked:
             at = max(self.engine.next / self._scale, time.monotonic())
-            # The clock of the loop is the same one, with asyncio and with uvloop.
+            # asyncio's and uvloop's loops use the same clock.
             loop = asyncio.get_running_loop()
             self._alarm = loop.call_later(at - time.monotonic(), self._ring)
 
     def metrics(self) -> bytes:
-        """Return what the gateway polls, as vLLM names it."""
+        """Return the metrics that the gateway polls, with vLLM's names."""
         engine = self.engine
         self._answer(self.now())
         values = {
@@ -141,7 +141,7 @@ def completion(job: Job, now: float) -> bytes:
 
 
 class Connection(asyncio.Protocol):
-    """A keep-alive connection to a worker, with one call at a time."""
+    """A keep-alive connection to a worker that takes one call at a time."""
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
@@ -150,15 +150,15 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the transport."""
-        self._transport = cast("asyncio.Transport", transport)  # uvloop's own kind is no subclass
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass
 
     def say(self, content: bytes) -> None:
-        """Send an answer, if anybody is still there."""
+        """Send an answer, if the client is still connected."""
         if not self._transport.is_closing():
             self._transport.write(content)
 
     def data_received(self, data: bytes) -> None:
-        """Take each request that is complete."""
+        """Process each complete request."""
         self._buffer += data
         while len(self._buffer) >= self._needed:
             end = self._buffer.find(b"\r\n\r\n")
@@ -198,7 +198,7 @@ def _models() -> dict[str, Any]:
 
 
 def main(ports: Sequence[int], speed: dict[str, Any], scale: float) -> None:
-    """Be the process of some workers, until it is killed."""
+    """Run some of the workers in this process until it is killed."""
     asyncio.run(_run(ports, Speed(**speed), scale))
 
 

@@ -1,6 +1,6 @@
-"""The benchmark: what its figures say, its command line, and that it measures what it says.
+"""The benchmark: its figures, its command line, and a whole run.
 
-No test looks at a time: a machine may be as busy as it likes.
+No test checks a time, because the machine may be busy.
 """
 
 import gc
@@ -168,7 +168,7 @@ async def test_the_calls_that_are_counted_are_those_of_the_core() -> None:
 def test_a_piece_of_a_stream_has_its_share_of_the_beginning() -> None:
     midst, begins = {"nothing": 1.0, "plugin": 2.0}, {"nothing": 4.0, "plugin": 8.0}
     pieces = [midst, midst, begins] * 2
-    # All of them together cost what the two streams did.
+    # Together they cost as much as the two streams.
     assert with_their_share(pieces, 3) == [{"nothing": 2.0, "plugin": 4.0}] * 4
 
 
@@ -288,7 +288,7 @@ def test_the_report_says_what_was_reached_missed_and_is_too_noisy() -> None:
     assert "≤ 1.05: reached" in said
     assert "≤ 1.05: missed" in said
     assert "≤ 1.05: too noisy to tell" in said
-    assert "1.040" not in said  # the median of what is too noisy
+    assert "1.040" not in said  # no median when the figure is too noisy
     assert "7.00 µs" in said
     assert "1 of 3 limits reached." in said
     assert "Missed: call: row 1, plugin." in said
@@ -384,7 +384,7 @@ def test_the_exit_status_says_whether_it_measured(
     assert run.exit_code == status, run.output
     assert "cache: half of it\n" in run.stdout
     document = json.loads(Path("bench-results.json").read_text("utf-8"))
-    # What was measured before a failure is kept.
+    # The results from before a failure are kept.
     measured = ["call"] if isinstance(figure, Exception) else ["call", "cache"]
     assert [part["name"] for part in document["parts"]] == measured
     assert Path("bench-results.svg").exists()
@@ -436,7 +436,7 @@ def test_every_part_is_there(part: str) -> None:
     assert find_spec(f"benchmarks.{part}") is not None
 
 
-# The whole of it
+# A whole run
 
 
 def benchmark(folder: Path, *argv: str) -> AbstractAsyncContextManager[Process]:
@@ -468,7 +468,7 @@ async def test_a_quick_run_shows_and_writes_the_same(folder: Path) -> None:
                     assert said in text
                     assert said.split()[0] in out
     assert (folder / "b.svg").read_text("utf-8").startswith("<?xml")
-    # These don't depend on the machine: every session on one worker, no call for a chunk.
+    # These don't depend on the machine: each session is on one worker, and a chunk costs no call.
     tables = {part["name"]: part["tables"] for part in document["parts"]}
     stream, sessions = tables["stream"][1]["rows"], tables["sessions"][1]["rows"]
     [memory], [calls, _] = tables["growth"][1]["rows"], tables["growth"][2]["rows"]
@@ -481,7 +481,7 @@ async def test_a_quick_run_shows_and_writes_the_same(folder: Path) -> None:
 async def test_a_signal_stops_it_and_all_that_it_started(folder: Path) -> None:
     async with benchmark(folder, "sessions") as process:
         await until_it_says(process, b"agents at once")
-        if HAS_PROC:  # itself, the workers, the gateway and the session server
+        if HAS_PROC:  # the benchmark, the workers, the gateway and the session server
             assert len(processes_in(folder)) >= 4
-        await assert_stopped(process, signal.SIGINT, 130)  # others: tests/unit/test_harness.py
+        await assert_stopped(process, signal.SIGINT, 130)  # others: see tests/unit/test_harness.py
     assert os.listdir(folder) == []

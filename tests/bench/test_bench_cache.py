@@ -1,4 +1,4 @@
-"""The benchmark of the KV cache: the most that the transcripts allow, on a real engine too."""
+"""The benchmark of the KV cache: the most that transcripts allow, and what real engines get."""
 
 from benchmarks.cache import ENOUGH, PIN, RANDOM, SHARED, allowed_share, run
 from harness.arms import Turn
@@ -28,7 +28,7 @@ def test_a_turn_can_reuse_the_turn_before_it_less_the_last_token_of_the_reply() 
 
 
 async def test_pinned_sessions_get_exactly_the_most_that_is_allowed() -> None:
-    """Where there is room for all; with too little cache the gateway's dealing counts too."""
+    """This holds with enough cache; with too little, the gateway's spread matters as well."""
     said: list[tuple[float, str]] = []
     part = await run(lambda done, state: said.append((done, state)), quick=True)
     reach, *scenes = part.tables

@@ -1,4 +1,4 @@
-"""The micro-benchmarks, beside those of a commit: one round of each."""
+"""The micro-benchmarks, compared with those of a commit, one round each."""
 
 import os
 import re
@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 BENCHMARKS = re.findall(
     r"(?<=^def )test_\w+", (ROOT / "benchmarks/test_micro.py").read_text(), re.MULTILINE
 )
-# Within a worker of pytest-xdist, which names itself there, pytest-benchmark measures nothing.
+# pytest-benchmark measures nothing in a worker of pytest-xdist, which this variable marks.
 ENVIRONMENT = {name: it for name, it in os.environ.items() if not name.startswith("PYTEST_")}
 ONE_ROUND = ("--benchmark-min-rounds=1", "--benchmark-max-time=0.001")
 

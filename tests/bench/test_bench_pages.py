@@ -1,4 +1,4 @@
-"""``make figures``: it writes the block of a command, and nothing where the command fails."""
+"""``make figures`` writes a command's blocks, and writes nothing if the command fails."""
 
 import os
 import re
@@ -45,14 +45,14 @@ def test_each_figure_of_the_pages_names_a_command_that_is_there() -> None:
 
 
 def test_each_figure_of_the_first_table_is_one_of_a_trace() -> None:
-    """That table has rows of many commands, so it is written by hand."""
+    """That table is written by hand, because it has rows from many commands."""
     found = set()
     for row in re.findall(r"^\| (.+) \|$", (ROOT / "docs/traces.md").read_text(), re.MULTILINE):
         cells = row.split(" | ")
         if len(cells) == 8 and cells[5].endswith(" s"):
             shares = re.findall(r"[\d.]+", cells[2])
             times = [round(float(it)) for it in re.findall(r"[\d.]+", cells[5].replace(",", ""))]
-            found |= {(*shares, *times), (shares[0], times[0])}  # with the range, and without
+            found |= {(*shares, *times), (shares[0], times[0])}  # with and without the range
     page = (ROOT / "docs/performance.md").read_text()
     table = page.split("## What to launch for your job")[1].split("![")[0]
     figure = r"([\d.]+) %(?: \(([\d.]+) to ([\d.]+)\))?, ([\d,]+) s(?: \((\d+) to (\d+)\))?"
@@ -129,11 +129,11 @@ def test_one_run_renews_the_blocks_of_a_command_on_every_page(tmp_path: Path) ->
     head = subprocess.run(argv, capture_output=True, text=True).stdout  # noqa: S603
     assert source[1] == (head.strip() or "unknown")
     everything = (tmp_path / "README.md").read_text()
-    assert everything.endswith(other)  # another command's, which was not asked for
+    assert everything.endswith(other)  # the block of a command that did not run
     assert "## How it was measured" in everything
     assert source[0] in everything
     assert (tmp_path / "docs/images/stream.svg").read_text().startswith("<?xml")
-    # A page outside of docs is one only where it is named.
+    # A file outside docs counts as a page only if it is named.
     assert (tmp_path / "elsewhere/page.md").read_text() == block(STREAM)
     assert pages(tmp_path, "--list", "docs/page.md").returncode == 0
     assert sorted(each.name for each in tmp_path.rglob("*") if each.is_file()) == [

@@ -1,4 +1,4 @@
-"""The benchmark of many sessions: its figures are those that the policies must have."""
+"""The benchmark of many sessions: its figures fit the policies."""
 
 import re
 import subprocess
@@ -19,7 +19,7 @@ def test_a_quick_run_has_what_each_policy_must_have() -> None:
     said = subprocess.run(argv, cwd=ROOT, check=True, capture_output=True, text=True).stdout  # noqa: S603
 
     def figures(pattern: str) -> Sequence[int]:
-        """Return the numbers of the one line."""
+        """Return the numbers in the only line that matches."""
         [line] = [found for line in said.splitlines() if (found := re.fullmatch(pattern, line))]
         return [int(number) for number in line.groups()]
 
@@ -34,7 +34,7 @@ def test_a_quick_run_has_what_each_policy_must_have() -> None:
     *_, count, gone = figures(rf"\| with one worker less \| {of_those} \| {of_those} \|")
     assert 0 < count == gone < QUICK / 2
 
-    # Memory: as many calls of known keys as of new ones, beside the 200 of the first round.
+    # Memory: as many calls with known keys as with new ones, plus the 200 of the first round.
     assert ("2,000 `occupied_hit`" in said, "2,200 `vacant`" in said) == (True, True)
-    # Four policies, one session at a time and many, and the last one with more sessions.
+    # Four policies with one and with many sessions at a time, and the last also with more sessions.
     assert len(re.findall(r"^\| `\w+[^|]*` \| [0-9,]+ \| (?:1|32) \| ", said, re.MULTILINE)) == 10

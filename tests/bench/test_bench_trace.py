@@ -1,4 +1,4 @@
-"""The player of recorded sessions: reader, growth, cache, engine, worker, limits, and all of it."""
+"""The player of recorded sessions: each of its parts, and a whole run."""
 
 import asyncio
 import json
@@ -204,7 +204,7 @@ def test_samples_share_exactly_the_first_prompt() -> None:
         assert one.prompt(0) == other.prompt(0) == turns[0]
         assert common(one.output(0), other.output(0)) == ""
         assert common(one.prompt(1), other.prompt(1)) == turns[0]
-    # What a sample said comes again in its next prompt, as it was recorded.
+    # A sample's next prompt repeats its output as recorded.
     assert second.output(0) == "1: ok"
     assert second.prompt(1) == second.prompt(0) + "1: ; ok; door"
     assert (second.output(1), second.prompt(2)) == ("ok", "system; 1: in short")
@@ -233,8 +233,8 @@ def test_the_limit_computes_the_first_prompt_of_samples_once() -> None:
     room = Room(1, 1600)
     set_limits(plan, room, Played(calls))
     lengths = [len(each.prompt(number)) for each in sessions for number in range(2)]
-    # The second sample takes the prompt but for the block of its last token, and each later turn
-    # takes what its own session had.
+    # The second sample reuses the prompt except the block of its last token. Each later turn
+    # reuses what its own session left.
     assert room.limit == pytest.approx((7 + 10 + 10) * BLOCK / sum(lengths))
     each_alone = sum(len(chain(each.prompt(1) + each.output(1), 1)) for each in sessions)
     assert room.distinct == BLOCK * each_alone - len(prompt)
@@ -250,14 +250,14 @@ def test_fewer_sessions_are_the_first_ones() -> None:
 
 @dataclass
 class SlowCache:
-    """What ``PrefixCache`` is to do, in the plainest way: whole texts, and when each was used."""
+    """A plain model of ``PrefixCache``: whole texts, and when each was last used."""
 
     blocks: int
     used: dict[str, tuple[int, int]] = field(default_factory=dict)
     time: int = 0
 
     def take(self, text: str, size: int) -> int:
-        """Run a call alone, and return how many of its blocks were there."""
+        """Run a single call; return how many of its blocks were cached."""
         prefixes = [text[:end] for end in range(size, len(text) + 1, size)]
         found = 0
         for prefix in prefixes:
@@ -266,7 +266,7 @@ class SlowCache:
             found += 1
         self.time += 1
         for prefix in prefixes:
-            # Of those last used by one call, the end of its text goes first.
+            # Among the blocks that one call used last, the end of its text goes first.
             self.used[prefix] = (self.time, -len(prefix))
         while len(self.used) > self.blocks:
             del self.used[min(self.used, key=lambda prefix: self.used[prefix])]
@@ -332,7 +332,7 @@ def test_an_output_that_is_said_again_was_used_last() -> None:
     a, x = "a" * BLOCK, "x" * BLOCK
     for prompt, output in ((a, x), ("b" * BLOCK, ""), (a, x)):
         take(prompt, output)
-    assert take("c" * 2 * BLOCK) == 0  # it displaces the b
+    assert take("c" * 2 * BLOCK) == 0  # displaces "b"
     assert take(a + x) == 2
 
 
@@ -342,11 +342,11 @@ def test_a_running_call_keeps_its_blocks_whatever_else_comes() -> None:
     running = cache.begin(names, 3)
     assert running is not None
     assert cache.held == 3
-    assert cache.begin(chain("b" * 32, 1), 2) is None  # it would have to displace a held block
+    assert cache.begin(chain("b" * 32, 1), 2) is None  # no room without displacing a held block
     short = cache.begin(chain("b" * 16, 1), 1)
     assert short is not None
     cache.end(short, chain("b" * 16, 1))
-    again = cache.begin(names, 3)  # the same text shares the two blocks, and needs one of its own
+    again = cache.begin(names, 3)  # shares the text's two blocks and adds one
     assert again is not None
     assert (again.cached, cache.held) == (2, 4)
     cache.end(running, names)
@@ -361,7 +361,7 @@ SPEED = Speed(prefill=100, step=0.1, step_per_call=0.1, running=2, tokens=160, p
 
 
 def run(engine: Engine, jobs: Sequence[Job]) -> list[Job]:
-    """Bring each job at its time; return all in the order in which they are done."""
+    """Give the engine each job at its time; return the jobs in the order in which they finish."""
     done: list[Job] = []
     for job in jobs:
         done += engine.until(job.at)
@@ -375,9 +375,9 @@ def test_an_engine_prefills_what_is_not_cached_and_decodes_together() -> None:
     first, second = Job("a" * 48, "x" * 2, 0), Job("b" * 32, "y" * 3, 0)
     assert run(engine, [first, second]) == [first, second]
     assert [first.begun, first.first_token] == pytest.approx([0, 0.48])
-    # Prefill is serial: the second one's begins when the first one's is over.
+    # Prefill is serial: the second job's begins when the first one's ends.
     assert [second.begun, second.first_token] == pytest.approx([0.48, 0.80])
-    # One token after the first takes 0.2 s alone.
+    # A job that decodes alone takes 0.2 s for each token after the first.
     assert first.done == pytest.approx(0.48 + 0.2)
     assert second.done == pytest.approx(0.80 + 2 * 0.2)
     again = Job("a" * 48 + "x" * 2 + "z" * 14, "", 5)
@@ -386,14 +386,14 @@ def test_an_engine_prefills_what_is_not_cached_and_decodes_together() -> None:
     assert again.first_token == pytest.approx(5 + 0.16)
     whole = Job("a" * 48, "", 9)
     run(engine, [whole])
-    assert whole.cached_tokens == 32  # its last token is computed: the next comes from it
+    assert whole.cached_tokens == 32  # the last token is always computed
 
 
 def test_a_prefill_brings_decoding_to_a_stand_if_asked() -> None:
     first, second = Job("a" * 48, "x" * 2, 0), Job("b" * 32, "y" * 3, 0)
     run(Engine(replace(SPEED, stalls=True)), [first, second])
     assert [first.first_token, second.first_token] == pytest.approx([0.48, 0.80])
-    # A token of both takes 0.3 s, and one of the second alone 0.2 s.
+    # A step of both jobs takes 0.3 s, a step of the second alone 0.2 s.
     assert [first.done, second.done] == pytest.approx([0.80 + 0.3, 0.80 + 0.3 + 0.2])
 
 
@@ -430,7 +430,7 @@ def test_calls_are_admitted_before_their_prefill_while_the_budget_has_room_for_m
     jobs = [Job(letter * 48, "x", 0) for letter in "abcd"]
     for job in jobs:
         engine.take(job)
-    # Two come to 96 tokens, which is more than the budget.
+    # Two jobs have 96 tokens, more than the budget.
     assert (engine.running, len(engine.waiting)) == (2, 2)
     assert engine.usage == pytest.approx(2 * 64 / 800)
     list(engine.until(0.31))
@@ -438,7 +438,7 @@ def test_calls_are_admitted_before_their_prefill_while_the_budget_has_room_for_m
     list(engine.until(0.33))  # 64 of the 96 are left after 0.32 s
     assert (engine.running, len(engine.waiting)) == (3, 1)
     list(engine.until(1e6))
-    # The prefill is serial as before.
+    # Prefill is still serial.
     assert [job.begun for job in jobs] == pytest.approx([0, 0.48, 0.96, 1.44])
     assert [job.first_token for job in jobs] == pytest.approx([0.48, 0.96, 1.44, 1.92])
 
@@ -520,7 +520,7 @@ async def test_a_worker_says_what_it_had_cached_and_what_the_gateway_polls() -> 
         assert (idle["vllm:num_requests_running"], idle["vllm:kv_cache_usage_perc"]) == (0, 0)
         assert idle["vllm:prefix_cache_hits_total"] == 128
 
-        # One runs, one waits; the first of them is long enough to be seen.
+        # One call runs and one waits; the first is long enough for the poll to see this.
         calls = [asyncio.create_task(ask(chat(letter * 64, "x" * 500))) for letter in "ab"]
         while (busy := await polled())["vllm:num_requests_waiting"] != 1:
             assert not all(each.done() for each in calls)
@@ -544,7 +544,7 @@ async def test_a_worker_says_what_it_had_cached_and_what_the_gateway_polls() -> 
             assert response.status == 404
 
 
-# Arms, and what is made of them
+# Arms, and their tables
 
 
 def test_group_arms_play_only_where_there_are_groups() -> None:
@@ -581,7 +581,7 @@ def test_the_cache_of_a_worker_is_its_part_of_the_room_or_the_longest_call() -> 
     sessions = [session(str(size), "x" * size, output="") for size in (400, 800, 1200)]
     plan = Plan("t", sessions, MAIN, (1,), Settings(2, Speed(per_token=1)))
     assert (plan.tokens(1), plan.tokens(2)) == (1200, 2400)
-    assert plan.tokens(0.5) == 1200  # the longest
+    assert plan.tokens(0.5) == 1200  # the longest call
     few = Plan("t", sessions, MAIN, (1,), Settings(2, Speed(per_token=1), at_once=1))
     assert few.tokens(4) == 1600
     assert (called(0.5), called(0.3)) == ("half of the sessions", "30 % of the sessions")
@@ -595,7 +595,7 @@ def test_the_pause_is_that_of_the_option_or_as_recorded_or_a_second() -> None:
 
 
 def answered(session: int, number: int, worker: str, **values: float) -> Call:
-    """Return a call of 100 tokens that took a second in the worker, and nothing outside."""
+    """Return a call of 100 tokens that took a second in the worker and no time outside."""
     known = {"begun": number, "first_token": 0.5, "inside": 1, "outside": 0}
     tokens = {"prompt_tokens": 100, "cached_tokens": 0}
     return Call(session, number, worker, **{**known, **tokens, **values})  # type: ignore[arg-type]
@@ -681,11 +681,11 @@ def test_the_check_fails_where_the_model_is_off_or_arms_change_places() -> None:
         verdict([Row("a", 0.9, 0.9, 0.2), Row("b", 0.4, 0.4, 0.9)])
 
 
-# The whole of it
+# A whole run
 
 
 def small_trace(file: Path, *, groups: int = 4, samples: int = 2, turns: int = 5) -> Path:
-    """Write transcripts: long prompts of each task, and texts of each sample."""
+    """Write transcripts with a long prompt for each task, and texts for each sample."""
     random = Random(5)
 
     def text(size: int) -> str:
@@ -829,7 +829,7 @@ async def test_an_interrupt_stops_the_player_and_all_that_it_started(folder: Pat
     async with running(folder, *argv) as process:
         await until_it_says(process, b"room for all sessions")
         if HAS_PROC:
-            # Itself, two processes of workers, and the gateway.
+            # The benchmark, two processes of workers, and the gateway.
             await until(lambda: len(processes_in(folder)) >= 4)
         await assert_stopped(process, signal.SIGINT, 130)
     assert os.listdir(folder) == ["t.jsonl"]

@@ -1,4 +1,4 @@
-"""The fuzzer, for a few seconds: that it runs, and that it does find what is broken."""
+"""The fuzzer runs for a few seconds, and finds a law that is broken."""
 
 import platform
 import re
@@ -28,7 +28,7 @@ def fuzz(tree: Path, seconds: int) -> "subprocess.CompletedProcess[str]":
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """Copy what is fuzzed, so that the files of a finding go with the test."""
+    """Copy the fuzzed code, so that the files of a finding stay in the test's folder."""
     for name in ("aiohttp_smg_routing", "fuzz"):
         shutil.copytree(ROOT / name, tmp_path / name)
     return tmp_path

@@ -1,4 +1,4 @@
-"""``make mutants``: which faults it makes, and what it says of those that no test notices."""
+"""``make mutants``: the faults that it makes, and its report on those that no test notices."""
 
 import os
 import re
@@ -13,12 +13,12 @@ import pytest
 
 from mutants.selection import PACKAGE, TESTS, files, selected
 
-if TYPE_CHECKING:  # to import mutmut takes long, in each process that collects this file
+if TYPE_CHECKING:  # importing mutmut is slow, and each process collects this file
     from mutants.changes import Faults
 
 ROOT = Path(__file__).parents[2]
 
-# Its tests notice that the second branch is gone, and no more.
+# The tests below notice only faults in the return statement.
 FILE = f"{PACKAGE}/keys.py"
 _CODE = '''\
 """A file of the package."""
@@ -53,7 +53,7 @@ def tree(tmp_path: Path) -> Path:
     """Make a repository whose package is one file."""
     tree = tmp_path / "tree"
     shutil.copytree(ROOT / "mutants", tree / "mutants", ignore=shutil.ignore_patterns("*.pyc"))
-    names = ("__init__", "testing/__init__", "testing/pytest_plugin")  # what pytest loads
+    names = ("__init__", "testing/__init__", "testing/pytest_plugin")  # pytest loads these
     texts = {f"{PACKAGE}/{name}.py": "" for name in names}
     texts |= dict.fromkeys(selected(FILE), "def test_nothing():\n    pass\n")
     texts |= {FILE: _CODE, "tests/unit/test_keys.py": _NOTICE, "conftest.py": ""}
@@ -209,7 +209,7 @@ def test_wrong_arguments_get_a_sentence(tree: Path, words: list[str], sentence: 
         ("a.b = c", {"pass"}),
         ("def f():\n    return a", {"def f():\n    pass"}),
         ("raise a", {"pass"}),
-        ("x = f(a)", set()),  # without it nothing runs
+        ("x = f(a)", set()),  # never removed: nothing would run
         ("'''A docstring.'''", set()),
         ("x = 'a message of %s'", set()),
         ("x = ('a message ' 'of_two_lines')", set()),

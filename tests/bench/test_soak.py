@@ -1,4 +1,4 @@
-"""The soak, in its short form: what it injects, what it finds, and what it leaves behind."""
+"""A short soak: the faults that it injects, what it finds, and that it leaves nothing behind."""
 
 import asyncio
 import json
@@ -158,22 +158,22 @@ SINCE, UNTIL = 10, 20  # when the turn was under way
 @pytest.mark.parametrize(
     ("down", "tries", "error", "cause"),
     [
-        # Every try met a fault.
+        # A fault explains every try.
         ({}, ["503", "503", "503"], "other", "workers"),
         ({}, ["cut off"], "cut off", "workers"),
         ({"worker": [15, 30]}, [None, None, None], "other", "workers"),
         ({"worker": [5, 12]}, [], "gateway's", "workers"),
-        ({"worker": [5, 9]}, [], "gateway's", "workers"),  # just back: it is not asked yet
+        ({"worker": [5, 9]}, [], "gateway's", "workers"),  # just back, not asked yet
         ({"worker": [5, 12]}, ["503", "503"], "other", "workers"),
         ({"gateway": [5, 12]}, [None], "other", "gateway"),
         ({"session server": [15, 16]}, [None], "other", "session server"),
-        # It was reported though a worker answered, or though tries were left, or for nothing.
+        # An error was reported although a worker answered, tries were left, or no fault occurred.
         ({}, ["503", "503", None], "other", None),
         ({"worker": [5, 11]}, [None], "cut off", None),  # killed before it received the turn
         ({"worker": [5, 11]}, ["503", None], "other", None),
         ({}, ["503", "503"], "other", None),
         ({}, [], "cut off", None),
-        ({"worker": [5, 12]}, [], "other", None),  # nobody says that a worker was asked
+        ({"worker": [5, 12]}, [], "other", None),  # nothing shows that a worker was asked
         ({"worker": [1, 7], "gateway": [21, 22]}, [], "gateway's", None),
         ({"session server": [2, 3]}, [], "other", None),
     ],
@@ -205,7 +205,7 @@ async def test_a_descriptor_that_stays_open_is_found(
         async with aiohttp.ClientSession() as client:
             async with client.get(server.url / "health") as response:
                 await response.read()
-            connected = server.descriptors()  # not earlier: it may have been reading its source
+            connected = server.descriptors()  # not before: it may have had its source open
             assert connected
             with monkeypatch.context() as patch:
                 patch.setattr(run, "SETTLE_SECONDS", 0)
@@ -217,9 +217,9 @@ async def test_a_descriptor_that_stays_open_is_found(
 async def server_that_keeps(
     times: int, status: int | None, reply: str = ""
 ) -> AsyncIterator[Restartable[None]]:
-    """Run a session server that keeps each turn so many times, whatever it tells its agent.
+    """Run a session server that keeps each turn ``times`` times, whatever it tells its agent.
 
-    Where the status is 0 it hangs up, and where it is None it says nothing at all.
+    With status 0 it hangs up, and with None it never answers.
     """
     turns, messages = [0], [[]]  # type: ignore[var-annotated]
     stop = asyncio.Event()

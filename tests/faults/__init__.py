@@ -1,6 +1,6 @@
-"""Faults with sessions in flight, each with three questions: did a turn fail that would not have
-failed without the plugin, did a key go wrong, is anything left over?
+"""Faults while sessions are in flight. Three promises hold: no turn fails that would not fail
+without the plugin, every key is right, and nothing is left over.
 
-The first is asked by playing the same fault with the plugin and without. Where the gateway routes
+For the first, each test plays the fault with the plugin and without it. Where the gateway routes
 at random without a key, every failure must be the gateway's own.
 """

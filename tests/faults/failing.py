@@ -1,4 +1,4 @@
-"""The real gateway, failing: something before it that answers in its place, or all its workers."""
+"""The real gateway, with failures of a server in front of it or of all its workers."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
@@ -27,14 +27,17 @@ Fault = Callable[[Call], Answer]
 Well = Callable[[Call], AsyncGenerator[bytes, None]]
 Where = Literal["the gateway", "its workers"]
 
-# A failure reaches the session server: the gateway does not try again, or give a worker up.
+# The gateway must not retry or give up a worker, so that each failure reaches the session server.
 ARGS = ("--disable-retries", "--disable-circuit-breaker")
 _FRAMING = {b"connection", b"content-length", b"transfer-encoding"}
 
 
 @dataclass(frozen=True)
 class Failing:
-    """What answers badly, where the session server finds it, and how it answers well."""
+    """The servers that can fail, and the URL that the session server calls.
+
+    ``well`` is how they answer when they don't fail.
+    """
 
     url: URL
     recorders: Sequence[Recorder]
@@ -42,12 +45,12 @@ class Failing:
     smg: SmgGateway
 
     def answer(self, fault: Fault) -> None:
-        """Have turns answered by ``fault``."""
+        """Answer turns with ``fault``."""
         for recorder in self.recorders:
             recorder.answer = lambda call: fault(call) if call.method == "POST" else canned(call)
 
     def assert_keys(self, *, plugin: bool) -> None:
-        """Assert that each turn had its key, and that each session stayed on its worker."""
+        """Assert that each turn had its session's key, and each session stayed on its worker."""
         assert_keys([call for each in self.recorders for call in each.calls], plugin=plugin)
         assert_keys([call for each in self.smg.workers for call in each.calls], plugin=plugin)
         if plugin:
@@ -55,14 +58,14 @@ class Failing:
                 self.smg.assert_pinned(session_id)
 
     def forget(self) -> None:
-        """Begin anew."""
+        """Forget the calls received so far."""
         for recorder in (*self.recorders, *self.smg.workers):
             recorder.calls.clear()
 
 
 @asynccontextmanager
 async def failing_gateway(where: Where) -> AsyncIterator[Failing]:
-    """Run the real gateway; what stands before it, or its workers, can be made to fail."""
+    """Run the real gateway; a server in front of it, or its workers, can be made to fail."""
     async with smg_gateway(3, policy="manual", args=ARGS) as smg, recording_gateway() as front:
         workers = Failing(smg.url, smg.workers, _named, smg)
         workers.answer(_named)
@@ -73,7 +76,7 @@ async def failing_gateway(where: Where) -> AsyncIterator[Failing]:
 
 
 async def _named(call: Call) -> AsyncGenerator[bytes, None]:
-    """Answer with the session that the body names."""
+    """Answer with the id of the session that the body names."""
     turn = call.json()
     if not turn.get("stream"):
         yield completion(turn["user"])
@@ -83,7 +86,7 @@ async def _named(call: Call) -> AsyncGenerator[bytes, None]:
 
 
 async def _relay(gateway: URL, call: Call) -> AsyncGenerator[bytes, None]:
-    """Pass a call on as it is, and the answer back as it comes."""
+    """Pass on a call unchanged, and its answer piece by piece."""
     reader, writer = await asyncio.open_connection(gateway.host, gateway.port)
     with closing(writer):
         kept = [line for line in call.header_lines if line.split(b":")[0].lower() not in _FRAMING]

@@ -1,4 +1,4 @@
-"""The example session server in this process, its agents, and the look at what is left over."""
+"""The example session server in this process, its agents, and a check that nothing is left."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
@@ -23,14 +23,14 @@ SESSIONS = [f"s-{number}" for number in range(12)]
 
 
 def is_failure_of_the_gateway(got: Reply) -> bool:
-    """Tell whether the agent's error came from the gateway, or from its absence."""
-    # A stream that broke off, or an error that the gateway has a code for.
+    """Tell whether the agent's error came from the gateway failing or being absent."""
+    # A stream broke off, or the error has a code of the gateway.
     return bool(got.error.get("code")) if got.whole else got.status == 200
 
 
 @dataclass
 class Agents:
-    """All of a server's sessions."""
+    """The agents of all sessions of a server."""
 
     server: URL
     client: ClientSession
@@ -50,7 +50,7 @@ class Agents:
     def start(
         self, number: int = 1, **more: Any
     ) -> tuple[dict[str, "asyncio.Task[Reply]"], list[asyncio.Event]]:
-        """Begin a turn of each session; its event is set when a piece of the answer is here."""
+        """Begin a turn of each session; set its event when a piece of its answer arrives."""
         turns, pieces = {}, []
         for each, agent in self.by_id.items():
             pieces.append(asyncio.Event())
@@ -66,9 +66,9 @@ class Agents:
     async def begun(
         self, number: int = 1, **more: Any
     ) -> AsyncIterator["asyncio.Future[dict[str, Reply]]"]:
-        """Begin a streamed turn of each session; enter once each agent has a piece of it.
+        """Begin a streamed turn of each session; enter the block once each agent has a piece of it.
 
-        What is yielded has what the agents got, at the end of the block or later.
+        The block gets a future of the agents' replies; its end waits for them.
         """
         turns, pieces = self.start(number, **more)
 
@@ -81,7 +81,7 @@ class Agents:
         await under_way
 
     async def all_answered(self, number: int = 1, **more: Any) -> None:
-        """Play a turn of each session; none may fail."""
+        """Play a turn of each session; fail if any turn does."""
         failed = {k: got for k, got in (await self.all(number, **more)).items() if not got.answered}
         assert failed == {}
 
@@ -101,19 +101,19 @@ class Server:
 
     @property
     def pinned(self) -> dict[str, str | None]:
-        """The worker of each session, as the ledger has it."""
+        """The worker of each session in the ledger."""
         return {pin.session: pin.worker for pin in self.pins.sessions()}
 
     @property
     def calls_under_way(self) -> int:
-        """How many connections to the gateway are in use."""
+        """The number of connections to the gateway that are in use."""
         connector = self.app[CLIENT].connector
         assert connector is not None
         return len(connector._acquired)
 
 
 def running_tasks() -> set["asyncio.Task[Any]"]:
-    """Return all tasks but those of recorders: the real gateway keeps its connections to them."""
+    """Return all tasks but the recorders', because the real gateway keeps connections to them."""
     return {
         task
         for task in asyncio.all_tasks()
@@ -125,7 +125,7 @@ def running_tasks() -> set["asyncio.Task[Any]"]:
 async def watched_server(
     gateway: URL, *, plugin: bool = True, **settings: object
 ) -> AsyncIterator[Server]:
-    """Run the example in this process, with its sessions; nothing may be left of it at the end."""
+    """Run the example in this process, with its sessions; fail if anything is left at the end."""
     tasks, files = running_tasks(), len(open_files())
     routing = {"gateway": str(gateway), "client_session": "client_session", "enabled": plugin}
     app = make_app({"gateway": {"url": str(gateway), **settings}, "smg_routing": routing})
@@ -136,7 +136,7 @@ async def watched_server(
         server = Server(app, await Agents(url, client).begin())
         yield server
         await until(lambda: not server.calls_under_way)
-        assert connections_to(url.port) or not HAS_PROC, "they are seen"
+        assert connections_to(url.port) or not HAS_PROC, "found no connection"
         assert set(server.pinned) == (set(server.agents.by_id) if plugin else set())
         if not plugin:
             assert server.pins.summary() == PinSummary()
@@ -147,9 +147,9 @@ async def watched_server(
 
 @contextmanager
 def holding(*gateways: Recorder) -> Iterator[asyncio.Event]:
-    """Have each second turn held until the event that is yielded is set, or the block ends.
+    """Hold each session's second turn until the event is set or the block ends.
 
-    One that is streamed is answered to its half before.
+    A streamed turn gets the first half of its answer before.
     """
     release = asyncio.Event()
 
@@ -173,12 +173,12 @@ def holding(*gateways: Recorder) -> Iterator[asyncio.Event]:
 
 
 def is_turn(call: Call, number: int) -> bool:
-    """Tell whether it is that turn of a session."""
+    """Tell whether a call is turn ``number`` of its session."""
     return call.method == "POST" and len(call.json()["messages"]) == number
 
 
 def assert_keys_of(workers: Iterable[Worker], *, plugin: bool) -> None:
-    """Assert the same of what worker processes have received."""
+    """Assert that each turn that the worker processes received had its session's key."""
     turns = [turn for worker in workers for turn in worker.received()]
     assert turns
     assert [turn for turn in turns if turn.keys != ([turn.user] if plugin else [])] == []

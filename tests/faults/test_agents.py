@@ -1,4 +1,4 @@
-"""Agents that hang up, handlers that are cancelled, time-outs: with the plugin and without."""
+"""Agents that hang up, cancelled handlers and time-outs, with and without the plugin."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -24,7 +24,7 @@ STAYING = SESSIONS[1::2]
 
 @asynccontextmanager
 async def gateway_that_holds() -> AsyncIterator[tuple[SmgGateway, asyncio.Event]]:
-    """Run the real gateway; its workers hold second turns until the event is set."""
+    """Run the real gateway; its workers hold each second turn until the event is set."""
     async with smg_gateway(3, policy="manual") as smg:
         with holding(*smg.workers) as release:
             yield smg, release
@@ -33,7 +33,7 @@ async def gateway_that_holds() -> AsyncIterator[tuple[SmgGateway, asyncio.Event]
 async def hang_up(
     smg: SmgGateway, release: asyncio.Event, *, plugin: bool, stream: bool
 ) -> list[dict[str, Reply]]:
-    """Play three turns of each session; half of the agents leave in the midst of the second."""
+    """Play three turns of each session; half of the agents hang up during the second."""
     async with watched_server(smg.url, plugin=plugin) as server:
         agents = server.agents
         turns = [await agents.all(1)]
@@ -43,7 +43,7 @@ async def hang_up(
             await soon(asyncio.gather(*(piece.wait() for piece in pieces)))
         for each in LEAVING:
             second[each].cancel()
-        # Their calls have left the gateway, and only theirs.
+        # Exactly their calls have ended.
         await until(lambda: server.calls_under_way == len(STAYING))
         release.set()
         turns.append({each: await soon(second[each]) for each in STAYING})
@@ -53,7 +53,7 @@ async def hang_up(
         if plugin:
             counted = server.pins.summary()
             assert (counted.first, counted.moved) == (len(SESSIONS), 0)
-            # A stream that has begun has shown its worker.
+            # A stream that has begun has named its worker.
             assert counted.failed == (0 if stream else len(LEAVING))
             assert counted.failed + counted.kept == 2 * len(SESSIONS)
     return turns
@@ -91,9 +91,9 @@ async def test_agents_get_the_same_of_a_time_out() -> None:
 
 
 def impatient_server(gateway: URL, **config: object) -> web.Application:
-    """Return a server whose handler gives its call up, in each way there is, and then tries again.
+    """Return a server whose handler cancels its call, in each possible way, and then retries.
 
-    The second call is made after the first was cancelled, in the same request.
+    Both calls are made in the same request.
     """
     app = web.Application()
 

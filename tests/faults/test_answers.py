@@ -1,6 +1,6 @@
-"""A gateway that answers as badly as a gateway can, with the plugin and without.
+"""A gateway that gives bad answers of every kind, with and without the plugin.
 
-It is the real one: either something before it fails in its place, or all its workers do.
+It is the real gateway; either a server in front of it fails, or all its workers do.
 """
 
 import asyncio
@@ -26,9 +26,9 @@ WHERE = pytest.mark.parametrize("where", ["the gateway", "its workers"])
 
 @dataclass
 class Faulty:
-    """Fail in every try of each session's even turns, and in the first try of the next ones.
+    """Fail every try of each session's even turns, and the first try of the turns after them.
 
-    Each even turn has a fault of its own.
+    Each even turn has its own fault.
     """
 
     faults: Sequence[Fault]
@@ -61,23 +61,23 @@ async def reset(*pieces: bytes) -> AsyncGenerator[bytes, None]:
 
 
 WHOLE = completion("the whole of it")
-# What an engine answers when it gets new weights in the midst of a turn.
+# An engine answers so when it gets new weights during a turn.
 MESSAGE = {"role": "assistant", "content": "half of it"}
 ABORTED = answer({"choices": [{"index": 0, "message": MESSAGE, "finish_reason": "abort"}]})
 
 
 class Bad(NamedTuple):
-    """A fault, and what agents are told of it: by whom it is that fails."""
+    """A fault, and the status that agents get if the gateway or its workers have it."""
 
     fault: Fault
     gateway: int
     workers: int
     tried_again: bool = True
     begins_well: tuple[Where, ...] = ()
-    """Where the head of its answer shows no failure; the ledger goes by the head."""
+    """The places whose answers have a head without a failure; the ledger judges by the head."""
 
     def failed(self, where: Where) -> int:
-        """Return how many calls fail: three tries of a turn, and the first of the next one."""
+        """Return how many calls fail: three tries of a turn, and the first try of the next."""
         shows = self.tried_again and where not in self.begins_well
         return len(SESSIONS) * 4 if shows else 0
 
@@ -97,7 +97,7 @@ BAD = {
         lambda call: reset(WHOLE[:-20]), 502, 500, begins_well=("the gateway",)
     ),
     "aborted": Bad(lambda call: ABORTED, 503, 503, begins_well=("the gateway", "its workers")),
-    # It is no failure that the server tries again; the gateway does not follow it either.
+    # The server doesn't retry after a redirect, and the gateway doesn't follow it.
     "redirect": Bad(lambda call: redirect("http://127.0.0.1:9/"), 307, 307, tried_again=False),
 }
 
@@ -105,18 +105,18 @@ BAD = {
 async def play(
     gateway: Failing, fault: Fault, turns: int, *, plugin: bool, failed: int = 0, **body: Any
 ) -> list[dict[str, Reply]]:
-    """Play all sessions at once; return what each agent got, turn by turn.
+    """Play all sessions at once; return each agent's replies, turn by turn.
 
-    ``failed`` is how many calls the ledger is to count as that.
+    ``failed`` is the number of calls that the ledger must count as failed.
     """
     gateway.forget()
     gateway.answer(fault)
     async with watched_server(gateway.url, plugin=plugin) as server:
         got = [await server.agents.all(turn, **body) for turn in range(1, turns + 1)]
-        # Answered turns are kept, and no others.
+        # Only answered turns are kept.
         kept = await server.agents.turns_kept()
         assert kept == {each: sum(turn[each].answered for turn in got) for each in SESSIONS}
-        if plugin:  # each call is counted once, whatever came of it
+        if plugin:  # each call counts once, whatever its outcome
             counted = server.pins.summary()
             answered = counted.first + counted.kept + counted.unknown
             calls = len(turns_of(*gateway.recorders))
@@ -126,7 +126,7 @@ async def play(
         others = {
             k: got.body for k, got in turn.items() if got.answered and quoted(k) not in got.body
         }
-        assert others == {}, "each agent gets the answer to its own session"
+        assert others == {}, "an agent got the answer to another session"
     return got
 
 
@@ -157,7 +157,7 @@ async def test_agents_get_the_same_of_a_gateway_that_fails(where: Where, streame
 
 @dataclass
 class HalfAStream:
-    """Stream each second turn to its half; what then comes waits until the agents have seen it."""
+    """Stream half of each second turn; fail once the agents have seen that half."""
 
     fault: str
     well: Well
@@ -188,7 +188,7 @@ class HalfAStream:
 async def fail_in_a_stream(
     gateway: Failing, failing: HalfAStream, *, plugin: bool, timeout: float
 ) -> list[dict[str, Reply]]:
-    """Play three turns of each session; the second fails when all agents have a piece of it."""
+    """Play three turns of each session; the second fails once all agents have a piece of it."""
     gateway.forget()
     gateway.answer(failing)
     async with watched_server(gateway.url, plugin=plugin, timeout_seconds=timeout) as server:
@@ -225,7 +225,7 @@ async def test_agents_get_the_same_of_a_stream_that_fails(where: Where) -> None:
 
 @dataclass
 class Slow:
-    """Answer when a call of each session is under way: the last one first, each after another."""
+    """Answer once a call of each session is under way, one after another, the last one first."""
 
     well: Well
     waiting: list[asyncio.Event] = field(default_factory=list)
@@ -260,7 +260,7 @@ async def test_agents_get_the_same_of_a_gateway_that_is_slow(where: Where) -> No
 
 @WHERE
 async def test_no_key_follows_a_redirect_to_elsewhere(where: Where, elsewhere: Recorder) -> None:
-    """A naive proxy lets aiohttp follow it, and gets its answer from there."""
+    """A naive proxy lets aiohttp follow the redirect, and passes on the answer from there."""
     async with failing_gateway(where) as gateway:
         for plugin in (True, False):
             gateway.forget()

@@ -1,4 +1,4 @@
-"""The real gateway is killed in the midst of streams, and restarted with an empty sticky map."""
+"""The real gateway is killed during streams, and restarted with an empty sticky map."""
 
 import asyncio
 
@@ -15,7 +15,7 @@ from .serving import SESSIONS, holding, watched_server
 async def kill_and_restart(
     workers: list[Recorder], release: asyncio.Event, *, plugin: bool
 ) -> list[list[Reply]]:
-    """Play four turns: the second is cut by the kill, the third finds no gateway."""
+    """Play five turns: the kill cuts off the second, and the third finds no gateway."""
     port = free_port()
     urls = [worker.url for worker in workers]
     gateway = URL(f"http://127.0.0.1:{port}")

@@ -1,4 +1,4 @@
-"""The session server is stopped, or killed, in the midst of turns: the example, as a process."""
+"""The example session server, as a process, is stopped or killed during turns."""
 
 import asyncio
 import os
@@ -23,7 +23,7 @@ from .serving import SESSIONS, Agents, holding
 async def serving(
     folder: Path, gateway: URL, *, plugin: bool = True
 ) -> AsyncIterator[tuple[SessionServer, Agents]]:
-    """Run the session server with all sessions; it may not complain, or leave anything behind."""
+    """Run the session server with all sessions; fail if it logs errors or leaves things."""
     async with (
         session_server(
             gateway,

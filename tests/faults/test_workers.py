@@ -1,4 +1,4 @@
-"""Workers that die, come back and are added, behind the real gateway, with turns in flight."""
+"""Workers of the real gateway die, come back and are added, with turns in flight."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable, Sequence
@@ -15,7 +15,7 @@ from harness.workers import Worker, worker_processes
 from ..waiting import soon, until
 from .serving import SESSIONS, Server, assert_keys_of, is_failure_of_the_gateway, watched_server
 
-# A worker that is back is tried again after a second, not after a minute.
+# The gateway tries a worker again after a second instead of a minute.
 ARGS = ("--assignment-mode", "min_group", "--cb-timeout-duration-secs", "1")
 
 
@@ -26,7 +26,7 @@ PLUGIN = pytest.mark.parametrize("plugin", [True, False], ids=["plugin", "withou
 async def behind_the_gateway(
     workers: Sequence[Worker], policy: str = "manual", *, plugin: bool = True
 ) -> AsyncIterator[tuple[Server, SmgGateway]]:
-    """Run the gateway and the session server before ``workers``; their keys must be right."""
+    """Run the gateway and the session server with ``workers``; check the keys at the end."""
     args = ARGS if policy == "manual" else ARGS[2:]
     async with (
         smg_gateway([worker.url for worker in workers], policy=policy, args=args) as smg,
@@ -37,7 +37,7 @@ async def behind_the_gateway(
 
 
 def sessions_of(server: Server, worker: Worker) -> list[str]:
-    """Return the sessions that the agents saw answered by a worker at last."""
+    """Return the sessions whose last answer came from this worker."""
     name = str(worker.url.origin())
     return [each for each, agent in server.agents.by_id.items() if agent.worker == name]
 
@@ -47,13 +47,13 @@ def count_received(worker: Worker) -> int:
 
 
 def assert_the_ledger_is_right(server: Server, *, plugin: bool) -> None:
-    """Assert that it has each session, where its agent saw it; without the plugin it has none."""
+    """Assert that the ledger has each session's worker, or nothing without the plugin."""
     seen = {each: agent.worker for each, agent in server.agents.by_id.items()}
     assert server.pinned == (seen if plugin else {})
 
 
 async def until_all_are_answered(server: Server, number: int) -> None:
-    """Play turns until one of each session is answered; failures must be the gateway's own."""
+    """Play a turn until all sessions get an answer; failures must be the gateway's own."""
 
     async def play() -> None:
         while True:
@@ -90,8 +90,8 @@ async def test_a_worker_is_killed_and_restarted(tmp_path: Path, stream: bool, pl
             assert held == set(sessions_of(server, dead))
         await dead.kill()
         got = {each: await soon(turn) for each, turn in turns.items()}
-        # With the plugin and without: only turns that the worker had begun can fail, and agents
-        # are told so.
+        # With and without the plugin, only turns that the worker had begun can fail, and agents
+        # get an error.
         assert {each for each, turn in got.items() if not turn.answered} <= held
         assert_failures_are_the_gateways(got.values())
         kept = {each: 1 + turn.answered for each, turn in got.items()}
@@ -134,7 +134,7 @@ async def test_a_worker_is_added(tmp_path: Path, policy: str, plugin: bool) -> N
             assert server.pins.summary().moved == (len(moved) if policy != "manual" else 0)
             assert server.pins.summary().failed == 0
         assert_the_ledger_is_right(server, plugin=plugin)
-        # New sessions come to the new worker too.
+        # New sessions also come to the new worker.
         await agents.begin(f"new-{number}" for number in range(30))
         await agents.all_answered(1)
         assert any(each.startswith("new-") for each in sessions_of(server, added))
@@ -143,7 +143,7 @@ async def test_a_worker_is_added(tmp_path: Path, policy: str, plugin: bool) -> N
 
 
 async def add(smg: SmgGateway, worker: Worker) -> None:
-    """Have the gateway add a worker; return once it takes it for healthy."""
+    """Add a worker to the gateway; return once the gateway considers it healthy."""
     name = str(worker.url.origin())
     async with ClientSession() as client:
         async with client.post(smg.url / "workers", json={"url": name}) as response:

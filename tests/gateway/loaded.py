@@ -1,4 +1,4 @@
-"""Workers that report the load that a test gives them, which the real gateway asks them for."""
+"""Workers that report a load set by the test, for the real gateway to poll."""
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
@@ -10,11 +10,11 @@ from aiohttp_smg_routing.testing import Answer, Call, Recorder, answer, canned
 from harness.workers import models, recorders
 
 POLLS = ("--load-monitor-interval", "1")
-"""Has the gateway ask every second; by default it asks every 10."""
+"""Makes the gateway poll every second instead of every 10."""
 
 Kind = Literal["vllm", "sglang", "sglang --enable-metrics"]
-# Each engine's names for its KV usage, for the calls that wait, and for the hit rate of its prefix
-# cache. SGLang's own page of loads is there without its metrics, and the gateway asks for it first.
+# Each engine's names for KV usage, waiting calls, and the hit rate of the prefix cache. SGLang
+# serves its page of loads even without metrics, and the gateway asks for that page first.
 _LOADS = "/v1/loads"
 _SERIES = {
     "vllm": ("vllm:kv_cache_usage_perc", "vllm:num_requests_waiting"),
@@ -28,7 +28,7 @@ _SERIES = {
 
 @dataclass(eq=False)
 class LoadedWorker:
-    """A worker that takes every call, whatever load it reports."""
+    """A worker that answers every call, whatever load it reports."""
 
     recorder: Recorder
     kind: Kind
@@ -42,7 +42,7 @@ class LoadedWorker:
 
     def _answer(self, call: Call) -> Answer:
         path = call.path.partition("?")[0]
-        if path == "/v1/models":  # here the gateway reads which engine it is
+        if path == "/v1/models":  # the gateway learns the engine from this
             return answer(models(owned_by=self.kind.split()[0]))
         if path not in {_LOADS, "/metrics"}:
             return canned(call)
@@ -57,9 +57,9 @@ class LoadedWorker:
         return answer("".join(f"{name} {value}\n" for name, value in pairs).encode())
 
     async def report(self, *, kv_usage: float = 0.1, waiting: int = 0) -> None:
-        """Report this load from now on, and return when the gateway goes by it."""
+        """Report this load from now on; return once the gateway uses it."""
         self.kv_usage, self.waiting = kv_usage, waiting
-        for _ in range(2):  # when it asks again, it has done with the answer before
+        for _ in range(2):  # asking again shows that it has read the answer before
             self._polled.clear()
             await asyncio.wait_for(self._polled.wait(), 30)
 
@@ -67,12 +67,12 @@ class LoadedWorker:
 async def report(
     workers: Iterable[LoadedWorker], *, kv_usage: float = 0.1, waiting: int = 0
 ) -> None:
-    """Have all of these report this load, as ``LoadedWorker.report()``."""
+    """Have all ``workers`` report this load; see ``LoadedWorker.report()``."""
     await asyncio.gather(*(each.report(kv_usage=kv_usage, waiting=waiting) for each in workers))
 
 
 @asynccontextmanager
 async def loaded_workers(count: int, kind: Kind = "vllm") -> AsyncIterator[list[LoadedWorker]]:
-    """Run such workers until the block ends."""
+    """Run workers that report a load until the block ends."""
     async with recorders(count) as workers:
         yield [LoadedWorker(worker, kind) for worker in workers]

@@ -1,4 +1,4 @@
-"""The demo, run for real: what it prints, its exit status, and what it leaves behind."""
+"""The demo, run for real: its output, its exit status, and that it leaves nothing behind."""
 
 import os
 import signal
@@ -25,14 +25,14 @@ OPTIONS = [f"--sessions={SESSIONS}", f"--turns={TURNS}", f"--workers={WORKERS}"]
 
 @pytest.fixture
 def folder(folder: Path) -> Iterator[Path]:
-    """Yield a folder to run the demo in; nothing may be left in it or at work in it afterwards."""
+    """Yield a folder to run the demo in; afterwards it must hold no file and no process."""
     yield folder
     assert list(folder.iterdir()) == []
 
 
 @asynccontextmanager
 async def halfway(folder: Path) -> AsyncIterator[Process]:
-    """Run the demo and enter the block once the agents are at work, with every server running."""
+    """Run the demo; enter the block once all servers run and the agents play."""
     async with running(folder, "-m", "demo", *OPTIONS) as process:
         await until_it_says(process, b"agents begin")
         yield process
@@ -44,7 +44,7 @@ async def test_the_demo_compares_both_arms(folder: Path) -> None:
     assert (process.returncode, err) == (0, ""), out
     rows = {}
     for line in out.splitlines():
-        # In a file: no control codes, no bars, and no line that a terminal would break.
+        # Output into a file has no control codes, no bars, and no line over 80 characters.
         assert len(line) <= 80
         assert line.isprintable()
         if line.startswith("│"):
@@ -65,9 +65,9 @@ async def test_the_demo_compares_both_arms(folder: Path) -> None:
 async def test_a_signal_stops_the_demo_and_all_that_it_started(folder: Path) -> None:
     async with halfway(folder) as process:
         if HAS_PROC:
-            # The demo, the engines, the gateway and the session server: else nothing is proven.
+            # The demo, the engines, the gateway and the session server must be running.
             assert len(processes_in(folder)) >= WORKERS + 3
-        await assert_stopped(process, signal.SIGTERM, 143)  # others: tests/unit/test_harness.py
+        await assert_stopped(process, signal.SIGTERM, 143)  # others: see tests/unit/test_harness.py
 
 
 @pytest.mark.skipif(not HAS_PROC, reason="there is no /proc")
@@ -96,7 +96,7 @@ async def test_a_missing_engine_names_what_to_install(folder: Path) -> None:
 
 
 async def test_sessions_that_move_fail_the_demo() -> None:
-    """The arm without the plugin, measured for real, does not pass for one with it."""
+    """The measurements of the arm without the plugin don't pass as those of the arm with it."""
     console = Console(file=StringIO(), width=80)
     arm = await demo.play_arm(
         Load(SESSIONS, TURNS, WORKERS, system_characters=100),

@@ -1,4 +1,4 @@
-"""The pin, on the real SMG gateway: what its workers received, and what it counts itself."""
+"""Pins on the real SMG gateway, as its workers and its own counters show them."""
 
 import asyncio
 
@@ -43,7 +43,7 @@ async def test_manual_keeps_every_session_on_one_worker(
     for session_id in SESSIONS:
         smg.assert_pinned(session_id, turns=TURNS)
     assert all(any(call.keys for call in worker.calls) for worker in smg.workers)
-    # `no_routing_id` and every other branch: not once.
+    # No other branch counts, such as `no_routing_id`.
     branches = await smg.branches()
     assert +branches == {"vacant": len(SESSIONS), "occupied_hit": len(SESSIONS) * (TURNS - 1)}
 
@@ -64,7 +64,7 @@ async def test_a_policy_that_does_not_route_on_the_key_is_unharmed(
     smg = await smg_gateway(3, policy="cache_aware")
     await play(smg, aiohttp_client)  # asserts that every call is answered
     branches = await smg.branches()
-    if SMG >= (1, 11):  # those before do not count what cache_aware does
+    if SMG >= (1, 11):  # older versions don't count the choices of cache_aware
         assert branches["tree_match"] > 0
         assert sum(branches.values()) == len(SESSIONS) * TURNS
     assert not {"vacant", "occupied_hit", "no_routing_id"} & branches.keys()

@@ -1,4 +1,4 @@
-"""A client that sends every routing header, on the real gateway: with the plugin, and by hand."""
+"""Clients that send routing headers, on the real gateway: with the plugin and with code by hand."""
 
 import asyncio
 import json
@@ -26,8 +26,8 @@ _HEAD = [("Host", "h"), ("Content-Type", "application/json")]
 
 
 def attacks(victim: str) -> list[Headers]:
-    """Return what an agent may send to move a pin, to pick a worker, to break a call."""
-    # What SMG 1.13 reads besides; none of it chose a worker for a call with a key.
+    """Return headers that an agent may send to move a pin, pick a worker or break a call."""
+    # SMG 1.13 also reads these; none of them chose a worker for a call with a key.
     others = ["Routing-Tokens", "Priority", "Tenant-Id", "MCP", "Parser", "Cache-Trace"]
     return [
         *(
@@ -55,19 +55,19 @@ class Send(Protocol):
 
 
 def by_hand(request: web.Request) -> dict[str, str]:
-    """Return what is written by hand most often."""
+    """Return the headers as most handwritten code sets them."""
     return {**dict(copied(request)), ROUTING_KEY: request.match_info["session_id"]}
 
 
 def by_hand_appended(request: web.Request) -> Headers:
-    """Return what is written by hand where a header may come twice."""
+    """Return the headers as handwritten code sets them that allows a header to come twice."""
     return [*copied(request), (ROUTING_KEY, request.match_info["session_id"])]
 
 
 async def agents(aiohttp_server: "AiohttpServer", app: web.Application) -> Send:
-    """Run a session server; return the function that sends a turn with raw headers to it.
+    """Run a session server; return a function that sends it a turn with raw headers.
 
-    Without a ``path`` the id is in the path; it is always in the body, as the worker's to see.
+    By default the path has the id. The body always has it, for the worker to see.
     """
     server = await aiohttp_server(app)
 
@@ -87,12 +87,12 @@ async def agents(aiohttp_server: "AiohttpServer", app: web.Application) -> Send:
 
 
 def workers_of(smg: SmgGateway, session_id: str) -> list[URL]:
-    """Return which workers served a session, by the body of its turns: one for each turn."""
+    """Return the worker that served each turn of a session, by the bodies of the turns."""
     return [*served(*smg.workers)[session_id].elements()]
 
 
 async def two_apart(smg: SmgGateway, send: Send) -> tuple[str, str, int]:
-    """Open sessions until two are on different workers; return them, and how many are open."""
+    """Open sessions until two are on different workers; return both, and the number open."""
     assert await send("s-1", []) == 200
     for count in range(2, 100):
         assert await send(f"s-{count}", []) == 200
@@ -142,8 +142,8 @@ async def test_code_by_hand_lets_a_client_pick_its_worker_and_get_a_503(
 @pytest.mark.parametrize(
     ("forward", "names"),
     [
-        # In a dict our key takes the place of that spelling; the other one comes after it, and
-        # aiohttp sends the last of them.
+        # In the dict our key replaces only the same spelling. The other spelling comes after it,
+        # and aiohttp sends the last one.
         (by_hand, (ROUTING_KEY, ROUTING_KEY.lower())),
         (by_hand_appended, (ROUTING_KEY,)),
     ],
@@ -160,19 +160,19 @@ async def test_code_by_hand_lets_a_client_move_its_pin(
     agent, victim, _ = await two_apart(smg, send)
     assert await send(agent, [(name, victim) for name in names]) == 200
     assert set(workers_of(smg, agent)) > {*workers_of(smg, victim)}, (
-        "it came to the victim's worker"
+        "it did not come to the victim's worker"
     )
     before = await smg.branches()
     assert await send(agent, [(name, "") for name in names]) == 200
     [branch] = await smg.branches() - before
-    assert branch in ("no_routing_id", "random_fallback"), "it hid its own key"
+    assert branch in ("no_routing_id", "random_fallback"), "it did not hide its own key"
 
 
 def numbered(request: web.Request) -> int:
     return int(request.headers["X-Number"])
 
 
-#: A server that takes the id from anything that an agent sends.
+#: The config of a server that takes the id from anything that an agent sends.
 TAKEN_FROM = {
     "session_id": [
         *("header:X-Session", "query:session", "cookie:session", "json:session"),
@@ -180,7 +180,7 @@ TAKEN_FROM = {
     ],
     "ignore_ids": "default",
 }
-#: What leaves a call to it without a session.
+#: Requests to that server that name no session.
 LEFT_OUT: list[tuple[str, Headers]] = [
     (CHAT, []),
     (CHAT, [("X-Session", " ")]),

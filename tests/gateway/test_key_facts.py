@@ -1,4 +1,4 @@
-"""What SMG does with a key, as ``docs/gateways.md`` has it: played by hand, without the plugin."""
+"""SMG treats keys as ``docs/gateways.md`` says. The calls have keys by hand, without the plugin."""
 
 import asyncio
 import itertools
@@ -24,7 +24,7 @@ Headers = Sequence[tuple[str, str]]
 
 
 async def play(smg: SmgGateway, calls: Iterable[tuple[str, Headers]]) -> dict[str, set[URL]]:
-    """Make the calls, each of somebody and with headers; return the workers that served each."""
+    """Make calls, each with a name and headers; return the workers that served each name."""
     forget(*smg.workers)
     async with ClientSession(raise_for_status=True) as session:
         for name, headers in calls:
@@ -35,7 +35,7 @@ async def play(smg: SmgGateway, calls: Iterable[tuple[str, Headers]]) -> dict[st
 
 
 def four_turns(headers: Headers) -> Iterable[tuple[str, Headers]]:
-    """Return four calls of everybody, with ``{name}`` and ``{turn}`` in the headers filled in."""
+    """Return four calls for each name; fill in ``{name}`` and ``{turn}`` in the headers."""
     for turn, name in itertools.product(range(4), NAMES):
         yield name, [(header, value.format(name=name, turn=turn)) for header, value in headers]
 
@@ -110,7 +110,7 @@ async def test_min_group_evens_out_the_sessions_that_open_at_once(
     await asyncio.gather(*(play_one(smg, name) for name in names))
     counts = [len(turns_of(worker)) for worker in smg.workers]
     assert sum(counts) == len(names)
-    assert max(counts) - min(counts) <= 2  # two may see the same counts in two threads
+    assert max(counts) - min(counts) <= 2  # two threads may see the same counts
 
 
 async def test_min_group_does_not_count_the_sessions_that_are_idle(
@@ -138,7 +138,7 @@ async def test_new_sessions_go_where_the_fewest_calls_or_keys_are(
     calls = []
     for name in names:
         calls.append(asyncio.create_task(play_one(smg, name)))
-        # The next one sees all before it in flight.
+        # The next call finds all calls before it in flight.
         await until(lambda: len(turns_of(*smg.workers)) == len(calls))
     await asyncio.gather(*calls)
     found = served(*smg.workers)
@@ -158,7 +158,7 @@ async def play_one(smg: SmgGateway, name: str) -> None:
 
 
 def test_a_pin_is_forgotten_after_four_hours_without_a_call() -> None:
-    """By the word of the program: nobody waits for so long."""
+    """The test reads the program's help instead of waiting."""
     argv = [sys.executable, "-m", "smg", "launch", "--help"]
     told = subprocess.run(argv, capture_output=True, text=True, check=True).stdout  # noqa: S603
     option = told.partition("\n  --max-idle-secs")[2].partition("\n  --")[0]
@@ -168,7 +168,7 @@ def test_a_pin_is_forgotten_after_four_hours_without_a_call() -> None:
 async def test_the_answer_for_a_worker_that_hangs_up_has_its_address(
     smg_gateway: StartSmgGateway,
 ) -> None:
-    """What SECURITY.md warns of: ``hide_worker_ids`` takes off the header only."""
+    """SECURITY.md warns of this: ``hide_worker_ids`` removes the header only."""
 
     async def hang_up() -> AsyncGenerator[bytes, None]:
         yield b"HTTP/1.1 "

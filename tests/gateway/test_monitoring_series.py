@@ -1,4 +1,4 @@
-"""The series and branches that the alert rules, the dashboard and the pages name exist."""
+"""The gateway has the series and branches that the alerts, the dashboard and the pages name."""
 
 import asyncio
 import re
@@ -15,7 +15,7 @@ from .loaded import POLLS, loaded_workers
 
 
 async def metrics_of(policy: str, *args: str) -> str:
-    """Return the metrics of the real gateway after calls with a key and without one.
+    """Return the metrics of the real gateway after calls with and without a key.
 
     One of its workers is overloaded.
     """
@@ -44,7 +44,7 @@ async def test_the_real_gateway_serves_every_series_and_branch_that_is_named() -
     families = [family for page in pages for family in text_string_to_metric_families(page)]
     names = {sample.name for family in families for sample in family.samples}
     assert series(queries() + PAGES) - OURS <= names
-    # The gateway's help texts list the branches, those that take an accident to see included.
+    # The gateway's help texts list all branches, even those that only a failure would count.
     branches = {
         branch
         for family in families

@@ -1,4 +1,4 @@
-"""Worker overload protection, which SMG 1.12 switched on by default: it moves sessions."""
+"""Worker overload protection moves sessions; SMG 1.12 and newer have it on by default."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
 
 SESSIONS = [f"s-{number}" for number in range(30)]
 IS_DEFAULT = SMG >= (1, 12)
-# 1.10 and 1.11 take the first flag too: it switches on there what is off by default.
+# 1.10 and 1.11 take the first flag too, and have the protection off by default.
 ON = ("--worker-overload-protection",) if IS_DEFAULT else ()
 OFF = ("--disable-worker-overload-protection",) if IS_DEFAULT else ()
 
 
 @dataclass
 class Sessions:
-    """A session server with the plugin, before the real gateway and three workers."""
+    """A session server with the plugin in front of the real gateway and three workers."""
 
     smg: SmgGateway
     workers: Sequence[LoadedWorker]
@@ -45,7 +45,7 @@ class Sessions:
         return {each: worker for worker in self.workers for each in served(worker.recorder)}
 
     async def counts(self, name: str) -> float | None:
-        """Return what a series of the gateway says, summed over its labels; None without it."""
+        """Return the sum of a series of the gateway over its labels, or None if it is absent."""
         samples = await samples_of(self.smg.metrics_url)
         values = [sample.value for sample in samples if sample.name == name]
         return sum(values) if values else None
@@ -63,7 +63,7 @@ async def before_three_workers(
 
 
 def moved(before: dict[str, LoadedWorker], after: dict[str, LoadedWorker]) -> set[str]:
-    """Return the sessions that another worker has."""
+    """Return the sessions that are on another worker."""
     return {session_id for session_id in SESSIONS if before[session_id] is not after[session_id]}
 
 
@@ -78,7 +78,7 @@ def test_the_protection_is_on_by_default_since_1_12() -> None:
     [
         ("manual", ["--assignment-mode", "min_group"], True),
         ("consistent_hashing", [], True),
-        ("round_robin", ["--routing-key-override"], False),  # they are pinned where they went
+        ("round_robin", ["--routing-key-override"], False),  # they stay where they moved
     ],
 )
 async def test_the_sessions_of_an_overloaded_worker_move(
@@ -121,7 +121,7 @@ async def test_a_kv_usage_of_four_fifths_or_eight_waiting_calls_are_an_overload(
 
 @names_workers
 async def test_the_limits_can_be_set(aiohttp_client: AiohttpClient) -> None:
-    # Which switches the protection on in 1.10 and 1.11.
+    # The limits also switch the protection on in 1.10 and 1.11.
     limits = ("--worker-overload-token-usage", "1.0", "--worker-overload-waiting-requests", "100")
     kind: Kind = "sglang --enable-metrics"
     async with before_three_workers(aiohttp_client, "manual", *limits, kind=kind) as sessions:
@@ -141,7 +141,7 @@ async def test_where_every_worker_is_overloaded_no_call_goes_by_its_key(
         first = await sessions.turn()
         await report(sessions.workers, kv_usage=0.95)
         went = moved(first, await sessions.turn())
-        assert bool(went) is IS_DEFAULT  # each stays with a chance of one third
+        assert bool(went) is IS_DEFAULT  # each stays by a chance of one third
         assert sessions.pins.summary().moved == len(went)
         turns = len(SESSIONS) if IS_DEFAULT else 0
         assert (await sessions.smg.branches())["no_healthy_workers"] == turns
@@ -164,6 +164,6 @@ async def test_without_the_protection_no_session_moves(
             assert moved(first, await sessions.turn()) == set()
         assert sessions.pins.summary().moved == 0
         assert not (await sessions.smg.branches())["no_healthy_workers"]
-        # The gateway knows the load all the same, and nothing says that the protection is off.
+        # The gateway still knows the load; no series says that the protection is off.
         assert await sessions.counts("smg_engine_token_usage") == pytest.approx(3 * 0.95)
         assert await sessions.counts("smg_workers_overloaded") is None

@@ -1,4 +1,4 @@
-"""``pin_by`` on the real gateway: what shares a worker is what the template names."""
+"""``pin_by`` on the real gateway: calls with equal values in the template share a worker."""
 
 import asyncio
 from collections import defaultdict
@@ -37,9 +37,9 @@ OVERRIDE = ["--routing-key-override"]
 
 
 def engine_of(model: str) -> Callable[[Call], Answer]:
-    """Return the answers of an engine that serves ``model`` and no other.
+    """Return the answers of an engine that serves ``model`` only.
 
-    The gateway takes the first model alone that a worker names: none can serve two.
+    A worker can't serve two models, because the gateway takes only the first that it names.
     """
     named = answer(models(model))
     return lambda call: named if call.path == "/v1/models" else canned(call)
@@ -51,7 +51,7 @@ class Cluster:
     workers: Sequence[Recorder]
 
     def served(self) -> Mapping[tuple[str, str], set[URL]]:
-        """Return the workers that served each session and model, by the bodies they received."""
+        """Return the workers that served each session and model, by the bodies of the calls."""
         found = defaultdict(set)
         for worker in self.workers:
             for call in turns_of(worker):
@@ -60,7 +60,7 @@ class Cluster:
         return found
 
     def on_one_worker(self, models: Sequence[str]) -> int:
-        """Return how many pairs of session and model one worker served, of all pairs."""
+        """Return how many pairs of session and model stayed on one worker."""
         served = self.served()
         assert set(served) == {(each, model) for each in SESSIONS for model in models}
         return sum(len(workers) == 1 for workers in served.values())
@@ -142,7 +142,7 @@ async def test_without_it_two_models_on_one_key_stay_but_look_as_if_they_moved(
     ("policy", "args", "keeps_three"),
     [
         ("manual", [], False),
-        ("manual", OVERRIDE, False),  # which changes nothing where the policy is manual
+        ("manual", OVERRIDE, False),  # no effect under manual
         ("round_robin", OVERRIDE, SMG >= (1, 11)),
         ("consistent_hashing", [], True),
     ],
@@ -163,7 +163,7 @@ async def test_without_it_three_models_on_one_key_lose_their_pins_under_manual(
 async def test_a_turn_that_calls_a_second_model_says_so_and_each_keeps_its_worker(
     aiohttp_client: AiohttpClient,
 ) -> None:
-    """The inbound body names one model: the handler itself asks the judge."""
+    """The inbound body names one model; the handler then calls a judge model."""
     models = ["policy", "judge"]
     async with cluster(models) as running:
         app = pinned_server(running.smg.url, pin_by=BY_MODEL)
@@ -221,7 +221,7 @@ async def test_the_samples_of_a_group_share_a_worker(
             if call.method == "POST":
                 [key] = call.keys
                 came[call.json()["group"]].add((worker.url, key))
-    # One worker and one key for each group, and each group has a key of its own.
+    # Each group has one worker, and one key that no other group has.
     assert {group: len(seen) for group, seen in came.items()} == dict.fromkeys(groups, 1)
     keys = {key for seen in came.values() for _, key in seen}
     assert len(keys) == len(groups)
@@ -260,7 +260,7 @@ async def test_many_calls_of_one_group_at_once_do_not_stay_together_under_the_ov
     branches = await smg.branches()
     has_cap = bool(args) and SMG >= (1, 10)
     assert sum(served) == 16
-    # 4 each, give or take those that the gateway's threads count at the same moment.
+    # About 4 each: the gateway's threads may read the same count at once.
     assert (0 < min(served) <= max(served) < 8) if has_cap else max(served) == 16
     assert (branches["cap_respill"] > 0) is has_cap
 
@@ -298,7 +298,7 @@ async def test_end_drops_all_pins_of_a_session_and_no_other(smg_gateway: StartSm
             for part in ("a", "b", None):
                 await turn(session_id, part)
         assert [len(pins("s-1")), len(pins("s-2"))] == [3, 3]
-        assert [pin.key for pin in pins("s-1")][-1] == "s-1"  # without a part: the id itself
+        assert [pin.key for pin in pins("s-1")][-1] == "s-1"  # without a part the key is the id
         routing.end("s-1")
         assert (pins("s-1"), len(pins("s-2"))) == ([], 3)
         assert sum(routing.pins.workers().values()) == 3

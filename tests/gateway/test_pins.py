@@ -1,4 +1,4 @@
-"""The ledger against the real gateway: what it counts is what the gateway did."""
+"""The ledger's counts agree with what the real gateway did."""
 
 import asyncio
 import itertools
@@ -73,7 +73,7 @@ async def test_the_moves_after_a_gateway_has_lost_its_sticky_map_are_seen(
     served: defaultdict[str, list[URL]] = defaultdict(list)  # the worker that each gateway chose
     async with AsyncExitStack() as stack:
         workers = [await stack.enter_async_context(recording_gateway()) for _ in range(3)]
-        for _ in range(2):  # a gateway, and the one that takes its place
+        for _ in range(2):  # a gateway, then its replacement
             urls = [worker.url for worker in workers]
             async with run_smg_gateway(urls, policy="manual", port=port) as smg:
                 for _ in range(2):
@@ -86,7 +86,7 @@ async def test_the_moves_after_a_gateway_has_lost_its_sticky_map_are_seen(
         moves = sum(first != second for first, second in served.values())
     summary = app[ROUTING].pins.summary()
     assert summary == PinSummary(first=40, kept=120 - moves, moved=moves, sessions=40)
-    assert moves > 0  # of 40 sessions each stays with a chance of one third
+    assert moves > 0  # each session stays by a chance of one third
 
 
 @names_workers
@@ -155,13 +155,13 @@ async def test_manual_gateways_before_the_same_workers_show_the_sessions_that_th
     workers = [worker.url for worker in first.workers]
     gateways = [first, await smg_gateway(workers, policy="manual")]
     routing = Routing(RoutingConfig([smg.url for smg in gateways]))
-    # By the end of the first round it is known that they have the workers in common.
+    # After the first round the ledger knows that the gateways share their workers.
     await play_rounds(routing, gateways, sessions, rounds=2)
     before = routing.pins.summary()
     served = await play_rounds(routing, gateways, sessions, rounds=3)
     after = routing.pins.summary()
     split = [session_id for session_id in sessions if len(set(served[session_id])) == 2]
-    assert 0 < len(split) < len(sessions)  # each with a chance of one half
+    assert 0 < len(split) < len(sessions)  # each splits by a chance of one half
     assert after.moved - before.moved == 6 * len(split)
     assert after.kept - before.kept == 6 * (len(sessions) - len(split))
     assert [pin.session for pin in routing.pins.sessions()] == sessions

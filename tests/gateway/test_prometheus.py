@@ -1,7 +1,7 @@
-"""Every query of the dashboard and of the alerts finds something in a real Prometheus.
+"""Every query of the dashboard and of the alerts has results in a real Prometheus.
 
-It scrapes a run in which what the alerts are about happens: sessions move, a worker has all of
-them, keys are lost, calls have no session, are late, or go to another gateway.
+It scrapes a run with the problems that the alerts report: sessions move, one worker has all
+sessions, keys are lost, and calls have no session, are late or go to another gateway.
 """
 
 import asyncio
@@ -31,7 +31,7 @@ from .test_watch import once
 
 SESSIONS = [f"s-{number}" for number in range(60)]
 
-#: The alerts whose expression finds nothing here, and why.
+#: The alerts whose expression has no result here, and the reason.
 SILENT = {
     "SmgRidOutranksKey": "SMG 1.12 and newer let the key outrank a rid",
     "SmgRoutingKeyIgnored": "keys that are lost on their way, as here, are SmgRoutingKeyDropped's",
@@ -42,7 +42,7 @@ SILENT = {
 async def metered(
     gateway: URL, *, other: URL | None = None, **config: object
 ) -> AsyncIterator[URL]:
-    """Run a session server with metrics of its own, which also calls an ``other`` gateway."""
+    """Run a session server with its own metrics that also calls an ``other`` gateway."""
     registry = CollectorRegistry()
     app = pinned_server(gateway, metrics="prometheus", metrics_registry=registry, **config)
     ended = asyncio.Event()
@@ -95,7 +95,7 @@ async def prometheus(folder: Path, jobs: Mapping[str, Sequence[URL]]) -> AsyncIt
         ],
     }
     file = folder / "prometheus.yml"
-    file.write_text(json.dumps(config))  # JSON is YAML, too
+    file.write_text(json.dumps(config))  # JSON is valid YAML
     url = local_url(free_port())
     argv = (
         program("prometheus", "prometheus"),
@@ -107,7 +107,7 @@ async def prometheus(folder: Path, jobs: Mapping[str, Sequence[URL]]) -> AsyncIt
 
 
 class Asking:
-    """Asks Prometheus."""
+    """A client of Prometheus."""
 
     def __init__(self, client: ClientSession, url: URL) -> None:
         self._client = client
@@ -125,7 +125,7 @@ class Asking:
         return found
 
     async def silent(self, queries: Mapping[str, str]) -> list[str]:
-        """Return those that find nothing, although the next scrapes have been waited for."""
+        """Return the names of the queries that have no result even after the next scrapes."""
         loop = asyncio.get_running_loop()
         deadline, left = loop.time() + PATIENCE_SECONDS, dict(queries)
         while left and loop.time() < deadline:
@@ -151,13 +151,13 @@ def branch(name: str) -> str:
 
 
 def alert_expressions() -> dict[str, str]:
-    """Return the PromQL of each alert by its name; those of two lines and more are blocks."""
+    """Return the PromQL of each alert by name; an expression may be one line or a block."""
     found = re.findall(r"- alert: (\w+)\n +expr: (?:\|\n((?: {10}.*\n)+)|(.+)\n)", ALERTS)
     return {name: block or line for name, block, line in found}
 
 
 def variables() -> dict[str, str]:
-    """Return what fills each variable of the dashboard, as PromQL."""
+    """Return a PromQL query for the values of each variable of the dashboard."""
     queries = {
         it["name"]: re.fullmatch(r"label_values\((.+), (\w+)\)", it["query"]["query"])
         for it in DASHBOARD["templating"]["list"]
@@ -193,18 +193,18 @@ async def test_every_query_of_the_dashboard_and_the_alerts_finds_something(tmp_p
         }
         asking = Asking(client, await enter(prometheus(tmp_path, jobs)))
         up = {job: f'sum(up{{job="{job}"}}) == {len(urls)}' for job, urls in jobs.items()}
-        assert await asking.silent(up) == []  # rate() misses what came before the first scrape
+        assert await asking.silent(up) == []  # rate() misses counts from before the first scrape
 
         await workers[0].report(kv_usage=0.95)
-        for _ in range(3):  # all sessions are on the other worker
+        for _ in range(3):  # all sessions go to the other worker
             await turns(client, server, SESSIONS)
-        # A branch has a series from its first call on: rate() needs one that comes later.
+        # A branch's series begins with its first call, and rate() needs a later one.
         assert await asking.silent({"hits": branch("occupied_hit")}) == []
         await turns(client, server, SESSIONS)
         await turns(client, wrong_header, SESSIONS)
         await workers[0].report(kv_usage=0.1)
         await workers[1].report(kv_usage=0.95)
-        await turns(client, server, SESSIONS)  # and now they move
+        await turns(client, server, SESSIONS)  # now the sessions move
         await turns(client, unnamed, SESSIONS[:20])
         await bad_calls(client, server, unmatched)
         for key in ({"X-SMG-Routing-Key": "k"}, {}):
@@ -220,12 +220,12 @@ async def test_every_query_of_the_dashboard_and_the_alerts_finds_something(tmp_p
         assert {rule["name"] for rule in rules} >= {*alerts}
         assert [rule for rule in rules if rule["health"] != "ok"] == []
         await assert_watch_says_the_same(asking, manual, server)
-        # Between the scrapes of a server and of its gateway one may find something.
+        # An alert may have a result briefly, between the scrapes of a server and its gateway.
         assert await asking.silent({name: f"absent({alerts[name]})" for name in SILENT}) == []
 
 
 async def bad_calls(client: ClientSession, server: URL, unmatched: URL) -> None:
-    """Make calls that have no session, are late, or go to another gateway than the config's."""
+    """Make calls that have no session, are late, or go to a gateway that is not in the config."""
     for number in range(20):
         await post(client, server / CHAT, "no session")
         await post(client, server / "late" / f"late-{number}", "late")
@@ -243,7 +243,7 @@ async def assert_watch_says_the_same(asking: Asking, smg: SmgGateway, server: UR
         return {it["metric"][label]: float(it["value"][1]) for it in found}
 
     gateway, counted = seen["gateway"], seen["server"]
-    # By now nobody calls. A scrape may be a second old.
+    # No calls are made now, but a scrape may be a second old.
     total = sum(counted["total"][name] for name in OUTCOMES)
     branches_total = sum(gateway["total"]["branches"]["manual"].values())
     calls_total = sum(worker["calls"] for worker in gateway["workers"].values())

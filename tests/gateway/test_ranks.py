@@ -1,4 +1,4 @@
-"""Data-parallel ranks, each of which is a worker to SMG under ``--dp-aware``."""
+"""Data-parallel ranks: under ``--dp-aware`` each is a worker for SMG."""
 
 import itertools
 from collections import defaultdict
@@ -27,7 +27,7 @@ SESSIONS = [f"s-{number}" for number in range(24)]
 
 
 def engine_of_two_ranks(call: Call) -> Answer:
-    """Answer as SGLang: SMG asks it alone for its ranks, and not vLLM."""
+    """Answer as SGLang does, the only engine that SMG asks for its ranks."""
     if call.path == "/v1/models":
         return answer(models(owned_by="sglang"))
     if call.path == "/server_info":
@@ -59,7 +59,7 @@ async def test_each_session_stays_on_one_rank_and_the_ledger_names_it() -> None:
             for body in [call.json() for call in turns_of(worker)]:
                 served[body["user"]].add(f"{worker.url}@{body['data_parallel_rank']}")
     assert {len(ranks) for ranks in served.values()} == {1}
-    assert len(set.union(*served.values())) > 2  # more than workers
+    assert len(set.union(*served.values())) > 2  # more ranks than workers
     if SMG < (1, 10):
         return
     later = 3 * len(SESSIONS)

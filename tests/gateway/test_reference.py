@@ -14,7 +14,7 @@ THESE = examples(on_a_gateway=True)
 
 @pytest.mark.parametrize("name", THESE)
 async def test_an_example_does_what_it_says(name: str, smg_gateway: StartSmgGateway) -> None:
-    if name == "smg_gateway":  # the context manager, which starts one itself
+    if name == "smg_gateway":  # the context manager starts its own
         await run(THESE[name])
         return
     smg = await smg_gateway(3, policy="manual")

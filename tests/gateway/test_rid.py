@@ -1,4 +1,4 @@
-"""A ``rid`` in the body, SGLang's request id: where it chooses the worker in place of the key."""
+"""``rid``, SGLang's request id in the body, outranks the key in some versions of SMG."""
 
 import itertools
 from collections.abc import Callable
@@ -18,25 +18,25 @@ from ..turns import assert_keys, forget, served, turn, turns_of
 if TYPE_CHECKING:
     from ..turns import Client
 
-SESSIONS = [f"s-{number}" for number in range(11)]  # round robin over three deals them anew
+SESSIONS = [f"s-{number}" for number in range(11)]  # 11, so that round robin would move them
 TURNS = 4
 OVERRIDE = ["--routing-key-override"]
 
-# Since when the override prefers it, up to 1.11. A release that brings it back fails here.
+# The first version whose override prefers the rid; 1.12 stopped. A relapse fails the test.
 OUTRANKED_FROM = {"manual": (1, 11), "consistent_hashing": (1, 11), "round_robin": (1, 10)}
 
 
 async def play(client: "Client", rid: Callable[[str, int], str]) -> None:
-    """Play the sessions of agents that put a ``rid`` of their own choice in each body.
+    """Play the sessions of agents that put a ``rid`` into each body.
 
-    One call at a time: the override has many calls of one key at once go to several workers.
+    It makes one call at a time, because the override spreads concurrent calls with one key.
     """
     for number, session_id in itertools.product(range(TURNS), SESSIONS):
         await turn(client, session_id, rid=rid(session_id, number))
 
 
 async def key_sources(smg: SmgGateway) -> dict[str, int]:
-    """Return what the gateway says that it took the key from, how often."""
+    """Return how often the gateway took the key from each source, by its counters."""
     return {
         sample.labels["source"]: int(sample.value)
         for sample in await samples_of(smg.metrics_url)
@@ -45,7 +45,7 @@ async def key_sources(smg: SmgGateway) -> dict[str, int]:
 
 
 def came_to(smg: SmgGateway) -> dict[str, set[URL]]:
-    """Return the workers that each session came to since; each call had the session's key."""
+    """Return each session's workers since the last time; check the key of each call."""
     assert_keys(turns_of(*smg.workers))
     found = {session_id: set(workers) for session_id, workers in served(*smg.workers).items()}
     forget(*smg.workers)
@@ -69,17 +69,17 @@ async def test_a_rid_outranks_the_key_under_the_override_of_1_10_and_1_11_alone(
     client = await aiohttp_client(pinned_server(smg.url))
     outranks = bool(args) and OUTRANKED_FROM[policy] <= SMG < (1, 12)
 
-    await play(client, lambda session_id, turn: "mine")  # agents that choose one worker for all
+    await play(client, lambda session_id, turn: "mine")  # the agents choose one rid for all
     together = came_to(smg)
     assert (len(set().union(*together.values())) == 1) is outranks
-    await play(client, lambda session_id, turn: f"{session_id}-{turn}")  # a request id
+    await play(client, lambda session_id, turn: f"{session_id}-{turn}")  # a new rid for each call
     alone = came_to(smg)
     moved = [session_id for session_id in SESSIONS if len(alone[session_id]) > 1]
     assert bool(moved) is outranks
     if not outranks:
         assert alone == together
 
-    # Under ``manual`` and ``consistent_hashing`` no version says it.
+    # No version counts the sources under ``manual`` or ``consistent_hashing``.
     says = policy == "round_robin" and SMG >= (1, 10)
     source = "rid" if outranks else "header"
     assert await key_sources(smg) == ({source: 2 * len(SESSIONS) * TURNS} if says else {})

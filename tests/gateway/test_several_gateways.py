@@ -1,4 +1,4 @@
-"""One session server before two real gateways: the ledger shows the sessions that they split."""
+"""One ledger for two real gateways: it shows the sessions that they split."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -24,14 +24,14 @@ TURNS = 8
 async def gateways(
     *workers: Sequence[Recorder], policy: str = "manual"
 ) -> AsyncIterator[list[SmgGateway]]:
-    """Run a gateway before each of those lists of workers."""
+    """Run a gateway for each list of workers."""
     urls = [[worker.url for worker in its] for its in workers]
     async with together(smg_gateway(its, policy=policy) for its in urls) as started:
         yield started
 
 
 async def play(both: Sequence[SmgGateway], *, turns: int = TURNS) -> Routing:
-    """Play all sessions at once, each turn on the next gateway; return the ledger's routing."""
+    """Play all sessions at once, each turn on the next gateway; return the routing."""
     routing = Routing({"gateway": [str(gateway.url) for gateway in both]})
 
     async def play_session(number: int, session_id: str) -> None:
@@ -54,7 +54,7 @@ async def test_two_manual_gateways_before_the_same_workers_show_each_session_tha
         routing = await play(both)
         assert_keys(turns_of(*workers))
         split = {each for each, at in served(*workers).items() if len(at) > 1}
-    assert 0 < len(split) < len(SESSIONS)  # each gateway picks a worker for itself
+    assert 0 < len(split) < len(SESSIONS)  # each gateway picks its own worker
     assert {pin.session for pin in routing.pins.sessions() if pin.moves} == split
     assert {len(routing.pins.of(each)) for each in SESSIONS} == {1}  # one pin
     assert routing.pins.summary().sessions == len(SESSIONS)
@@ -82,7 +82,7 @@ async def test_gateways_with_workers_of_their_own_split_nothing(policy: str) -> 
 
 @names_workers
 async def test_one_worker_in_common_is_enough_to_show_the_split() -> None:
-    """Each gateway has a worker of its own besides: two sets that overlap are no two clusters."""
+    """Each gateway also has a worker of its own. Overlapping sets of workers are one cluster."""
     async with (
         recorders(3) as (own, common, others),
         gateways([own, common], [common, others]) as both,
@@ -102,6 +102,6 @@ async def test_consistent_hashing_before_the_same_workers_splits_nothing() -> No
         routing = await play(both)
         assert {len(at) for at in served(*workers).values()} == {1}
     summary = routing.pins.summary()
-    # A session may be seen first on both, before the two are known to share a worker.
+    # A session may count as first on both, until the ledger knows that they share a worker.
     assert (summary.moved, summary.first + summary.kept) == (0, len(SESSIONS) * TURNS)
     assert not any(pin.moves for pin in routing.pins.sessions())

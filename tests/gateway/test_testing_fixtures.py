@@ -1,4 +1,4 @@
-"""The fixtures, as a project has them that installs this package."""
+"""The fixtures in a project that installs this package."""
 
 import subprocess
 import sys

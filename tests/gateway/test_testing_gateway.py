@@ -14,7 +14,7 @@ from .loaded import POLLS, loaded_workers
 
 
 async def test_missing_gateway_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "meta_path", [BuiltinImporter])  # which finds no package
+    monkeypatch.setattr(sys, "meta_path", [BuiltinImporter])  # finds no installed package
     monkeypatch.delitem(sys.modules, "smg", raising=False)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'aiohttp_smg_routing\[gateway\]'"):
         async with smg_gateway([f"http://127.0.0.1:{free_port()}"], policy="manual"):
@@ -37,7 +37,7 @@ async def test_pinned_is_all_calls_on_one_of_the_workers(smg_gateway: StartSmgGa
 
 
 async def test_not_pinned_is_calls_on_several_workers(smg_gateway: StartSmgGateway) -> None:
-    smg = await smg_gateway(2, policy="round_robin")  # which does not read the key
+    smg = await smg_gateway(2, policy="round_robin")  # ignores the key
     hook = Routing({"gateway": str(smg.url)}).trace_config()
     async with ClientSession(trace_configs=[hook]) as session:
         for _ in range(4):
@@ -49,7 +49,7 @@ async def test_not_pinned_is_calls_on_several_workers(smg_gateway: StartSmgGatew
         smg.assert_pinned("s-1", turns=4)
 
 
-@names_workers  # an older gateway does not ask its workers for their load
+@names_workers  # older gateways don't poll the load
 async def test_an_overloaded_worker_keeps_its_sessions(smg_gateway: StartSmgGateway) -> None:
     async with loaded_workers(2) as workers:
         recorders = [worker.recorder for worker in workers]

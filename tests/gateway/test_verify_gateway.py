@@ -1,4 +1,4 @@
-"""``verify`` on the real gateway: the command, as a user runs it."""
+"""The command ``verify`` on the real gateway."""
 
 import fcntl
 import json
@@ -29,7 +29,7 @@ SCRIPT = Path(sys.executable).with_name("aiohttp-smg-routing")
 
 @dataclass(frozen=True)
 class Run:
-    """What the command left: its exit status, what it printed, and its JSON."""
+    """A run of the command: its exit status, its output and its JSON."""
 
     status: int
     out: str
@@ -38,7 +38,7 @@ class Run:
 
     @property
     def causes(self) -> list[str]:
-        """The causes, but for the note that every SMG of 1.12 and newer gets."""
+        """The causes, without the note that SMG 1.12 and newer always gets."""
         names = [cause["name"] for cause in self.json["causes"]]
         return [name for name in names if name != "overload_protection"]
 
@@ -48,7 +48,7 @@ class Run:
 
 
 def verify(tmp_path: Path, gateway: URL, *options: str | URL, program: bool = False) -> Run:
-    """Run the command, as a ``program`` or in this process, which saves what a program imports."""
+    """Run the command, in this process to save imports, or as a ``program``."""
     file = tmp_path / "seen.json"
     arguments = ["verify", *map(str, (gateway, *options)), "--json", str(file)]
     if program:
@@ -103,7 +103,7 @@ def test_policy_that_routes_on_the_key_is_pinned(tmp_path: Path, launch: Sequenc
 
 @pytest.mark.parametrize("policy", ["round_robin", "random"])
 def test_policy_that_ignores_the_key_is_not_pinned(tmp_path: Path, policy: str) -> None:
-    # 4 workers: round_robin would meet the same one every time if the calls had a fixed order.
+    # With 4 workers and a fixed order of calls, round_robin would look pinned.
     with in_background(gateway(policy, workers=4)) as smg:
         run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url)
         unknown = verify(tmp_path, smg.url, "--metrics", smg.url / "metrics")
@@ -134,7 +134,7 @@ def test_one_worker_cannot_tell(tmp_path: Path) -> None:
 def smg_1_9() -> str:
     """A folder with SMG 1.9.0, which can't be installed beside the newer one.
 
-    It is in the virtual environment, and made once for all processes that run tests.
+    All test processes share it; the first one installs it in the virtual environment.
     """
     folder = Path(sys.prefix, "smg-1.9.0")
     with open(f"{folder}.lock", "w") as lock:
@@ -149,7 +149,7 @@ def smg_1_9() -> str:
 
 @pytest.fixture
 def old_gateway(smg_1_9: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have SMG 1.9.0 in the place of the newer one, here and in the programs that are started."""
+    """Use SMG 1.9.0 instead of the newer one, here and in child processes."""
     monkeypatch.setenv("PYTHONPATH", smg_1_9)
     monkeypatch.syspath_prepend(smg_1_9)
 
@@ -224,7 +224,7 @@ def test_replicas_that_do_not_share_their_pins_are_seen(tmp_path: Path) -> None:
 def test_proxy_that_drops_the_key_is_named_where_its_own_header_routes_all_calls(
     tmp_path: Path,
 ) -> None:
-    """consistent_hashing of SMG 1.13 hashes X-Forwarded-For where there is no key."""
+    """consistent_hashing of SMG 1.13 hashes X-Forwarded-For if there is no key."""
     drop, add = frozenset({"x-smg-routing-key"}), [("X-Forwarded-For", "10.0.0.7")]
     with (
         in_background(gateway("consistent_hashing")) as smg,
@@ -244,7 +244,7 @@ def test_session_server_with_the_plugin_is_pinned(tmp_path: Path) -> None:
         run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url, "--through", through.url)
     assert (run.status, run.causes) == (0, []), run.out
     assert run.json["counters"]["branches"] == {"manual": {"vacant": 168, "occupied_hit": 120}}
-    # Each of 168 sessions is made and deleted, and the first turns are sent again.
+    # Each of 168 sessions is created and deleted; a few first turns got a 404 before.
     assert run.json["sent_for_sessions"] > 2 * 168
 
 
@@ -292,8 +292,8 @@ def test_keys_that_the_gateway_drops_or_shortens_are_named(tmp_path: Path) -> No
 def test_ids_that_differ_in_their_tail_only_share_a_worker(tmp_path: Path) -> None:
     with in_background(gateway("random", "--routing-key-override")) as smg:
         run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url, "--session-id", "{run}_t{n}")
-    # One key, and more calls with it at once than the gateway sends to one worker; the first ones,
-    # on a busy machine, may come one after the other.
+    # All sessions have one key, and the gateway spreads that many concurrent calls with one key. On
+    # a busy machine the first calls may not be concurrent.
     assert (run.status, run.causes[:2]) == (1, ["shared_key", "key_tail"]), run.out
     assert run.causes[2:] in ([], ["one_sided"]), run.out
 
@@ -347,9 +347,9 @@ def test_real_engines_tell_their_cached_tokens(tmp_path: Path) -> None:
     seen = json.loads((tmp_path / "seen.json").read_text("utf-8"))
     arms = seen["arms"]
     assert arms["keyed"]["kept"] == 15
-    # Every later prompt is the one before, the reply, and a little more.
+    # Each later prompt is the prompt before, the reply, and a little more.
     assert arms["keyed"]["cached_share"] > 0.6
-    # A turn that comes to another worker finds less than those that stay.
+    # Turns that moved found less in the cache than turns that stayed.
     moved = [turn for turn in seen["turns"] if turn["outcome"] == "moved"]
     cached, prompts = (sum(turn[name] for turn in moved) for name in TOKENS)
     assert arms["keyed"]["cached_share"] > cached / prompts

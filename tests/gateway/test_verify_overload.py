@@ -1,4 +1,4 @@
-"""``verify`` on the real gateway while it leaves workers out that are overloaded."""
+"""``verify`` on the real gateway while it skips overloaded workers."""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
@@ -18,7 +18,7 @@ ON, OFF = ("--worker-overload-protection",), ("--disable-worker-overload-protect
 
 @asynccontextmanager
 async def loaded(kv_usage: Sequence[float], *args: str) -> AsyncIterator[SmgGateway]:
-    """Run the gateway before workers whose KV caches are so full, once it knows them to be."""
+    """Run the gateway with workers whose KV caches are so full; yield once it knows that."""
     args = ("--load-monitor-interval", "1", *args)
     async with (
         stub_engines(len(kv_usage), kv_usage=kv_usage) as urls,

@@ -1,4 +1,4 @@
-"""``verify`` where each call has a prefill and a decode worker, which are pinned each by itself."""
+"""``verify`` with prefill and decode workers: each call has one of both, pinned separately."""
 
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -20,7 +20,7 @@ from .test_verify_gateway import verify
 async def pd_gateway(
     *args: str, prefill: int = 3, decode: int = 3
 ) -> AsyncIterator[tuple[URL, URL]]:
-    """Run the gateway before prefill and decode workers; it has its address, and its metrics'."""
+    """Run the gateway with prefill and decode workers; yield the URLs of it and of its metrics."""
     port, metrics_port = free_ports(2)
     url = URL(f"http://127.0.0.1:{port}")
     async with ClientSession() as session, stub_engines(prefill + decode) as urls:

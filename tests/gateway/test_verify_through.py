@@ -1,4 +1,4 @@
-"""``verify --through`` on the real gateway: no server is called pinned that is not."""
+"""``verify --through`` on the real gateway never calls a server pinned that isn't."""
 
 import json
 from collections.abc import Callable
@@ -26,12 +26,12 @@ def session_of(request: web.Request) -> str:
 
 
 def changing() -> Key:
-    """Return a key that is a request's id: another one for each turn."""
+    """Return a function that gives each turn a new key."""
     return lambda request: f"request-{uuid4()}"
 
 
 def rotating() -> Key:
-    """Return a key that goes round 24 slots, whoever asks."""
+    """Return a function that rotates through 24 keys, regardless of the session."""
     numbers = count()
     return lambda request: f"slot-{next(numbers) % 24}"
 
@@ -62,7 +62,7 @@ def test_counters_never_say_whose_key_it_was(
         seen = verify(tmp_path, smg.url, *options, shows)
         blind = verify(tmp_path, smg.url, *options, hides)
     assert seen.status == named, seen.out
-    # That each turn has a new key shows under manual: each one is pinned.
+    # A new key for each turn shows under manual, which pins each of them.
     expected = hidden or (1 if policy == "manual" else 2)
     assert blind.status == expected, blind.out
     assert "stayed" not in blind.out
@@ -98,7 +98,7 @@ def test_metrics_of_another_gateway_are_no_proof_that_no_call_came(tmp_path: Pat
 
 
 def test_session_id_in_the_prompt_is_not_the_key_at_work(tmp_path: Path) -> None:
-    """cache_aware follows the prompt: it keeps such sessions together, and no new ones."""
+    """cache_aware follows the prompt, so it keeps sessions whose prompts have the id."""
 
     def prompted(body: bytes, request: web.Request) -> bytes:
         said = json.loads(body)

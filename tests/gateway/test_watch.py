@@ -1,4 +1,4 @@
-"""``watch`` on the real gateway: real turns, workers and servers that are killed, and signals."""
+"""``watch`` on the real gateway: real turns, killed workers and servers, and signals."""
 
 import asyncio
 import json
@@ -35,7 +35,7 @@ ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
 async def once(*args: str | URL) -> tuple[int | None, dict[str, Any]]:
-    """Look once; return the exit status and the document."""
+    """Run ``watch --once``; return the exit status and the JSON document."""
     argv = [*COMMAND, *map(str, args), "--once", "--json", *FAST]
     process = await asyncio.create_subprocess_exec(*argv, stdout=PIPE, stderr=PIPE, env=ENV)
     out, err = await soon(process.communicate())
@@ -62,12 +62,12 @@ async def play(server: URL, sessions: Iterable[str], turns: int = 1) -> None:
 
 @dataclass
 class Watching:
-    """The command as it runs, and the documents that it prints."""
+    """The running command, and the JSON documents that it prints."""
 
     process: asyncio.subprocess.Process
 
     async def until(self, *names: str, verdict: str | None = None) -> dict[str, Any]:
-        """Read documents up to one with these causes; return it."""
+        """Read documents up to one with these causes and this verdict; return it."""
         assert self.process.stdout is not None
         told: deque[Any] = deque(maxlen=3)
 
@@ -88,7 +88,7 @@ class Watching:
 
 @asynccontextmanager
 async def watching(*args: str | URL) -> AsyncIterator[Watching]:
-    """Run the command for a program until the block ends; SIGTERM ends it in order."""
+    """Run the command until the block ends, then stop it with SIGTERM."""
     argv = [*COMMAND, *map(str, args), "--json", *FAST]
     process = await asyncio.create_subprocess_exec(*argv, stdout=PIPE, stderr=PIPE, env=ENV)
     try:
@@ -130,7 +130,7 @@ async def test_verdict_on_a_job_that_is_pinned_and_one_that_is_not() -> None:
             await play(server.url, sessions, turns=5)
             status, seen = await once(smg.metrics_url, server.url)
             assert (status, seen["verdict"]) == (0, "pinned")
-            # To the gateway, a new key for each call looks the same.
+            # A new key for each call would look the same to the gateway.
             status, alone = await once(smg.metrics_url)
             assert (status, alone["verdict"]) == (2, "could not tell")
             assert "the key chose the worker of 60 of 60 calls" in alone["sentence"]
@@ -177,7 +177,7 @@ async def test_worker_that_is_killed_is_said_while_it_is_down(tmp_path: Path) ->
             assert seen["gateway"]["workers"][str(workers[0].url.origin())]["healthy"] is False
             await play(server.url, sessions)
             seen = await watch.until("worker_lost")
-            while not seen["server"]["total"]["moved"]:  # it may have looked amid the turns
+            while not seen["server"]["total"]["moved"]:  # it may have looked during the turns
                 seen = await watch.until("worker_lost")
 
 
@@ -187,7 +187,7 @@ async def test_gateway_and_server_that_are_killed_and_come_back_are_said_to_be_s
     async with loaded_workers(2) as workers:
         urls = [worker.recorder.url for worker in workers]
         metrics = free_port()
-        args = ("--prometheus-port", str(metrics))  # it counts as the last one that is given
+        args = ("--prometheus-port", str(metrics))  # the last occurrence of an option wins
         url = URL(f"http://127.0.0.1:{metrics}/metrics")
         async with metered_server(URL(f"http://127.0.0.1:{port}")) as server:
             async with (
@@ -198,7 +198,7 @@ async def test_gateway_and_server_that_are_killed_and_come_back_are_said_to_be_s
                 await watch.until(verdict="pinned")
                 await server.kill()
                 seen = await watch.until("no_server_counters")
-                assert seen["server"]["total"]["first"] == 12  # what was there stays
+                assert seen["server"]["total"]["first"] == 12  # the old counts stay
                 assert seen["server"]["now"] is None
                 await server.start()
                 await watch.until("server_restarted")
@@ -216,7 +216,7 @@ async def test_gateway_and_server_that_are_killed_and_come_back_are_said_to_be_s
 
 
 def shape(block: str) -> list[str]:
-    """Return the words of a block without its figures, a line for all workers that are alike."""
+    """Return a block's words with its figures replaced, and equal lines of workers only once."""
     head, _, rows = block.partition("\ngateway ")
     words = " ".join(re.sub(r"\d[\d.:]*", "0", head).split())
     lines = [re.sub(r"\d[\d.:]*", "0", " ".join(line.split())) for line in rows.splitlines()]
@@ -300,7 +300,7 @@ async def test_endpoint_that_hangs_holds_up_neither_the_picture_nor_a_signal(
         loop = asyncio.get_running_loop()
         read = bytearray()
         await soon(asked.wait())
-        while read.count(b"has not answered yet") < 3:  # it is drawn again and again
+        while read.count(b"has not answered yet") < 3:  # the screen is redrawn
             read += await soon(loop.run_in_executor(None, os.read, master, 65536))
         process.send_signal(number)
         ended = asyncio.ensure_future(soon(process.communicate()))
@@ -313,5 +313,5 @@ async def test_endpoint_that_hangs_holds_up_neither_the_picture_nor_a_signal(
         hanging.set()
     os.close(master)
     assert (process.returncode, err) == (status, b"")
-    left = bytes(read).rpartition(b"\x1b[?1049l")[2]  # what stays on the terminal
+    left = bytes(read).rpartition(b"\x1b[?1049l")[2]  # what remains on the terminal
     assert b": the gateway has not answered yet." in left

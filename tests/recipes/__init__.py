@@ -1,1 +1,1 @@
-"""Servers, SDKs and libraries that other people wrote, each as it is, with the plugin."""
+"""The plugin with unchanged servers, SDKs and libraries of other authors."""

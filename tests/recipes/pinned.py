@@ -1,4 +1,4 @@
-"""The same server, where it is started: with the one line.
+"""The server of ``unedited.py``, started with the plugin.
 
 python -m tests.recipes.pinned GATEWAY PORT    or   gunicorn tests.recipes.pinned:make_app
 """

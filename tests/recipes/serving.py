@@ -1,4 +1,4 @@
-"""What the tests of the recipes have in common: turns of several sessions, played at once."""
+"""Helpers for the tests of the recipes: they play turns of several sessions at once."""
 
 import asyncio
 import os
@@ -23,10 +23,10 @@ TURNS = 3
 
 
 async def play(url: URL, call: Callable[[str], Mapping[str, Any]]) -> None:
-    """Play all sessions at once; ``call`` gives what ``ClientSession.post`` takes for a turn."""
+    """Play all sessions at once; ``call`` returns the arguments of ``post()`` for a session."""
 
     async def session(session_id: str) -> None:
-        # A connection of its own for each turn: it may come to any process of the server.
+        # Each turn has a new connection, which any process of the server may accept.
         async with ClientSession(url, connector=TCPConnector(force_close=True)) as agent:
             for _ in range(TURNS):
                 async with agent.post(**call(session_id)) as response:
@@ -37,7 +37,7 @@ async def play(url: URL, call: Callable[[str], Mapping[str, Any]]) -> None:
 
 
 def asks(ask: Callable[[web.Request], Awaitable[web.Response]], gateway: URL) -> web.Application:
-    """Return a server that asks an SDK, whose ClientSession is its own, in each turn."""
+    """Return a server that calls an SDK in each turn; the SDK makes its own ClientSession."""
     app = web.Application()
     app.router.add_post("/sessions/{session_id}/ask", ask)
     setup(app, {"gateway": str(gateway), "instrument": True})
@@ -45,7 +45,7 @@ def asks(ask: Callable[[web.Request], Awaitable[web.Response]], gateway: URL) ->
 
 
 async def play_asks(url: URL, *, stream: bool) -> None:
-    """Play turns of such a server."""
+    """Play turns of a server of ``asks()``."""
     await play(
         url,
         lambda session_id: {
@@ -66,7 +66,7 @@ def assert_no_crosstalk(gateway: Recorder, turns: int = TURNS) -> None:
 
 @asynccontextmanager
 async def serving(argv: Callable[[int], list[str]]) -> AsyncIterator[URL]:
-    """Run Python, as ``argv`` has it for a port, until the block ends; then it gets SIGTERM."""
+    """Run Python with ``argv(port)`` until the block ends, then send it SIGTERM."""
     port = free_port()
     url = local_url(port)
     async with answering(url, sys.executable, *argv(port)) as process:

@@ -1,7 +1,7 @@
-"""The agents of docs/agents.md: their recorded requests, and the keys that the page promises.
+"""The agents of docs/agents.md: their recorded requests get the keys that the page promises.
 
-``agents.json`` has the requests as the programs sent them, without what has no part in this. The
-``id`` is the session id that stands in a request, as a person read it. One without has none.
+``agents.json`` has the relevant parts of the requests that the programs sent. ``id`` is the session
+id in a request, as a person read it; a request without ``id`` has none.
 """
 
 import json
@@ -32,14 +32,14 @@ SESSION = "s-1"
 
 
 def rows(head: str) -> list[Row]:
-    """Return the rows of the table on the page whose first line begins so."""
+    """Return the rows of the table on the page whose header begins with ``head``."""
     [lines] = [part.splitlines() for part in PAGE.split("\n\n") if part.startswith(f"| {head} |")]
     names, _, *cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return [dict(zip(names, row, strict=True)) for row in cells]
 
 
 def code(cell: str) -> list[str]:
-    """Return what stands in the code spans of a cell, without quotes."""
+    """Return the code spans of a cell, without quotes."""
     return [span.strip('"') for span in re.findall(r"`([^`]+)`", cell)]
 
 
@@ -50,7 +50,7 @@ SOURCES = [code(row["`session_id`"])[0] for row in (*AGENTS.values(), *CLIENTS.v
 
 
 def body_of(request: Request, text: str = "hello") -> dict[str, Any]:
-    """Return the body of a recorded request, with a prompt where its API has it."""
+    """Return the body of a recorded request, with a prompt in the form of its API."""
     said = [{"role": "user", "content": text}]
     prompt: dict[str, Any] = {"messages": said}
     if request["path"] == "/v1/responses":
@@ -74,7 +74,7 @@ Serve = Callable[..., Awaitable[URL]]
 
 @pytest.fixture
 def serve(aiohttp_client: AiohttpClient, recording_gateway: Recorder) -> Serve:
-    """Start a session server whose config has these options, and return its URL."""
+    """Start a session server with these options in its config; return its URL."""
 
     async def start(gateway: URL = recording_gateway.url, **options: Any) -> URL:
         app = make_app(gateway)
@@ -207,7 +207,7 @@ async def ask_litellm(server: URL) -> None:
 
 async def complete_with_litellm(server: URL, **options: Any) -> None:
     messages = [{"role": "user", "content": "hello"}]
-    import litellm  # it takes seconds, in each process that collects the tests
+    import litellm  # importing it takes seconds, and each process collects this file
 
     await litellm.acompletion(
         "openai/stub", messages=messages, api_base=f"{server}v1", api_key="none", **options
@@ -265,7 +265,7 @@ async def test_the_real_gateway_pins_every_agent(
     smg = await smg_gateway(3, policy="manual")
     for agent, row in AGENTS.items():
         for worker in smg.workers:
-            worker.calls.clear()  # some of the ids are those of another agent, too
+            worker.calls.clear()  # agents share some of the ids
         source, paths = code(row["`session_id`"])[0], code(row["calls"])
         server = await serve(smg.url, session_id=source, paths=paths)
         requests = [without_what_smg_refuses(request) for request in RECORDED[agent]]
@@ -309,7 +309,7 @@ async def test_smg_reads_the_header_of_an_agent_before_its_own(
     sessions, turns = 8, 4
     for turn in range(turns):
         for session in range(sessions):
-            # A key that is new in each turn would spread the session over the workers.
+            # The plugin's header changes each turn; it would spread the session over workers.
             headers = {"thread-id": f"t-{session}", "X-SMG-Routing-Key": f"{session} in {turn}"}
             request = {"path": "/v1/responses", "headers": headers}
             await send(smg.url, request, text=f"of {session}")

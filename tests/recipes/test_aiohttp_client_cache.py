@@ -1,4 +1,4 @@
-"""aiohttp-client-cache, a subclass of ClientSession: what goes out carries the key."""
+"""aiohttp-client-cache, a subclass of ClientSession: the calls that go out carry the key."""
 
 from typing import Any
 

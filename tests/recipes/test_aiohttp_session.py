@@ -1,4 +1,4 @@
-"""aiohttp-session with cookie storage: the browser's session is the session."""
+"""aiohttp-session with cookie storage: the browser's session is the plugin's session."""
 
 import asyncio
 
@@ -50,7 +50,7 @@ async def test_each_browser_keeps_its_key(
     url = (await aiohttp_client(app)).make_url("/")
 
     async def browser(session_id: str) -> None:
-        jar = CookieJar(unsafe=True)  # it takes the cookies of an IP address
+        jar = CookieJar(unsafe=True)  # accepts cookies from an IP address
         async with ClientSession(url, cookie_jar=jar, raise_for_status=True) as session:
             await session.post("/turn", json=chat("nobody"))
             await session.post("/log-in", params={"as": session_id})

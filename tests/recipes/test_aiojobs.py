@@ -1,4 +1,4 @@
-"""aiojobs with ``in_session()``: a job that waited has the session that spawned it."""
+"""aiojobs with ``in_session()``: a queued job has the session that spawned it."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
@@ -30,7 +30,7 @@ async def by_the_apps_scheduler(
 def server_with_jobs(
     gateway: Recorder, job: Job, spawn: Spawn = by_the_apps_scheduler, **config: object
 ) -> web.Application:
-    """Return a server whose handlers leave the call to a job, and that runs one job at a time."""
+    """Return a server whose handlers leave calls to jobs, of which one runs at a time."""
 
     async def handler(request: web.Request) -> web.Response:
         await spawn(request, job(request))
@@ -67,7 +67,7 @@ async def test_a_job_that_waited_carries_the_session_that_spawned_it_and_is_not_
 async def test_without_in_session_it_carries_a_neighbours_session_and_that_is_said(
     gateway: Recorder, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What aiojobs does by itself: a queued job starts in the context of whichever one ended."""
+    """aiojobs starts a queued job in the context of the job that has just ended."""
     all_are_queued = asyncio.Event()
 
     async def job(request: web.Request) -> None:

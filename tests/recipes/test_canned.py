@@ -1,4 +1,4 @@
-"""What the recording gateway answers is what each API's SDK takes for an answer."""
+"""The SDK of each API accepts the recording gateway's answers."""
 
 from importlib import import_module
 from typing import Any
@@ -18,7 +18,7 @@ TYPES = {
 
 
 def type_of(name: str) -> Any:
-    """Import it now: the SDKs take seconds."""
+    """Import the type only now, because the SDKs take seconds."""
     module, _, kind = name.partition(" ")
     return getattr(import_module(module), kind)
 

@@ -1,4 +1,4 @@
-"""A turn that goes through a queue to another task: what goes wrong there, and both remedies."""
+"""A turn that a queue hands to another task: the problem and both remedies."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Coroutine
@@ -23,7 +23,7 @@ STARTS = pytest.mark.parametrize("started", ["by the app", "by the first request
 
 
 class Server:
-    """Hands each turn to one task, and waits for what that task has got for it."""
+    """Hands each turn to one task, and waits for the answer that the task got."""
 
     def __init__(self, gateway: URL, started: str, remedy: str = "") -> None:
         self.gateway, self.remedy = gateway, remedy

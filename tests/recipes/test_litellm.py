@@ -1,4 +1,4 @@
-"""litellm over aiohttp, which is its default, and over httpx; its clients outlive an app."""
+"""litellm over aiohttp, its default, and over httpx; its clients outlive an app."""
 
 from collections.abc import AsyncIterator
 
@@ -15,7 +15,7 @@ from .serving import asks, assert_no_crosstalk, play_asks
 async def _over(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> AsyncIterator[str]:
-    import litellm  # it takes seconds, in each process that collects the tests
+    import litellm  # importing it takes seconds, and each process collects this file
 
     monkeypatch.setattr(litellm, "disable_aiohttp_transport", request.param == "httpx")
     yield request.param
@@ -29,7 +29,7 @@ def server(gateway: Recorder) -> web.Application:
 
         body = await request.json()
         body["model"] = "openai/stub"
-        body["allowed_openai_params"] = ["user"]  # or litellm leaves out whose turn it is
+        body["allowed_openai_params"] = ["user"]  # otherwise litellm drops ``user``
         answer = await litellm.acompletion(
             api_base=f"{gateway.url}/v1", api_key="none", num_retries=0, **body
         )
@@ -47,7 +47,7 @@ def server(gateway: Recorder) -> web.Application:
 async def test_each_turn_carries_the_key_of_its_session(
     aiohttp_client: AiohttpClient, stream: bool
 ) -> None:
-    for _ in range(2):  # the second app meets the ClientSession that litellm made for the first
+    for _ in range(2):  # the second app gets the ClientSession that litellm made for the first
         async with recording_gateway() as gateway:
             client = await aiohttp_client(server(gateway))
             await play_asks(client.make_url("/"), stream=stream)

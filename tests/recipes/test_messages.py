@@ -1,4 +1,4 @@
-"""Anthropic's SDK: before a proxy of its API, and in a server, by each of its clients."""
+"""Anthropic's SDK as a client of a proxy, and each of its clients within a server."""
 
 import asyncio
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from aiohttp_smg_routing.testing import Answer, Call, Recorder, StartSmgGateway,
 from .serving import SESSIONS, TURNS, play_asks
 from .unedited import make_app
 
-if TYPE_CHECKING:  # to import it takes seconds, in each process that collects this file
+if TYPE_CHECKING:  # importing it takes seconds, and each process collects this file
     from anthropic import AsyncAnthropic
 
 EVENTS = b"""\

@@ -14,7 +14,7 @@ from harness.agents import chat
 
 from .serving import SESSIONS, TURNS, asks, assert_no_crosstalk, play_asks
 
-if TYPE_CHECKING:  # to import it takes seconds, in each process that collects this file
+if TYPE_CHECKING:  # importing it takes seconds, and each process collects this file
     from openai import AsyncOpenAI
 
 

@@ -1,4 +1,4 @@
-"""Servers that nobody edited, run by the commands of docs/recipes.md, before the real gateway."""
+"""Unchanged servers, started by the commands of docs/recipes.md, with the real gateway."""
 
 import asyncio
 import json
@@ -36,21 +36,21 @@ CHAT = "/v1/chat/completions"
 
 
 def blocks(section: str) -> dict[str, str]:
-    """Return the one block of each language in a section of the page."""
+    """Return the block of each language in a section of the page."""
     text = re.split(rf"^#+ {re.escape(section)}$", PAGE, flags=re.MULTILINE)[1]
     text = re.split(r"^#+ [A-Z]", text, maxsplit=1, flags=re.MULTILINE)[0]
     return dict(re.findall(r"^```(\w+)\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
 
 
 def here(text: str, smg: SmgGateway, port: int, other: Recorder | None = None) -> str:
-    """Return what is on the page with the addresses of a test."""
+    """Replace the addresses in a text of the page with those of the test."""
     urls = {GATEWAY: str(smg.url), OTHER: str(other.url) if other else OTHER, PORT: str(port)}
     return re.sub("|".join(urls), lambda found: urls[found[0]], text)
 
 
 @asynccontextmanager
 async def as_on_the_page(folder: Path, port: int, shell: str) -> AsyncIterator[URL]:
-    """Run a block of the page in ``folder`` until the block ends."""
+    """Run a shell snippet of the page in ``folder`` until the block ends."""
     places = {"PATH": f"{SCRIPTS}:{os.environ['PATH']}", "PYTHONPATH": f"{ROOT}"}
     exports = "\n".join(f"export {name}={shlex.quote(it)}" for name, it in places.items())
     shell = shell.replace("aiohttp-smg-routing", "exec aiohttp-smg-routing")
@@ -58,7 +58,7 @@ async def as_on_the_page(folder: Path, port: int, shell: str) -> AsyncIterator[U
     url = local_url(port)
     async with answering(url, "sh", "-euc", program) as process:
         yield url
-        process.terminate()  # the shell has become the server
+        process.terminate()  # the server has replaced the shell
         await process.wait()
 
 
@@ -75,7 +75,7 @@ def by_path(session_id: str) -> Mapping[str, Any]:
 
 
 async def assert_pinned(smg: SmgGateway) -> None:
-    """Assert that the raw keys are those of the sessions, and that the gateway used each."""
+    """Assert that the keys are the session ids, and that the gateway used each."""
     assert_keys(turns_of(*smg.workers))
     for session_id in SESSIONS:
         smg.assert_pinned(session_id, turns=TURNS)
@@ -135,14 +135,14 @@ async def test_gunicorn_with_several_processes(smg_gateway: StartSmgGateway, fol
 
 
 def submitted(actor: str, smg: SmgGateway) -> tuple[str, Mapping[str, str]]:
-    """Return the program as it is, and what ``ray job submit`` hands to its ``ray.init()``."""
-    yaml = import_module("yaml")  # Ray brings it
+    """Return the unchanged program, and the environment that ``ray job submit`` sets for it."""
+    yaml = import_module("yaml")  # a dependency of Ray
     given = yaml.safe_load(here(blocks("A Ray actor")["yaml"], smg, 0))
     return actor, {"RAY_JOB_CONFIG_JSON_ENV_VAR": json.dumps({"runtime_env": given})}
 
 
 def edited(actor: str, smg: SmgGateway) -> tuple[str, Mapping[str, str]]:
-    """Return the program with the ``runtime_env`` of the page in its ``ray.init()``."""
+    """Return the program with the page's ``runtime_env`` in its ``ray.init()``."""
     snippet = here(blocks("A Ray actor")["python"], smg, 0)
     assert actor.count("ray.init(") == 1
     return snippet + actor.replace("ray.init(", "ray.init(runtime_env=RUNTIME_ENV, "), {}
@@ -153,7 +153,7 @@ async def test_a_ray_actor(smg_gateway: StartSmgGateway, way: Any) -> None:
     if find_spec("ray") is None:
         absent("Ray is not installed: pip install -e . --group scale")
     smg, port = await smg_gateway(3, policy="manual"), free_port()
-    # Ray has sockets in its folder, and their paths must be short.
+    # Ray puts sockets into its folder, and their paths must be short.
     with TemporaryDirectory(prefix="ray-") as name:
         folder = Path(name)
         program, given = way((HOSTED / "actor.py").read_text(), smg)
@@ -168,7 +168,7 @@ async def test_a_ray_actor(smg_gateway: StartSmgGateway, way: Any) -> None:
 async def ray_driver(
     folder: Path, argv: tuple[str, ...], given: Mapping[str, str]
 ) -> AsyncIterator[None]:
-    """Run a program that has a Ray cluster until the block ends; nothing is left of it."""
+    """Run a program with a Ray cluster until the block ends; leave nothing behind."""
     env = {"RAY_INIT": json.dumps(options(str(folder), 1)), "PYTHONPATH": str(ROOT), **given}
     async with ray_program(folder, *argv, env=env, stdout=DEVNULL) as process:
         async with ClientSession() as session:

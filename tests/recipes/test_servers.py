@@ -1,4 +1,4 @@
-"""However the server is started, and whatever it is made of."""
+"""The plugin in servers that are built and started in different ways."""
 
 import os
 import signal

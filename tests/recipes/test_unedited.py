@@ -1,4 +1,4 @@
-"""A server that knows nothing of the plugin, before the real gateway; only the config differs."""
+"""A server without the plugin in front of the real gateway, pinned by config alone."""
 
 from collections.abc import Callable, Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""A server that somebody else wrote: a ClientSession for each call, one catch-all route.
+"""A server of another author: one catch-all route, and a ClientSession for each call.
 
 It knows nothing of sessions, of SMG or of the plugin.
 """

@@ -1,4 +1,4 @@
-"""What is peculiar to a gateway is tested where that gateway is installed."""
+"""Skip the tests that are specific to a gateway which is not installed."""
 
 from .launch import PACKAGE
 

@@ -1,4 +1,4 @@
-"""The gateway of this environment, and what ``docs/gateways.md`` says of it."""
+"""The gateway of this environment, and what ``docs/gateways.md`` says about it."""
 
 import re
 import secrets
@@ -32,14 +32,14 @@ def _installed() -> Iterator[tuple[str, str]]:
             yield name, version(name)
 
 
-# An environment has one of them.
+# An environment has exactly one gateway.
 [(PACKAGE, VERSION)] = _installed()
 
 
 def _rows() -> Iterator[Mapping[str, str]]:
-    """Yield the rows of the page's tables that are about the installed gateway.
+    """Yield the rows of the page's tables about the installed gateway.
 
-    SMG is named by its minor version, the others by all of it.
+    The page names SMG by its minor version, and the others by their full version.
     """
     minor = VERSION.rpartition(".")[0] if PACKAGE == "smg" else VERSION
     head: list[str] = []
@@ -54,7 +54,7 @@ def _rows() -> Iterator[Mapping[str, str]]:
 
 
 def _facts() -> Mapping[str, Sequence[str]]:
-    """Return what stands in code spans in each column, which is nothing where it says "none"."""
+    """Return the code spans of each column; a column that says "none" has none."""
     cells = {head: cell for row in _rows() for head, cell in row.items()}
     return {head: re.findall(r"`([^`]+)`", cell) for head, cell in cells.items()}
 
@@ -65,24 +65,24 @@ FACTS = _facts()
 
 @asynccontextmanager
 async def launched(launch: str, workers: int = 3) -> AsyncIterator[SmgGateway]:
-    """Run the gateway with the ``--policy`` and the options that ``launch`` names."""
+    """Run the gateway with the policy and the options in ``launch``."""
     program = (sys.executable, "-m", *_PROGRAMS[PACKAGE])
     async with run_gateway(program, workers, ("--policy", *launch.split())) as gateway:
         yield gateway
 
 
 def prompt(session: object) -> str:
-    """Return a prompt of that session which no policy can know: the key alone can pin it."""
+    """Return a random prompt of a session, so that only the key can pin it."""
     return f"{secrets.token_hex(16)} <{session}>"
 
 
 def random_turn(session: object) -> Mapping[str, object]:
-    """Return the body of a turn of that session, as the workers can read whose it is."""
+    """Return the body of a turn with a random prompt that names its session."""
     return {"model": "stub", "messages": [{"role": "user", "content": prompt(session)}]}
 
 
 def served_by_prompt(workers: Sequence[Recorder], path: str = CHAT_PATH) -> dict[str, list[URL]]:
-    """Return the workers that received the calls of each session, by the prompts."""
+    """Return the workers that received each session's calls, by the prompts."""
     found = defaultdict(list)
     for worker in workers:
         for call in worker.calls:
@@ -93,6 +93,6 @@ def served_by_prompt(workers: Sequence[Recorder], path: str = CHAT_PATH) -> dict
 
 
 def is_pinned(sessions: Mapping[Any, Sequence[URL]]) -> bool:
-    """Tell whether each session came to one worker, and not all of them to the same one."""
+    """Tell whether each session came to one worker, and not all sessions to the same one."""
     workers = [set(urls) for urls in sessions.values()]
     return all(len(urls) == 1 for urls in workers) and len(set.union(*workers)) > 1

@@ -1,4 +1,4 @@
-"""What ``docs/gateways.md`` warns of, on the gateway of this environment."""
+"""The dangers that ``docs/gateways.md`` warns of, on the gateway of this environment."""
 
 import itertools
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ POLICIES = [launch for launch in FACTS["policies that pin"] if " " not in launch
 
 
 def bodies(session: object) -> dict[str, Mapping[str, object]]:
-    """Return the body of a turn of that session for each path."""
+    """Return the body of a turn of a session for each path."""
     text = prompt(session)
     messages = [{"role": "user", "content": text}]
     return {
@@ -57,7 +57,7 @@ async def test_paths_on_which_it_pins(policy: str) -> None:
 
 
 async def one(session: ClientSession, gateway: SmgGateway, key: str | None) -> int:
-    """Make a call as a client does that has no plugin, with that key; return the status."""
+    """Make a call with that key, without the plugin; return the status."""
     headers = {HEADER: key} if key is not None else {}
     url = gateway.url / CHAT
     async with session.post(url, json=random_turn(key), headers=headers) as response:
@@ -66,7 +66,7 @@ async def one(session: ClientSession, gateway: SmgGateway, key: str | None) -> i
 
 
 async def is_pinned_by(gateway: SmgGateway, tail: str) -> bool:
-    """Tell whether keys that end in ``tail`` pin."""
+    """Tell whether the gateway pins keys that end in ``tail``."""
     for worker in gateway.workers:
         worker.calls.clear()
     async with ClientSession() as session:

@@ -1,4 +1,4 @@
-"""Each line of ``docs/gateways.md``, on the gateway of this environment."""
+"""Each row in the tables of ``docs/gateways.md``, on the gateway of this environment."""
 
 import asyncio
 import functools
@@ -30,7 +30,7 @@ CALLS = len(SESSIONS) * TURNS
 
 
 def router_server(upstream: URL, **config: object) -> web.Application:
-    """Return a session server with the plugin, which passes on what the gateway answers."""
+    """Return a session server with the plugin that passes on the gateway's answers."""
     app = proxy_server(
         upstream,
         lambda request: {"Content-Type": "application/json"},
@@ -41,7 +41,7 @@ def router_server(upstream: URL, **config: object) -> web.Application:
 
 
 async def play(aiohttp_client: AiohttpClient, gateway: SmgGateway) -> PinSummary:
-    """Play the sessions through a session server that has the plugin; return what it counted."""
+    """Play the sessions through a session server with the plugin; return the ledger's summary."""
     app = router_server(gateway.url)
     client = await aiohttp_client(app)
 
@@ -50,13 +50,13 @@ async def play(aiohttp_client: AiohttpClient, gateway: SmgGateway) -> PinSummary
         async with client.post(path, json=random_turn(session_id)) as response:
             assert response.status == 200, await response.text()
 
-    for _ in range(TURNS):  # in an order that round_robin can't follow
+    for _ in range(TURNS):  # in random order, so that round_robin doesn't look pinned
         await asyncio.gather(*map(one, random.sample(SESSIONS, len(SESSIONS))))
     return app[ROUTING].pins.summary()
 
 
 async def choices(gateway: SmgGateway) -> Counter[str]:
-    """Return how many choices of a worker the gateway counts for each policy."""
+    """Return how often each policy chose a worker, by the gateway's counters."""
     [series] = FACTS["counts its choices in"]
     found: Counter[str] = Counter()
     for sample in await samples_of(gateway.metrics_url):
@@ -66,7 +66,7 @@ async def choices(gateway: SmgGateway) -> Counter[str]:
 
 
 async def verify(folder: Path, gateway: SmgGateway, *options: str) -> int:
-    """Run the command on the gateway; return its exit status."""
+    """Run ``verify`` on the gateway; return its exit status."""
     file = folder / "seen.json"
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "aiohttp_smg_routing", "verify", str(gateway.url)),
@@ -80,13 +80,13 @@ async def verify(folder: Path, gateway: SmgGateway, *options: str) -> int:
     assert file.exists(), printed.decode()
     told = json.loads(file.read_text("utf-8"))
     assert told["exit_status"] == process.returncode
-    if told["arms"]["keyed"]["kept"] is None:  # nobody knows where a turn went
+    if told["arms"]["keyed"]["kept"] is None:  # the turns' workers are unknown
         assert b"stayed" not in printed
     return process.returncode or 0
 
 
 def by_key(gateway: SmgGateway) -> dict[bytes, list[URL]]:
-    """Return the workers that received the calls of each key, those of one call alone left out."""
+    """Return the workers that received each key's calls, for keys with more than one call."""
     found = defaultdict(list)
     for worker in gateway.workers:
         for call in worker.calls:

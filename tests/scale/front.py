@@ -1,4 +1,4 @@
-"""What stands before the gateways, with the configuration of docs/scaling.md."""
+"""A balancer in front of the gateways, with the configuration of docs/scaling.md."""
 
 import asyncio
 import re
@@ -25,7 +25,7 @@ class Front:
     log: Path
 
     async def gateways(self, turns: int) -> Mapping[str, Sequence[URL]]:
-        """Return which gateways answered each session's turns, in order, of so many turns."""
+        """Wait for ``turns`` turns; return the gateways that answered each session, in order."""
         served = defaultdict(list)
         for line in await asyncio.wait_for(self._logged(turns), 30):
             key, gateway, status = line.split()
@@ -34,7 +34,7 @@ class Front:
         return served
 
     async def _logged(self, turns: int) -> Sequence[str]:
-        while True:  # a line is written some time after the answer has gone out
+        while True:  # the log is written some time after the answer
             lines = self.log.read_text().splitlines()
             lines = [line for line in lines if not line.startswith("- ")]
             if len(lines) >= turns:
@@ -43,7 +43,7 @@ class Front:
 
 
 class Balancer(Protocol):
-    """Runs before two gateways; without ``hashing`` they take turns."""
+    """Runs in front of two gateways; without ``hashing`` they take turns."""
 
     def __call__(
         self, folder: Path, *gateways: URL, hashing: bool = True
@@ -54,7 +54,7 @@ class Balancer(Protocol):
 async def before_gateways(
     balancer: Balancer, folder: Path, policy: str, *, hashing: bool = True
 ) -> AsyncIterator[tuple[list[Recorder], list[SmgGateway], Front]]:
-    """Run the workers, both gateways before them, and the balancer before those."""
+    """Run the workers, both gateways, and the balancer in front of them."""
     async with (
         recorders(WORKERS) as behind,
         gateways(behind, policy) as both,
@@ -64,13 +64,13 @@ async def before_gateways(
 
 
 def on_the_page(language: str) -> str:
-    """Return the one block of that language."""
+    """Return the page's only block of that language."""
     [found] = re.findall(rf"```{language}\n(.*?)```", PAGE.read_text(), re.DOTALL)
     return str(found)
 
 
 def instead(text: str, *pairs: tuple[str, object]) -> str:
-    """Return ``text`` with other words in it, each of which must be there once."""
+    """Return ``text`` with replacements; each old text must occur exactly once."""
     for old, new in pairs:
         assert text.count(old) == 1, old
         text = text.replace(old, str(new))

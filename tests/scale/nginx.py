@@ -1,4 +1,4 @@
-"""nginx before the gateways, with the configuration of docs/scaling.md."""
+"""nginx in front of the gateways, with the configuration of docs/scaling.md."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -14,8 +14,8 @@ from .front import Front, instead, on_the_page
 
 HASH = "    hash $http_x_smg_routing_key consistent;\n"
 
-# What Debian has in /etc/nginx/nginx.conf, with every path in the folder. One process: nothing is
-# left of it when that is killed.
+# This stands in for Debian's /etc/nginx/nginx.conf, with all paths in the folder. nginx runs as one
+# process, so that killing it leaves nothing behind.
 MAIN = """
 daemon off;
 master_process off;

@@ -1,6 +1,6 @@
 """Session servers as actors of a local Ray cluster, which ends with its standard input.
 
-It prints the actors' addresses when they are there, and again for each line that it reads.
+It prints the actors' addresses once they run, and again for each line that it reads.
 
 python -m tests.scale.ray_cluster FOLDER COUNT
 """

@@ -1,4 +1,4 @@
-"""What a balancer does with the calls themselves, and with a gateway that is gone."""
+"""How a balancer handles calls, and a gateway that is gone."""
 
 import asyncio
 import json
@@ -45,7 +45,7 @@ KEY = "X-SMG-Routing-Key"
 
 
 async def sessions_of(gateway: SmgGateway, front: Front, turns: int) -> list[str]:
-    """Return which sessions the front sends to the gateway, after so many turns of each."""
+    """Return the sessions that the front sends to a gateway, after ``turns`` turns of each."""
     came = await front.gateways(len(SESSIONS) * turns)
     found = [session for session in SESSIONS if came[session][0] == gateway.url]
     assert 0.2 < len(found) / len(SESSIONS) < 0.8  # about half
@@ -65,8 +65,8 @@ async def test_a_gateway_that_stops_moves_its_own_sessions_once_and_no_other(
         forget(*behind)
         await kill(stops)
 
-        await play(servers, TURNS)  # every turn is answered
-        assert on_one_worker(behind, TURNS)  # each that moved settled, too
+        await play(servers, TURNS)  # asserts that every turn is answered
+        assert on_one_worker(behind, TURNS)  # sessions that moved stay there
         after = served_with_keys(*behind)
         assert [each for each in stayed if after[each].keys() != before[each].keys()] == []
         assert (await stays.branches())["vacant"] == len(SESSIONS)
@@ -90,12 +90,12 @@ async def test_a_gateway_that_comes_back_gets_its_own_sessions_and_pins_them_ane
             forget(*behind)
             await play(servers, TURNS)
             assert on_one_worker(behind, TURNS)
-            assert (await again.branches())["vacant"] == len(moved)  # those, and no other
+            assert (await again.branches())["vacant"] == len(moved)  # no other session
             assert (await stays.branches())["vacant"] == len(SESSIONS)
 
 
 async def until_back(gateway: SmgGateway, servers: Sequence[URL], moved: Sequence[str]) -> None:
-    """Play turns of what the gateway had, until they come to it again."""
+    """Play turns of the sessions that the gateway had, until all come to it again."""
     calls = -1
     while calls != len(moved):
         before = (await gateway.branches()).total()
@@ -114,7 +114,7 @@ async def test_envoy_takes_a_gateway_out_that_says_that_it_is_ill_until_it_is_we
     ):
 
         async def came() -> list[str]:
-            """Play a turn of each session, and return those that came to the first gateway."""
+            """Play a turn of each session; return the sessions that came to the first gateway."""
             forget(ill, well)
             for key in SESSIONS:
                 async with client.post(front.url / CHAT, json=chat(key), headers={KEY: key}):
@@ -138,7 +138,7 @@ async def test_envoy_takes_a_gateway_out_that_says_that_it_is_ill_until_it_is_we
 async def test_a_turn_that_a_gateway_dies_over_fails_and_is_sent_once(
     tmp_path: Path, balancer: Balancer
 ) -> None:
-    """Nobody knows how far the engine was: sent again, it is a turn more."""
+    """The engine may have computed the turn, so sending it again would compute it twice."""
     arrived = asyncio.Event()
 
     async def unanswered() -> AsyncGenerator[bytes, None]:
@@ -166,13 +166,13 @@ async def test_a_turn_that_a_gateway_dies_over_fails_and_is_sent_once(
         await kill(next(gateway for gateway in both if gateway.url == at))
         assert await under_way in (502, 503)
         assert served_with_keys(*behind)["s-1"].total() == 2
-        assert await turn() == 200  # of the other gateway
+        assert await turn() == 200  # by the other gateway
 
 
 async def test_no_header_of_a_client_has_the_key_dropped_on_the_way(
     tmp_path: Path, balancer: Balancer, aiohttp_server: AiohttpServer
 ) -> None:
-    """Envoy drops what ``Connection`` names, as the standard says; nginx does not."""
+    """Envoy drops the headers that ``Connection`` names, as HTTP requires; nginx doesn't."""
     async with (
         before_gateways(balancer, tmp_path, "manual") as (behind, both, front),
         ClientSession() as agent,
@@ -184,7 +184,7 @@ async def test_no_header_of_a_client_has_the_key_dropped_on_the_way(
                 assert response.status == 200, named
         assert (
             served_with_keys(*behind)["s-1"].most_common(1)[0][1] == 4
-        )  # each with its key, on one worker
+        )  # all on one worker, with the key
         assert +await branches(both) == {"vacant": 1, "occupied_hit": 3}
 
 
@@ -192,7 +192,7 @@ async def test_no_header_of_a_client_has_the_key_dropped_on_the_way(
 async def test_calls_without_a_key_come_to_every_gateway(
     tmp_path: Path, balancer: Balancer, least: int
 ) -> None:
-    """With nginx they take turns, with Envoy it is at random: 40 of 40 on one is 2 in 2⁴⁰."""
+    """nginx takes turns. Envoy picks at random: all 40 on one gateway has a chance of 2 in 2⁴⁰."""
     async with (
         before_gateways(balancer, tmp_path, "manual") as (_, both, front),
         ClientSession(raise_for_status=True) as client,
@@ -205,7 +205,7 @@ async def test_calls_without_a_key_come_to_every_gateway(
 
 
 def megabytes(session_id: str) -> BytesIO:
-    """Return the body of a long turn, as aiohttp wants one of that size."""
+    """Return the body of a long turn, as a file, which aiohttp wants for that size."""
     turn = {**chat(session_id), "stream": True, "metadata": {"padding": "x" * 2**21}}
     return BytesIO(json.dumps(turn).encode())
 
@@ -213,14 +213,14 @@ def megabytes(session_id: str) -> BytesIO:
 async def test_a_turn_of_megabytes_reaches_the_gateway_and_a_stream_comes_piece_by_piece(
     tmp_path: Path, balancer: Balancer
 ) -> None:
-    """The front has limits and buffers of its own."""
+    """The front has its own limits and buffers."""
     texts = [f"piece-{number}" for number in range(5)]
     seen = asyncio.Semaphore(1)
 
     async def one_by_one(call: Call) -> AsyncGenerator[bytes, None]:
         async for piece in stream(*texts):
             if b"piece-" in piece:
-                await seen.acquire()  # the one before has arrived
+                await seen.acquire()  # the piece before has arrived
             yield piece
 
     async with (
@@ -238,20 +238,20 @@ async def test_a_turn_of_megabytes_reaches_the_gateway_and_a_stream_comes_piece_
                         read += await response.content.readany()
                     seen.release()
         finally:
-            for _ in texts:  # no worker waits for what did not arrive
+            for _ in texts:  # let the worker end if a piece did not arrive
                 seen.release()
 
 
 async def test_a_turn_of_megabytes_for_a_gateway_that_is_gone_comes_to_the_other(
     tmp_path: Path, balancer: Balancer
 ) -> None:
-    """The front must have kept it, to send it again."""
+    """The front must keep the body to send it again."""
     async with (
         before_gateways(balancer, tmp_path, "consistent_hashing") as (behind, (stops, _), front),
         ClientSession(headers=HEADERS, timeout=SILENCE) as client,
     ):
         await kill(stops)
-        for key in SESSIONS[:16]:  # one of two is for the one that is gone
+        for key in SESSIONS[:16]:  # about half are for the gateway that is gone
             post = client.post(front.url / CHAT, data=megabytes(key), headers={KEY: key})
             async with post as response:
                 assert response.status == 200, await response.text()

@@ -1,4 +1,4 @@
-"""Several session servers before several gateways: which policy and balancer keep a session."""
+"""Several session servers and gateways: the policies and balancers that keep a session."""
 
 import asyncio
 import os
@@ -37,7 +37,7 @@ async def test_consistent_hashing_any_server_and_any_gateway_find_the_worker() -
         await play(servers, TURNS)
         assert on_one_worker(behind, TURNS)
         counts = [+await gateway.branches() for gateway in (first, second)]
-        assert [set(count) for count in counts] == [{"routing_key_hit"}] * 2  # both were asked
+        assert [set(count) for count in counts] == [{"routing_key_hit"}] * 2  # both got calls
         assert sum(count.total() for count in counts) == len(SESSIONS) * TURNS
 
 
@@ -66,12 +66,12 @@ async def test_manual_on_two_gateways_splits_sessions_when_each_server_has_its_o
         await play(servers, TURNS)
         assert not on_one_worker(behind, TURNS)
         assert_split(len([1 for each in served_with_keys(*behind).values() if len(each) > 1]))
-        # Each gateway pinned each session for itself.
+        # Each gateway pinned each session on its own.
         assert (await branches(both))["vacant"] == 2 * len(SESSIONS)
 
 
 def assert_split(sessions: int) -> None:
-    """Three of four on average: the other gateway picks one of four workers at random."""
+    """On average three in four split: the other gateway picks one of four workers at random."""
     assert len(SESSIONS) / 2 < sessions < len(SESSIONS)
 
 

@@ -1,4 +1,4 @@
-"""The session servers as Ray actors, by the recipe of docs/scaling.md."""
+"""The session servers as Ray actors, as docs/scaling.md recommends."""
 
 import asyncio
 import json
@@ -27,7 +27,7 @@ TURNS = 3
 
 @asynccontextmanager
 async def ray_cluster(folder: Path, gateway: URL) -> AsyncIterator[Process]:
-    """Run a cluster of session servers in ``folder``; nothing is left of it after the block."""
+    """Run a cluster of session servers in ``folder``; leave nothing behind after the block."""
     actor = ("from server import make_app", "from tests.scale.ray_cluster import make_app")
     (folder / "actor.py").write_text(instead(on_the_page("python"), actor))
     env = {"GATEWAY": str(gateway), "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
@@ -37,7 +37,7 @@ async def ray_cluster(folder: Path, gateway: URL) -> AsyncIterator[Process]:
 
 
 async def addresses(process: Process) -> list[URL]:
-    """Read what the cluster prints next, among the messages that Ray prints itself."""
+    """Read the addresses that the cluster prints next, among Ray's own messages."""
     assert process.stdout is not None
     while line := await asyncio.wait_for(process.stdout.readline(), 120):
         if line.startswith(b"["):
@@ -50,7 +50,7 @@ async def test_ray_actors_keep_their_sessions_and_so_does_one_that_ray_made_agai
 ) -> None:
     if find_spec("ray") is None:
         absent("Ray is not installed: pip install -e . --group scale")
-    # Ray has sockets in its folder, and their paths must be short.
+    # Ray puts sockets into its folder, and their paths must be short.
     with TemporaryDirectory(prefix="ray-") as folder:
         async with (
             before_gateways(nginx, tmp_path, "manual") as (behind, _, front),

@@ -1,4 +1,4 @@
-"""``verify`` before several gateways: a front that hashes the key, or one that does not."""
+"""``verify`` with several gateways, behind a front that hashes the key or one that doesn't."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,7 +20,7 @@ from .front import Balancer
 
 @asynccontextmanager
 async def gateways() -> AsyncIterator[list[tuple[URL, URL]]]:
-    """Run them under ``manual``; each has its address, and that of its metrics."""
+    """Run the gateways under ``manual``; yield the URL and the metrics URL of each."""
     async with (
         stub_engines(WORKERS) as urls,
         together(smg_gateway(urls, policy="manual") for _ in range(GATEWAYS)) as smgs,

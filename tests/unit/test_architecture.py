@@ -1,4 +1,4 @@
-"""The picture in CONTRIBUTING.md is that of the code: who imports whom, and in which direction."""
+"""The code imports what the table in CONTRIBUTING.md says, and only in one direction."""
 
 import ast
 import re
@@ -14,12 +14,12 @@ PACKAGE = ROOT / "aiohttp_smg_routing"
 CORE = sorted(file.stem for file in PACKAGE.glob("[!_]*.py"))
 FOLDERS = sorted(file.parent.name for file in PACKAGE.glob("*/__init__.py"))
 ROW = re.compile(r"^\| `(\w+)` \| .+ \| (.+) \|$", re.MULTILINE)
-# aiohttp with what it brings itself, and what the extra ``metrics`` brings.
+# aiohttp, its dependencies, and the package that the extra ``metrics`` installs.
 ALLOWED = {"aiohttp", "multidict", "yarl", "prometheus_client", PACKAGE.name}
 
 
 def picture() -> dict[str, list[str]]:
-    """Return the table: what each file or folder imports, from the top to the bottom."""
+    """Return the imports of each file or folder, in the order of the table."""
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     table = page.partition("### Who imports whom")[2]
     return {name: re.findall(r"`(\w+)`", imports) for name, imports in ROW.findall(table)}
@@ -39,12 +39,12 @@ def imported(file: Path) -> Iterator[list[str]]:
 
 
 def of_package(name: str) -> list[str]:
-    """Return which other files and folders of the package a file or folder imports."""
+    """Return the other files and folders of the package that a file or folder imports."""
     folder = PACKAGE / name
     files = folder.rglob("*.py") if folder.is_dir() else [PACKAGE / f"{name}.py"]
     paths = [[part for part in it if part] for file in files for it in imported(file)]
     known = {*CORE, *FOLDERS}
-    # A name that is no file's is one that the package itself has: __init__ imports all files.
+    # Any other name belongs to the package itself, which is __init__.
     ours = {
         path[1] if path[1] in known else "__init__" for path in paths if path[0] == PACKAGE.name
     }
@@ -94,7 +94,7 @@ def test_the_core_needs_nothing_but_aiohttp() -> None:
 
 
 def test_the_core_is_few_files() -> None:
-    assert len(list(PACKAGE.glob("*.py"))) <= 18  # the core is 17; httpx is for who calls by it
+    assert len(list(PACKAGE.glob("*.py"))) <= 18  # 17 for the core, 1 for httpx
 
 
 def test_each_file_is_short() -> None:

@@ -1,4 +1,4 @@
-"""What the package leans on in aiohttp: each test fails when aiohttp changes that."""
+"""The package relies on parts of aiohttp; each test fails when aiohttp changes one of them."""
 
 import ast
 import asyncio
@@ -24,10 +24,10 @@ from aiohttp_smg_routing import compat
 from aiohttp_smg_routing.testing import Recorder
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)  # aiohttp would have nobody do so
+    warnings.simplefilter("ignore", DeprecationWarning)  # aiohttp discourages subclasses
 
     class Subclass(ClientSession):
-        """A session as libraries make them, which shows hooks of its own."""
+        """A ClientSession subclass, as libraries write them, that overrides ``trace_configs``."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -38,13 +38,13 @@ with warnings.catch_warnings():
 
 
 class Claiming:
-    """An object that claims to be a session."""
+    """An object that claims to be a ClientSession."""
 
     __class__ = ClientSession  # type: ignore[assignment]
 
 
 def naming(seen: list[str], name: str) -> TraceConfig:
-    """Return a hook that writes its name down at each call."""
+    """Return a hook that appends its name to ``seen`` at each call."""
 
     async def start(
         session: ClientSession, context: SimpleNamespace, params: TraceRequestStartParams
@@ -84,20 +84,20 @@ async def test_the_hooks_are_those_that_a_session_runs(
         await session.post(gateway.chat)
         assert seen == [*(["own"] if given else []), "one", "other"]
         compat.remove_hook(session, one)
-        compat.remove_hook(session, TraceConfig())  # which is not there
+        compat.remove_hook(session, TraceConfig())  # it was never added
         seen.clear()
         await session.post(gateway.chat)
         assert seen == [*(["own"] if given else []), "other"]
-    assert passed is None or [*passed] == [own]  # it may be that of other sessions, too
+    assert passed is None or [*passed] == [own]  # other sessions may share the list
 
 
 async def test_a_hook_that_is_added_can_not_be_changed_any_more() -> None:
-    """As a session has it with those that it is made with; an unfrozen one can not run."""
+    """A ClientSession freezes the hooks that it is made with; an unfrozen one can't run."""
     hook = TraceConfig()
     async with ClientSession() as session:
         compat.add_hook(session, hook)
         assert hook.on_request_start.frozen
-        compat.add_hook(session, hook)  # frozen as it is
+        compat.add_hook(session, hook)  # although it is frozen
 
 
 async def test_a_hook_that_is_added_during_a_call_runs_from_the_next_one(gateway: Recorder) -> None:
@@ -118,7 +118,7 @@ async def test_a_hook_that_is_added_during_a_call_runs_from_the_next_one(gateway
 
 
 def test_hooks_come_and_go_without_a_warning_in_development_mode() -> None:
-    """There aiohttp warns of whatever is set on a session that is not its own."""
+    """In development mode aiohttp warns when anything else is set on a ClientSession."""
     code = """
 import asyncio
 from aiohttp import ClientSession, TraceConfig
@@ -182,12 +182,12 @@ async def test_a_wrapper_in_force_is_used_again_and_stays_under_that_of_somebody
     assert not compat.unwrap_constructor(layer)
     async with ClientSession() as session:
         assert made == calls == [session]
-    setattr(ClientSession, "__init__", lambda self: None)  # noqa: B010 - who has taken ours off
+    setattr(ClientSession, "__init__", lambda self: None)  # noqa: B010 - takes ours off
     assert compat.wrap_constructor(made.append, layer) is not layer
 
 
 class Descriptor:
-    """A constructor that is no function: it binds as Python binds, and is called as it is bound."""
+    """A constructor that is a descriptor, and must be bound before it is called."""
 
     def __init__(self, function: Callable[..., None]) -> None:
         self.function = function
@@ -200,7 +200,7 @@ class Descriptor:
 
 
 class NoDescriptor:
-    """What does not bind at all: Python calls it without the session."""
+    """A constructor that doesn't bind: Python calls it without the ClientSession."""
 
     def __call__(self, *args: object) -> None:
         assert args == ()
@@ -218,17 +218,17 @@ async def test_a_constructor_that_somebody_has_replaced_binds_as_python_does(
     setattr(ClientSession, "__init__", NoDescriptor())  # noqa: B010
     compat.wrap_constructor(made.append, None)
     ClientSession()
-    assert made == [session]  # that one has no hooks: nothing has made it
+    assert made == [session]  # no constructor ran, so it has no hooks
 
 
 async def test_what_is_unread_is_read_again_and_nothing_warns(
     aiohttp_client: AiohttpClient,
 ) -> None:
-    compat.unreader.cache_clear()  # it may have been made in a test without coverage
+    compat.unreader.cache_clear()  # a test without coverage may have filled it
 
     async def handler(request: web.Request) -> web.Response:
         content, unread = request.content, compat.unreader()
-        unread(content, b"")  # nothing
+        unread(content, b"")
         beginning = await content.readexactly(3)
         unread(content, beginning)
         line = await content.readline()
@@ -250,7 +250,7 @@ async def test_what_is_unread_is_read_again_and_nothing_warns(
 
 
 async def its_own(request: web.Request) -> None:
-    """Decide when the client may send its body."""
+    """Handle ``Expect: 100-continue``."""
 
 
 async def test_a_route_with_an_expect_handler_of_its_own_is_told_from_the_others(
@@ -317,7 +317,7 @@ async def test_a_key_of_our_own_is_kept_on_a_request_without_a_warning(
 
 
 def test_nothing_private_of_another_package_is_used_elsewhere() -> None:
-    """Else aiohttp could change it, and no test here would fail. Of the core, that is."""
+    """Only compat.py may: its tests fail when aiohttp changes. This covers the core only."""
     used, own = {}, set()
     for path in Path(aiohttp_smg_routing.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())) if path.name != "compat.py" else ():
@@ -398,7 +398,7 @@ async def test_an_answer_is_over_where_the_client_has_hung_up(
 async def test_an_answer_is_to_be_sent_piece_by_piece_where_aiohttp_ends_it_so(
     aiohttp_client: AiohttpClient,
 ) -> None:
-    """And aiohttp calls write_eof() of that very answer."""
+    """aiohttp must also call ``write_eof()`` of that same response."""
     ended = []
 
     async def handler(request: web.Request) -> web.Response:
@@ -454,4 +454,4 @@ def test_the_class_that_sends_is_found_below_those_that_others_put_in_its_place(
     assert compat.sender(Client) is Client
     assert compat.sender(Instrumented) is Client
     assert compat.sender(Retrying) is Client
-    assert compat.sender(int) is int  # sends otherwise: who wraps it is told
+    assert compat.sender(int) is int  # neither it nor a base class has the method

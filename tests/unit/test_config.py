@@ -45,7 +45,7 @@ def alarm(move: object) -> None:
 
 
 class Registry:
-    """What a config asks of a registry of metrics."""
+    """The least that a config requires of a metrics registry."""
 
     def register(self, collector: object) -> None:
         pass
@@ -53,7 +53,7 @@ class Registry:
 
 CLIENT = web.AppKey("client", object)
 REGISTRY = Registry()
-#: Every option as code may give it, and as the config has it.
+#: Each option: the value that code passes, and the value that the config holds.
 EVERY: dict[str, tuple[Any, Any]] = {
     "gateway": ("http://One:80/, http://two/b", (URL("http://one"), URL("http://two/b"))),
     "enabled": ("no", False),
@@ -155,7 +155,7 @@ def test_a_list_that_is_changed_later_does_not_change_the_config() -> None:
     ],
 )
 def test_a_config_is_made_again_of_its_own_values(again: Callable[[RoutingConfig], object]) -> None:
-    """What has been parsed is not parsed as text again: a comma in it parts nothing."""
+    """Parsed values are not parsed again: a comma within one doesn't split it."""
     config = RoutingConfig.from_mapping(
         {name: given for name, (given, _) in EVERY.items()} | {"gateway": ["http://one/a,b"]}
     )
@@ -234,7 +234,7 @@ def test_tagged_is_a_post_to_the_path_below_the_gateways_base_path(
 
 
 def test_a_call_is_tagged_as_aiohttp_sends_it() -> None:
-    """Before 3.14 a hook is shown the method, and always an encoded URL, as it was passed."""
+    """The hook gets an encoded URL as passed, and before aiohttp 3.14 the method as well."""
     config = RoutingConfig("http://gateway")
     assert is_tagged(config, "post", URL(f"http://gateway{CHAT}"))
     assert is_tagged(config, "POST", URL(f"http://GATEWAY{CHAT}", encoded=True))
@@ -308,7 +308,7 @@ def test_gateway_and_path_are_judged_together(gateway: str, paths: str) -> None:
         ("gateway", "http://h:*"),
         ("gateway", "http://h/*"),
         ("gateway", ["http://h", "http://*.example"]),
-        ("gateway", "http://${GATEWAY_HOST}:30000"),  # what nobody has filled in
+        ("gateway", "http://${GATEWAY_HOST}:30000"),  # a placeholder
         ("gateway", "http://{{ host }}:30000"),
         ("gateway", URL("http://*")),
         ("paths", "/v1/*"),
@@ -444,7 +444,7 @@ def test_environment_is_read_when_it_is_asked(monkeypatch: pytest.MonkeyPatch) -
     assert RoutingConfig.from_env() == RoutingConfig(GATEWAY)
     assert RoutingConfig.from_env(environ=None) == RoutingConfig(GATEWAY)
     with pytest.raises(ConfigError, match="SMG_ROUTING_GATEWAY: is required"):
-        RoutingConfig.from_env(environ={})  # which is not "unless given"
+        RoutingConfig.from_env(environ={})  # an empty mapping is not None
 
 
 def test_help_shows_nothing_of_the_environment() -> None:
@@ -477,7 +477,7 @@ def test_environment_faults_name_the_variable() -> None:
     }
 
 
-#: What Kubernetes sets in each container for a service that is called smg-routing.
+#: Kubernetes sets these variables in each container for a service named smg-routing.
 KUBERNETES = {
     "SMG_ROUTING_SERVICE_HOST": "10.96.7.1",
     "SMG_ROUTING_SERVICE_PORT": "30000",
@@ -513,7 +513,7 @@ def test_a_variable_that_is_nearly_an_option_is_a_fault(name: str) -> None:
 
 @pytest.mark.parametrize("others", [{}, {"key": "digest"}, {"pin_by": "{header:X}"}])
 def test_an_empty_secret_is_a_fault(others: dict[str, str]) -> None:
-    """A variable that a template left empty must not make the keys ones that anybody can guess."""
+    """A template may leave the variable empty; anybody could then guess the keys."""
     assert faults(secret="", **others) == {"secret": "is not a text of one character or more"}
     environ = {f"SMG_ROUTING_{name.upper()}": text for name, text in others.items()}
     with pytest.raises(ConfigError, match="SMG_ROUTING_SECRET: is not a text of one character"):
@@ -566,7 +566,7 @@ def test_the_whole_file_in_place_of_its_table_says_which_table_to_pass(
 @pytest.mark.parametrize(
     "mapping",
     [
-        {"gateway": GATEWAY, "other": {"gateway": "hush"}},  # it is the table, with a typo in it
+        {"gateway": GATEWAY, "other": {"gateway": "hush"}},  # the table's name has a typo
         {"deep": {"er": {"and": {"deep": {"er": {"gateway": "hush"}}}}}},
         {"list": [{"gateway": "hush"}]},
     ],

@@ -1,4 +1,4 @@
-"""Whose code is running: blocks, what is handed to other tasks, and generators."""
+"""The current session: in blocks, in generators, and in code handed to other tasks."""
 
 import asyncio
 import contextvars
@@ -117,7 +117,7 @@ async def test_a_block_says_what_the_sources_of_pin_by_find(gateway: Recorder) -
     assert {pin.session for pin in routing.pins.sessions()} == {"s-1", "s-2", "s-1/judge"}
 
 
-# Around a yield: what is wrong there, and what the log says of it.
+# A block around a yield is wrong, and the log says so.
 
 
 def left_elsewhere(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -165,7 +165,7 @@ async def test_blocks_that_are_left_in_any_order_leave_the_session_around_them(
             is_open[number] = False
             innermost_is_open = number < 2 and is_open[2]
             if innermost_is_open:
-                assert current_session_id() == "s-2"  # only its own exit ends it
+                assert current_session_id() == "s-2"  # the other exits don't end it
         assert current_session_id() == "around"
 
     with routing_session("around"):
@@ -178,7 +178,7 @@ async def test_right_use_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
         for session_id in ("s-1", "s-2"):
             with routing_session(session_id):
                 seen += [current_session_id() for _ in range(2)]
-        for _ in turns("s-3"):  # one after the other, to its end
+        for _ in turns("s-3"):  # run to its end
             pass
         for _ in turns("s-3"):
             break
@@ -196,7 +196,7 @@ async def test_a_generator_that_is_kept_after_a_break_and_left_later_is_named(
         for _ in kept:
             break
         with routing_session("s-2"):
-            del kept  # here it is left
+            del kept  # leaves the block
             assert current_session_id() == "s-2"
         assert current_session_id() is None
 
@@ -207,7 +207,7 @@ async def test_a_generator_that_is_kept_after_a_break_and_left_later_is_named(
 async def test_an_async_generator_that_the_loop_closes_after_a_break_is_named(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The loop leaves the block in a task of its own: this one keeps the session."""
+    """The loop leaves the block in another task, so this task keeps the session."""
     closed = asyncio.Event()
 
     async def values() -> AsyncIterator[int]:
@@ -246,7 +246,7 @@ async def test_block_may_be_left_in_another_context_than_it_was_entered_in(
     assert len(left_elsewhere(caplog)) == 1
 
 
-# Handed to code that runs in another context.
+# Code that is handed to another context.
 
 
 async def session_of_this_code() -> str | None:
@@ -376,7 +376,7 @@ async def test_closed_before_it_starts_it_leaves_no_warning(
         jobs = [in_session(session_of_this_code()) for _ in range(2)]
     jobs[0].close()
     task = asyncio.create_task(jobs[1])
-    task.cancel()  # before it starts, as a scheduler that shuts down does
+    task.cancel()  # before it starts, as a scheduler does at shutdown
     await asyncio.wait([task])
     del jobs, task
     gc.collect()
@@ -396,8 +396,8 @@ def test_never_awaited_it_is_warned_of_once_by_its_own_name(
 async def test_a_job_that_waits_for_ever_is_collected_and_touches_no_other_session(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Like any task that nobody holds or wakes, it ends in whatever code runs just then."""
-    monkeypatch.setattr(logging.getLogger("asyncio"), "disabled", True)  # it complains of the task
+    """Garbage collection ends such a task, in the context of whatever code is running."""
+    monkeypatch.setattr(logging.getLogger("asyncio"), "disabled", True)  # it logs the pending task
 
     class Held:
         pass
@@ -407,7 +407,7 @@ async def test_a_job_that_waits_for_ever_is_collected_and_touches_no_other_sessi
         try:
             await asyncio.get_running_loop().create_future()
         finally:
-            del held, itself  # until here it has them
+            del held, itself  # keeps both alive until here
 
     held = Held()
     gone = weakref.ref(held)
@@ -432,7 +432,7 @@ async def with_a_job(
     hand_over: Callable[[asyncio.Queue[Any], Play], Awaitable[None]],
     **config: object,
 ) -> web.Application:
-    """Return a server whose handler ran ``hand_over``, and whose worker has done what it got."""
+    """Return a server whose handler has handed over a job, after that job has run."""
     app = pinned_server(gateway.url, **config)
     jobs: asyncio.Queue[Coroutine[Any, Any, None]] = asyncio.Queue()
 
@@ -512,7 +512,7 @@ async def test_a_session_that_late_code_names_is_not_late(
 
 
 async def test_a_block_that_is_collected_leaves_the_context_of_the_running_code() -> None:
-    """A task of the block goes on, and the garbage collector runs in it."""
+    """A task that the block started runs on and triggers the garbage collector."""
     seen: list[str | None] = []
     goes_on = asyncio.Event()
 
@@ -527,11 +527,11 @@ async def test_a_block_that_is_collected_leaves_the_context_of_the_running_code(
             await asyncio.get_running_loop().create_future()
 
     children: list[asyncio.Task[None]] = []
-    logging.getLogger("asyncio").disabled = True  # it complains of the task, and is right
+    logging.getLogger("asyncio").disabled = True  # it rightly logs the pending task
     gc.disable()
     try:
         with routing_session("outer"):
-            asyncio.create_task(parent())  # noqa: RUF006 - nobody holds it
+            asyncio.create_task(parent())  # noqa: RUF006 - so that it is collected
             await asyncio.sleep(0)
         goes_on.set()
         await children[0]
@@ -542,7 +542,7 @@ async def test_a_block_that_is_collected_leaves_the_context_of_the_running_code(
 
 
 def test_blocks_that_overlap_without_end_leave_nothing() -> None:
-    """Each stands around a yield, and is left when the next one was entered."""
+    """Each block surrounds a yield, and is left after the next one was entered."""
 
     def value(number: int) -> Iterator[int]:
         with routing_session(number):

@@ -1,4 +1,4 @@
-"""Which gateways count as one."""
+"""Gateways that share a worker count as one."""
 
 from yarl import URL
 
@@ -12,7 +12,7 @@ def worker(number: int) -> str:
 
 
 def test_the_workers_that_a_gateway_named_last_are_known() -> None:
-    """Those of long ago are forgotten: workers come and go for weeks."""
+    """Older ones are forgotten, because workers come and go for weeks."""
     gateways, count = Gateways([A, B]), 10_000
     for number in range(count):
         assert not gateways.named(str(A), worker(number))

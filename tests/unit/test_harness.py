@@ -1,4 +1,4 @@
-"""The house around the package: one harness, and examples that a user can copy."""
+"""The repository around the package: one harness, and examples that a user can copy."""
 
 import ast
 import re
@@ -75,7 +75,7 @@ def test_no_file_edits_the_path_of_imports() -> None:
     found = [
         str(file.relative_to(ROOT)) for file in FILES if editing.search(file.read_text("utf-8"))
     ]
-    assert found == ["mutants/trial.py"]  # a forked pytest imports the copy that has the fault
+    assert found == ["mutants/trial.py"]  # its forked pytest must import the mutated copy
 
 
 def test_no_file_imports_what_is_private_in_the_package() -> None:

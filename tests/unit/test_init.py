@@ -5,7 +5,7 @@ import aiohttp_smg_routing
 
 
 def run(code: str) -> str:
-    """Return what a fresh Python prints, in which nothing but the core has been imported."""
+    """Return what a fresh Python prints that has imported only the core."""
     return subprocess.run(  # noqa: S603
         [sys.executable, "-c", code], check=True, capture_output=True, text=True
     ).stdout
@@ -44,7 +44,7 @@ def test_core_imports_aiohttp_multidict_yarl_and_the_standard_library_alone() ->
 
 
 def test_a_server_without_metrics_needs_no_extra() -> None:
-    """What the extras bring is hidden: an app is set up, started and cleaned up without it."""
+    """An app is set up, started and cleaned up with the packages of the extras hidden."""
     printed = run(
         """
 import asyncio, sys

@@ -47,7 +47,7 @@ def test_any_other_id_has_a_digest_that_the_gateway_takes(session_id: str) -> No
 def test_an_id_that_looks_like_a_digest_is_not_the_key_of_another_session(
     prefix: str, secret: str | None
 ) -> None:
-    # A client that chooses its id must not reach the session whose digest it has seen.
+    # A client that has seen the digest of a session must not get its key by using it as an id.
     key = routing_key("a b", secret=secret, prefix=prefix)
     copied = key.removeprefix(prefix)
     assert routing_key(copied, secret=secret, prefix=prefix) not in (key, prefix + copied)
@@ -94,12 +94,12 @@ def test_any_text_can_be_the_secret() -> None:
 
 
 def test_digest_loses_nothing_to_the_gateways_turn_suffix_rule() -> None:
-    # --routing-key-override cuts `_t<digits>` and `_r<digits>` off a key.
+    # --routing-key-override strips the suffixes `_t<digits>` and `_r<digits>` from a key.
     assert "_" not in routing_key("a b") + routing_key("a", key="digest", secret="k")
 
 
 class Index:
-    """What numpy's and torch's integers are to Python."""
+    """An integer-like object, as numpy and torch have them."""
 
     def __index__(self) -> int:
         return 17
@@ -169,7 +169,7 @@ MODEL = "{session_id}/{json:model}"
 
 
 def shared_key(pin_by: str, session_id: str, form: Any = (), **found: Any) -> str:
-    """Return the key on a call; ``model`` is what ``json:model`` found, and so on."""
+    """Return the key on a call; ``model="x"`` means that ``json:model`` found "x"."""
     parts = {f"json:{name}": value for name, value in found.items()}
     return Shared(pin_by, session_id, parts).key(dict(form))
 
@@ -256,7 +256,7 @@ def test_with_a_secret_what_shares_a_worker_is_an_hmac() -> None:
     keys = [shared_key(MODEL, "s-1", {"secret": secret}, model="x") for secret in ("k", "l")]
     assert all(key.startswith("hmac-sha256-") for key in keys)
     assert len({*keys, shared_key(MODEL, "s-1", model="x")}) == 3
-    # The id alone needs no hiding unless key = "digest" asks for that.
+    # A pin_by of the id alone shows the id, unless key = "digest".
     assert shared_key(MODEL, "s-1", {"secret": "k"}) == "s-1"
     alone = shared_key(MODEL, "s-1", {"secret": "k", "key": "digest"})
     assert alone == routing_key("s-1", key="digest", secret="k")

@@ -1,4 +1,4 @@
-"""The ledger tells the truth: where each session was, and where its calls went."""
+"""The ledger records the worker of each session, and the outcome of each call."""
 
 import asyncio
 import functools
@@ -49,7 +49,7 @@ from ..inputs import LAW
 A, B, C = "http://a:30000", "http://b:30000", "http://c:30000"
 W1, W2, W3, W4 = (f"http://10.0.0.{number}:8000" for number in (1, 2, 3, 4))
 
-A_HANG = 120  # seconds after which a test that waits for ever is ended
+A_HANG = 120  # seconds until a test that hangs fails
 
 
 def ledger(*gateways: str, **config: Any) -> PinLedger:
@@ -59,25 +59,25 @@ def ledger(*gateways: str, **config: Any) -> PinLedger:
 def begun(
     pins: PinLedger, session_id: str, *, gateway: str | None = None, key: str | None = None
 ) -> Begun:
-    """Return a call that has just started, as the hook starts it; ``gateway`` is the first."""
+    """Start a call as the hook does, by default to the first gateway."""
     gateway = gateway or next(iter(pins._gateways.group))
     return Begun(pins, "X-SMG-Routing-Key", session_id, gateway, key or session_id)
 
 
 def answered(call: Begun, worker: str | None) -> None:
-    """Give a call its answer, by the worker that it names, if any."""
+    """Give a call its answer, which may name a worker."""
     headers = {} if worker is None else {"X-SMG-Routed-Worker-Id": worker}
     call.ledger.answered(call, 200, headers)
 
 
 def play(pins: PinLedger, *turns: tuple[str, str | None], gateway: str | None = None) -> None:
-    """Play turns one after the other, each with the worker that answers it."""
+    """Play turns one after the other; each is a session and the worker that answers."""
     for session_id, worker in turns:
         answered(begun(pins, session_id, gateway=gateway), worker)
 
 
 def by_worker(*workers: str) -> Callable[[Call], bytes]:
-    """Return answers that name one worker after the other."""
+    """Return a function that gives answers; each names the next worker."""
     names = iter(workers)
     return lambda call: completion(worker=next(names))
 
@@ -94,7 +94,7 @@ async def turn(client: Any, session_id: str = "s-1") -> int:
         return status
 
 
-# What each call is counted as.
+# The outcome of each call.
 
 
 def test_outcome_of_each_call() -> None:
@@ -125,8 +125,8 @@ def test_a_call_that_started_before_a_move_is_kept_and_moves_nothing_back() -> N
     pins = ledger(on_move=moves.append)
     play(pins, ("a", W1))
     slow, later = begun(pins, "a"), begun(pins, "a")
-    answered(later, W2)  # W1 has died meanwhile
-    answered(slow, W1)  # routed before, answered after
+    answered(later, W2)  # W1 has died
+    answered(slow, W1)  # routed before the move
     assert pin_of(pins, "a").worker == W2
     play(pins, ("a", W2))
     assert pins.summary() == PinSummary(first=1, kept=2, moved=1, sessions=1)
@@ -145,7 +145,7 @@ def test_first_calls_that_overlap_are_judged_by_the_first_answer(order: tuple[st
 
 
 def test_an_answer_from_where_the_session_is_by_now_is_no_second_move() -> None:
-    """It is counted as moved, since it computed the conversation anew, but changes no worker."""
+    """The call counts as moved, because W2 recomputed the conversation; the pin stays at W2."""
     moves: list[Move] = []
     pins = ledger(on_move=moves.append)
     play(pins, ("a", W1))
@@ -169,7 +169,7 @@ def test_a_late_answer_from_before_two_moves_leaves_the_session_where_it_is() ->
 
 @dataclass
 class Pin:
-    """A pin, as the reference model has it."""
+    """A pin in the reference model."""
 
     first: str | None = None
     worker: str | None = None
@@ -179,7 +179,7 @@ class Pin:
 
 
 class Reference:
-    """What the ledger must say, in as few words as possible."""
+    """A minimal model of the ledger."""
 
     def __init__(self) -> None:
         self.pins: dict[tuple[str, str], Pin] = {}
@@ -334,7 +334,7 @@ async def test_calls_in_flight_on_the_wire_are_judged_by_where_the_session_was_a
     assert pin_of(routing.pins, "a").moves == len(reference.moves)
 
 
-# Which sessions are kept, and what an end means.
+# The sessions that the ledger keeps, and how they end.
 
 
 def test_a_session_that_moved_has_called_last() -> None:
@@ -372,7 +372,7 @@ def test_active_pins_are_those_with_an_answer_in_the_last_seconds(
     play(pins, ("b", W1), ("d", W1))
     assert pins.workers(60) == pins.workers() == {W1: 3, W2: 1}
     now += 20
-    assert pins.workers(60) == {W1: 2, W2: 0}  # the worker is still there
+    assert pins.workers(60) == {W1: 2, W2: 0}  # the worker still has a session
     play(pins, ("a", W2))
     assert pins.workers(60) == {W1: 2, W2: 1}
     pins.end("a")
@@ -392,11 +392,11 @@ def test_calls_of_a_worker_are_those_that_it_answered_in_the_last_seconds(
     now += 70
     play(pins, ("b", W1), ("c", W3))
     assert pins.calls() == {W1: 4, W2: 1, W3: 1}
-    assert pins.calls(60) == {W1: 1, W2: 0, W3: 1}  # W2 has a session, and no call of late
+    assert pins.calls(60) == {W1: 1, W2: 0, W3: 1}  # W2 has a session, but no recent call
     pins.end("c")
-    assert pins.calls(60) == {W1: 1, W2: 0, W3: 1}  # its calls were made all the same
+    assert pins.calls(60) == {W1: 1, W2: 0, W3: 1}  # its calls still count
     now += 600
-    assert pins.calls() == {W1: 1, W2: 0, W3: 1}  # up to ten seconds older than asked for
+    assert pins.calls() == {W1: 1, W2: 0, W3: 1}  # the window may be ten seconds too long
     now += 10
     assert pins.calls() == {W1: 0, W2: 0}
 
@@ -541,7 +541,7 @@ def test_pins_are_kept_apart_between_gateways_that_have_workers_of_their_own() -
 def test_a_session_that_is_split_between_two_gateways_of_the_same_workers_shows() -> None:
     pins = ledger(A, B)
     play(pins, ("a", W1), ("b", W2), gateway=A)
-    play(pins, ("a", W2), ("b", W2), gateway=B)  # which shows that they share W2
+    play(pins, ("a", W2), ("b", W2), gateway=B)  # shows that they share W2
     assert pins.summary() == PinSummary(first=2, moved=1, kept=1, sessions=2)
     assert len({pin.gateway for pin in pins.sessions()}) == 1
     for _ in range(10):
@@ -589,7 +589,7 @@ def test_a_call_that_began_at_a_pin_of_its_own_is_judged_by_that_and_counts_in_t
     play(pins, ("a", W2), gateway=B)
     under_way = begun(pins, "a", gateway=B)
     play(pins, ("b", W1), gateway=A)
-    play(pins, ("b", W1), gateway=B)  # they are one from now on: "a" is where A has it
+    play(pins, ("b", W1), gateway=B)  # they count as one from now on: "a" is on W1
     before = pins.summary()
     assert (before.first, before.kept) == (3, 1)
     answered(under_way, worker)
@@ -614,7 +614,7 @@ def test_a_split_shows_where_the_sessions_come_one_after_the_other() -> None:
             play(pins, (session, at_a), gateway=A)
             play(pins, (session, at_b), gateway=B)
         pins.end(session)
-    # What "a" shows is that A has W1 and B has W2; the first turn of "b" that A has W2 as well.
+    # "a" shows that A has W1 and B has W2. The first turn of "b" shows that A has W2 too.
     assert pins.summary() == PinSummary(first=2 + 1 + 1, kept=6, moved=7 + 7)
 
 
@@ -736,7 +736,7 @@ async def test_two_gateways_on_the_wire_that_pin_each_for_itself_show_no_move(
     assert routing.pins.workers() == {W1: 6, W2: 6}
 
 
-# What it costs to remember.
+# The memory that the ledger takes.
 
 
 def test_a_session_with_endless_keys_is_bounded() -> None:
@@ -751,9 +751,9 @@ def test_a_session_with_endless_keys_is_bounded() -> None:
 
 
 def grown(work: Callable[[int], None], times: int = 2_000) -> float:
-    """Return how many bytes ``work`` leaves behind each time, of those that Python allocates.
+    """Return how many bytes Python allocates for good in each call of ``work``.
 
-    It is the least of three measurements: tables of Python's own grow now and then.
+    It is the least of three measurements, because Python's own tables grow now and then.
     """
     sizes = []
     tracemalloc.start()
@@ -767,7 +767,7 @@ def grown(work: Callable[[int], None], times: int = 2_000) -> float:
         sizes.append(tracemalloc.get_traced_memory()[0])
     finally:
         tracemalloc.stop()
-    _, *begin, _ = sizes  # the first time warms up
+    _, *begin, _ = sizes  # the first round warms up
     return min(end - size for size, end in zip(begin, sizes[2:], strict=True)) / times
 
 
@@ -775,7 +775,7 @@ def grown(work: Callable[[int], None], times: int = 2_000) -> float:
 def test_sessions_calls_and_workers_that_come_and_go_leave_nothing(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level(logging.ERROR)  # else the records are what grows
+    caplog.set_level(logging.ERROR)  # otherwise caplog's records grow
     pins = ledger(A, B, track_sessions=10)
     kept: list[Begun] = []
 
@@ -790,11 +790,11 @@ def test_sessions_calls_and_workers_that_come_and_go_leave_nothing(
         answered(ended, f"{worker}1")
         kept[:] = [ended]
 
-    keeps_interned = sys.version_info[:2] == (3, 12)  # for ever: the workers' names
+    keeps_interned = sys.version_info[:2] == (3, 12)  # it never frees the workers' names
     assert grown(work) < (120 if keeps_interned else 20)
 
 
-# In threads, and entered again at any point.
+# Threads, and re-entry at any point.
 
 
 def test_sessions_can_be_read_while_another_thread_enters_turns() -> None:
@@ -817,7 +817,7 @@ def test_sessions_can_be_read_while_another_thread_enters_turns() -> None:
 
 @pytest.fixture
 def threads_take_turns() -> Iterator[None]:
-    """Let threads interrupt each other as often as they can."""
+    """Make Python switch threads as often as it can."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -873,7 +873,7 @@ def test_threads_that_end_each_others_sessions_leave_the_counts_right() -> None:
 
 
 def watched(work: Callable[[], object]) -> None:
-    """Run ``work`` in a thread, and fail where it hangs: it would hang the tests for ever."""
+    """Run ``work`` in a thread, so that a deadlock fails the test instead of hanging it."""
     failures: list[BaseException] = []
 
     def run() -> None:
@@ -891,23 +891,23 @@ def watched(work: Callable[[], object]) -> None:
 
 
 def interrupted(run: Callable[[], object], at: int, interrupt: Callable[[], object]) -> bool:
-    """Run something, and ``interrupt`` it at the point number ``at``; tell whether it did.
+    """Call ``run``, and ``interrupt`` at its point number ``at``; tell whether it got there.
 
-    Between any two bytecodes the garbage collector may run a finalizer, and a signal its handler.
+    A finalizer or a signal handler may run between any two bytecodes.
     ``at`` is -1 for no interruption.
     """
     seen = 0
 
     def local(frame: Any, event: str, argument: Any) -> Any:
         nonlocal seen
-        if event in ("line", "opcode"):  # Python 3.13.0 leaves some bytecodes out
+        if event in ("line", "opcode"):  # Python 3.13.0 omits some opcode events
             if seen == at:
                 interrupt()
             seen += 1
         return local
 
     def trace(frame: Any, event: str, argument: Any) -> Any:
-        if frame.f_code.co_filename == logging.__file__:  # it has nothing of the ledger's
+        if frame.f_code.co_filename == logging.__file__:  # it never enters the ledger
             return None
         frame.f_trace_opcodes = True
         return local
@@ -1003,9 +1003,9 @@ PREPARED = [
 def at_every_point(
     prepare: Callable[[PinLedger], Callable[[], object]], interrupt: Callable[[PinLedger], object]
 ) -> Iterator[tuple[PinLedger, PinLedger]]:
-    """Yield a ledger for each point where something was interrupted, and one where it was not."""
+    """Yield a ledger interrupted at each point in turn, each with one that was not interrupted."""
     undisturbed = ledger(A, B, track_sessions=3)
-    interrupted(prepare(undisturbed), -1, gc.collect)  # Python 3.12 traces it from the next time on
+    interrupted(prepare(undisturbed), -1, gc.collect)  # Python 3.12 traces from the second run
     for at in itertools.count():
         pins = ledger(A, B, track_sessions=3)
         if not interrupted(prepare(pins), at, functools.partial(interrupt, pins)):
@@ -1015,14 +1015,14 @@ def at_every_point(
 
 
 def end_in_a_thread(pins: PinLedger) -> None:
-    """End a session while this thread is at work; it waits for nobody."""
+    """End a session in another thread while this one is in the ledger."""
     thread = threading.Thread(target=pins.end, args=("a",))
     thread.start()
     thread.join()
 
 
 class Compared(str):
-    """The name of a worker that calls something while the ledger, at work, compares it."""
+    """A worker's name that makes a call whenever the ledger compares it."""
 
     __slots__ = ("call",)
     call: Callable[[], object]
@@ -1035,7 +1035,7 @@ class Compared(str):
 
 
 def test_an_end_while_its_own_thread_is_at_work_is_done_after_that_work() -> None:
-    """A finalizer may run at any point; the name of a worker, compared, stands for one."""
+    """``Compared`` stands in for a finalizer, which may run at any point."""
     pins = ledger()
     play(pins, ("a", W1), ("b", W1))
     under_way, worker = begun(pins, "b"), Compared(W2)
@@ -1058,14 +1058,14 @@ def test_an_end_while_another_thread_is_at_work_is_done_with_the_next_call() -> 
 
 
 def beside_a_thread_at_work(pins: PinLedger, work: Callable[[], object]) -> None:
-    """Begin ``work`` in a thread while this one enters a turn of session "b"; wait for both."""
+    """Start ``work`` in a thread while this one enters a turn of session "b"; wait for both."""
     under_way, worker = begun(pins, "b"), Compared(W1)
     thread = threading.Thread(target=work, daemon=True)
 
     def at_work() -> None:
         if thread.ident is None:
             thread.start()
-            thread.join(0.1)  # seconds: in vain where it waits for this one
+            thread.join(0.1)  # seconds; it may be waiting for this thread
 
     worker.call = at_work
     watched(lambda: answered(under_way, worker))
@@ -1118,13 +1118,13 @@ def test_a_thread_reads_what_it_has_entered_while_another_one_is_at_work(
 
 
 def ended_while_another_thread_begins_its_work(at: int) -> bool:
-    """End a session, which another thread interrupts at the point ``at``; tell whether it did."""
+    """End a session; at point ``at`` another thread starts work. Tell whether it did."""
     pins = ledger()
     play(pins, ("a", W1), ("b", W1))
     is_at_work, is_ended, worker = threading.Event(), threading.Event(), Compared(W1)
 
     def work() -> None:
-        if threading.current_thread() is other:  # else this one does the other's work
+        if threading.current_thread() is other:  # this thread may run the other's work
             is_at_work.set()
             is_ended.wait()
 
@@ -1134,7 +1134,7 @@ def ended_while_another_thread_begins_its_work(at: int) -> bool:
 
     def begin() -> None:
         other.start()
-        is_at_work.wait(0.002)  # seconds: in vain where this thread is at work
+        is_at_work.wait(0.002)  # seconds; this thread may be in the ledger
 
     was_interrupted = interrupted(lambda: pins.end("b"), at, begin)
     is_ended.set()
@@ -1146,10 +1146,10 @@ def ended_while_another_thread_begins_its_work(at: int) -> bool:
 
 
 def test_an_end_waits_for_no_other_thread_at_whatever_point_that_begins_its_work() -> None:
-    """A finalizer runs where its thread may hold a lock that the other one waits for."""
+    """A finalizer may run while its thread holds a lock that the other thread waits for."""
 
     def check() -> None:
-        points = itertools.count(-1)  # which interrupts nothing, as in at_every_point()
+        points = itertools.count(-1)  # -1 warms up, as in at_every_point()
         assert next(at for at in points if not ended_while_another_thread_begins_its_work(at)) > 5
 
     watched(check)
@@ -1165,7 +1165,7 @@ def test_a_session_may_be_ended_at_any_point(
         for number, (pins, undisturbed) in enumerate(at_every_point(prepare, end)):
             if number % 2:
                 assert pins.of("a") == []
-            play(pins, ("a", W3))  # the next call finds nothing of the session that ended
+            play(pins, ("a", W3))  # the session that ended left nothing
             assert [(pin.worker, pin.turns) for pin in pins.of("a")] == [(W3, 1)]
             assert calls_of(pins) == calls_of(undisturbed) + 1
             assert is_consistent(pins)
@@ -1239,12 +1239,12 @@ def calls_of(pins: PinLedger) -> int:
 
 
 def test_a_finalizer_may_end_and_read_sessions_wherever_the_collector_runs() -> None:
-    """Also within a function in C, such as one that copies a dictionary."""
+    """It may also run within a C function, such as one that copies a dictionary."""
     pins = ledger(A, B, on_move=lambda move: None)
     finalized = 0
 
     class Rollout:
-        """It is part of a cycle, so that the garbage collector finds it, at any moment."""
+        """It refers to itself, so only the garbage collector frees it, at any moment."""
 
         def __init__(self, session_id: str) -> None:
             self.session_id, self.itself = session_id, self
@@ -1312,7 +1312,7 @@ def test_a_signal_handler_may_end_and_read_sessions() -> None:
     assert done.returncode == 0, done.stderr
 
 
-# Moves are told to the log and to on_move.
+# Moves are reported to the log and to on_move.
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -1328,7 +1328,7 @@ def test_a_move_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
 
 
 def moves_of(pins: PinLedger, count: int) -> None:
-    """Play a turn, and as many that come to another worker than the one before."""
+    """Play a turn, then ``count`` turns that each move to the other worker."""
     play(pins, *(("a", (W1, W2)[number % 2]) for number in range(count + 1)))
 
 
@@ -1373,10 +1373,10 @@ async def test_moves_that_the_cap_held_back_are_logged_when_the_minute_is_over(
     logger, handler = logging.getLogger("aiohttp_smg_routing"), Tells()
     logger.addHandler(handler)
     try:
-        # A slow machine may need several minutes for them.
+        # On a slow machine this takes several of the shortened minutes.
         while one_by_one(caplog) == pins.summary().moved:
             moves_of(pins, 20)
-        await asyncio.wait_for(told.wait(), A_HANG)  # no further move
+        await asyncio.wait_for(told.wait(), A_HANG)  # without a further move
     finally:
         logger.removeHandler(handler)
     assert one_by_one(caplog) + sum(held_back(caplog)) == pins.summary().moved
@@ -1427,7 +1427,7 @@ def test_on_move_may_use_the_ledger() -> None:
 
 @contextmanager
 def raising_handler() -> Iterator[None]:
-    """Put a handler on the package's log that fails at each record, and does not hide it."""
+    """Add a handler to the package's logger that raises at each record."""
 
     class Broken(logging.Handler):
         def handle(self, record: logging.LogRecord) -> bool:
@@ -1506,10 +1506,10 @@ async def test_an_on_move_that_turns_out_to_be_async_fails_no_turn_and_is_logged
     assert app[ROUTING].pins.summary() == PinSummary(first=1, moved=2, sessions=1)
     assert len([record for record in caplog.records if record.exc_info]) == 1
     assert "async" in caplog.text
-    gc.collect()  # a coroutine that was never awaited would be a warning, and so an error
+    gc.collect()  # would warn of a coroutine that was never awaited
 
 
-# What the calls of an app and of a hook are entered in.
+# The ledger that records a call of an app, or of a hook.
 
 
 async def test_the_app_enters_every_call_in_its_ledger(
@@ -1575,7 +1575,7 @@ async def test_other_calls_are_not_entered(
     async with client.post("/s-1") as response:
         assert response.status == 200
     summary = app[ROUTING].pins.summary()
-    # Every origin of the tests has the same host: a POST to it is a near miss.
+    # Both recorders are on the same host, so the POST to the other one is a near miss.
     assert summary == PinSummary(unmatched=summary.unmatched)
 
 
@@ -1642,7 +1642,7 @@ async def test_a_failed_call_is_counted_however_it_fails(
 async def test_two_hooks_on_one_session_count_a_call_once(
     gateway: Recorder, outgoing: ClientSession, aiohttp_client: AiohttpClient
 ) -> None:
-    """A call counts in the ledger of the app whose request it is made in, whoever's hook it is."""
+    """A call counts in the ledger of the app that handles the request, whichever hook sees it."""
     apps, clients = [], []
     for name in ("one", "two"):
         app = web.Application()
@@ -1700,7 +1700,7 @@ async def test_calls_outside_a_request_count_in_the_ledger_of_the_app_that_attac
 async def test_a_block_within_a_request_counts_in_the_apps_ledger(
     gateway: Recorder, outgoing: ClientSession, aiohttp_client: AiohttpClient
 ) -> None:
-    """Even if the hook, of another config, is not of this app: and in this app's key form."""
+    """The hook belongs to another routing; the ledger still has this app's form of key."""
     app = web.Application()
     Routing(RoutingConfig(gateway.url)).attach(outgoing)
 
@@ -1892,7 +1892,7 @@ async def test_a_gateway_may_name_the_worker_in_another_header(
     gateway.answer = lambda call: answer(b"{}", headers={"x-served-by": W1})
     async with client.post("/s-1") as response:
         assert response.headers.getall("X-Served-By", []) == ([] if hide else [W1])
-    gateway.answer = by_worker(W2)  # it says nothing under the other name
+    gateway.answer = by_worker(W2)  # names no worker in X-Served-By
     async with client.post("/s-1") as response:
         assert response.headers.getall("X-SMG-Routed-Worker-Id", []) == [W2]
     assert app[ROUTING].pins.of("s-1") == [SessionPin("s-1", str(gateway.url), "s-1", W1, 2, 0)]

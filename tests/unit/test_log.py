@@ -1,4 +1,4 @@
-"""The session stands on each log record, in the form in which the gateway's log has it."""
+"""Each log record has the session, in the form that the gateway's log uses."""
 
 import logging
 import queue
@@ -26,7 +26,7 @@ def stamped(log_filter: SessionIdFilter) -> str:
 
 
 class Kept(logging.Handler):
-    """A handler that keeps what each record says of the session."""
+    """A handler that keeps the session of each record."""
 
     def __init__(self, *filters: SessionIdFilter) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ def test_a_record_that_goes_through_a_queue_keeps_its_session(logger: logging.Lo
         with routing_session(session_id):
             logger.info("turn %d", 1)
     logger.info("no turn")
-    listener.stop()  # after it has written all
+    listener.stop()  # returns once all is written
     assert [said for said, _ in writing.said] == ["s-1", "s-2", "-"]
     assert {thread for _, thread in writing.said} != {threading.current_thread().name}
 
@@ -113,7 +113,7 @@ def test_a_record_that_goes_through_a_queue_keeps_its_session(logger: logging.Lo
 async def in_request(
     server: web.Application, aiohttp_client: AiohttpClient, block: str | None = None
 ) -> str:
-    """Return what a record shows in the handler of a request of session ``bearer-token``."""
+    """Log in the handler of a request of session ``bearer-token``; return the record's session."""
 
     async def handler(request: web.Request) -> web.Response:
         if block is None:

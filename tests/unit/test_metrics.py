@@ -1,4 +1,4 @@
-"""What the ledger counts, as a Prometheus that scrapes it sees it."""
+"""The ledger's counts, as Prometheus scrapes them."""
 
 import asyncio
 import subprocess
@@ -216,7 +216,7 @@ def test_a_registry_that_has_other_metrics_of_these_names_is_a_fault_of_the_conf
     setup(app, config)
 
 
-# Apps that end, begin again, and share a registry.
+# Apps that end, start again, and share a registry.
 
 
 async def test_the_sessions_of_an_app_that_has_ended_are_no_longer_there(
@@ -264,7 +264,7 @@ async def test_active_sessions_are_those_of_the_apps_that_run(
     assert {series(registry)[active % W1], series(registry)[active % W2]} == {2, 1}
     now += 599
     play(one.pins, ("a", W1))
-    now += 2  # nobody calls, and b ceases to be active
+    now += 2  # without a call "b" ceases to be active
     assert {name: series(registry)[active % name] for name in (W1, W2)} == {W1: 1, W2: 0}
     one.pins.show(False)
     assert series(registry)[active % W1] == 0
@@ -302,7 +302,7 @@ async def test_metrics_are_back_on_a_registry_that_was_emptied(
     play(app[ROUTING].pins, ("a", W1))
     empty(registry)
     assert series(registry) == {}
-    play(app[ROUTING].pins, ("a", W1))  # nobody sees it now, and nothing fails
+    play(app[ROUTING].pins, ("a", W1))  # it has no series any more, and nothing fails
     async with TestClient(TestServer(app)):
         assert series(registry)['smg_routing_calls_total{outcome="kept"}'] == 1
         empty(registry)
@@ -392,7 +392,7 @@ def test_calls_of_each_worker_show_a_skew_that_its_sessions_do_not(
 
 
 def test_a_session_that_ended_unseen_is_gone_at_the_next_call(registry: CollectorRegistry) -> None:
-    """An ``end()`` from a finalizer may wait for that."""
+    """An ``end()`` from a finalizer may take effect only then."""
     pins = counting(registry).pins
     play(pins, ("a", W1), ("b", W2))
     pins.end("a")
@@ -423,8 +423,8 @@ def test_the_ledger_may_be_entered_again_while_metrics_are_written_and_scraped(
     enter: Callable[[PinLedger], object],
 ) -> None:
     def check() -> None:
-        # The first one, -1, interrupts nothing: Python 3.12 traces code from the second time on.
-        for at in count(-1, 7):  # one point in seven: prometheus-client has many
+        # -1 interrupts nothing, because Python 3.12 traces code from the second run.
+        for at in count(-1, 7):  # one point in seven, because prometheus-client has many
             registry = CollectorRegistry()
             pins = counting(registry).pins
             if not interrupted(prepare(pins, registry), at, partial(enter, pins)):
@@ -467,7 +467,7 @@ def test_scrapes_in_another_thread_see_whole_numbers(registry: CollectorRegistry
 
 
 def run(program: str, **env: str) -> str:
-    """Run a program in a process of its own, where warnings are errors; return what it prints."""
+    """Run a program in a process where warnings are errors; return what it prints."""
     argv = [sys.executable, "-W", "error", "-c", textwrap.dedent(program)]
     done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)  # noqa: S603
     assert done.returncode == 0, done.stderr
@@ -567,7 +567,7 @@ def test_several_processes_add_up(tmp_path: Path) -> None:
 def test_where_prometheus_client_can_remove_no_series_a_worker_that_is_gone_has_no_sessions(
     tmp_path: Path,
 ) -> None:
-    """In multi-process mode, as docs/monitoring.md says; without the warning that it gives."""
+    """This is multi-process mode, as in docs/monitoring.md. prometheus-client must not warn."""
     code = """
         from prometheus_client import CollectorRegistry, generate_latest
         from prometheus_client.multiprocess import MultiProcessCollector
@@ -594,7 +594,7 @@ def test_where_prometheus_client_can_remove_no_series_a_worker_that_is_gone_has_
 def test_no_series_is_removed_in_multi_process_mode(
     registry: CollectorRegistry, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Each attempt would be a warning, and so an error here."""
+    """Each attempt would warn, and warnings are errors here."""
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     pins = counting(registry).pins
     play(pins, ("s", W1), ("s", W2))
@@ -603,7 +603,7 @@ def test_no_series_is_removed_in_multi_process_mode(
 
 
 def test_a_missing_prometheus_client_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "meta_path", [BuiltinImporter])  # which finds no package
+    monkeypatch.setattr(sys, "meta_path", [BuiltinImporter])  # finds no installed package
     monkeypatch.delitem(sys.modules, "prometheus_client")
     with pytest.raises(ConfigError, match=r"pip install 'aiohttp_smg_routing\[metrics\]'"):
         RoutingConfig("http://gateway", metrics="prometheus")

@@ -1,4 +1,4 @@
-"""The alert rules and the dashboard: promtool takes them, and what they read is documented."""
+"""promtool accepts the alert rules and the dashboard, and the pages document what they read."""
 
 import json
 import re
@@ -35,7 +35,7 @@ OURS = {
     "smg_routing_unmatched_total",
 }
 OUTCOMES = {"first", "kept", "moved", "unknown", "untagged", "failed"}
-# The gateway has one series, under --routing-key-override, that begins as ours do.
+# Under --routing-key-override the gateway has a series that begins like ours.
 GATEWAY_LOOKALIKE = "smg_routing_key_source_total"
 
 
@@ -48,7 +48,7 @@ def promtool(*args: str | Path) -> str:
 
 
 def expressions() -> Iterator[tuple[str, str]]:
-    """Yield what each query of the dashboard is called, and its PromQL as Grafana sends it."""
+    """Yield the name of each query of the dashboard, and its PromQL as Grafana sends it."""
     for panel in DASHBOARD["panels"]:
         for target in panel.get("targets", []):
             expr = re.sub(r"\$__(rate_interval|range)\b", "5m", target["expr"])
@@ -58,18 +58,18 @@ def expressions() -> Iterator[tuple[str, str]]:
 
 
 def queries() -> str:
-    """Return all that the alerts, their tests and the dashboard name to Prometheus."""
+    """Return the text of all queries: of the alerts, their tests and the dashboard."""
     variables = [variable["query"]["query"] for variable in DASHBOARD["templating"]["list"]]
     return "\n".join([ALERTS, ALERT_TESTS, *variables, *(expr for _, expr in expressions())])
 
 
 def series(text: str) -> set[str]:
-    """Return every name that begins as a series does, but for the config section and the helper."""
+    """Return every name that begins like a series, except the config section and the fixture."""
     return set(re.findall(r"\bsmg_\w+", text)) - {"smg_routing", "smg_gateway"}
 
 
 def label_values(label: str) -> set[str]:
-    """Return every value that a query compares ``label`` with."""
+    """Return every value that a query compares with ``label``."""
     matchers: list[str] = re.findall(rf'\b{label}=~?"([^"]+)"', queries())
     return {value for matcher in matchers for value in matcher.split("|")}
 
@@ -86,7 +86,7 @@ def test_every_alert_fires_when_it_should_and_not_otherwise() -> None:
 
 @pytest.mark.thorough
 def test_clusters_stay_apart_where_the_rules_have_a_cluster_label(tmp_path: Path) -> None:
-    """As the comment in the rules has it: one cluster has no gateway of SMG, one a wrong policy."""
+    """The rules' comment says how. One cluster has no SMG gateway, another a wrong policy."""
     before, alerts = ALERTS.split("- record: job:")
     assert before.count("sum(") == 5
     (tmp_path / "alerts.yml").write_text(
@@ -143,7 +143,7 @@ def test_promtool_takes_every_expression_of_the_dashboard(tmp_path: Path) -> Non
 def test_figures_about_pins_say_that_workers_are_not_named_in_place_of_a_figure(
     tmp_path: Path,
 ) -> None:
-    """A gateway that names no worker keeps every session, for all that the ledger knows."""
+    """When the gateway names no worker, the ledger can't tell a move from a kept session."""
     exprs = dict(expressions())
     stats = {panel["title"]: panel for panel in DASHBOARD["panels"] if panel["type"] == "stat"}
     figures = {"Kept share": 0.9, "Sessions pinned": 40, "Workers with a session": 1, "Moves": 50}
@@ -168,7 +168,7 @@ def test_figures_about_pins_say_that_workers_are_not_named_in_place_of_a_figure(
     cases = [
         case({"unknown": "0+100x9"}, dict.fromkeys(figures, -1)),
         case(named, figures),
-        case({**named, "unknown": "0+100x9"}, figures),  # some gateways name them
+        case({**named, "unknown": "0+100x9"}, figures),  # only some gateways name workers
         case({}, {"Kept share": None, "Moves": 0}),
     ]
     file = tmp_path / "dashboard_test.yml"
@@ -238,7 +238,7 @@ async def test_the_plugin_serves_the_series_that_the_page_names_in_the_way_that_
         if sample.name == "smg_routing_calls_total"
     ]
     assert set(outcomes) == OUTCOMES
-    app[ROUTING].end("s-1")  # the registry is the process's
+    app[ROUTING].end("s-1")  # the whole process shares the registry
 
 
 def test_the_page_tells_what_each_series_and_outcome_counts() -> None:

@@ -1,4 +1,4 @@
-"""What users install and what developers install, and that the files which name it agree."""
+"""The files that say what users and developers install agree with each other."""
 
 import re
 import subprocess
@@ -34,7 +34,7 @@ FOLDERS = (
 
 
 def texts() -> dict[Path, str]:
-    """Return each file that may say what to install."""
+    """Return the text of each file that may say what to install."""
     files = [*ROOT.glob("*.md"), *ROOT.glob("*.py"), ROOT / "pyproject.toml", ROOT / "Makefile"]
     for folder in FOLDERS:
         found = (ROOT / folder).rglob("*")
@@ -55,7 +55,7 @@ def test_each_extra_that_is_named_is_there() -> None:
 def test_each_group_that_is_named_is_there() -> None:
     named = {name for text in texts().values() for name in re.findall(r"--group (\w+)", text)}
     assert named <= {*GROUPS}
-    assert named  # the Makefile's own is a stamp's
+    assert named  # the Makefile names its group in a stamp
     assert {*re.findall(r"\(VENV\)/(\w+)\.installed", MAKEFILE)} <= {*GROUPS}
 
 

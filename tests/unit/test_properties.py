@@ -1,4 +1,4 @@
-"""The laws of the key and of the config, for whatever input."""
+"""The laws of the key and of the config hold for any input."""
 
 from dataclasses import fields
 from typing import Any
@@ -17,7 +17,7 @@ from ..inputs import ANY_TEXT, LAW, VISIBLE
 pytestmark = pytest.mark.thorough
 
 PLAIN_IDS = (ANY_TEXT | VISIBLE).filter(str.strip)
-#: Ids of every form that a key has are ids as well.
+#: Ids include texts that look like keys of any form.
 IDS = PLAIN_IDS | PLAIN_IDS.map(lambda text: routing_key(text, key="digest"))
 FORMS = st.fixed_dictionaries(
     {
@@ -49,7 +49,7 @@ def test_equal_ids_have_equal_keys(session_id: str, form: Any) -> None:
     laws.key(session_id, "".join(list(session_id)), form)
 
 
-#: The sources of a pin_by, and what may stand between them.
+#: The sources in a pin_by, and the text between them.
 NAMES = st.lists(st.sampled_from(["session_id", "json:a", "header:b", "json:a.b"]), max_size=3)
 LITERALS = st.sampled_from(["", "/", " ", "1:", "a", "json:a", "\ud800", "\xff"])
 
@@ -76,7 +76,7 @@ def test_no_two_combinations_share_a_key_and_none_has_that_of_an_id(
 def test_combinations_that_are_near_to_each_other_have_keys_of_their_own(
     one: Any, text: str, data: Any, form: Any
 ) -> None:
-    """Of two, one thing is different: the session, or what one part found."""
+    """The two differ in one thing: the session id, or the value that one source found."""
     shared, names = one
     found = dict(shared.found)
     changed = data.draw(st.sampled_from(["session_id", *found]))

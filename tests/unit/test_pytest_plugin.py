@@ -1,4 +1,4 @@
-"""What a run of pytest pays for the fixtures, in any project where this package is installed."""
+"""The fixtures cost pytest little in a project that only has this package installed."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ sys.exit(pytest.main(sys.argv[1:]))
 
 def run(folder: Path, test: str, *args: str, program: tuple[str, ...] = ("-m", "pytest")) -> str:
     (folder / "test_it.py").write_text(test)
-    (folder / "pytest.ini").touch()  # or it looks for one in the folders above
+    (folder / "pytest.ini").touch()  # otherwise pytest searches the folders above
     argv = [sys.executable, *program, "-p", "no:cacheprovider", *args]
     done = subprocess.run(argv, capture_output=True, text=True, cwd=folder, check=False)  # noqa: S603
     return done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""docs/reference.md has every public name, and each has a text and an example that runs."""
+"""docs/reference.md has every public name; each has a docstring and an example that runs."""
 
 import inspect
 import re
@@ -15,7 +15,7 @@ HERE = examples(on_a_gateway=False)  # tests/gateway has the others
 
 
 def of_a_base(name: str) -> bool:
-    """Tell whether a base class of somebody else's defines a member, and so describes it."""
+    """Tell whether a base class outside the package defines a member, and so documents it."""
     owner, _, member = name.partition(".")
     cls = getattr(aiohttp_smg_routing, owner, None) or getattr(testing, owner)
     bases = [base for base in cls.__mro__[1:] if not base.__module__.startswith("aiohttp_smg")]

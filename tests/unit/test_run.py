@@ -34,7 +34,7 @@ def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def _signals() -> Iterator[None]:
-    """Ignore again what the command no longer ignores when it becomes the server."""
+    """Restore the signals: the command resets them when it becomes the server."""
     before = {it: signal.getsignal(it) for it in (signal.SIGPIPE, signal.SIGXFSZ)}
     yield
     for it, handler in before.items():
@@ -43,7 +43,7 @@ def _signals() -> Iterator[None]:
 
 @pytest.fixture
 def installed() -> Iterator[None]:
-    """Take back what ``install()`` does to the process."""
+    """Undo what ``install()`` does to the process."""
     yield
     del web.AppRunner.setup
     atexit.unregister(apps._ended)
@@ -55,7 +55,7 @@ def write(folder: Path, text: str) -> str:
     return str(file)
 
 
-# Where the options are
+# Finding the options
 
 
 @pytest.mark.parametrize(("line", "instrument"), [("", True), ("instrument = false", False)])
@@ -96,7 +96,7 @@ def test_a_name_of_the_program_that_runs_is_not_imported_a_second_time(
 def test_a_module_of_a_package_that_runs_is_not_imported_a_second_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As ``run --config servers.agent:CONFIG -- -m servers.agent`` has it."""
+    """An example is ``run --config servers.agent:CONFIG -- -m servers.agent``."""
     (tmp_path / "servers").mkdir()
     for name in ("agent", "other"):
         (tmp_path / "servers" / f"{name}.py").write_text("CONFIG = {'gateway': 'http://h'}\n")
@@ -144,7 +144,7 @@ def test_a_file_without_the_options_is_named(tmp_path: Path, text: str, reason: 
         config.load(write(tmp_path, text))
 
 
-# The apps of a process
+# The apps of the process
 
 
 def calling(gateway: Recorder) -> web.Application:
@@ -263,11 +263,11 @@ def test_one_of_many_processes_says_nothing_when_it_ends(monkeypatch: pytest.Mon
 
 
 class BecameError(Exception):
-    """Where the process would become the server."""
+    """Raised in place of ``os.execve()``."""
 
 
 def begun(monkeypatch: pytest.MonkeyPatch, *argv: str) -> tuple[list[str], dict[str, str]]:
-    """Return what the process would become: its arguments and its environment."""
+    """Return the arguments and the environment that the process would run the server with."""
 
     def execve(program: str, command: list[str], environ: dict[str, str]) -> None:
         raise BecameError(command, environ)

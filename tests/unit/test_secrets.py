@@ -1,4 +1,4 @@
-"""Where ``key = "digest"`` no id and no secret shows in a log, a repr, an error or a metric."""
+"""With ``key = "digest"`` no log, repr, error or metric shows an id or a secret."""
 
 import asyncio
 import logging
@@ -37,7 +37,7 @@ PATH = "/v1/chat/completions"
 def each_record(
     caplog: pytest.LogCaptureFixture, config: RoutingConfig | None = None
 ) -> Iterator[pytest.LogCaptureFixture]:
-    """Keep each record of each logger, with the session on it."""
+    """Keep each record of each logger, with its session."""
     handler, added, formatter = caplog.handler, SessionIdFilter(config), caplog.handler.formatter
     handler.addFilter(added)
     handler.setFormatter(
@@ -57,13 +57,13 @@ def logged(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixtur
 
 @pytest.fixture
 def digested(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """Give the filter the config, as it needs where no app says how ids are shown."""
+    """Pass the config to the filter, because no app tells it how to show ids."""
     with each_record(caplog, RoutingConfig("http://gateway", key="digest", secret=SECRET)):
         yield caplog
 
 
 def assert_hidden(*shown: object) -> None:
-    """Assert that neither the id nor the secret can be read anywhere, nor parts of them."""
+    """Assert that no part of the id or of the secret is shown."""
     text = "\n".join(f"{it}\n{it!r}" for it in shown)
     assert "credential" not in text
     assert "hush" not in text
@@ -142,7 +142,7 @@ async def test_real_calls_show_neither_id_nor_secret_whatever_becomes_of_them(
 
 
 async def reset() -> AsyncGenerator[bytes, None]:
-    """Close the connection in place of an answer."""
+    """Close the connection instead of answering."""
     yield b""
 
 
@@ -206,7 +206,7 @@ async def test_calls_that_are_late_or_go_elsewhere_show_neither_id_nor_secret(
         agent = {"Authorization": f"Bearer {ID}", "X-Agent": ID}
         async with client.post("/", headers=agent) as response:
             assert response.status == 200
-        await client.close()  # the request has ended for sure
+        await client.close()  # waits until the request has ended
         ended.set()
         await tasks[0]
     summary = routing.pins.summary()

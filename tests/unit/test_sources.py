@@ -27,7 +27,7 @@ if hasattr(web, "RequestKey"):
 
 
 def session_id_finder(sources: Any) -> Callable[[web.Request], Awaitable[str | None]]:
-    """Return a function that gives the session id that a request's handler sees."""
+    """Return a function that returns the session id which a request's handler sees."""
     middleware: Any = Routing(RoutingConfig("http://gateway", session_id=sources)).middleware
 
     async def find(request: web.Request) -> str | None:
@@ -83,7 +83,7 @@ async def test_request_source_reads_what_was_stored_on_the_request() -> None:
     finder = session_id_finder(("request:sid",))
     request = make_mocked_request("POST", "/")
     assert await finder(request) is None
-    request._state["sid"] = "s-1"  # without the warning that aiohttp has for string keys
+    request._state["sid"] = "s-1"  # avoids aiohttp's warning about string keys
     assert await finder(request) == "s-1"
 
 
@@ -180,7 +180,7 @@ async def test_an_ignored_id_counts_as_none_and_the_next_source_is_asked() -> No
 
 
 class Unhashable:
-    """A function with an ``__eq__`` of its own, as a dataclass is."""
+    """A callable with its own ``__eq__``, such as a dataclass."""
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -258,7 +258,7 @@ PIN_BY = "{header:X-Group-Id}/{cookie:variant}"
 
 
 async def keys_of(pin_by: str, *requests: web.Request) -> list[str]:
-    """Return the keys of calls that the handlers of the requests make."""
+    """Return the keys of the calls that the handlers make."""
     routing = Routing(RoutingConfig(CHAT.origin(), session_id="query:sid", pin_by=pin_by))
     middleware: Any = routing.middleware
     keys = []
@@ -299,7 +299,7 @@ async def test_a_part_that_is_no_id_finds_nothing_and_is_logged_once(
 ) -> None:
     requests = [request_of("s-1") for _ in range(2)]
     for request in requests:
-        request._state["group"] = b"bytes"  # without the warning that aiohttp has for string keys
+        request._state["group"] = b"bytes"  # avoids aiohttp's warning about string keys
     assert await keys_of("{request:group}", *requests) == ["s-1", "s-1"]
     [record] = caplog.records
     assert "'request:group' failed" in record.getMessage()

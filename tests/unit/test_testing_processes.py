@@ -84,7 +84,7 @@ def test_nobody_who_asks_for_any_port_gets_a_free_port() -> None:
 
 def test_a_port_that_somebody_has_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
     port = free_port()
-    free_ports(processes._MAX_GIVEN)  # after so many it may be given again
+    free_ports(processes._MAX_GIVEN)  # after so many a port may be reused
     monkeypatch.setattr(processes, "_OWN_PORTS", [port])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", port))

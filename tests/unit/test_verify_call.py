@@ -1,4 +1,4 @@
-"""One call against real servers: what is read of the answer, and what counts as none."""
+"""One call to a real server: how ``verify`` reads the answer, and what counts as no answer."""
 
 import asyncio
 import json
@@ -102,7 +102,7 @@ async def test_reasoning_counts_as_the_first_token(client: Client) -> None:
     assert reply.first_token_seconds is not None
 
 
-# The words of Python itself
+# Python's own error messages
 DEEP = "maximum recursion depth exceeded" if sys.version_info < (3, 14) else "Stack overflow"
 
 

@@ -1,4 +1,4 @@
-"""How a turn finds its session at a session server, and what becomes of sessions that are made."""
+"""How a turn finds its session at a session server, and whether ``verify`` deletes sessions."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -210,7 +210,7 @@ async def test_two_sessions_whose_first_turns_are_refused_at_once_are_both_made(
         came += 1
         if came == 2:
             both_came.set()
-            await one_is_made.wait()  # the second learns it when the first is through already
+            await one_is_made.wait()  # the second 404 comes once a session is made
         await both_came.wait()
         raise web.HTTPNotFound
 

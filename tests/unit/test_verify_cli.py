@@ -29,7 +29,7 @@ USAGE: dict[str, object] = {"prompt_tokens": 10, "prompt_tokens_details": {"cach
 
 
 def pinning(stop_after: int | None = None) -> Handler:
-    """Return a handler that pins by the key, and takes turns without; it may fall silent."""
+    """Return a handler that pins by the key, else rotates the workers; one call may SIGTERM us."""
     calls: list[str] = []
 
     async def chat(request: web.Request) -> web.StreamResponse:
@@ -58,7 +58,7 @@ def no_key_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def interruptible() -> Iterator[None]:
-    """Undo what ``nohup`` and ``&`` do; a child inherits that SIGINT is not ignored."""
+    """Undo what ``nohup`` and ``&`` do, for the child processes as well."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -486,7 +486,7 @@ def test_output_that_nobody_can_read_changes_nothing(
             assert main(["verify", "--nothing"]) == 64
             assert verify(url, "--json", str(file)) == 0
         if stream:
-            stream.close()  # as Python does at its end: no error is left over
+            stream.close()  # Python does so at exit; no error remains
     assert json.loads(file.read_text())["exit_status"] == 0
 
 
@@ -526,13 +526,13 @@ def test_without_the_extra_the_command_says_what_to_install(
     names = ("click", "matplotlib", "prometheus_client", "rich")
     for name in names:
         monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setattr(sys, "meta_path", [BuiltinImporter])  # which finds no package
+    monkeypatch.setattr(sys, "meta_path", [BuiltinImporter])  # finds no installed package
     monkeypatch.setattr(sys, "argv", ["aiohttp-smg-routing", "verify", "http://10.0.0.1"])
     assert main() == 64
     assert capsys.readouterr().err == (
         f"This command needs {', '.join(names)}: pip install 'aiohttp_smg_routing[verify]'\n"
     )
-    assert main(["--version"]) == 0  # which needs nothing
+    assert main(["--version"]) == 0  # needs no other package
 
 
 def test_python_dash_m_is_the_command() -> None:

@@ -1,4 +1,4 @@
-"""Every verdict and every cause, from what was seen."""
+"""Every verdict and every cause that ``verify`` draws from its measurements."""
 
 import re
 from collections.abc import Mapping
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 
 # ---- The rules, over every combination of evidence ----
 
-# Each rule of docs/verify.md in its order: when it counts, and what it says.
+# The rules of docs/verify.md in order: the evidence that each applies to, and its verdict.
 RULES: list[tuple[Mapping[str, object], Answer]] = [
     ({"played": "nothing"}, "could not tell"),
     ({"played": "too little"}, "could not tell"),
@@ -78,11 +78,11 @@ def test_pinned_needs_all_of_it() -> None:
 def test_docs_have_these_rules_in_this_order() -> None:
     page = (ROOT / "docs/verify.md").read_text("utf-8")
     rows = re.findall(r"(?m)^\| \d+ \| .* \| \*{0,2}([a-z ]+?)\*{0,2} \|$", page)
-    # The page has a row for what was played, and one for its last rule.
+    # The page has one row for both rules about what was played.
     assert rows == [answer for _, answer in RULES[1:]]
 
 
-# ---- From what was seen to the evidence ----
+# ---- From the measurements to the evidence ----
 
 GATEWAY = URL("http://10.0.0.1:30000")
 PLAN = Plan(GATEWAY, URL("http://10.0.0.1:29000/metrics"), model="m", run="r")
@@ -93,7 +93,7 @@ CALLS = 2 * SESSIONS * TURNS
 
 
 def counted(policy: str, pool: str = "regular", calls: int = CALLS, **branches: int) -> Counters:
-    """Return counters of one pool: those of the override count as ``manual``."""
+    """Return the counters of one pool; the override's count as ``manual``."""
     series = policy if policy in ("consistent_hashing", "prefix_hash") else "manual"
     return Counters({pool: {policy: calls}}, {series: branches} if branches else {})
 
@@ -116,7 +116,7 @@ ANY_KEY = counted("consistent_hashing", calls=4, routing_key_hit=4)
 def arm(
     name: str, kept: int, outcome: Outcome = "moved", *, named: bool = True, cached: int | None = 90
 ) -> list[Turn]:
-    """Return 24 sessions of 6 turns; of the later ones ``kept`` were kept, the others not."""
+    """Return 24 sessions of 6 turns; ``kept`` of the later turns stayed on their worker."""
     later: list[Outcome] = [outcome] * LATER
     later[:kept] = ["kept"] * kept
     Random(7).shuffle(later)
@@ -160,7 +160,7 @@ def seen(
 
 
 def failed(turns: list[Turn], number: int, sessions: int) -> list[Turn]:
-    """Return ``turns``, those of the first ``sessions`` up to ``number`` as failures."""
+    """Return ``turns``; the turns up to ``number`` of the first ``sessions`` have failed."""
 
     def became(turn: Turn) -> Turn:
         if turn.session > sessions or turn.number > number + 1:
@@ -197,7 +197,7 @@ def unnamed(
 
 
 def pools(prefill: str, decode: str, branches: Mapping[str, Mapping[str, int]]) -> Seen:
-    """Return what is seen where each call has two workers, of which the decode one is named."""
+    """Return what is seen when each call has two workers, and the answer names the decode one."""
     counters = Counters({"prefill": {prefill: CALLS}, "decode": {decode: CALLS}}, branches)
     probe = Counters({"prefill": {prefill: 4}, "decode": {decode: 4}}, {})
     return replace(seen(counters=counters, probe=probe), workers={"prefill": 3, "decode": 3})
@@ -444,7 +444,7 @@ CASES = {
         1,
         ["policy", "other_calls"],
     ),
-    # Nobody names a worker: the counters alone tell.
+    # No answer names a worker, so the counters alone decide.
     "by counters": (unnamed(MANUAL), 0, ["no_worker_name"]),
     "by counters, hashing": (unnamed(HASHING), 0, ["no_worker_name"]),
     "by counters, ignored": (unnamed(IGNORED), 1, ["policy", "no_worker_name"]),
@@ -528,7 +528,7 @@ CASES = {
         ["one_worker"],
     ),
     "counters, but no list of workers": (replace(seen(), workers=None), 0, []),
-    # A policy that routes on a key and does not count it.
+    # A policy that routes by a key without counting it.
     "uncounted": (
         unnamed(replace(counted("consistent_hash"), workers={"a": 96, "b": 96, "c": 96})),
         2,
@@ -726,7 +726,7 @@ CASES = {
         0,
         ["key_tail"],
     ),
-    # Too little to say.
+    # Too little evidence.
     "nothing but first turns": (
         seen([turn for turn in arm("keyed", LATER) if turn.number == 1], counters=None),
         2,

@@ -1,4 +1,4 @@
-"""What is sent, and in which order; what a run does when calls fail or time is up."""
+"""The calls and their order; a run whose calls fail, or whose time is up."""
 
 import asyncio
 from collections import Counter, defaultdict
@@ -40,17 +40,17 @@ async def test_both_arms_play_the_same_load_in_one_schedule() -> None:
         seen = await Play(plan, api_key=None, played=played.append).run()
     assert seen.sent == len(calls) == 80
     assert seen.turns == tuple(played)
-    # Turn by turn, in pairs of which one has the key: neither arm runs ahead of the other.
+    # The turns go in pairs of one per arm, so that neither arm runs ahead of the other.
     for number in range(4):
         round_ = seen.turns[20 * number : 20 * (number + 1)]
         assert {turn.number for turn in round_} == {number + 1}
         assert all(a.session == b.session for a, b in zip(round_[::2], round_[1::2], strict=True))
-    # One arm keeps its keys, in the other each turn has a new one. Nothing else tells them apart.
+    # One arm keeps its keys; each turn of the other has a new one. They differ in nothing else.
     counts = Counter(key for key, _ in calls)
     assert counts == {f"verify-r-{n}": 4 if n <= 10 else 1 for n in range(1, 51)}
     keyed = {f"verify-r-{n}" for n in range(1, 11)}
     assert {key in keyed for key, _ in calls[::2]} == {True, False}
-    assert {turn.arm for turn in seen.turns[::2]} == {"keyed", "control"}  # each is first at times
+    assert {turn.arm for turn in seen.turns[::2]} == {"keyed", "control"}  # each is sometimes first
     orders = [tuple(turn.session for turn in seen.turns[i : i + 20 : 2]) for i in range(0, 80, 20)]
     assert len(set(orders)) == 4
 
@@ -271,7 +271,7 @@ async def test_gateway_that_lists_no_model_is_said_to_do_so(listed: object) -> N
 
 
 def fake_session_server(known: set[str], made: list[str] | None = None) -> web.Application:
-    """Return a server of sessions that must be made first; where it makes none, a POST is a 405."""
+    """Return a server whose sessions must be created first; without ``made`` it answers 405."""
     app = web.Application()
 
     async def create(request: web.Request) -> web.Response:
@@ -315,11 +315,11 @@ async def test_session_is_made_at_the_session_server_that_wants_it_so() -> None:
         )
         seen = await Play(plan, api_key=None).run()
     made.sort()
-    assert known == set()  # all that were made are deleted again
+    assert known == set()  # each is deleted again
     assert made == [f"a/ü {n}?" for n in range(1, 10)]
     assert summarise(seen.turns, "keyed").answered == 6
     assert summarise(seen.turns, "control").answered == 6
-    # 9 sessions are made and deleted. The first 404 tells that each is to be made first.
+    # 9 sessions are created and deleted. One more call got the 404 that asks for that.
     assert (seen.sent, seen.sent_for_sessions) == (12, 9 + 9 + 1)
 
 
@@ -393,7 +393,7 @@ async def test_run_tells_by_how_much_the_counters_grew() -> None:
 
 
 async def test_workers_are_counted_again_at_the_end() -> None:
-    """One may not have been healthy yet, or have gone."""
+    """A worker may become healthy or disappear during the run."""
     listed = [[{"is_healthy": True}], 3 * [{"is_healthy": True}]]
 
     @web.middleware
@@ -417,7 +417,7 @@ async def test_workers_that_are_overloaded_for_a_while_are_seen() -> None:
     async def metrics(request: web.Request) -> web.Response:
         nonlocal reads
         reads += 1
-        if reads == 3:  # the first are before the turns, and after the probe
+        if reads == 3:  # two reads precede: before the turns, and after the probe
             has_been_read.set()
         overloaded = f"smg_workers_overloaded {int(reads == 3)}"
         return web.Response(text=f"smg_tokio_workers 2\n{overloaded}\n")

@@ -1,4 +1,4 @@
-"""The picture: made in both forms, for few and for many workers, whatever was seen."""
+"""The picture is drawn in both formats, for few and many workers, whatever was measured."""
 
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -19,7 +19,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def played(workers: int, sessions: int = 24, turns: int = 6) -> Seen:
-    """Return stripes with the key and confetti without, and a turn that failed in each arm."""
+    """Return turns that stay with the key and scatter without it, and a failed turn in each arm."""
     random = Random(1)
     names = [f"http://10.0.3.{number}:8000" for number in range(workers)]
     seen = []

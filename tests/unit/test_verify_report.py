@@ -1,4 +1,4 @@
-"""What is printed: on a terminal, and into a file."""
+"""The report, as printed on a terminal and into a file."""
 
 import io
 import os
@@ -22,7 +22,7 @@ PLAN = Plan(URL("http://10.0.0.1:30000"), URL("http://10.0.0.1:29000/metrics"), 
 
 
 class Terminal(io.StringIO):
-    """A terminal, as far as rich can see."""
+    """A stream that rich takes for a terminal."""
 
     def isatty(self) -> bool:
         return True

@@ -1,4 +1,4 @@
-"""``watch``: what it reads on a page, what it concludes, and how it says so."""
+"""``watch``: how it reads a page of metrics, what it concludes, and how it says so."""
 
 import json
 import re
@@ -54,7 +54,7 @@ def smg(
     kind: str = SMG_1_13,
     more: str = "",
 ) -> str:
-    """Return a page as SMG writes it, or sglang-router if ``kind`` is empty."""
+    """Return a page as SMG writes it, or as sglang-router does if ``kind`` is empty."""
     branches = {} if branches is None else branches
     calls = sum(branches.values()) if calls is None else calls
     workers = {W1: calls // 2, W2: calls - calls // 2} if workers is None else workers
@@ -95,7 +95,7 @@ def session_server(
 
 
 class Anybody:
-    """A ``Client`` that knows no secret, and is open for nothing."""
+    """A ``Client`` without a secret that opens nothing."""
 
     printable = Client.printable
     _secrets: Sequence[str] = ()
@@ -118,7 +118,7 @@ def view(
     server: tuple[str | None, str | None] | None = None,
     **look: Any,
 ) -> View:
-    """Return what is seen of these pages, 10 seconds apart."""
+    """Return the view of these pages, read 10 seconds apart."""
     gateway = Look(GATEWAY, page_of(after), page_of(before), seconds=10, **look)
     if server is None:
         return View(gateway)
@@ -145,7 +145,7 @@ def hashed_to_one(**state: Any) -> str:
     return smg(calls, policy="consistent_hashing", workers={W1: 40, W2: 0}, **state)
 
 
-LONG = {"vacant": 500, "occupied_hit": 200_000}  # of a gateway that has run for long
+LONG = {"vacant": 500, "occupied_hit": 200_000}  # a gateway that has run for a long time
 
 CASES: dict[str, tuple[View, str, list[str], str]] = {
     "pinned now": (
@@ -752,13 +752,13 @@ def test_page_of_the_session_server_that_comes_seldom_tells_of_no_other_gateway(
 
 
 def test_turns_that_vllm_router_routed_before_are_no_other_gateway_s() -> None:
-    """It doesn't say how many calls are in flight."""
+    """vllm-router doesn't say how many calls are in flight."""
     server = session_server(unknown=100), session_server(unknown=500)
     assert names(judge(view(vllm(), vllm(calls=(60, 60)), server), 0.99)) == ["uncounted"]
 
 
 def test_counters_that_begin_anew_again_and_again_may_be_those_of_several() -> None:
-    """A balancer before the metrics of several processes looks like restarts."""
+    """A balancer in front of several processes makes their counters look like restarts."""
     noon = datetime(2026, 1, 1, 12, 0, 0)
     for restarts, is_told in ((1, False), (2, True)):
         gateway = Look(GATEWAY, gateway_of(PINNED), restarts=restarts, restarted=noon)
@@ -782,7 +782,7 @@ def test_share_that_is_enough_is_exactly_so_much() -> None:
     assert judge(exactly, 0.9).answer == "pinned"
     assert judge(exactly, 0.91).answer == "not pinned"
     seven = view(IDLE, smg({"vacant": 5, "occupied_hit": 7, "occupied_miss": 93}))
-    assert judge(seven, 0.07).answer == "pinned"  # 0.07 * 100 is a little more than 7
+    assert judge(seven, 0.07).answer == "pinned"  # 0.07 * 100 > 7 in floats
 
 
 def test_figures_of_each_branch_worker_and_outcome() -> None:
@@ -824,7 +824,7 @@ def test_figures_of_now_are_those_of_a_second() -> None:
 
 
 def test_kept_share_of_the_gateway_is_that_of_manual() -> None:
-    """Under the other policy a branch says that there was a key, not that it found its worker."""
+    """Under ``consistent_hashing`` a branch shows that a call had a key, not that it was kept."""
     for policy, rows in (("manual", 1), ("consistent_hashing", 0)):
         text = lines(view(IDLE, smg({"occupied_hit": 9}, policy=policy)), VERDICT)
         assert len([line for line in text if line.startswith("kept share")]) == rows
@@ -875,7 +875,7 @@ def test_calls_beside_keys_that_all_arrive_are_made_without_the_hook(
     sent: int, is_whole: bool
 ) -> None:
     half = smg({"vacant": 10, "occupied_hit": 40, "no_routing_id": 50})
-    for before in (IDLE, half):  # just now, and since the start
+    for before in (IDLE, half):  # in the last interval, and since the start
         server = session_server(unknown=sent if before == half else 0), session_server(unknown=sent)
         [cause] = [it for it in judge(view(before, half, server), 0.99).causes if it.name != "idle"]
         assert cause.name == "key_lost"
@@ -898,7 +898,7 @@ def test_workers_that_are_too_many_for_the_terminal_are_those_that_tell_least() 
     told = lines(seen, judge(seen, 0.99), 80, 30)
     assert len(told) == 30
     rows = [line.split()[0] for line in told if line.startswith("10.0.")]
-    assert rows[0] == "10.0.0.7:8000"  # the one that is down, though it had few calls
+    assert rows[0] == "10.0.0.7:8000"  # the one that is down, although it had few calls
     assert set(rows[1:]) == {f"10.0.1.{n}:8000" for n in range(249, 249 - len(rows) + 1, -1)}
     assert told[-1] == f".. and {500 - len(rows)} more workers"
     assert len(lines(seen, judge(seen, 0.99))) > 500  # a log has all
@@ -940,7 +940,7 @@ def test_the_page_lists_the_causes_that_verify_does_not_have() -> None:
     page = (ROOT / "docs/watch.md").read_text("utf-8")
     rows = re.findall(r"(?m)^\| (`.*?) \| ", page.partition("| cause |")[2].partition("\n\n")[0])
     listed = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
-    assert listed == found - {"no_healthy_workers", "wrong_header"}  # those verify has
+    assert listed == found - {"no_healthy_workers", "wrong_header"}  # verify's page lists these
 
 
 def test_figures_that_are_no_numbers_are_left_out() -> None:
@@ -962,7 +962,7 @@ def test_pages_of_something_else_are_refused(text: str) -> None:
 
 
 def test_a_server_that_exports_no_active_sessions_is_shown_without_them() -> None:
-    """prometheus-client's multi-process mode has none."""
+    """prometheus-client's multi-process mode exports none."""
     page = session_server(sessions={W1: 5}, kept=9)
     seen = view(None, PINNED, (None, page))
     assert server_of(page).active is None

@@ -1,4 +1,4 @@
-"""The command ``watch``: options, exit statuses, signals, and what it prints where."""
+"""The command ``watch``: options, exit statuses, signals and output."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def interruptible() -> Iterator[None]:
 
 @contextmanager
 def pages(*texts: str | web.Response, ended_by: signal.Signals | None = None) -> Iterator[URL]:
-    """Serve each of these once, then the last one; a signal may end who asks for that."""
+    """Serve each page once, then the last one again, which may also send this process a signal."""
     left = list(texts)
 
     async def metrics(request: web.Request) -> web.Response:
@@ -122,7 +122,7 @@ def test_page_that_is_none_is_said_to_be_so_with_the_remedy(
     page: str | web.Response, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pages(page) as url:
-        # It would wait for a second look in vain.
+        # A second look would never come.
         assert main(["watch", str(url), "--once", "--interval", "1000"]) == 2
     out = words(capsys)
     assert f"could not be read at {url}/metrics, since " in out
@@ -142,7 +142,7 @@ def test_nobody_at_the_url(capsys: pytest.CaptureFixture[str]) -> None:
     with pages(IDLE, PINNED) as url:
         status = main(["watch", str(url), f"http://127.0.0.1:{free_port()}", *ONCE])
     out = words(capsys)
-    assert status == 0  # the gateway alone tells
+    assert status == 0  # the gateway's page is enough
     assert "The session server's metrics could not be read" in out
     assert 'metrics = "prometheus"' in out
     assert main(["watch", f"http://127.0.0.1:{free_port()}", *ONCE]) == 2
@@ -193,7 +193,7 @@ def test_json_is_a_line_for_each_interval(capsys: pytest.CaptureFixture[str]) ->
     told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(told) > 2
     assert told[-1]["verdict"] == "pinned"
-    assert told[0]["gateway"]["kind"] == "smg"  # it waits for the first page
+    assert told[0]["gateway"]["kind"] == "smg"  # it waits until it can read a page
 
 
 @pytest.mark.parametrize(("kind", "seconds"), [("xterm", 1), ("dumb", 5)])
@@ -219,7 +219,7 @@ def test_it_ends_when_nobody_reads_what_it_prints(monkeypatch: pytest.MonkeyPatc
 
 
 def on_terminal(monkeypatch: pytest.MonkeyPatch, kind: str, *options: str) -> bytes:
-    """Run the command on a terminal of that kind until Ctrl-C; return what came to the terminal."""
+    """Run the command on such a terminal until Ctrl-C; return its output."""
     for name, value in (("TERM", kind), ("COLUMNS", "80"), ("LINES", "24")):
         monkeypatch.setenv(name, value)
     master, slave = pty.openpty()

@@ -1,4 +1,4 @@
-"""The id in the JSON body: the handler reads the body as without the plugin."""
+"""Session ids in the JSON body: the handler reads the body as it would without the plugin."""
 
 import asyncio
 import gc
@@ -34,15 +34,15 @@ from fuzz.laws import Shared
 from harness.proxies import CLIENT, client_session, pinned_server
 
 JSON = {"Content-Type": "application/json"}
-LIMIT = 2**20  # client_max_size: how much of a body the handler takes
-FOR_EVER = 3600.0  # seconds: what waits so long fails the test by hanging
+LIMIT = 2**20  # client_max_size, in bytes
+FOR_EVER = 3600.0  # seconds; a test that waits for this hangs
 
 Read = Callable[[web.Request], Awaitable[object]]
 Client: TypeAlias = "TestClient[web.Request, web.Application]"
 
 
 def echo_server(*sources: Source, read: Read, **options: Any) -> web.Application:
-    """Return a server that answers with the session it saw, and with what ``read`` gave."""
+    """Return a server that answers with the current session and the result of ``read``."""
 
     async def handler(request: web.Request) -> web.Response:
         try:
@@ -81,7 +81,7 @@ async def echoed(
 
 
 def body_with(session_id: str, size: int) -> bytes:
-    """Return a JSON body of so many bytes, with the id behind all the rest."""
+    """Return a JSON body of so many bytes that ends with the id."""
     document = json.dumps({"messages": [""], "user": session_id}).encode()
     return document.replace(b'""', b'"%s"' % (b"x" * (size - len(document))))
 
@@ -132,7 +132,7 @@ async def test_json_source_reads_a_text_or_an_integer_in_the_body(
 ) -> None:
     data = json.dumps(body).encode()
     assert await echoed(aiohttp_client, data, f"json:{path}") == [session_id, repr(data)]
-    assert caplog.records == []  # what a client sends wrong is no fault of the server
+    assert caplog.records == []  # a client's mistake is not the server's
 
 
 BROKEN = {
@@ -215,7 +215,7 @@ def headers_of(form: str) -> dict[str, str]:
 
 
 async def first_message(request: web.Request) -> str:
-    """Find a session by what ``json:`` can't reach."""
+    """Find the session in a list, which ``json:`` can't reach."""
     document = await peek_json(request)
     return str(document["messages"][0]["name"])
 
@@ -268,7 +268,7 @@ async def test_peek_json_leaves_the_handler_what_a_source_that_reads_would_take(
     async def find(request: web.Request) -> str:
         documents = [await peek_json(request) for _ in range(3)]
         assert documents[0] == documents[1] == documents[2]
-        documents[0].clear()  # it is the source's own
+        documents[0].clear()  # the source has its own copy
         return str((await peek_json(request))["user"])
 
     echo = await echoed(aiohttp_client, b'{"user": "s-1"}', find, read=in_chunks)
@@ -295,7 +295,7 @@ async def test_the_body_is_parsed_once_for_all_sources_of_an_app(
     monkeypatch.setattr(json, "loads", counting)
     async with client.post("/sub/", data=b'{"user": "s-1"}', headers=JSON) as response:
         text = await response.text()
-    assert 1 <= len(parsed) <= 2  # of each app
+    assert 1 <= len(parsed) <= 2  # at most once for each app
     assert "s-1" in text
 
 
@@ -320,7 +320,7 @@ async def test_a_body_over_client_max_size_has_its_session_and_is_the_handlers_t
 async def test_a_turn_that_grows_keeps_its_pin(
     aiohttp_client: AiohttpClient, gateway: Recorder, client_max_size: int
 ) -> None:
-    """A proxy that streams has no limit of its own; the plugin has its own."""
+    """A proxy that streams is not bound by ``client_max_size``, nor is the plugin."""
 
     async def stream(request: web.Request) -> web.Response:
         session = request.config_dict[CLIENT]
@@ -341,7 +341,7 @@ async def test_a_turn_that_grows_keeps_its_pin(
     gateway.assert_pinned("s-1", turns=4)
 
 
-# Not by lines: aiohttp raises for one of over 128 KiB, if it has come in one piece.
+# No reading by lines: aiohttp raises for a line of over 128 KiB that comes in one piece.
 @pytest.mark.parametrize("limit", [1000, 200_000])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("read", [in_chunks, if_it_can, of_a_clone])
@@ -412,7 +412,7 @@ async def test_a_body_that_an_earlier_middleware_has_read_has_the_same_limit(
 async def test_pin_by_reads_its_parts_from_the_body_and_the_proxy_sends_it_on(
     aiohttp_client: AiohttpClient, gateway: Recorder, form: str
 ) -> None:
-    """A session that calls several models has a key for each; ledger and code see the session."""
+    """A session that calls several models has a key for each, and is one session in the ledger."""
     seen = set()
 
     @web.middleware
@@ -428,7 +428,7 @@ async def test_pin_by_reads_its_parts_from_the_body_and_the_proxy_sends_it_on(
     app.middlewares.append(look)
     client = await aiohttp_client(app)
     alone = routing_key("s 1")
-    keys: dict[str | int | None, str] = {None: alone}  # which is pinned without a model
+    keys: dict[str | int | None, str] = {None: alone}  # without a model
     for model in ("one", "two", 3):
         keys[model] = Shared(pin_by, "s 1", {"json:model": str(model)}).key({})
     for called in (*keys, "one"):
@@ -485,7 +485,7 @@ async def in_time(request: web.Request, handler: Any) -> web.StreamResponse:
         (reading, "s-1"),
         (putting_a_clone_in_its_place, "s-1"),
         (in_time, "s-1"),
-        (consuming, None),  # it has taken the body
+        (consuming, None),  # it has used up the body
         (nibbling, None),
     ],
 )
@@ -583,9 +583,9 @@ async def test_json_source_reads_json_content_types_only(
 async def test_a_body_in_another_encoding_has_its_session(
     aiohttp_client: AiohttpClient, encoding: str, charset: str, mark: str
 ) -> None:
-    """A byte order mark may stand before any of them that can have one."""
+    """A byte order mark may come first in each encoding that allows one."""
     if mark and (not encoding.endswith(("-le", "-be"))):
-        mark = ""  # the codec writes one, or has none
+        mark = ""  # the codec writes its own, or allows none
     data = f'{mark}{{"user": "s-é"}}'.encode(encoding)
     headers = {"Content-Type": f"application/json{charset and f'; charset={charset}'}"}
     echo = await echoed(aiohttp_client, data, "json:user", headers=headers)
@@ -598,7 +598,7 @@ async def test_a_body_in_another_encoding_has_its_session(
 async def test_a_client_can_not_name_a_charset_that_takes_for_ever_to_decode(
     aiohttp_client: AiohttpClient, charset: str
 ) -> None:
-    """Punycode takes a time that grows with the square of the length: hours for 16 MiB."""
+    """The time to decode Punycode grows with the square of the length: hours for 16 MiB."""
     body = b'{"user": "s-1", "pad": "' + b"a" * 2**20 + b'"}-' + b"9a" * 2**20
     headers = {"Content-Type": f"application/json; charset={charset}"}
     echo = await echoed(aiohttp_client, io.BytesIO(body), "json:user", headers=headers, read=never)
@@ -627,7 +627,7 @@ HEAD = b"POST / HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\n"
 
 
 class Wire:
-    """A connection to a server, for what no client would send."""
+    """A raw connection to a server, which sends what no client would."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader, self.writer = reader, writer
@@ -658,9 +658,9 @@ async def wire_to(client: Client) -> AsyncIterator[Wire]:
 
 
 async def client_of(aiohttp_client: AiohttpClient, app: web.Application) -> Client:
-    """Return a client of a server that goes on with a request whose client has gone.
+    """Return a client of a server that doesn't cancel a request when its client disconnects.
 
-    It is aiohttp's default, but that of its test server is to cancel the request.
+    That is the default of aiohttp's servers, but not of its test server.
     """
     server = TestServer(app)
     server.runner = web.AppRunner(app)
@@ -684,7 +684,7 @@ async def size_so_far(request: web.Request) -> object:
 async def test_reading_a_body_stops_at_its_limit(
     aiohttp_client: AiohttpClient, monkeypatch: pytest.MonkeyPatch, framing: bytes
 ) -> None:
-    """No byte comes after the first one over it: whoever waited for one would hang."""
+    """The client sends one byte over the limit and stops: to wait for more would hang."""
     no_byte_for(monkeypatch, FOR_EVER)
     client = await aiohttp_client(echo_server("json:user", read=size_so_far, json_max_size=1000))
     async with wire_to(client) as wire:
@@ -703,7 +703,7 @@ async def test_a_body_that_is_whole_at_the_limit_but_goes_on_has_no_session(
     is_asked = asyncio.Event()
 
     async def nobody(request: web.Request) -> None:
-        is_asked.set()  # the body is what is asked next
+        is_asked.set()  # the body is read next
 
     app = echo_server(nobody, "json:user", read=body_of, json_max_size=1000)
     async with wire_to(await aiohttp_client(app)) as wire:
@@ -755,7 +755,7 @@ async def test_a_body_that_stops_coming_gives_no_id_and_is_said_once(
     caplog: pytest.LogCaptureFixture,
     sent: bytes,
 ) -> None:
-    """What has come may be a document of its own: it is not the one that the client means."""
+    """The part that has come may be valid JSON, but it is not the client's document."""
     no_byte_for(monkeypatch, 0.01)
     arrived = asyncio.Queue[str | None]()
 
@@ -768,7 +768,7 @@ async def test_a_body_that_stops_coming_gives_no_id_and_is_said_once(
         async with wire_to(client) as wire:
             await wire.send(HEAD, b"Content-Length: 100\r\n\r\n", sent)
             assert await arrived.get() is None
-            await wire.send(b" " * (100 - len(sent)))  # it comes after all: the handler has it
+            await wire.send(b" " * (100 - len(sent)))  # the handler gets the rest
             assert await wire.answer() == [None, repr(sent.ljust(100))]
     [record] = caplog.records
     assert "did not send its body for 0.01 seconds" in record.getMessage()
@@ -781,7 +781,7 @@ async def test_a_body_that_has_come_while_the_loop_was_busy_has_its_session(
     is_asked = asyncio.Event()
 
     async def nobody(request: web.Request) -> None:
-        is_asked.set()  # the body is what is asked next
+        is_asked.set()  # the body is read next
 
     client = await aiohttp_client(echo_server(nobody, "json:user", read=body_of))
     body = b'{"user": "s-1"}'
@@ -789,7 +789,7 @@ async def test_a_body_that_has_come_while_the_loop_was_busy_has_its_session(
         connection.sendall(HEAD + b"Connection: close\r\nContent-Length: 15\r\n\r\n")
         await is_asked.wait()
         connection.sendall(body)
-        time.sleep(0.1)  # noqa: ASYNC251 - it is this loop that is busy
+        time.sleep(0.1)  # noqa: ASYNC251 - keeps the loop busy
         answered = await asyncio.to_thread(connection.makefile("rb").read)
     assert json.loads(answered.partition(b"\r\n\r\n")[2]) == ["s-1", repr(body)]
     assert caplog.records == []
@@ -822,7 +822,7 @@ async def test_a_body_that_breaks_off_gives_no_id(
         await wire.send(HEAD, framing, b"\r\n\r\n", chunk)
         wire.writer.write_eof()
         assert await seen.get() == (None, True)
-    assert caplog.records == []  # what a client does is no fault of the server
+    assert caplog.records == []  # a client's mistake is not the server's
 
 
 async def test_a_body_that_comes_byte_by_byte_has_its_session(
@@ -859,7 +859,7 @@ async def test_a_request_that_is_cancelled_while_its_body_comes_is_cancelled_and
     is_asked = asyncio.Event()
 
     async def nobody(request: web.Request) -> None:
-        is_asked.set()  # the body is what is asked next
+        is_asked.set()  # the body is read next
 
     @web.middleware
     async def impatient(request: web.Request, handler: Any) -> web.StreamResponse:
@@ -879,7 +879,7 @@ async def test_a_request_that_is_cancelled_while_its_body_comes_is_cancelled_and
 
 async def test_json_bodies_of_one_connection_stay_apart(aiohttp_client: AiohttpClient) -> None:
     client = await aiohttp_client(echo_server("json:user", read=never))
-    for number in range(5):  # the handler reads none of them
+    for number in range(5):  # the handler reads no body
         body = json.dumps({"user": f"s-{number}", "pad": "x" * 200_000}).encode()
         async with client.post("/", data=body, headers=JSON) as response:
             assert (await response.json())[0] == f"s-{number}"
@@ -903,7 +903,7 @@ EXPECT = b"Expect: 100-continue\r\n"
 
 
 async def its_own(request: web.Request) -> None:
-    """Let the handler ask for the body, or not."""
+    """Leave it to the handler whether to ask for the body."""
 
 
 def expecting_server(expect_handler: Any, **options: Any) -> web.Application:
@@ -927,7 +927,7 @@ def nested(app: web.Application) -> web.Application:
 async def test_a_route_with_an_expect_handler_of_its_own_is_not_read(
     aiohttp_client: AiohttpClient, monkeypatch: pytest.MonkeyPatch, path: bytes
 ) -> None:
-    """The client sends no body before the handler asks: to wait for it would be in vain."""
+    """The client sends its body only when the handler asks: to wait for it would hang."""
     no_byte_for(monkeypatch, FOR_EVER)
     app = expecting_server(its_own)
     client = await aiohttp_client(nested(app) if path == b"/sub/" else app)
@@ -935,7 +935,7 @@ async def test_a_route_with_an_expect_handler_of_its_own_is_not_read(
     async with wire_to(client) as wire:
         await wire.send(head, EXPECT, b"X-Sid: s-2\r\nContent-Length: 15\r\n\r\n")
         assert await wire.answer() == ["s-2", 0]
-    async with wire_to(client) as wire:  # without the header it sends its body at once
+    async with wire_to(client) as wire:  # without Expect the client sends its body at once
         await wire.send(head, b'Content-Length: 15\r\n\r\n{"user": "s-1"}')
         assert (await wire.answer())[0] == "s-1"
 
@@ -968,7 +968,7 @@ async def test_nothing_of_the_conversation_is_kept_on_the_request(
     held = []
 
     async def measured(request: web.Request) -> object:
-        """Read the body away, and see what is still there of it."""
+        """Read and discard the body, and note the memory that is still held."""
         async for _ in request.content.iter_chunked(2**16):
             pass
         gc.collect()

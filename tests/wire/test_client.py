@@ -1,4 +1,4 @@
-"""The outbound half: its contract on the wire, read as raw lines at a socket."""
+"""The outbound half's contract on the wire, checked on the raw lines that arrive at a socket."""
 
 import io
 import logging
@@ -39,7 +39,7 @@ SMUGGLED = [
 
 
 def with_hook(config: RoutingConfig, *base_url: URL, **options: Any) -> ClientSession:
-    """Return a session that was made with the hook."""
+    """Return a ClientSession made with the hook."""
     return ClientSession(*base_url, trace_configs=[Routing(config).trace_config()], **options)
 
 
@@ -200,14 +200,14 @@ UNTAGGED: dict[str, Caller] = {
 async def assert_unchanged(
     wire: Recorder, hooked: ClientSession, plain: ClientSession, call: Caller
 ) -> None:
-    """Assert that a call leaves byte for byte as it does without the plugin."""
+    """Assert that the plugin changes no byte of a call."""
     seen = []
     for session in (plain, hooked):
         response = await call(session, wire)
         if response is not None:
             response.release()  # type: ignore[attr-defined]
         lines = wire.last.header_lines
-        # The one header that is random.
+        # This header is random.
         kept = [line for line in lines if not line.startswith(b"Sec-WebSocket-Key")]
         seen.append((wire.last.start_line, kept, wire.last.body))
     assert seen[0] == seen[1]
@@ -615,7 +615,7 @@ async def test_client_middlewares_of_one_call_do_not_switch_the_hook_off(
 
 
 def pinning(workers: list[str]) -> Callable[[Call], bytes]:
-    """Return the answers of a gateway that pins each key to the next of its workers."""
+    """Return the answers of a gateway that pins each new key to the next worker."""
     pins: dict[bytes, str] = {}
 
     def to(call: Call) -> bytes:
@@ -629,7 +629,7 @@ def pinning(workers: list[str]) -> Callable[[Call], bytes]:
 async def play_on_both(
     gateway: Recorder, elsewhere: Recorder, on_gateway: list[str], on_elsewhere: list[str]
 ) -> PinSummary:
-    """Play sessions that call two gateways in turn, each of which keeps its pins."""
+    """Play sessions whose calls alternate between two gateways that each pin by the key."""
     gateway.answer, elsewhere.answer = pinning(on_gateway), pinning(on_elsewhere)
     routing = Routing(RoutingConfig([gateway.url, elsewhere.url]))
     async with ClientSession(trace_configs=[routing.trace_config()]) as session:
@@ -654,8 +654,8 @@ async def test_gateways_before_the_same_workers_that_split_a_session_show_it(
 ) -> None:
     workers = ["http://w:1", "http://w:2"]
     summary = await play_on_both(gateway, elsewhere, workers, workers[::-1])
-    # Each pins each session, but not to the same worker. What came before it was known that they
-    # have workers in common counts as first.
+    # Each gateway pins each session, but to different workers. Calls from before the ledger knew
+    # that the gateways share workers count as first.
     assert summary.moved > 30
     assert summary.first + summary.kept + summary.moved == 48
 

@@ -1,4 +1,4 @@
-"""It fails no call and no start, whatever others do to aiohttp, to logging, or in tests."""
+"""No call and no start fails, whatever other code or mocks do to aiohttp or to logging."""
 
 import asyncio
 import functools
@@ -35,7 +35,7 @@ PATH = "/sessions/s-1/v1/chat/completions"
 PLAIN: Any = ClientSession.__init__
 
 
-# What others put in the place of the constructor
+# Constructors that other code has replaced
 
 
 def constructor() -> Any:
@@ -54,7 +54,7 @@ def _pristine() -> Iterator[None]:
 
 
 class Wrapper:
-    """An object that is called, and binds itself: it is no function."""
+    """A callable object that binds itself, instead of a function."""
 
     def __init__(self, wrapped: Any, seen: Callable[[], object]) -> None:
         self._wrapped, self._seen = wrapped, seen
@@ -82,7 +82,7 @@ def by_wraps(seen: Callable[[], object]) -> Any:
 
 
 def by_wrapt(seen: Callable[[], object]) -> Any:
-    """As ddtrace, New Relic and OpenTelemetry do it."""
+    """Wrap the constructor as ddtrace, New Relic and OpenTelemetry do."""
 
     def wrapper(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         seen()
@@ -152,7 +152,7 @@ async def test_a_wrapper_of_others_may_come_later_and_go_first_or_last(
         set_constructor(ours)
     with routing.instrument():
         set_constructor(wrap(made))
-    try:  # theirs still stands on ours, which does nothing
+    try:  # their wrapper still calls ours, which does nothing
         async with ClientSession() as session:
             assert await keys(session, gateway) == []
             assert session.trace_configs == []
@@ -190,12 +190,12 @@ async def test_an_app_starts_serves_and_ends_beside_a_tracer(gateway: Recorder, 
 async def test_a_constructor_that_a_test_has_mocked_is_one_that_makes_nothing(
     gateway: Recorder,
 ) -> None:
-    """``ClientSession()`` gives an empty object, as it does without the plugin."""
+    """``ClientSession()`` returns an empty object, as it does without the plugin."""
     with mock.patch.object(ClientSession, "__init__", return_value=None) as mocked:
         with Routing(RoutingConfig(gateway.url)).instrument():
             session = ClientSession("anything")
         mocked.assert_called_once_with("anything")
-    session._connector = None  # or its finalizer, which aiohttp has, finds none
+    session._connector = None  # aiohttp's finalizer reads it
 
 
 class BrokenError(Exception):
@@ -293,7 +293,7 @@ async def test_a_client_session_that_was_replaced_before_the_import_is_no_other(
 
 
 class OwnMock(mock.MagicMock):
-    """A mock of the user's own kind."""
+    """A subclass of the user's."""
 
 
 MOCKS: dict[str, Callable[[], Any]] = {
@@ -368,7 +368,7 @@ async def test_what_is_no_client_session_and_no_mock_is_an_error_that_says_what_
 
 
 def emptying(where: str, how: str) -> TraceConfig:
-    """Return a hook that takes all hooks off its session during a call."""
+    """Return a hook that removes all hooks of its ClientSession during a call."""
     config = TraceConfig()
 
     async def empty(session: Any, context: Any, params: Any) -> None:
@@ -457,7 +457,7 @@ class FailingFilter(logging.Filter):
 
 
 class FilteringHandler(logging.NullHandler):
-    """A null handler that asks its filters; that of the library does not."""
+    """A null handler that runs its filters, which ``logging.NullHandler`` doesn't."""
 
     def handle(self, record: logging.LogRecord) -> bool:
         return bool(self.filter(record))
@@ -465,7 +465,7 @@ class FilteringHandler(logging.NullHandler):
 
 @pytest.fixture(params=["handler", "filter of a handler", "filter of a logger"])
 def records(request: pytest.FixtureRequest) -> Iterator[list[logging.LogRecord]]:
-    """Let every record of the plugin raise, and give those that did."""
+    """Make every record of the plugin raise, and yield the records that did."""
     package = logging.getLogger("aiohttp_smg_routing")
     names = [name for name in logging.root.manager.loggerDict if name.startswith(package.name)]
     filtered = FilteringHandler()
@@ -489,7 +489,7 @@ def records(request: pytest.FixtureRequest) -> Iterator[list[logging.LogRecord]]
 
 
 class HeldWrong:
-    """The handlers of a server that does all that the plugin has a line for."""
+    """The handlers of a server that makes every mistake which the plugin logs."""
 
     def __init__(self, gateway: Recorder, elsewhere: Recorder) -> None:
         self.go_on = asyncio.Event()
@@ -526,7 +526,7 @@ async def test_logging_that_raises_fails_no_start_and_no_turn(
     records: list[logging.LogRecord],
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Every line that the plugin can say, in the life of a server that is held wrong."""
+    """The server makes every mistake, so the plugin logs every line that it has."""
     workers = iter(range(1_000))
     gateway.answer = lambda call: completion(worker=f"http://10.0.0.1:{next(workers)}")
     held, app = HeldWrong(gateway, elsewhere), web.Application()

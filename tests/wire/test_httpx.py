@@ -1,4 +1,4 @@
-"""The outbound half for httpx and httpx2: the contract on the wire that aiohttp's calls have."""
+"""The outbound half for httpx and httpx2: the same contract on the wire as for aiohttp."""
 
 import asyncio
 import functools
@@ -40,7 +40,7 @@ Send = Callable[..., Awaitable[Any]]
 
 
 class Caller:
-    """A client of httpx, sync or async, with the hook of a routing or with none."""
+    """An httpx client, sync or async, with or without the hook."""
 
     def __init__(self, module: ModuleType, kind: str, how: str) -> None:
         self.module, self.kind, self.how = module, kind, how
@@ -48,7 +48,7 @@ class Caller:
         self.routing: Routing
 
     def use(self, config: RoutingConfig) -> None:
-        """Have the hook of a routing on every client from now on."""
+        """Use the hook of a new routing for every client from now on."""
         self.routing = Routing(config)
         if self.how == "instrument":
             self._stack.enter_context(self.routing.instrument())
@@ -57,7 +57,7 @@ class Caller:
         self._stack.close()
 
     async def __call__(self, method: str, url: object, **options: Any) -> Any:
-        """Make a call in a new client that follows redirects."""
+        """Make a call with a new client that follows redirects."""
         own: dict[str, Any] = {
             name: options.pop(name) for name in ("auth", "base_url") if name in options
         }
@@ -153,7 +153,7 @@ async def test_other_calls_leave_byte_for_byte_as_without_the_plugin(
     call: Callable[[Caller, Recorder, Recorder], Awaitable[Any]],
 ) -> None:
     plain = Caller(caller.module, caller.kind, "plain")
-    caller.close()  # where every client has the hook, the plain one comes first
+    caller.close()  # the plain client must not have the hook
     seen = []
     for one in (plain, caller):
         if one is caller:
@@ -264,11 +264,11 @@ async def test_the_key_is_there_again_when_a_redirect_comes_back(
         await caller.post(gateway.chat, json={})
     assert [call.keys for call in gateway.calls] == [[b"s-1"], [b"s-1"]]
     assert [call.keys for call in elsewhere.calls] == [[]]
-    # The other server is on the gateway's host: a near miss.
+    # The other server is on the gateway's host, so a call to it is a near miss.
     assert caller.routing.pins.summary() == PinSummary(unknown=2, unmatched=1, sessions=1)
 
 
-# Who tags a call, and that it is counted once
+# Several routings: one tags a call, and it counts once
 
 
 async def test_each_try_of_an_auth_flow_carries_the_key(gateway: Recorder, caller: Caller) -> None:

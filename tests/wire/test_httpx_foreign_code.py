@@ -1,4 +1,4 @@
-"""Other code that sends, copies, holds or replaces what httpx has: each call keeps its one key."""
+"""Each call has one key, even if other code sends, copies, holds or replaces parts of httpx."""
 
 import asyncio
 import copy
@@ -22,7 +22,7 @@ MODULES = pytest.mark.parametrize("module", [httpx, httpx2], ids=["httpx", "http
 
 
 class Wire:
-    """A transport that keeps the keys of each request, and answers as it is told."""
+    """A transport that records the keys of each request, and gives the answers that a test sets."""
 
     def __init__(self, module: ModuleType, *outcomes: int | Exception) -> None:
         self.module, self.outcomes = module, [*outcomes]

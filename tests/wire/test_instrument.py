@@ -1,4 +1,4 @@
-"""Every ClientSession of the process, whoever makes it, and none after it is undone."""
+"""``instrument()`` covers every ClientSession of the process, and none once it is undone."""
 
 import asyncio
 import sys
@@ -48,7 +48,7 @@ async def test_every_session_carries_the_hook_until_it_is_undone(gateway: Record
                 assert await keys(during, gateway) == [b"s-1"]
                 undo.close()
                 assert await keys(during, gateway) == []
-        # The block's end changes nothing after that.
+        # The end of the block changes nothing more.
         async with ClientSession() as after:
             assert await keys(after, gateway) == []
             assert after.trace_configs == []
@@ -136,7 +136,7 @@ async def test_several_gateways_side_by_side_and_one_is_undone(
     gateway: Recorder, elsewhere: Recorder
 ) -> None:
     one = Routing(RoutingConfig(gateway.url)).instrument()
-    async with ClientSession() as kept:  # a library may keep one for the whole process
+    async with ClientSession() as kept:  # as a library may keep one for the whole process
         config = RoutingConfig(elsewhere.url, header="X-Pin", prefix="job-7/")
         with one, Routing(config).instrument():
             async with ClientSession() as session:
@@ -159,7 +159,7 @@ async def test_equal_routings_are_undone_one_by_one(gateway: Recorder, undone: i
     async with ClientSession() as session:
         blocks[undone].close()
         assert await keys(session, gateway) == [b"s-1"]
-        # The one that is left has the call, and not the one that is gone.
+        # The call counts in the remaining routing only.
         assert routings[1 - undone].pins.summary() == PinSummary(unknown=1, sessions=1)
         assert routings[undone].pins.summary() == PinSummary()
         blocks[1 - undone].close()
@@ -191,7 +191,7 @@ async def test_it_gets_along_with_others_that_wrap_the_constructor(gateway: Reco
     async with ClientSession() as session:
         assert await keys(session, gateway) == [b"s-1"]
         assert len(session.trace_configs) == 2
-    undo.close()  # the other one's wrapper stands over ours, and stays
+    undo.close()  # telemetry's wrapper around ours stays
     async with ClientSession() as session:
         assert await keys(session, gateway) == []
         assert len(session.trace_configs) == 1
@@ -227,7 +227,7 @@ async def test_sessions_made_in_threads_are_among_them(gateway: Recorder) -> Non
 
 
 def server(wire: Recorder, **config: Any) -> web.Application:
-    """Return a server that makes a ClientSession for each call, and knows nothing of the plugin."""
+    """Return a server without the plugin that makes a ClientSession for each call."""
 
     async def handler(request: web.Request) -> web.Response:
         async with ClientSession() as session, session.post(wire.chat):
@@ -341,7 +341,7 @@ async def test_it_reaches_what_apps_keep_before_they_start_once(
             runners.append(web.AppRunner(app))
             await runners[-1].setup()
         assert await keys(kept, gateway) == [b"s-1"]
-        # That of the process, and that of each app which names the session.
+        # The process has one hook, and so has each app that names the ClientSession.
         assert len(kept.trace_configs) == (3 if client_session else 1)
         for runner in runners:
             await runner.cleanup()
@@ -392,7 +392,7 @@ async def test_instrument_of_several_apps_side_by_side_and_undone_with_the_last(
 
 
 class Interruption:
-    """Does something once, when this thread reaches a given step of the core's code.
+    """Calls ``do`` once, when this thread reaches a given step of the core's code.
 
     A step is a line, or in ``client.py`` a bytecode instruction. Another thread could run at each
     of these points.
@@ -425,7 +425,7 @@ class Interruption:
 
 
 class Trial(NamedTuple):
-    """A piece of work, what another thread does meanwhile, and a check that follows both."""
+    """Work, an action of another thread meanwhile, and a check after both."""
 
     work: Callable[[], Awaitable[None]]
     do: Callable[[], object]
@@ -433,7 +433,7 @@ class Trial(NamedTuple):
 
 
 async def at_each_step(begin: Callable[[], Trial]) -> int:
-    """Interrupt a piece of work at each of its steps, in turn; return how many steps it has.
+    """Interrupt a piece of work at each of its steps in turn; return the number of steps.
 
     It runs in a thread of its own, because coverage traces this one.
     """
@@ -461,7 +461,7 @@ async def test_a_call_is_tagged_and_counted_once_wherever_another_app_lets_go_or
     their_url = elsewhere.url if gateways == "two" else gateway.url
 
     def begin() -> Trial:
-        # Routings with on_missing = "raise" come last; the others keep the order of their coming.
+        # Routings with on_missing = "raise" come last; the others keep their order.
         config = RoutingConfig(their_url, on_missing="pass" if order == "first" else "raise")
         theirs, ours = Routing(config), Routing(RoutingConfig(gateway.url))
         blocks = [theirs.instrument()] if what == "lets go" else []
@@ -521,7 +521,7 @@ async def test_a_session_that_is_made_while_the_last_app_lets_go_has_the_hook_of
         sessions: list[ClientSession] = []
         blocks = [theirs]
 
-        def do() -> None:  # for a moment there is nobody left
+        def do() -> None:  # briefly no routing is in force
             theirs.close()
             blocks.append(routing.instrument())
 
@@ -547,7 +547,7 @@ async def test_a_session_that_is_made_while_the_last_app_lets_go_has_the_hook_of
 async def test_calls_in_threads_are_tagged_while_other_apps_come_and_let_go(
     gateway: Recorder, elsewhere: Recorder
 ) -> None:
-    """Python switches between the threads as often as it can."""
+    """Threads make the calls while other routings start and stop."""
     threads, calls = 4, 100
     others = [Routing(RoutingConfig(elsewhere.url)) for _ in range(3)]
     is_over = threading.Event()

@@ -1,4 +1,4 @@
-"""Never in another session's name: code that outlives its request is late; no other code is."""
+"""Late calls: code that outlives its request makes them, and no other code does."""
 
 import asyncio
 import queue
@@ -37,7 +37,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def remedy(gateway: Recorder, code: str) -> str:
-    """Return what is said of the late calls of ``code``."""
+    """Return the warning about the late calls of ``code``."""
     return (
         f"POST {gateway.chat} is made by {code} in the session of a request that has ended. If "
         "that code serves other sessions too, start it when the app starts; if it is a job of this "
@@ -60,17 +60,17 @@ class Late:
         self.tasks: list[asyncio.Task[None]] = []
 
     def start(self, work: Coroutine[Any, Any, None]) -> None:
-        """Start a task, which is to wait for ``go_on``."""
+        """Start a task, which must wait for ``go_on``."""
         self.tasks.append(asyncio.create_task(work))
 
     async def finish(self) -> None:
-        """Let all of it come to its end."""
+        """Let all tasks go on and finish."""
         self.go_on.set()
         await asyncio.gather(*self.tasks)
 
 
 class Batcher:
-    """Makes the calls of all sessions in one task, which the first request starts."""
+    """Makes the calls of all sessions in one task that the first request starts."""
 
     def __init__(self, wire: Recorder) -> None:
         self._wire = wire
@@ -119,7 +119,7 @@ async def test_a_batcher_that_the_first_request_started_is_late_for_all_others(
     caplog: pytest.LogCaptureFixture,
     on_late: str,
 ) -> None:
-    """``on_missing`` does not help: the calls have a session, the wrong one."""
+    """``on_missing`` doesn't help, because the calls do have a session: the wrong one."""
     gateway.answer = lambda call: completion(worker="http://10.0.0.1:8000")
     batcher, registry = Batcher(gateway), CollectorRegistry()
     app = batching(
@@ -135,7 +135,7 @@ async def test_a_batcher_that_the_first_request_started_is_late_for_all_others(
         async with client.post(f"/s-{number}") as response:
             assert response.status == 200
     assert [sent.keys for sent in gateway.calls] == [[b"s-0"]] * 20
-    # Beside the outcome, which stays what it is.
+    # A late call also counts by its outcome, as any call.
     assert app[ROUTING].pins.summary() == PinSummary(first=1, kept=19, late=19, sessions=1)
     assert registry.get_sample_value("smg_routing_late_total") == 19
     assert registry.get_sample_value("smg_routing_calls_total", {"outcome": "kept"}) == 19
@@ -170,7 +170,7 @@ async def test_whatever_a_request_starts_is_late_when_it_has_ended(
     caplog: pytest.LogCaptureFixture,
     how: str,
 ) -> None:
-    """Such as a limiter or a token refresher that the first request starts."""
+    """Examples are a limiter or a token refresher that the first request starts."""
     loop = asyncio.get_running_loop()
     go_on, is_done = asyncio.Event(), asyncio.Event()
     tasks: list[asyncio.Task[None]] = []
@@ -246,7 +246,7 @@ async def test_it_is_said_once_for_each_coroutine(
 
 
 class Worker:
-    """A thread that calls for everybody, and has the context of the code that started it."""
+    """A thread that makes the calls of all sessions, in the context of the code that started it."""
 
     def __init__(self, routing: Routing, wire: Recorder) -> None:
         self._routing, self._wire = routing, wire
@@ -264,7 +264,7 @@ class Worker:
 
     async def ask(self, session_id: str) -> None:
         if self._thread is None:
-            context = copy_context()  # as a thread does under -X thread_inherit_context=1
+            context = copy_context()  # as under -X thread_inherit_context=1
             self._thread = threading.Thread(target=context.run, args=(self._run,))
             self._thread.start()
         done = threading.Event()
@@ -340,7 +340,7 @@ async def test_executor_threads_of_a_python_whose_threads_inherit_the_context_ar
     assert "in the session of a request that has ended" in done.stderr
 
 
-# What is not late
+# Calls that are not late
 
 
 def run_in_another_task(request: web.Request, handler: Handler) -> "Awaitable[web.StreamResponse]":
@@ -380,7 +380,7 @@ async def in_multipart_body(request: web.Request, wire: Recorder) -> web.StreamR
 
 
 class Events(Payload):
-    """A kind of body that aiohttp does not know."""
+    """A body of a type that aiohttp doesn't know."""
 
     def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
         raise TypeError("it is streamed")
@@ -415,7 +415,7 @@ async def in_streamed_response(request: web.Request, wire: Recorder) -> web.Stre
 
 
 async def after_preparing_in_a_task(request: web.Request, wire: Recorder) -> web.StreamResponse:
-    """Before Python 3.12 ``wait_for(response.prepare(request), ...)`` does so."""
+    """Before Python 3.12 ``wait_for(response.prepare(request), ...)`` makes such a task."""
     response = web.StreamResponse()
     await asyncio.create_task(prepared(response, request))
     await call(request, wire)
@@ -429,7 +429,7 @@ async def prepared(response: web.StreamResponse, request: web.Request) -> None:
 
 
 async def in_pump(request: web.Request, wire: Recorder) -> web.StreamResponse:
-    """A task of the handler's calls while the body is sent; the handler has long returned."""
+    """A task of the handler makes calls while the body is sent, after the handler has returned."""
     chunks: asyncio.Queue[bytes] = asyncio.Queue()
     is_sending = asyncio.Event()
 
@@ -461,7 +461,7 @@ async def in_thread(request: web.Request, wire: Recorder) -> web.StreamResponse:
 
 
 async def in_error(request: web.Request, wire: Recorder) -> web.StreamResponse:
-    """aiohttp prepares an answer that is raised."""
+    """aiohttp sends an answer that the handler raises."""
     await call(request, wire)
     raise web.HTTPOk
 
@@ -532,7 +532,7 @@ async def test_what_belongs_to_the_request_is_not_late(
 async def test_the_next_request_on_a_connection_does_not_prolong_the_last_one(
     gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    """aiohttp's ``request.task`` is that of the connection, which goes on."""
+    """aiohttp's ``request.task`` belongs to the connection, which outlives the request."""
     connections = set()
     is_next, has_called = asyncio.Event(), asyncio.Event()
 
@@ -592,7 +592,7 @@ async def test_a_websocket_is_a_request_that_lasts(
             await socket.send_str("call")
             assert await socket.receive_str() == "done"
         assert app[ROUTING].pins.summary().late == 0
-    await client.close()  # the server is closed, too, when its requests have ended
+    await client.close()  # also closes the server, after its requests
     assert_no_crosstalk(gateway, 6)
     has_ended.set()
     async with ClientSession(trace_configs=[app[ROUTING].trace_config()]) as app._state[CLIENT]:
@@ -639,7 +639,7 @@ async def test_a_client_that_disconnects_does_not_end_a_body_that_another_task_s
             yield b"chunk"
             try:
                 await asyncio.Event().wait()
-            except asyncio.CancelledError:  # by aiohttp, when the client has gone
+            except asyncio.CancelledError:  # aiohttp cancels when the client disconnects
                 await call(request, gateway)
                 await asyncio.create_task(call(request, gateway))
 
@@ -672,7 +672,7 @@ def tls_contexts() -> tuple[ssl.SSLContext, ssl.SSLContext]:
 async def test_a_request_is_over_while_its_connection_closes(
     gateway: Recorder, is_tls: bool
 ) -> None:
-    """It may take for ever, where the client reads nothing of what is left to send."""
+    """Closing may take forever if the client doesn't read the rest of the answer."""
     has_begun, is_closing = asyncio.Event(), asyncio.Event()
     tasks: list[asyncio.Task[None]] = []
     requests: list[tuple[Any, Any]] = []
@@ -686,7 +686,7 @@ async def test_a_request_is_over_while_its_connection_closes(
         tasks.append(asyncio.create_task(straggler(request)))
         await web.StreamResponse().prepare(request)
         assert request.transport
-        request.transport.write(bytes(2**25))  # more than the sockets take
+        request.transport.write(bytes(2**25))  # more than the sockets buffer
         has_begun.set()
         raise ZeroDivisionError
 
@@ -713,7 +713,7 @@ async def test_a_request_is_over_while_its_connection_closes(
 async def test_a_handler_that_is_cancelled_when_its_client_disconnects_leaves_late_tasks(
     gateway: Recorder,
 ) -> None:
-    """A turn under ``shield()`` goes on, and its request does not."""
+    """A turn under ``shield()`` outlives its request."""
     has_begun, has_ended = asyncio.Event(), asyncio.Event()
     tasks: list[asyncio.Task[None]] = []
     requests: list[asyncio.Task[None] | None] = []
@@ -730,13 +730,13 @@ async def test_a_handler_that_is_cancelled_when_its_client_disconnects_leaves_la
         try:
             await asyncio.shield(tasks[0])
         except asyncio.CancelledError:
-            await call(request, gateway)  # the handler is not over
+            await call(request, gateway)  # the handler is still running
             raise
         return web.Response()
 
     app = pinned_server(gateway.url)
     app.router.add_post("/{session_id}", handler)
-    server = TestServer(app)  # with handler_cancellation
+    server = TestServer(app)  # uses handler_cancellation
     await server.start_server()
     _, writer = await asyncio.open_connection("127.0.0.1", server.port)
     writer.write(b"POST /s-1 HTTP/1.1\r\nHost: h\r\nContent-Length: 0\r\n\r\n")
@@ -757,7 +757,7 @@ async def test_a_handler_that_is_cancelled_when_its_client_disconnects_leaves_la
 async def test_a_streamed_body_that_another_task_sends_has_the_session(
     gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    """A time limit above the plugin runs the handler in a task; the body is sent outside of it."""
+    """A time limit above the plugin runs the handler in a task; another task sends the body."""
     app = pinned_server(gateway.url, on_late="raise", on_missing="raise")
     app.middlewares.insert(0, with_a_time_limit)
     senders, handlers = [], []
@@ -779,7 +779,7 @@ async def test_a_streamed_body_that_another_task_sends_has_the_session(
             assert await response.read() == b"chunk"
     assert set(senders).isdisjoint(handlers)
     assert_no_crosstalk(gateway, 3)
-    # The request after it, without a session, on the same connection, has none.
+    # The next request on the connection, which names no session, has none.
     async with client.post("/v1/chat/completions") as response:
         assert response.status == 500
 
@@ -889,7 +889,7 @@ async def test_a_pump_is_not_late_between_a_time_limit_and_the_answer(
 async def test_what_a_middleware_above_a_time_limit_waits_for_is_not_late(
     gateway: Recorder, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The handler has sent its answer to the end, and the request goes on without it."""
+    """The handler has sent its whole answer, but the request goes on in a middleware."""
     is_sent = asyncio.Event()
     tasks: list[asyncio.Task[None]] = []
 
@@ -956,7 +956,7 @@ async def test_nested_apps_end_with_the_one_request_that_they_handle(
 
 
 def nested(gateway: Recorder, handler: Handler, *middlewares: Any) -> web.Application:
-    """Return an app with another one in it; both have the plugin, and only the outer finds ids."""
+    """Return an app with a sub-app; both have the plugin, but only the outer finds ids."""
     app = pinned_server(gateway.url, session_id="query:outer", on_late="raise")
     app.middlewares[:0] = middlewares
     inner = web.Application()
@@ -1077,7 +1077,7 @@ async def test_a_middleware_alone_tells_late_code_from_other_code_too(
     assert routing.pins.summary().late == 1
 
 
-# What names its session
+# Code that names its session
 
 
 async def jobs(
@@ -1085,7 +1085,7 @@ async def jobs(
     aiohttp_client: AiohttpClient,
     start: Callable[[Callable[[], Coroutine[Any, Any, None]]], Coroutine[Any, Any, None]],
 ) -> PinSummary:
-    """Play three requests that each start a job, which calls when they have ended."""
+    """Play three requests that each start a job; the jobs make their calls after the requests."""
     late = Late()
 
     async def handler(request: web.Request) -> web.Response:
@@ -1133,7 +1133,7 @@ async def test_what_a_job_of_in_session_starts_is_named_too(
 async def test_in_session_of_code_that_is_late_stays_late(
     gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    """Else a batcher that wraps each call would name the first request's session for all."""
+    """Otherwise a batcher that wraps each call would hide that all have the first session."""
     late = Late()
 
     async def job(request: web.Request) -> None:
@@ -1158,7 +1158,7 @@ async def test_in_session_of_code_that_is_late_stays_late(
 async def test_a_routing_session_names_the_session_of_a_job(
     gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    """One that late code enters itself, for each job."""
+    """The late code enters a block for each job."""
     late = Late()
     app = pinned_server(gateway.url, on_late="raise")
 
@@ -1210,7 +1210,7 @@ async def test_a_task_that_is_made_within_a_block_has_its_session_named(
 async def test_a_worker_that_is_started_when_the_app_starts_has_no_request_to_outlive(
     gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    """The right way for a batcher: each job brings its session."""
+    """This is the right way for a batcher: each job brings its session."""
     work: asyncio.Queue[tuple[Coroutine[Any, Any, None], asyncio.Future[None]]] = asyncio.Queue()
 
     async def run() -> None:
@@ -1279,7 +1279,7 @@ async def test_a_task_that_prepares_the_answers_of_others_has_none_of_their_sess
 
 @web.middleware
 async def cloning(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """As a middleware does that reads the headers of a proxy."""
+    """Clone the request, as a middleware does that reads a proxy's headers."""
     return await handler(request.clone(scheme="https"))
 
 

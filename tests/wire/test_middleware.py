@@ -1,4 +1,4 @@
-"""No crosstalk: a key is that of the session whose inbound request caused the call."""
+"""No crosstalk: each call has the key of the session whose inbound request caused it."""
 
 import asyncio
 import sys
@@ -24,7 +24,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 async def call(request: web.Request, wire: Recorder) -> None:
-    """Make a call whose body names the session that it belongs to."""
+    """Make a call whose body names its session."""
     async with request.config_dict[CLIENT].post(
         wire.chat, data=request.match_info["session_id"].encode()
     ) as response:
@@ -77,7 +77,7 @@ async def in_streamed_body(request: web.Request, wire: Recorder) -> web.StreamRe
 async def in_block_that_is_open_before_the_body(
     request: web.Request, wire: Recorder
 ) -> web.StreamResponse:
-    """The handler takes the first chunk, as one does that answers with an error without it."""
+    """The handler reads the first chunk, so that it could still answer with an error."""
 
     async def chunks() -> AsyncIterator[bytes]:
         with routing_session("judge"):
@@ -146,7 +146,7 @@ async def test_thousands_of_sessions_at_once_stay_apart(
     sessions = 3000
     waiting = 0
     everybody_is_here = asyncio.Event()
-    arriving = asyncio.Semaphore(100)  # fewer than a server's queue of connections
+    arriving = asyncio.Semaphore(100)  # fewer than a server's backlog
 
     async def handler(request: web.Request) -> web.Response:
         nonlocal waiting
@@ -377,7 +377,7 @@ async def test_nested_apps_with_a_gateway_each_stay_apart(
 async def test_apps_that_share_a_client_session_stay_apart(
     gateway: Recorder, elsewhere: Recorder, outgoing: ClientSession, aiohttp_client: AiohttpClient
 ) -> None:
-    """An id goes to the gateways of its own app only, in that app's key form and header."""
+    """An id goes only to the gateways of its app, in that app's form of key and header."""
     configs = [
         RoutingConfig(gateway.url, session_id="query:one", key="digest", secret="k"),
         RoutingConfig([gateway.url, elsewhere.url], session_id="query:two", header="X-Pin"),
@@ -432,7 +432,7 @@ async def test_middleware_that_is_not_enabled_does_nothing(
 async def test_one_request_that_is_handled_as_several_at_once_keeps_their_sessions_apart(
     gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    """An outer middleware may begin several handlers before one of them runs."""
+    """An outer middleware may start several handlers before any of them runs."""
 
     @web.middleware
     async def fan_out(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -457,7 +457,7 @@ async def test_one_request_that_is_handled_as_several_at_once_keeps_their_sessio
 async def test_a_second_try_of_a_request_has_nothing_of_the_first_ones_session(
     gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    """A middleware above the plugin may run the handler again, as another client's."""
+    """A middleware above the plugin may run the handler again without a session."""
 
     @web.middleware
     async def again(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -504,7 +504,7 @@ async def test_a_second_try_of_a_request_has_nothing_of_an_inner_apps_session_of
 
 
 class Calling(Payload):
-    """A body that several answers may have."""
+    """A body that several answers may share."""
 
     def decode(self, encoding: str = "utf-8", errors: str = "strict") -> str:
         raise TypeError("it is streamed")
@@ -516,7 +516,7 @@ class Calling(Payload):
 async def test_a_body_that_several_answers_have_is_sent_in_the_session_of_each(
     gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    """The first answer is sent after the others: a middleware above the plugin holds it back."""
+    """A middleware above the plugin holds back the first answer until the others are sent."""
     has_come, may_go = asyncio.Event(), asyncio.Event()
 
     @web.middleware
@@ -552,7 +552,7 @@ async def test_a_body_that_several_answers_have_is_sent_in_the_session_of_each(
 
 
 class Writer(AbstractStreamWriter):
-    """The least that the tests of a user need: nothing is written to it."""
+    """A minimal writer, as in a user's tests; it writes nothing."""
 
     transport = None
     write = write_eof = drain = write_headers = enable_compression = enable_chunking = None  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""Never silent: every wrong use leaves a line in the log that says what to do."""
+"""Never silent: every mistake in use logs a line that says what to do."""
 
 import asyncio
 import http.client
@@ -35,7 +35,7 @@ CHAT = "/v1/chat/completions"
 
 
 def said(caplog: pytest.LogCaptureFixture, level: int = logging.WARNING) -> list[str]:
-    """Return what the plugin has said, from ``level`` on."""
+    """Return the messages that the plugin has logged, from ``level`` up."""
     return [
         record.getMessage()
         for record in caplog.records
@@ -221,7 +221,7 @@ class Everywhere(AbstractResolver):
 
 
 def calling(*urls: URL | str) -> Callable[[web.Request], Awaitable[web.Response]]:
-    """Return a handler that calls each URL; one that can't be reached is no error."""
+    """Return a handler that calls each URL, and ignores those that it can't reach."""
 
     async def handler(request: web.Request) -> web.Response:
         for url in urls:
@@ -239,7 +239,7 @@ def calling(*urls: URL | str) -> Callable[[web.Request], Awaitable[web.Response]
 async def playing(
     config: dict[str, Any], *urls: URL | str, **options: Any
 ) -> AsyncIterator[tuple[Routing, Callable[..., Awaitable[None]]]]:
-    """Run a server that calls each URL in a turn; give its routing, and what plays turns."""
+    """Run a server that calls each URL in a turn; yield its routing and a function for turns."""
     app = web.Application()
     app.router.add_route("*", "/{session_id}", calling(*urls))
 
@@ -355,7 +355,7 @@ async def test_a_near_miss_is_counted_and_said_after_twenty(
     url: str,
     problem: str,
 ) -> None:
-    # Nobody answers to TLS: the call fails, and is a near miss all the same.
+    # Nothing answers TLS here: the call fails, but is still a near miss.
     port = free_port() if url.startswith("https") else gateway.url.port
     config, url, problem = (text.format(port=port) for text in (config, url, problem))
     line = f"POST {url} goes out without a key: {problem}"
@@ -384,7 +384,7 @@ async def test_a_near_miss_is_counted_and_said_after_twenty(
     ],
 )
 def test_advice_that_is_followed_helps(config: str, url: str) -> None:
-    """What ``explain()`` says to add makes it say that the call carries the key."""
+    """A config with the additions that ``explain()`` advises makes the call carry the key."""
     config, url = config.format(port=30000), url.format(port=30000)
     sentence = Routing({"gateway": config}).explain("POST", url)
     advised = sentence.partition("; add ")[2].removesuffix(" to gateway")
@@ -468,7 +468,7 @@ async def test_a_get_is_no_near_miss(gateway: Recorder, caplog: pytest.LogCaptur
 async def test_near_misses_outside_a_session_are_said_once_and_not_counted(
     gateway: Recorder, elsewhere: Recorder, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Two things are wrong, the host and the source, and neither shows the other."""
+    """Both the host and the source are wrong, and the line says so."""
     routing = Routing({"gateway": str(gateway.url)})
     async with ClientSession(trace_configs=[routing.trace_config()]) as session:
         for call in range(1, 50):
@@ -500,7 +500,7 @@ async def test_near_misses_are_said_once_for_each_origin(
 async def test_near_misses_are_not_said_where_a_call_was_tagged(
     gateway: Recorder, elsewhere: Recorder, caplog: pytest.LogCaptureFixture, before: int
 ) -> None:
-    """A server that calls the gateway and a judge model is all right."""
+    """A server may rightly call both the gateway and a judge model elsewhere."""
     routing = Routing({"gateway": str(gateway.url)})
     async with ClientSession(trace_configs=[routing.trace_config()]) as session:
         with routing_session("s-1"):
@@ -524,7 +524,7 @@ async def test_a_call_that_another_routing_tags_is_no_near_miss(
     caplog: pytest.LogCaptureFixture,
     order: tuple[int, int],
 ) -> None:
-    """Two routings on one ClientSession: each leaves the other's gateway alone."""
+    """Of two routings on one ClientSession, each ignores calls to the other's gateway."""
     caplog.set_level(logging.DEBUG, "aiohttp_smg_routing")
     routings = [Routing({"gateway": str(wire.url)}) for wire in (gateway, elsewhere)]
     async with ClientSession() as session:
@@ -640,7 +640,7 @@ async def test_a_redirect_to_what_is_near_counts_too(
     assert routing.pins.summary().unmatched == 1
 
 
-# Nothing at all
+# No calls at all
 
 
 NOTHING = (
@@ -695,7 +695,7 @@ async def test_a_client_session_that_was_forgotten_is_said_after_fifty_requests(
 async def test_a_client_session_that_is_made_anew_at_run_time_is_said(
     gateway: Recorder, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The one that the app had when it started has the hook, and calls nobody."""
+    """The ClientSession that the app had at start-up has the hook, but makes no calls."""
 
     async def handler(request: web.Request) -> web.Response:
         async with ClientSession() as session, session.post(gateway.chat):
@@ -717,7 +717,7 @@ async def test_a_client_session_that_is_made_anew_at_run_time_is_said(
 async def test_calls_to_a_url_that_resembles_no_gateway_are_said_to_be_a_reason(
     gateway: Recorder, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Neither their host nor their path is near: they look like calls to any other service."""
+    """Neither host nor path is similar, so the calls could be to any other service."""
     app = without_hook(gateway.url / "generate")
     setup(app, {"gateway": "http://192.0.2.1", "client_session": "client"})
     client = await aiohttp_client(app)
@@ -783,7 +783,7 @@ async def test_near_misses_are_not_nothing_at_all(
 
 
 def sometimes_calling(url: URL) -> web.Application:
-    """Return a server that calls the gateway in some requests, and in others not."""
+    """Return a server that calls the gateway in some requests only."""
 
     async def reward(request: web.Request) -> web.Response:
         return web.Response()
@@ -840,7 +840,7 @@ RUNS = {
 
 
 def idle_and_missing(gateway: Recorder) -> web.Application:
-    """Return an app with routes that make no call, and calls without a session."""
+    """Return an app with a route that makes no call, and one that calls without a session."""
 
     async def missing(request: web.Request) -> web.Response:
         with routing_session(None):
@@ -861,7 +861,7 @@ async def test_a_run_is_said_once_before_the_first_call_that_is_tagged_and_once_
     what: str,
     phrase: str,
 ) -> None:
-    """What is wrong later is another mistake, such as a session that was made anew."""
+    """A later run is another mistake, such as a new ClientSession without the hook."""
     app = idle_and_missing(gateway)
     app.router.add_post("/{session_id}/near", calling(elsewhere.chat))
     setup(app, {"gateway": str(gateway.url), "client_session": "client"})
@@ -874,7 +874,7 @@ async def test_a_run_is_said_once_before_the_first_call_that_is_tagged_and_once_
         return [line for line in said(caplog) if phrase in line]
 
     assert len(await play(f"/s-1/{what}", 60)) == 1
-    assert len(said(caplog)) == 1  # of anything
+    assert len(said(caplog)) == 1  # and no other line
     assert len(await play("/s-1", 1)) == 1
     assert len(await play(f"/s-1/{what}", 999)) == 1
     assert len(await play(f"/s-1/{what}", 100)) == 2
@@ -1023,7 +1023,7 @@ async def test_on_missing_warn_says_route_and_sources_and_is_capped(
     )
     lines = said(caplog)
     assert lines.count(f"{problem}; the gateway may route it to any worker") == 60
-    # And one each: that none of twenty had a session, and what a run of them means.
+    # One more line says that none of twenty had a session, and one says what a run means.
     assert len(lines) == 62
     hint = "no source of session_id finds one, or the calls are made outside a request"
     assert f"20 calls without a session: {hint}" in lines
@@ -1033,13 +1033,13 @@ async def test_on_missing_warn_says_route_and_sources_and_is_capped(
     ]
 
 
-# Healthy servers, of which nothing is said
+# Healthy servers log nothing
 
 
 def waiting_for_all(
     url: URL, everybody: int, *, block: bool = False, streamed: bool = False
 ) -> web.Application:
-    """Return a server whose handlers, or streamed bodies, call once so many requests are there."""
+    """Return a server that calls the gateway only once ``everybody`` requests have arrived."""
     here = 0
     are_here = asyncio.Event()
 
@@ -1075,7 +1075,7 @@ async def test_many_requests_that_wait_before_their_calls_are_no_reason_to_speak
     block: bool,
     streamed: bool,
 ) -> None:
-    """As at the start of a job. Of nested apps, the inner one has the calls."""
+    """This happens at the start of a job. With nested apps, the inner one makes the calls."""
     app = inner = waiting_for_all(gateway.chat, 60, block=block, streamed=streamed)
     config = {"gateway": str(gateway.url)}
     if nested:
@@ -1149,7 +1149,7 @@ async def test_a_route_that_an_agent_made_up_puts_no_line_into_the_log(
 async def test_requests_none_of_which_has_a_session_are_said_where_no_call_is_seen(
     aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The source is wrong, and the call is made by something else than aiohttp."""
+    """The source is wrong, and the calls are not made with aiohttp."""
 
     async def handler(request: web.Request) -> web.Response:
         return web.Response()
@@ -1171,7 +1171,7 @@ async def test_requests_none_of_which_has_a_session_are_said_where_no_call_is_se
 async def test_requests_that_have_no_session_beside_turns_that_are_tagged_say_nothing(
     gateway: Recorder, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A server has other calls than turns."""
+    """A server also gets requests that are not turns."""
 
     async def handler(request: web.Request) -> web.Response:
         return web.Response()

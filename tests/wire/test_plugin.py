@@ -1,4 +1,4 @@
-"""``setup()``: what one line joins to an app, and that all of it is taken off at clean-up."""
+"""``setup()`` adds the plugin to an app, and clean-up removes all of it."""
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
@@ -189,7 +189,7 @@ async def test_client_session_may_name_several(
 async def test_an_app_that_is_cleaned_up_leaves_no_hook(
     gateway: Recorder, outgoing: ClientSession
 ) -> None:
-    """The next app on the same ClientSession sends its own keys, and after the last nobody does."""
+    """The next app on the ClientSession sends its own keys; after the last app there are none."""
     for number in range(50):
         app = web.Application()
         app[CLIENT] = outgoing
@@ -202,7 +202,7 @@ async def test_an_app_that_is_cleaned_up_leaves_no_hook(
         assert await keys(outgoing, gateway) == [f"{number}/s-1".encode()]
         await runner.cleanup()
         assert outgoing.trace_configs == []
-    async with outgoing.post(gateway.chat):  # on_missing = "raise" of an app that has ended
+    async with outgoing.post(gateway.chat):  # on_missing = "raise" no longer applies
         pass
     assert gateway.last.keys == []
 
@@ -438,7 +438,7 @@ async def test_earlier_middlewares_can_store_the_id(
 
 
 def passing_all_on(upstream: Recorder) -> Any:
-    """Return the handler of a naive proxy that sends back whatever the gateway sent."""
+    """Return the handler of a naive proxy that passes on the gateway's answer."""
 
     async def handler(request: web.Request) -> web.StreamResponse:
         async with request.app[CLIENT].post(upstream.chat) as answer:
@@ -462,7 +462,7 @@ def passing_all_on(upstream: Recorder) -> Any:
 async def test_hide_worker_ids_takes_the_header_off_and_leaves_the_body(
     gateway: Recorder, aiohttp_client: AiohttpClient, how: str, hide: bool
 ) -> None:
-    """The option promises the header only."""
+    """The option covers the header only."""
     gateway.answer = lambda call: completion(f"from {WORKER}", worker=WORKER)
     app = pinned_server(gateway.url, hide_worker_ids=hide)
     app.router.add_post("/all/{session_id}", passing_all_on(gateway))
@@ -478,7 +478,7 @@ async def test_hide_worker_ids_takes_the_header_off_and_leaves_the_body(
 async def test_a_turn_starts_few_functions_of_the_core(
     gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    """Agent, server and gateway run in this process; the agent's own session has no hook."""
+    """Agent, server and gateway run in this process; the agent's ClientSession has no hook."""
     gateway.answer = lambda call: completion(worker=WORKER)
     client = await aiohttp_client(pinned_server(gateway.url))
 
@@ -486,7 +486,7 @@ async def test_a_turn_starts_few_functions_of_the_core(
         async with client.post(PATH, json={}) as response:
             assert response.status == 200
 
-    for _ in range(2):  # the first one is entered in the ledger
+    for _ in range(2):  # the first turn makes the ledger's entry
         await turn()
     assert 0 < await calls_into_plugin(turn) <= MOST_FUNCTIONS_OF_A_TURN
 

@@ -1,4 +1,4 @@
-"""The laws of what goes out and what comes in, for whatever input, judged by what arrived."""
+"""The laws of outbound and inbound requests hold for any input, judged by what arrived."""
 
 import asyncio
 import logging
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.thorough
 
 @pytest.fixture
 def run() -> Iterator[Run[Any]]:
-    """Run coroutines on one loop, which lives as long as the test."""
+    """Run coroutines on one loop, which lasts as long as the test."""
     loop = asyncio.new_event_loop()
     yield loop.run_until_complete
     loop.run_until_complete(loop.shutdown_asyncgens())
@@ -40,7 +40,7 @@ def run() -> Iterator[Run[Any]]:
 
 @pytest.fixture(autouse=True)
 def _debug() -> Iterator[None]:
-    """Let the plugin say why each call carries a key or none: that fails no call either."""
+    """Log at DEBUG why each call carries a key or not; this must not fail a call either."""
     logger, nobody = logging.getLogger("aiohttp_smg_routing"), logging.NullHandler()
     level, logger.propagate = logger.level, False
     logger.setLevel(logging.DEBUG)
@@ -91,10 +91,10 @@ PATHS = [
 
 
 def mostly(own: str, *odd: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
-    return st.one_of(*(st.just(own) for _ in range(4)), *odd)  # of one thing, four of it are one
+    return st.one_of(*(st.just(own) for _ in range(4)), *odd)  # own counts four times
 
 
-#: Of most URLs one part or two are odd, and the others are the gateway's own.
+#: Most URLs have one or two odd parts; the others are the gateway's.
 URLS = st.builds(
     "{}://{}{}{}{}{}".format,
     st.sampled_from(["<scheme>"] * 11 + ["http", "https", "HTTP", "HTTPS", "ws", "wss", "ftp", ""]),
@@ -130,8 +130,8 @@ def test_a_key_reaches_the_gateways_origin_and_path_or_nobody(
             url = URL(text, encoded=encoded)
         except (ValueError, IndexError):
             assume(False)
-        # What is encoded is ASCII. aiohttp 3.9 sends such a host on as it is, but encodes it where
-        # the URL has a user; it could be another one than who wrote it means.
+        # An encoded URL should be ASCII. aiohttp 3.9 sends any other host unchanged, but encodes it
+        # if the URL has a user, so that it may be another host than the writer meant.
         assume(not encoded or url.raw_authority.isascii())
         arrived = run(
             origins.assert_key_or_nothing(
@@ -278,7 +278,7 @@ def test_headers_of_every_shape_gain_one_key_or_nothing_and_stay_the_callers(
         url = URL(f"http://{host}/v1/chat/completions")
 
         async def send(session: ClientSession) -> ClientResponse:
-            given = iter(pairs) if shape is iter else headers  # an iterator can be read once
+            given = iter(pairs) if shape is iter else headers  # an iterator can be read only once
             return await session.post(url, headers=given, data=b"{}")
 
         arrived = run(origins.assert_key_or_nothing(gateway, send, headers=session_wide))
@@ -290,7 +290,7 @@ def test_headers_of_every_shape_gain_one_key_or_nothing_and_stay_the_callers(
     assert (+tagged).keys() == {*SHAPES}
 
 
-#: A segment of a path as bytes on the wire: raw where HTTP allows it, percent-encoded at will.
+#: Segments of a path as bytes on the wire, percent-encoded or raw where HTTP allows it.
 SEGMENTS = st.lists(
     st.sampled_from(
         [
@@ -362,7 +362,7 @@ def test_a_percent_encoded_id_in_the_path_gives_one_clean_key(run: Run[Any]) -> 
         wire.calls.clear()
         seen.clear()
         answered: bytes = run(send(server.port, segment))
-        if not seen:  # the server takes no such path
+        if not seen:  # the server rejects the path
             assert answered.startswith((b"HTTP/1.1 400", b"HTTP/1.1 404"))
             assert wire.calls == []
             return

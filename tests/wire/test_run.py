@@ -1,4 +1,4 @@
-"""``aiohttp-smg-routing run``: real servers, as they are, in processes of their own."""
+"""``aiohttp-smg-routing run`` with real, unchanged servers in separate processes."""
 
 import asyncio
 import os
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.thorough
 ROOT = str(Path(aiohttp_smg_routing.__file__).parents[1])
 RUN = ("-m", "aiohttp_smg_routing", "run")
 
-# Somebody's server: the app is made and run in one function, and its turns call by httpx.
+# A user's server: one function makes and runs the app, and its turns call with httpx.
 SERVER = """
 import asyncio, json, os, sys, subprocess
 import httpx
@@ -63,7 +63,7 @@ if __name__ == "__main__":
 
 
 class Server:
-    """A server's process, and where it is."""
+    """A server's process and its URL."""
 
     def __init__(self, process: asyncio.subprocess.Process, url: URL) -> None:
         self.process, self.url = process, url
@@ -81,7 +81,7 @@ class Server:
                     assert response.status == 200, await response.text()
 
     async def stop(self) -> int:
-        """End it with SIGTERM; return its exit status."""
+        """Stop the process with SIGTERM; return its exit status."""
         self.process.send_signal(signal.SIGTERM)
         _, said = await self.process.communicate()
         self.said = said.decode()
@@ -97,7 +97,7 @@ async def running(
     edit: str = "pass",
     env: Mapping[str, str] | None = None,
 ) -> AsyncIterator[Server]:
-    """Run the server in ``folder``, as ``argv`` has it, until it answers and the block ends."""
+    """Run the server in ``folder`` with ``argv`` until the block ends; yield once it answers."""
     (folder / "server.py").write_text(SERVER.replace("EDIT", edit))
     port = free_port()
     url = URL(f"http://127.0.0.1:{port}")
@@ -237,7 +237,7 @@ async def test_a_frozen_app_is_served_without_the_plugin_and_named(
     assert "is frozen before it is served" in server.said
 
 
-# What comes out
+# Exit statuses and output
 
 
 def command(

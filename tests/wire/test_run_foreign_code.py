@@ -1,4 +1,4 @@
-"""``aiohttp-smg-routing run`` beside other code: launchers, children, and a ``sitecustomize``."""
+"""``aiohttp-smg-routing run`` with launchers, child processes and a ``sitecustomize``."""
 
 import os
 import subprocess
@@ -67,7 +67,7 @@ def test_a_sitecustomize_that_fails_says_so_as_without_run(tmp_path: Path) -> No
     own = tmp_path / "own"
     own.mkdir()
     (own / "sitecustomize.py").write_text("import no_such_module\n")
-    # Only the server has it.
+    # Only the server, not ``run``, gets the failing sitecustomize.
     line = f"PYTHONPATH=$PYTHONPATH:{own} {sys.executable} -c 'print(1)'"
     run = done(tmp_path, *RUN, "--", "bash", "-c", line)
     assert run.stdout == "1\n"

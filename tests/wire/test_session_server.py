@@ -1,6 +1,6 @@
-"""The example session server, between a real agent's client and a gateway that does as it is told.
+"""The example session server between a real agent's client and a scripted gateway.
 
-No test waits a fixed time for something to happen: a turn is held in the gateway by an event.
+No test waits for a fixed time: the gateway holds a turn until an event is set.
 """
 
 import asyncio
@@ -57,7 +57,7 @@ def event(*, finish_reason: str | None = None, **delta: object) -> bytes:
 def canned(
     status: int = 200, text: str = "reply", finish_reason: str = "stop", **headers: str
 ) -> Answer:
-    """Answer with a completion that says ``text``, or with an error that does."""
+    """Answer with a completion, or an error, whose text is ``text``."""
 
     async def answer(request: web.Request) -> web.Response:
         message = {"index": 0, "message": assistant(text), "finish_reason": finish_reason}
@@ -83,7 +83,7 @@ async def event_stream(request: web.Request, *chunks: bytes) -> web.StreamRespon
 
 
 def streamed(*chunks: bytes) -> Answer:
-    """Answer with a stream of ``chunks`` that ends as a response should."""
+    """Answer with a stream of ``chunks`` that ends properly."""
 
     async def answer(request: web.Request) -> web.StreamResponse:
         return await event_stream(request, *chunks)
@@ -92,7 +92,7 @@ def streamed(*chunks: bytes) -> Answer:
 
 
 def broken_off(*chunks: bytes) -> Answer:
-    """Answer with a stream of ``chunks`` and a connection that is closed in its middle."""
+    """Answer with a stream of ``chunks``, then close the connection before its end."""
 
     async def answer(request: web.Request) -> web.StreamResponse:
         response = await event_stream(request, *chunks)
@@ -104,7 +104,7 @@ def broken_off(*chunks: bytes) -> Answer:
 
 
 class Held:
-    """Answer, but not before ``release`` is set; ``gone`` tells that the caller hung up."""
+    """Answer once ``release`` is set; ``gone`` is set if the caller hangs up before."""
 
     def __init__(self, *chunks: bytes, then: Answer | None = None) -> None:
         self.chunks, self.then = chunks, then or canned()
@@ -123,7 +123,7 @@ class Held:
 
 @dataclass
 class Call:
-    """What the gateway received."""
+    """A call that the gateway received."""
 
     url: URL
     headers: CIMultiDict[str]
@@ -132,7 +132,7 @@ class Call:
 
 @dataclass
 class Gateway:
-    """A gateway that gives the ``answers`` one by one, and then a good one to every call."""
+    """A gateway that gives ``answers`` one by one, and then a good answer to every call."""
 
     url: URL = field(default_factory=URL)
     calls: list[Call] = field(default_factory=list)
@@ -151,7 +151,7 @@ class Gateway:
 
 
 class Texts(Agent):
-    """An agent that is told what to say, and shown what it is answered."""
+    """An agent whose turns a test writes, and whose answers it sees."""
 
     async def say(self, *texts: str, **more: object) -> tuple[int, Json]:
         """Play a turn whose conversation is ``texts``; return the answer's status and JSON."""
@@ -175,7 +175,7 @@ class Texts(Agent):
 
 @asynccontextmanager
 async def hanging_up(agent: Texts, *texts: str) -> AsyncIterator[None]:
-    """Begin a turn for an agent that hangs up at the end of the block."""
+    """Start a turn of an agent that hangs up at the end of the block."""
     async with ClientSession() as http:
         turn = Texts(http, agent.url).start(*texts)
         yield
@@ -468,7 +468,7 @@ async def test_a_turn_is_rolled_back_between_its_tries(start: Start, upstream: G
         held.release.set()
         await agent.until_transcript_is(0)
         assert len(upstream.calls) == 1
-    # The agent has gone, and so has its turn: the next one need not wait for the pause to end.
+    # The turn ended with its agent, so the next one doesn't wait for the pause between tries.
     assert (await soon(agent.say("hello")))[0] == 200
     assert await agent.transcript() == (1, [user("hello"), assistant("reply")])
 
@@ -509,7 +509,7 @@ def test_other_pauses_are_spread(headers: dict[str, str]) -> None:
 
 
 class WatchedLock(asyncio.Lock):
-    """A lock that tells when somebody has to wait for it."""
+    """A lock that sets an event when a task has to wait for it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -523,7 +523,7 @@ class WatchedLock(asyncio.Lock):
 
 @pytest.fixture
 def watched_lock(monkeypatch: pytest.MonkeyPatch) -> WatchedLock:
-    """Return the lock of the one session that is made in the test."""
+    """Return the lock of the test's only session."""
     lock = WatchedLock()
     make = session_server.Session
     monkeypatch.setattr(session_server, "Session", lambda session_id: make(session_id, lock=lock))
@@ -660,10 +660,10 @@ async def test_a_stream_that_the_engine_aborts_is_cut_before_its_end_and_rolled_
     async with agent.post("hi", "more", stream=True) as response:
         assert await soon(response.content.readexactly(len(first))) == first
         seen.set()
-        with pytest.raises(aiohttp.ClientPayloadError):  # and no [DONE], which reads as whole
+        with pytest.raises(aiohttp.ClientPayloadError):  # a [DONE] would look complete
             await soon(response.content.readany())
     assert await agent.transcript() == (1, [user("hi"), assistant("reply")])
-    async with agent.post("hi", "more", stream=True) as response:  # the agent tries it again
+    async with agent.post("hi", "more", stream=True) as response:  # the agent retries
         await response.read()
     assert (await agent.transcript())[0] == 2
 

@@ -1,4 +1,4 @@
-"""Servers of the shapes that have no place for the one line. They know nothing of the plugin.
+"""Servers without the plugin, whose structure leaves no place to add the one line.
 
-Each is a program of one file, as its author left it.
+Each is an unchanged program in one file.
 """

@@ -1,4 +1,4 @@
-"""A router that runs in a thread of its own, and calls by httpx.
+"""A router that runs in its own thread and calls with httpx.
 
 python router.py --port PORT --upstream URL
 """
