@@ -11,7 +11,7 @@ from aiohttp import ClientSession
 from aiohttp_smg_routing.testing import SmgGateway, smg_gateway
 
 from ..verify_servers import in_background, stub_engines
-from .test_verify_gateway import Run, verify
+from ..verifying import Run, verify
 
 ON, OFF = ("--worker-overload-protection",), ("--disable-worker-overload-protection",)
 

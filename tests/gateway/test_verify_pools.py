@@ -13,7 +13,7 @@ from aiohttp_smg_routing.testing import child_process, free_ports
 from harness.servers import session_server
 
 from ..verify_servers import in_background, stub_engines
-from .test_verify_gateway import verify
+from ..verifying import verify
 
 
 @asynccontextmanager

@@ -13,7 +13,7 @@ from aiohttp_smg_routing.verify.schedule import message
 from harness.servers import serve, session_server
 
 from ..verify_servers import in_background, proxy
-from .test_verify_gateway import gateway, verify
+from ..verifying import gateway, verify
 
 NAME = "x-smg-routed-worker-id"
 HIDDEN = frozenset({NAME})
