@@ -1,6 +1,7 @@
 import gc
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator, Generator, Iterator
 from pathlib import Path
 
@@ -31,7 +32,8 @@ def pytest_collection() -> Generator[None, object, object]:
     try:
         return (yield)
     finally:
-        gc.freeze()
+        if sys.version_info < (3, 14):  # there Hypothesis misses what refers to a random generator
+            gc.freeze()
         gc.enable()
 
 
