@@ -66,8 +66,13 @@ class Watching:
 
     process: asyncio.subprocess.Process
 
-    async def until(self, *names: str, verdict: str | None = None) -> dict[str, Any]:
-        """Read documents up to one with these causes and this verdict; return it."""
+    async def until(
+        self, *names: str, verdict: str | None = None, moved: int = 0
+    ) -> dict[str, Any]:
+        """Read documents up to one with these causes and this verdict; return it.
+
+        The session server must have counted at least ``moved`` moves by then.
+        """
         assert self.process.stdout is not None
         told: deque[Any] = deque(maxlen=3)
 
@@ -76,7 +81,8 @@ class Watching:
             while line := await self.process.stdout.readline():
                 seen: dict[str, Any] = json.loads(line)
                 told.append((seen["sentence"], causes(seen)))
-                if {*names} <= {*causes(seen)} and verdict in (None, seen["verdict"]):
+                has_moved = not moved or seen["server"]["total"]["moved"] >= moved
+                if {*names} <= {*causes(seen)} and verdict in (None, seen["verdict"]) and has_moved:
                     return seen
             raise AssertionError(f"it ended: {told}")
 
@@ -176,9 +182,7 @@ async def test_worker_that_is_killed_is_said_while_it_is_down(tmp_path: Path) ->
             seen = await watch.until("worker_down")
             assert seen["gateway"]["workers"][str(workers[0].url.origin())]["healthy"] is False
             await play(server.url, sessions)
-            seen = await watch.until("worker_lost")
-            while not seen["server"]["total"]["moved"]:  # it may have looked during the turns
-                seen = await watch.until("worker_lost")
+            await watch.until("worker_lost", moved=1)  # the first look may come during the turns
 
 
 async def test_gateway_and_server_that_are_killed_and_come_back_are_said_to_be_so() -> None:

@@ -1035,12 +1035,20 @@ class Compared(str):
 
 
 def test_an_end_while_its_own_thread_is_at_work_is_done_after_that_work() -> None:
-    """``Compared`` stands in for a finalizer, which may run at any point."""
-    pins = ledger()
+    """The name of a worker stands in for a finalizer, which may run at any point."""
+    moves: list[Move] = []
+    pins = ledger(on_move=moves.append)
     play(pins, ("a", W1), ("b", W1))
-    under_way, worker = begun(pins, "b"), Compared(W2)
-    worker.call = lambda: pins.end("b")
-    watched(lambda: answered(under_way, worker))
+
+    class Name(str):
+        __slots__ = ()
+
+        def encode(self, encoding: str = "utf-8", errors: str = "strict") -> bytes:
+            pins.end("b")
+            return super().encode(encoding, errors)
+
+    watched(lambda: answered(begun(pins, "b"), Name(W2)))
+    assert moves == [Move("b", W1, W2, 1)]  # as if the session had ended after the answer
     assert pins.of("b") == []
     assert pins.workers() == {W1: 1}
     assert pins.summary() == PinSummary(first=2, moved=1, sessions=1)

@@ -70,6 +70,8 @@ async def test_child_that_never_gets_ready_is_given_up(monkeypatch: pytest.Monke
 
 def test_no_two_free_ports_are_the_same() -> None:
     assert len(set(free_ports(500))) == 500
+    # Nor those of calls one after the other: a program may still be about to take its port.
+    assert len({free_port() for _ in range(processes._MAX_GIVEN)}) == processes._MAX_GIVEN
 
 
 def test_nobody_who_asks_for_any_port_gets_a_free_port() -> None:
