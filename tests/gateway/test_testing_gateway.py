@@ -66,3 +66,11 @@ async def test_an_overloaded_worker_keeps_its_sessions(smg_gateway: StartSmgGate
                             assert response.status == 200
         for number in range(8):
             assert_pinned(recorders, f"s-{number}", turns=2, config=None)
+
+
+async def test_another_gateway_on_the_port_is_not_taken_for_the_one_that_starts(
+    smg_gateway: StartSmgGateway,
+) -> None:
+    other = await smg_gateway(1, policy="manual")
+    with pytest.raises(RuntimeError, match="did not start"):
+        await smg_gateway(1, policy="manual", port=other.url.port)
