@@ -264,10 +264,14 @@ async def kill_gateway(
     for share in GATEWAY_KILLS:
         await outcome.tally.until(share * outcome.load.all_turns)
         async with all_workers_up:  # a new gateway waits half a minute for a worker that is down
+            # An agent that meets the outage waits for its end: each may play one turn in it. So
+            # count the turns that end while the gateway dies, too, and expect no more turns than
+            # there are agents who have one left.
+            load, played = outcome.load, outcome.tally.played
+            agents_left = (load.all_turns - played) / load.turns
+            met = min(load.at_a_time / 2, OUTAGE_SHARE * load.all_turns, agents_left)
             await gateway.kill()
-            # Agents that meet the outage wait for its end, so each turn is another agent's.
-            met = min(outcome.load.at_a_time / 2, OUTAGE_SHARE * outcome.load.all_turns)
-            await outcome.tally.until(outcome.tally.played + met)
+            await outcome.tally.until(played + met)
             await gateway.start()
 
 

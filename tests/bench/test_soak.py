@@ -136,6 +136,23 @@ def test_a_complaint_is_found_in_a_log(tmp_path: Path) -> None:
     assert complaints(log) == ["Task was destroyed but it is pending!"]
 
 
+@pytest.mark.parametrize("agents", [32, 1])
+async def test_an_outage_ends_when_the_agents_that_are_left_have_met_it(agents: int) -> None:
+    load = Load(sessions=200, turns=5, at_a_time=32, seed=1)
+    outcome = Outcome(load)
+    outcome.tally.turns["answered"] = load.all_turns - agents * load.turns
+
+    @asynccontextmanager
+    async def dying() -> AsyncIterator[None]:
+        yield
+        for _ in range(agents):  # each waits for the gateway's return now
+            outcome.tally.end("reported")
+
+    async with restartable(URL(), dying) as gateway:
+        await asyncio.wait_for(run.kill_gateway(outcome, gateway, asyncio.Lock()), 30)
+        assert gateway.kills == len(run.GATEWAY_KILLS)
+
+
 async def test_what_fails_beside_the_load_ends_the_soak_at_once() -> None:
     async def fail() -> None:
         raise LookupError
