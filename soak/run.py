@@ -258,7 +258,7 @@ async def kill_workers(
 
 
 async def kill_gateway(
-    outcome: Outcome, gateway: Restartable[SmgGateway], all_workers_up: asyncio.Lock
+    outcome: Outcome, gateway: Restartable[Any], all_workers_up: asyncio.Lock
 ) -> None:
     """Kill the gateway now and then, and restart it with an empty sticky map."""
     for share in GATEWAY_KILLS:
