@@ -58,19 +58,24 @@ def attempt(mutants: Sequence[Mutant]) -> Counter[tuple[str, str]]:
         copy = Copy(ROOT, Path(folder))
         try:
             for test in sorted({test for mutant in mutants for test in selected(mutant.file)}):
-                print(f"without a mutant: {test} {copy.measure(test):.0f} s", flush=True)
+                tell(f"without a mutant: {test} {copy.measure(test):.0f} s")
             for number, mutant in enumerate(mutants, 1):
                 started = time.monotonic()
                 outcome = copy.outcome(mutant.file, mutant.after, selected(mutant.file))
                 counts[mutant.file, outcome] += 1
                 seconds = time.monotonic() - started
                 where = f"{mutant.file}:{mutant.line}"
-                print(f"{number}/{len(mutants)} {where} {outcome} {seconds:.0f} s", flush=True)
+                tell(f"{number}/{len(mutants)} {where} {outcome} {seconds:.0f} s")
                 if outcome == "survived":
-                    print(mutant.diff, flush=True)
+                    tell(mutant.diff)
         except KeyboardInterrupt:
-            print("Stopped: what follows is of the mutants that were tried.")
+            tell("Stopped: what follows is of the mutants that were tried.")
     return counts
+
+
+def tell(text: str) -> None:
+    """Show progress on stderr: a page of the docs gets what stands on stdout."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def table(counts: Counter[tuple[str, str]]) -> str:
@@ -103,7 +108,7 @@ def main() -> int:
         return 130
     survived = sum(count for (_, outcome), count in counts.items() if outcome == "survived")
     share = 100 * (tried - survived) / tried
-    print(f"\n{table(counts)}\n")
+    print(f"{table(counts)}\n")
     print(f"{share:.1f} % are caught; one that takes too long is. Seed {given.seed}, {commit}.")
     if tried < len(mutants):
         return 130

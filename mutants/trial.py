@@ -112,5 +112,5 @@ class Copy:
         os.dup2(printed, 2)
         os.chdir(self._tree)
         os.environ |= {"PYTHONPATH": str(self._tree), "TMPDIR": str(self._temporary)}
-        sys.path[0] = str(self._tree)  # the copy's package, not imported yet
-        sys.exit(import_module("pytest").main([*_OPTIONS, test]))
+        path = f"pythonpath={self._tree}"  # the copy's package, which is not imported yet
+        sys.exit(import_module("pytest").main([*_OPTIONS, "-o", path, test]))

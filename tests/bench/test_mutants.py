@@ -93,7 +93,7 @@ def is_clean(tree: Path) -> bool:
 def test_what_no_test_notices_is_shown_and_nothing_is_left(tree: Path) -> None:
     status, printed, complained = sampled(tree, FILE, "--seed=3", "--at-least=50")
     assert status == 0, printed + complained
-    survivors = re.findall(r"^\+(?!\+\+) *(.*)$", printed, re.MULTILINE)
+    survivors = re.findall(r"^\+(?!\+\+) *(.*)$", complained, re.MULTILINE)
     assert sorted(survivors) == [
         "if (number is None) and False:",
         "pass",
@@ -129,14 +129,14 @@ def test_a_seed_draws_the_same_mutants_again() -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_shows_what_was_tried_and_leaves_nothing(tree: Path, number: int) -> None:
     with started(tree, FILE) as run:
-        assert run.stdout is not None
-        for line in run.stdout:
+        assert run.stderr is not None
+        for line in run.stderr:
             if line.startswith("1/"):
                 run.send_signal(number)
                 break
         printed, complained = run.communicate()
     assert run.returncode == 130, printed + complained
-    assert "what follows is of the mutants that were tried" in printed
+    assert "what follows is of the mutants that were tried" in complained
     assert is_clean(tree)
 
 
