@@ -108,8 +108,9 @@ def _load(seen: Seen) -> Iterator[Cause]:
             "No worker is overloaded, so this run can't tell whether overload protection is on, as "
             "it is by default since SMG 1.12. It moves sessions off a worker that has 8 waiting "
             f"calls or a KV cache that is {KV_USAGE_LIMIT:.0%} full.",
-            f"{known_causes.protection_off(load)}, unless you do already, or the caches are too "
-            "small for the sessions that run at a time (the first table of docs/performance.md).",
+            f"{known_causes.protection_off(load)}, unless you do already. Keep protection on only "
+            "if the caches are too small for the sessions that must run at a time: then the job "
+            "ends sooner.",
         )
 
 
