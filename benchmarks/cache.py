@@ -226,12 +226,13 @@ def reach(played: Sequence[Scene], rounds: Sequence[Round]) -> Table:
 def notes(played: Sequence[Scene], rounds: Sequence[Round]) -> Iterator[str]:
     """Yield how to read the tables, and where pinning gained little or lost in these rounds."""
     yield (
-        "The most allowed is what a turn shares with the turn before it, prompt and reply, less the"
-        " reply's last token: that one never went through the model. First turns are left out."
+        "The most allowed is what a turn shares with the prompt and the reply of the turn before"
+        " it, less the reply's last token, which never went through the model. First turns are left"
+        " out."
     )
     yield (
-        "Longer sessions on few workers lose less to random routing: where a worker has room for"
-        " all, each of them has a copy of a session in time."
+        "On few workers, longer sessions lose less to random routing. If each worker has room for"
+        " all sessions, it has a copy of each of them after some turns."
     )
     own, little, shared = played
     for policy in (HASHED, UNEVEN):
@@ -240,10 +241,10 @@ def notes(played: Sequence[Scene], rounds: Sequence[Round]) -> Iterator[str]:
     alone, together = cached(own, RANDOM, rounds), cached(shared, RANDOM, rounds)
     if min(together) > max(alone):
         yield (
-            "Pinning gains less where all sessions begin with one long system prompt:"
-            f" {RANDOM} took {median(together):.0%} of the prompt tokens from a cache there,"
-            f" {median(alone):.0%} where each session has a prompt of its own. These engines keep"
-            " a cache for each slot; one that lends a prefix to all its slots leaves less to gain."
+            "Pinning gains less if all sessions begin with one long system prompt. There,"
+            f" {RANDOM} took {median(together):.0%} of the prompt tokens from a cache. If each"
+            f" session has a prompt of its own, it took {median(alone):.0%}. These engines keep a"
+            " cache for each slot. An engine whose slots share a prefix leaves less to gain."
         )
     if KEYLESS in own.policies:
         yield from without_key(played, rounds)
@@ -256,10 +257,10 @@ def hot_worker(scene: Scene, policy: str, rounds: Sequence[Round]) -> Iterator[s
     pinned = median(cached(scene, PIN, rounds))
     if hot and (share := median(arm.cached_share for arm in hot)) < pinned:
         yield (
-            f"A hot worker: {policy} does not look at what a worker has already. In {len(hot)} of"
+            f"A hot worker: {policy} does not count the sessions of a worker. In {len(hot)} of"
             f" {len(rounds)} rounds it pinned up to {max(arm.busiest for arm in hot)} sessions to a"
-            f" worker with room for {scene.slots}; then {share:.0%} of the prompt tokens came from"
-            f" a cache, {pinned:.0%} under {PIN}."
+            f" worker with room for {scene.slots}. In these rounds {share:.0%} of the prompt tokens"
+            f" came from a cache; under {PIN} it was {pinned:.0%}."
         )
 
 
@@ -272,16 +273,16 @@ def without_key(played: Sequence[Scene], rounds: Sequence[Round]) -> Iterator[st
         for arm in (arms[own.name, KEYLESS], arms[little.name, KEYLESS])
     ):
         yield (
-            "cache_aware found as much in the cache without a key where no two sessions begin"
-            " alike: one gateway that sees every turn knows the worker by the text."
+            "If no two sessions begin alike, cache_aware found as much in the cache without a key."
+            " A single gateway sees every turn, and finds the worker by the text."
         )
     busiest, pinned = (
         median(arms[shared.name, policy].busiest for arms in rounds) for policy in (KEYLESS, PIN)
     )
     if busiest > pinned:
         yield (
-            "With one shared prompt the text does not tell the sessions apart at first: cache_aware"
-            f" sent {busiest:.0f} of {shared.load.sessions} to one worker, {PIN} {pinned:.0f}."
+            "With one shared prompt, all sessions have the same text at first. cache_aware sent"
+            f" {busiest:.0f} of {shared.load.sessions} to one worker; {PIN} sent {pinned:.0f}."
         )
 
 

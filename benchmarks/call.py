@@ -87,11 +87,11 @@ async def run(progress: Progress, *, quick: bool = False) -> Part:
             ),
         ),
         (
-            "An empty TraceConfig is aiohttp's own floor: what it spends on any trace hook. By hand"
-            " in a client middleware avoids it.",
-            "OpenTelemetry: its SDK records a span for each call, and exports none.",
-            "A call is made within a request. The inbound half, which finds the session and works"
-            " out its key, once for all calls of the request, is in the table of a proxied turn.",
+            "An empty TraceConfig is aiohttp's own floor: aiohttp spends as much on any trace hook."
+            " A client middleware that sets the header by hand does not pay it.",
+            "OpenTelemetry's SDK records a span for each call, and exports none.",
+            "Each call is made within a request. The middleware finds the session and its key once"
+            " for all calls of a request. The table of a proxied turn has that cost.",
         ),
     )
 

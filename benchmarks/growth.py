@@ -88,9 +88,9 @@ async def run(progress: Progress, *, quick: bool = False) -> Part:
             ),
         ),
         (
-            "Each call is one of a session that is drawn from all known ones.",
-            "A session is counted with its key, a UUID of 36 characters, which the ledger keeps.",
-            "A coroutine that resumes is no new call.",
+            "Each call belongs to a session that is drawn from all known sessions.",
+            "The bytes of a session include its key, a UUID of 36 characters.",
+            "The count of calls does not include a coroutine that resumes.",
         ),
     )
 

@@ -35,10 +35,10 @@ _NOTES = (
     f"--assignment-mode min_group --disable-worker-overload-protection with {WORKERS} stub "
     "workers. Wall time: the agents, the session server, the gateway and the workers share this "
     f"machine. A round plays {BLOCKS} times as many sessions with the plugin as in each other arm, "
-    "in shuffled order; a ratio is that of a round.",
-    "Without a key the gateway has no pin to look up or to make; plugin / by hand is the ratio of "
-    "two arms for which the gateway does the same.",
-    "Workers and keys are as the workers received them, branches as the gateway counted them.",
+    "in shuffled order. A ratio compares the arms of one round.",
+    "Without a key the gateway looks up no pin and makes none. In both arms of plugin / by hand "
+    "the gateway does the same.",
+    "The workers counted workers and keys. The gateway counted branches.",
 )
 
 

@@ -45,13 +45,13 @@ _HEAD = (
 
 _NOTES = (
     f"CPU time of the session server's process for an answer of {CHUNKS:,} chunks. Each chunk "
-    "travels alone, as an engine's tokens do: the next one is sent when the agent has the one "
-    f"before. The arms' streams are open side by side and go on by {PIECE} chunks in turn, in "
-    f"{SERVERS} servers one after the other; server, engine and agent share a CPU. A ratio is that "
-    "of such a piece, to which is added its share of what it costs to begin the answer and to end "
-    "it.",
-    "Calls are counted by the interpreter, in the second turn of a session. A chunk makes none: it "
-    "only resumes the handler, and the middleware that awaits it.",
+    "travels alone, as an engine's tokens do: the engine sends the next chunk when the agent has "
+    f"the one before. The streams of all arms are open at once. Each goes on by {PIECE} chunks in "
+    f"turn. {SERVERS} servers run one after the other. Server, engine and agent share a CPU. A "
+    "ratio compares such pieces of the arms. Each piece also bears its share of the cost of the "
+    "answer's begin and end.",
+    "The interpreter counts the calls, in the second turn of a session. A chunk makes no call: it "
+    "resumes the handler, and the middleware that awaits it.",
 )
 
 

@@ -311,18 +311,18 @@ def notes() -> tuple[str, ...]:
     """Say what the tables measure."""
     last = conversation(TURNS)[-1]
     return (
-        "CPU time of the session server's process, without an access log; the agents and the "
-        f"upstream are other processes. {AGENTS} agents at once on keep-alive connections play a "
-        f"turn each in one arm, then in the next; a ratio is that of {TURNS} such turns. The "
-        "ledger is on, as it is by default.",
-        f"Whole: examples/session_server.py. A session has {TURNS} turns, the last one of "
+        "CPU time of the session server's process, without an access log. The agents and the "
+        f"upstream are other processes. {AGENTS} agents on keep-alive connections play a turn at "
+        f"once in one arm, then in the next. A ratio compares {TURNS} such turns. The ledger is "
+        "on, as it is by default.",
+        f"Whole: examples/session_server.py. A session has {TURNS} turns. The last turn has "
         f"{len(json.loads(last)['messages'])} messages, {len(last) / 1000:.0f} kB. The server "
         "reads them, keeps the transcript, and forgets the session when it is over. The agents "
-        "send the headers of the openai client. By hand: "
-        f"[smg_routing] is not enabled, and the agent itself sends {KEY}, which the server passes "
-        "on: one more inbound header to parse and to copy.",
+        "send the headers of the openai client. By hand: [smg_routing] is not enabled. The agent "
+        f"itself sends {KEY}, and the server passes it on. So the server parses and copies one "
+        "more inbound header.",
         f"Barest: a handler that passes on {SHORT / 1000:.0f} kB unread and keeps nothing. By "
-        f"hand: it passes headers={{'{KEY}': session_id}} itself.",
-        "Floor: by hand, with a middleware and a TraceConfig that do nothing. What it costs is "
-        "aiohttp's own.",
+        f"hand: the handler itself passes headers={{'{KEY}': session_id}}.",
+        "Floor: by hand, with a middleware and a TraceConfig that do nothing. It costs what "
+        "aiohttp itself costs.",
     )
