@@ -81,9 +81,7 @@ def _sentence(seen: Seen, keyed: Summary, control: Summary, evidence: Evidence) 
         return said
     if evidence.shared:
         return f"{said}; but some sessions share a key"
-    if evidence.better or (evidence.key == "used" and evidence.direct):
-        return said
-    return f"{said}; but nothing shows that the key did it"
+    return said if decide(evidence) == "pinned" else f"{said}; but nothing shows that the key did it"
 
 
 def _shares(seen: Seen, keyed: Summary, control: Summary) -> Iterator[str]:

@@ -85,7 +85,7 @@ async def test_server_is_told_of_the_session_where_it_looks(
     options: dict[str, str], path: str, header: int, body: int
 ) -> None:
     spy = Server()
-    async with serve(spy.app) as url, Client(5, None) as client:
+    async with serve(spy.app) as url, Client(60, None) as client:
         through = str(url) + options.pop("through")
         plan = Plan(url, METRICS, through, **options)  # type: ignore[arg-type]
         await Chain(client, plan).send("a/b", BODY)
@@ -103,7 +103,7 @@ async def test_server_is_told_of_the_session_where_it_looks(
 )
 async def test_session_is_made_by_the_servers_own_call_and_deleted(made: object) -> None:
     spy = Server(made)
-    async with serve(spy.app) as url, Client(5, None) as client:
+    async with serve(spy.app) as url, Client(60, None) as client:
         through = f"{url}/s/{{session_id}}/v1/chat/completions"
         chain = Chain(client, Plan(url, METRICS, through, create=url / "new"))
         for _ in range(2):
@@ -118,7 +118,7 @@ async def test_session_is_made_by_the_servers_own_call_and_deleted(made: object)
 
 async def test_id_may_be_a_number() -> None:
     spy = Server({"id": 7})
-    async with serve(spy.app) as url, Client(5, None) as client:
+    async with serve(spy.app) as url, Client(60, None) as client:
         plan = Plan(url, METRICS, f"{url}/chat", session_header="X-Sid", create=url / "new")
         await Chain(client, plan).send("mine", BODY)
     assert spy.turns[0][1]["X-Sid"] == "7"
@@ -127,7 +127,7 @@ async def test_id_may_be_a_number() -> None:
 @pytest.mark.parametrize("made", [None, {}, {"id": None}, {"id": True}, {"id": ""}, [1], "\ud800"])
 async def test_answer_without_an_id_is_said_to_have_none(made: object) -> None:
     spy = Server(made)
-    async with serve(spy.app) as url, Client(5, None) as client:
+    async with serve(spy.app) as url, Client(60, None) as client:
         plan = Plan(url, METRICS, f"{url}/{{session_id}}", create=url / "new")
         with pytest.raises(CallError) as caught:
             await Chain(client, plan).send("mine", BODY)
@@ -137,7 +137,7 @@ async def test_answer_without_an_id_is_said_to_have_none(made: object) -> None:
 
 
 async def test_404_is_no_reason_to_make_a_session_where_its_url_is_not_known() -> None:
-    async with serve(web.Application()) as url, Client(5, None) as client:
+    async with serve(web.Application()) as url, Client(60, None) as client:
         chain = Chain(client, Plan(url, METRICS, f"{url}/v1", session_header="X-Sid"))
         with pytest.raises(CallError) as caught:
             await chain.send("mine", BODY)
@@ -159,14 +159,14 @@ async def test_answer_that_is_no_json_leaves_the_id_as_it_is() -> None:
     app = web.Application()
     app.router.add_post("/s", create)
     app.router.add_post("/s/{id}/v1/chat/completions", turn)
-    async with serve(app) as url, Client(5, None) as client:
+    async with serve(app) as url, Client(60, None) as client:
         plan = Plan(url, METRICS, f"{url}/s/{{session_id}}/v1/chat/completions")
         assert (await Chain(client, plan).send("mine", BODY)).text == "ok"
 
 
 async def test_server_that_deletes_nothing_is_let_be() -> None:
     spy = Server({"id": "s"}, deletes=False)
-    async with serve(spy.app) as url, Client(5, None) as client:
+    async with serve(spy.app) as url, Client(60, None) as client:
         chain = Chain(client, Plan(url, METRICS, f"{url}/{{session_id}}/x", create=url / "new"))
         await chain.send("mine", BODY)
         await chain.end("mine")
@@ -186,7 +186,7 @@ async def test_every_session_of_a_run_is_deleted_at_its_end() -> None:
 
 async def test_key_goes_in_the_header_that_the_gateway_reads() -> None:
     spy = Server()
-    async with serve(spy.app) as url, Client(5, None) as client:
+    async with serve(spy.app) as url, Client(60, None) as client:
         await Chain(client, Plan(url, METRICS, header="X-Session-ID")).send("mine", BODY)
     [(path, headers, _)] = spy.turns
     assert path == "/v1/chat/completions"
@@ -217,7 +217,7 @@ async def test_two_sessions_whose_first_turns_are_refused_at_once_are_both_made(
     app = web.Application()
     app.router.add_post("/s", make)
     app.router.add_post("/s/{id}/v1/chat/completions", turn)
-    async with serve(app) as url, Client(5, None) as client:
+    async with serve(app) as url, Client(60, None) as client:
         plan = Plan(url, METRICS, f"{url}/s/{{session_id}}/v1/chat/completions")
         chain = Chain(client, plan)
         await asyncio.gather(chain.send("a", BODY), chain.send("b", BODY))

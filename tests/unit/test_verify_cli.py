@@ -143,28 +143,6 @@ def test_gateway_that_does_not_answer_in_time_cannot_be_judged(
     assert "--timeout SECONDS" in out
 
 
-def test_time_limit_that_leaves_too_few_turns_is_no_proof(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    answered = pinning()
-    count = 0
-
-    async def chat(request: web.Request) -> web.StreamResponse:
-        nonlocal count
-        count += 1
-        if count > 60:  # the first turns, and a few later ones
-            await asyncio.Event().wait()
-        return await answered(request)
-
-    file = tmp_path / "seen.json"
-    with in_background(serve(fake_gateway(chat))) as url:
-        assert verify(url, "--time-limit", "1", "--json", str(file)) == 2
-    seen = json.loads(file.read_text())
-    assert 0 < seen["arms"]["keyed"]["kept"] < 10
-    assert "too few to tell" in seen["sentence"]
-    assert [cause["name"] for cause in seen["causes"]] == ["time_limit"]
-
-
 def test_gateway_behind_a_path_is_reached(capsys: pytest.CaptureFixture[str]) -> None:
     app = web.Application()
     app.add_subapp("/smg", fake_gateway(pinning()))

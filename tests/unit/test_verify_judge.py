@@ -792,6 +792,23 @@ def test_verdict_and_causes(what: Seen, status: int, causes: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
+    "what",
+    [
+        *("kept by who knows what", "any call counts as one with a key"),
+        "key at work although both are kept, through a server",
+    ],
+)
+def test_turns_that_stayed_without_a_proof_are_said_to_have_none(what: str) -> None:
+    sentence = judge(CASES[what][0], 0.99).sentence
+    assert sentence.endswith("; but nothing shows that the key did it.")
+
+
+@pytest.mark.parametrize("what", [what for what, (_, status, _) in CASES.items() if status == 0])
+def test_pinned_has_no_but(what: str) -> None:
+    assert "; but" not in judge(CASES[what][0], 0.99).sentence
+
+
+@pytest.mark.parametrize(
     ("what", "name", "words"),
     [
         ("kept by who knows what", "same_without_key", "--metrics URL"),
