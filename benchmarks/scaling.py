@@ -167,7 +167,7 @@ def row(*cells: str) -> None:
 
 async def main(quick: bool) -> None:
     """Measure and print everything."""
-    sessions, step = (200, 200) if quick else (SESSIONS, STEP)
+    sessions, step = (100, 50) if quick else (SESSIONS, STEP)
     async with stub_workers(WORKERS) as workers:
         await memory(workers.urls, step)
         columns = ("sessions", "at once", "on a worker", "fullest / mean")

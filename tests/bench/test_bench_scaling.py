@@ -10,7 +10,7 @@ import pytest
 from harness.proc import HAS_PROC
 from harness.processes import ROOT
 
-QUICK = 200  # sessions
+QUICK = 100  # sessions
 
 
 @pytest.mark.skipif(not HAS_PROC, reason="it reads the gateway's memory in /proc")
@@ -34,7 +34,7 @@ def test_a_quick_run_has_what_each_policy_must_have() -> None:
     *_, count, gone = figures(rf"\| with one worker less \| {of_those} \| {of_those} \|")
     assert 0 < count == gone < QUICK / 2
 
-    # Memory: as many calls with known keys as with new ones, plus the 200 of the first round.
-    assert ("2,000 `occupied_hit`" in said, "2,200 `vacant`" in said) == (True, True)
+    # Memory: as many calls with known keys as with new ones, plus the 50 of the first round.
+    assert ("500 `occupied_hit`" in said, "550 `vacant`" in said) == (True, True)
     # Four policies with one and with many sessions at a time, and the last also with more sessions.
     assert len(re.findall(r"^\| `\w+[^|]*` \| [0-9,]+ \| (?:1|32) \| ", said, re.MULTILINE)) == 10
