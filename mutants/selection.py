@@ -10,9 +10,9 @@ TESTS = {
     "__init__": "unit/test_init unit/test_architecture",
     "__main__": "unit/test_verify_cli unit/test_run",
     "client": "wire/test_client wire/test_plugin wire/test_instrument wire/test_never_silent "
-    "wire/test_foreign_code unit/test_ledger",
+    "wire/test_foreign_code wire/test_httpx_foreign_code unit/test_ledger",
     "compat": "unit/test_compat wire/test_late wire/test_foreign_code wire/test_instrument "
-    "wire/test_body wire/test_client",
+    "wire/test_body wire/test_client wire/test_httpx",
     "config": "unit/test_config unit/test_secrets unit/test_keys wire/test_plugin",
     "context": "unit/test_context unit/test_log wire/test_late wire/test_middleware "
     "wire/test_client wire/test_never_silent",

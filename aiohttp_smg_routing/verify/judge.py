@@ -81,7 +81,9 @@ def _sentence(seen: Seen, keyed: Summary, control: Summary, evidence: Evidence) 
         return said
     if evidence.shared:
         return f"{said}; but some sessions share a key"
-    return said if decide(evidence) == "pinned" else f"{said}; but nothing shows that the key did it"
+    if decide(evidence) == "pinned":
+        return said
+    return f"{said}; but nothing shows that the key did it"
 
 
 def _shares(seen: Seen, keyed: Summary, control: Summary) -> Iterator[str]:

@@ -833,6 +833,23 @@ def test_advice_fits_what_was_seen(what: str, name: str, words: str) -> None:
     assert words in causes[name].text + causes[name].advice
 
 
+@pytest.mark.parametrize(
+    ("kind", "policies"),
+    [
+        ("smg", "manual or consistent_hashing"),
+        ("sglang-router", "manual"),
+        ("vllm-router", "consistent_hash"),
+        (None, "manual"),
+    ],
+)
+def test_a_pool_that_is_not_pinned_is_told_the_policies_of_its_gateway(
+    kind: Literal["smg", "sglang-router", "vllm-router"] | None, policies: str
+) -> None:
+    causes = judge(replace(CASES["prefill not pinned"][0], load=Load(kind)), 0.99).causes
+    [cause] = [cause for cause in causes if cause.name == "prefill_policy"]
+    assert cause.advice.endswith(f"--prefill-policy {policies}.")
+
+
 SMG_ONLY = (
     *("consistent_hashing", "--routing-key-override", "--disable-worker-overload-protection"),
     "SMG 1.13",

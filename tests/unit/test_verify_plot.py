@@ -65,6 +65,9 @@ def test_arm_with_the_key_is_above_and_the_curves_are_beside(
     panels = {axes.get_title(loc="left"): axes for axes in figures[0].axes}
     above, below = panels["Same session"], panels["New session each turn"]
     assert above.get_position().y0 > below.get_position().y1
+    top = figures[0].transFigure.transform(above.get_position().corners())[:, 1].max()
+    for text in figures[0].texts:
+        assert top < text.get_window_extent().y0 < text.get_window_extent().y1 < figures[0].bbox.y1
     assert above.get_title(loc="right") == "0 moves"
     assert below.get_title(loc="right") != "0 moves"
     assert (above.get_xlabel(), below.get_xlabel()) == ("", "turn")
@@ -78,6 +81,7 @@ def test_arm_with_the_key_is_above_and_the_curves_are_beside(
         lines = panels[title].lines
         curves = {line.get_label(): asarray(line.get_ydata()).tolist() for line in lines}
         assert curves == {name: [value] * 6 for name in ARM_TITLES.values()}
+    assert panels["Time to first token, median"].get_xlabel() == "turn"
 
 
 def test_worker_with_an_odd_name_is_drawn(tmp_path: Path) -> None:

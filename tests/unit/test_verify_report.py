@@ -83,6 +83,7 @@ def test_file_gets_neither_bars_nor_colours_nor_long_lines(monkeypatch: pytest.M
     ("workers", "words"),
     [
         (None, "workers not listed"),
+        ({}, "0 workers listed"),
         ({"regular": 1}, "1 worker listed"),
         ({"regular": 3}, "3 workers listed"),
         ({"prefill": 2, "decode": 3}, "2 prefill and 3 decode workers listed"),

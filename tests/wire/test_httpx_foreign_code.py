@@ -127,6 +127,36 @@ def test_a_transport_that_is_another_client_is_counted_once(
 
 
 @MODULES
+async def test_a_transport_that_tries_twice_by_another_client_is_counted_once(
+    module: ModuleType, routing: Routing
+) -> None:
+    wire = Wire(module, 503, 200, 503, 200)
+    transport = module.MockTransport(wire)
+    with routing.instrument(), module.Client(transport=transport) as inner:
+
+        def tries(request: Any) -> Any:
+            inner.send(request)
+            return inner.send(request)
+
+        with (
+            module.Client(transport=module.MockTransport(tries)) as client,
+            routing_session("s-1"),
+        ):
+            client.post(CHAT)
+        async with module.AsyncClient(transport=transport) as inner_async:
+
+            async def tries_async(request: Any) -> Any:
+                await inner_async.send(request)
+                return await inner_async.send(request)
+
+            async with module.AsyncClient(transport=module.MockTransport(tries_async)) as client:
+                with routing_session("s-2"):
+                    await client.post(CHAT)
+    assert wire.keys == [[b"s-1"], [b"s-1"], [b"s-2"], [b"s-2"]]
+    assert routing.pins.summary() == PinSummary(unknown=2, sessions=2)
+
+
+@MODULES
 def test_a_failure_is_counted_where_a_client_has_the_hooks_in_an_instrumented_process(
     module: ModuleType, routing: Routing
 ) -> None:

@@ -112,6 +112,17 @@ async def test_answers_come_in_order_and_then_as_ever(
     assert seen[3][1] == '{"then": "/v1/chat/completions"}'
 
 
+async def test_an_answer_says_that_it_is_json_unless_its_body_is_bytes(
+    recording_gateway: Recorder, client: ClientSession
+) -> None:
+    recording_gateway.answer_with(answer({}), answer(b"bytes"))
+    kinds = []
+    for _ in range(2):
+        async with client.post(recording_gateway.chat) as response:
+            kinds.append(response.headers.getall("Content-Type", []))
+    assert kinds == [["application/json"], []]
+
+
 @pytest.mark.parametrize(
     "other", [("X-SMG-Target-Worker", "1"), ("x-smg-routing-key", "evil"), ("X-Pin", "evil")]
 )
