@@ -933,6 +933,7 @@ def test_failure_is_explained(
     assert verdict.exit_status == 2
     assert [cause.name for cause in verdict.causes] == [name, "gave_up"]
     assert words in verdict.causes[0].text + verdict.causes[0].advice
+    assert ("(" in verdict.causes[0].text) == bool(failure.text)  # what the server said
 
 
 @pytest.mark.parametrize(
