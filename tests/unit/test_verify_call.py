@@ -13,7 +13,7 @@ from yarl import URL
 from aiohttp_smg_routing.testing import free_port
 from aiohttp_smg_routing.verify import ask, call
 from aiohttp_smg_routing.verify.call import CallError, Client, Reply
-from aiohttp_smg_routing.verify.seen import Failure
+from aiohttp_smg_routing.verify.seen import Counters, Failure, Load, Plan, Seen, Turn
 from harness.servers import serve
 
 from ..clock import let_pass
@@ -90,10 +90,19 @@ async def test_what_is_not_told_is_none(client: Client, usage: object) -> None:
     assert reply == Reply("", None, None, None, None)
 
 
-def test_a_reply_stays_as_it_came() -> None:
-    reply = Reply("", None, None, None, None)
+@pytest.mark.parametrize(
+    "it",
+    [
+        Reply("", None, None, None, None),
+        *(Failure("refused", URL()), Turn("keyed", 1, 1, "first"), Seen(Plan(URL(), URL()))),
+        *(Plan(URL(), URL()), Counters(), Load()),
+    ],
+    ids=lambda it: type(it).__name__,
+)
+def test_what_was_seen_stays_as_it_came(it: object) -> None:
+    [name, *_] = it.__slots__  # type: ignore[attr-defined]
     with pytest.raises(FrozenInstanceError):
-        reply.worker = "w"  # type: ignore[misc]
+        setattr(it, name, "another")
 
 
 async def test_reasoning_counts_as_the_first_token(client: Client) -> None:

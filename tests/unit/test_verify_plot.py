@@ -81,7 +81,24 @@ def test_arm_with_the_key_is_above_and_the_curves_are_beside(
         lines = panels[title].lines
         curves = {line.get_label(): asarray(line.get_ydata()).tolist() for line in lines}
         assert curves == {name: [value] * 6 for name in ARM_TITLES.values()}
+        assert panels[title].get_legend()
     assert panels["Time to first token, median"].get_xlabel() == "turn"
+
+
+@pytest.mark.parametrize("workers", [3, 30, 100])
+def test_the_names_of_the_workers_stand_below_all_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: figures.append(figure))
+    seen = played(workers, sessions=2 * workers)
+    draw(seen, judge(seen, 0.9), tmp_path / "pins.svg")
+    [figure] = figures
+    figure.draw_without_rendering()
+    [legend] = figure.legends
+    assert legend.get_window_extent().y0 >= 0
+    boxes = [axes.get_tightbbox() for axes in figure.axes]
+    assert legend.get_window_extent().y1 < min(box.y0 for box in boxes if box)
 
 
 def test_worker_with_an_odd_name_is_drawn(tmp_path: Path) -> None:

@@ -123,6 +123,11 @@ async def test_an_answer_says_that_it_is_json_unless_its_body_is_bytes(
     assert kinds == [["application/json"], []]
 
 
+def test_an_answer_may_have_any_status() -> None:
+    assert answer(status=503).startswith(b"HTTP/1.1 503 Service Unavailable\r\n")
+    assert answer(status=599).startswith(b"HTTP/1.1 599 Unknown\r\n")
+
+
 @pytest.mark.parametrize(
     "other", [("X-SMG-Target-Worker", "1"), ("x-smg-routing-key", "evil"), ("X-Pin", "evil")]
 )
