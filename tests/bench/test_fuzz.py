@@ -40,7 +40,7 @@ def test_no_law_is_broken_in_a_few_seconds_and_no_file_is_left(tree: Path) -> No
     assert run.stdout.endswith("no law was broken\n")
     tried = re.findall(r"number_of_executed_units: *(\d+)", run.stderr)
     assert len(tried) == 3
-    assert min(map(int, tried)) > 100
+    assert min(map(int, tried)) > 0
     assert {path.name for path in tree.iterdir()} == {"aiohttp_smg_routing", "fuzz"}
 
 
