@@ -28,6 +28,9 @@ from aiohttp_smg_routing.testing import child_process
 ROOT = Path(__file__).resolve().parents[1]
 """The checkout. A program that runs elsewhere finds the modules there by ``PYTHONPATH``."""
 
+CLI = (sys.executable, "-m", "aiohttp_smg_routing")
+"""The package's command line: ``verify``, ``watch`` or ``run`` follows."""
+
 T = TypeVar("T")
 
 

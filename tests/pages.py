@@ -45,6 +45,8 @@ from aiohttp_smg_routing.testing import (
 )
 from aiohttp_smg_routing.testing.gateway import run_gateway
 
+from .commands import verify
+
 tomllib = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 sys.modules["tomllib"] = tomllib  # Python 3.10 has no tomllib
 
@@ -174,15 +176,11 @@ class Page:
 
     async def verify(self, words: Sequence[str]) -> None:
         """Run ``aiohttp-smg-routing verify`` on the real gateway; it must find it pinned."""
-        argv = (*words, "--metrics", str(self.smg.metrics_url))
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "aiohttp_smg_routing", *map(self.here, argv)),
-            cwd=self._folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        out, _ = await process.communicate()
-        assert process.returncode == 0, out.decode()
+        url, *options = map(self.here, words)
+        options += ["--metrics", str(self.smg.metrics_url)]
+        folder = Path(self._folder)
+        run = await asyncio.to_thread(verify, folder, URL(url), *options, program=True)
+        assert run.status == 0, run.out + run.err
 
     def run(self, coroutine: Awaitable[Any]) -> None:
         """Run a coroutine of a snippet."""
@@ -263,7 +261,7 @@ def shell(example: Example) -> None:
         elif page and command == "python":
             page.run(page.start(*words))
         elif page and words[:1] == ["verify"]:
-            page.run(page.verify(words))
+            page.run(page.verify(words[1:]))
         elif page and command == "curl":
             is_turn = words[0].startswith(SERVER)
             page.run(

@@ -17,8 +17,8 @@ from aiohttp_smg_routing.testing import SmgGateway, smg_gateway
 from harness.processes import ROOT, together
 from harness.servers import serve, session_server
 
+from ..commands import gateway, verify
 from ..verify_servers import in_background, proxy, stub_engines
-from ..verifying import gateway, verify
 
 TOKENS = ("cached_tokens", "prompt_tokens")
 
@@ -297,18 +297,14 @@ def test_real_engines_tell_their_cached_tokens(tmp_path: Path) -> None:
     assert arms["keyed"]["cached_share"] > cached / prompts
 
 
-def test_piped_output_has_no_control_codes_and_80_columns(tmp_path: Path) -> None:
+def test_piped_output_has_no_control_codes_and_80_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm-256color", "COLUMNS": "200"}.items():
+        monkeypatch.setenv(name, value)
     with in_background(gateway("manual", workers=4)) as smg:
-        done = subprocess.run(  # noqa: S603
-            [sys.executable, "-m", "aiohttp_smg_routing", "verify", str(smg.url)],
-            env={**os.environ, "FORCE_COLOR": "1", "TERM": "xterm-256color", "COLUMNS": "200"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-    assert done.returncode == 0, done.stdout
-    assert done.stderr == ""
-    assert all(char == "\n" or char.isprintable() for char in done.stdout)
-    assert max(map(len, done.stdout.splitlines())) <= 80
-    assert all(line == line.rstrip() for line in done.stdout.splitlines())
+        run = verify(tmp_path, smg.url, program=True)
+    assert (run.status, run.err) == (0, ""), run.out
+    assert all(char == "\n" or char.isprintable() for char in run.out)
+    assert max(map(len, run.out.splitlines())) <= 80
+    assert all(line == line.rstrip() for line in run.out.splitlines())

@@ -12,8 +12,8 @@ from yarl import URL
 from aiohttp_smg_routing.testing import child_process, free_ports
 from harness.servers import session_server
 
+from ..commands import verify
 from ..verify_servers import in_background, stub_engines
-from ..verifying import verify
 
 
 @asynccontextmanager

@@ -12,8 +12,8 @@ from aiohttp import web
 from aiohttp_smg_routing.verify.schedule import message
 from harness.servers import serve, session_server
 
+from ..commands import gateway, verify
 from ..verify_servers import in_background, proxy
-from ..verifying import gateway, verify
 
 NAME = "x-smg-routed-worker-id"
 HIDDEN = frozenset({NAME})

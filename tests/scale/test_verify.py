@@ -12,8 +12,8 @@ from harness.processes import together
 from harness.proxies import pinned_server
 from harness.servers import serve
 
+from ..commands import verify
 from ..verify_servers import in_background, proxy, stub_engines
-from ..verifying import verify
 from .cluster import GATEWAYS, WORKERS
 from .front import Balancer
 

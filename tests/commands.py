@@ -1,28 +1,34 @@
-"""The command ``verify``, run on a gateway, and what it left."""
+"""The commands ``verify`` and ``watch``, run on a gateway, and what they left."""
 
+import asyncio
 import json
+import os
 import subprocess
 import sys
+from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from yarl import URL
 
-from aiohttp_smg_routing.__main__ import main
 from aiohttp_smg_routing.testing import SmgGateway, smg_gateway
+from harness.processes import CLI, ROOT
 
 from .verify_servers import stub_engines
+from .waiting import soon
 
-SCRIPT = Path(sys.executable).with_name("aiohttp-smg-routing")
+NAME = "aiohttp-smg-routing"
+SCRIPT = Path(sys.executable).with_name(NAME)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run of the command: its exit status, its output and its JSON."""
+    """A run of ``verify``: its exit status, its output and its JSON."""
 
     status: int
     out: str
@@ -41,13 +47,23 @@ class Run:
         return " ".join(self.out.split())
 
 
-def verify(tmp_path: Path, gateway: URL, *options: str | URL, program: bool = False) -> Run:
-    """Run the command, in this process to save imports, or as a ``program``."""
-    file = tmp_path / "seen.json"
+def environment(**more: str) -> dict[str, str]:
+    """Return the environment of a command: it finds this checkout in any folder."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), **more}
+
+
+def verify(folder: Path, gateway: URL, *options: str | URL, program: bool = False) -> Run:
+    """Run ``verify``, in this process to save imports, or as a ``program`` in ``folder``.
+
+    Only the main thread can run it in this process.
+    """
+    file = folder / "seen.json"
     arguments = ["verify", *map(str, (gateway, *options)), "--json", str(file)]
     if program:
         done = subprocess.run(  # noqa: S603
             [SCRIPT, *arguments],
+            cwd=folder,
+            env=environment(),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -56,12 +72,26 @@ def verify(tmp_path: Path, gateway: URL, *options: str | URL, program: bool = Fa
         status, out, err = done.returncode, done.stdout, done.stderr
     else:
         with redirect_stdout(StringIO()) as stdout, redirect_stderr(StringIO()) as stderr:
-            status = main(arguments)
+            [script] = entry_points(group="console_scripts", name=NAME)
+            status = script.load()(arguments)
         out, err = stdout.getvalue(), stderr.getvalue()
     assert file.exists(), err
     run = Run(status, out, err, json.loads(file.read_text("utf-8")))
     assert run.json["exit_status"] == run.status
     return run
+
+
+async def watch_once(*arguments: str | URL) -> tuple[int | None, dict[str, Any]]:
+    """Run ``watch --once``; return its exit status and its JSON document."""
+    process = await asyncio.create_subprocess_exec(
+        *(*CLI, "watch", *map(str, arguments), "--once", "--json", "--interval", "0.1"),
+        stdout=PIPE,
+        stderr=PIPE,
+        env=environment(),
+    )
+    out, err = await soon(process.communicate())
+    assert err == b"", err.decode()
+    return process.returncode, json.loads(out)
 
 
 @asynccontextmanager
