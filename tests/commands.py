@@ -1,4 +1,4 @@
-"""The commands ``verify`` and ``watch``, run on a gateway, and what they left."""
+"""The commands ``verify``, ``watch`` and ``run``, and what they left."""
 
 import asyncio
 import json
@@ -6,13 +6,13 @@ import os
 import subprocess
 import sys
 from asyncio.subprocess import PIPE
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from yarl import URL
 
@@ -92,6 +92,32 @@ async def watch_once(*arguments: str | URL) -> tuple[int | None, dict[str, Any]]
     out, err = await soon(process.communicate())
     assert err == b"", err.decode()
     return process.returncode, json.loads(out)
+
+
+RUN = (*CLI, "run")
+
+
+def finished(
+    folder: Path, *argv: str, env: Mapping[str, str] | None = None, **options: Any
+) -> "subprocess.CompletedProcess[str]":
+    """Run a program in ``folder``, where ``RUN`` finds its options; return how it ended."""
+    given = {"SMG_ROUTING_GATEWAY": "http://127.0.0.1:1", **(env or {})}
+    return subprocess.run(  # noqa: S603
+        argv,
+        cwd=folder,
+        env=environment(**given),
+        capture_output=True,
+        text=True,
+        check=False,
+        **options,
+    )
+
+
+def broken_pipe() -> TextIO:
+    """Return a stream whose reader has gone away."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return open(writer, "w", encoding="utf-8")
 
 
 @asynccontextmanager

@@ -35,7 +35,7 @@ async def test_gunicorn_with_several_processes(
     def argv(port: int) -> list[str]:
         words = " ".join(["-m", *gunicorn_as_in_the_recipe()])
         for ours, there in (
-            ("server:make_app", "tests.recipes.pinned:make_app"),
+            ("server:make_app", "tests.recipes.pinned:gunicorn_app"),
             ("GunicornWebWorker", worker_class),
             ("127.0.0.1:8080", f"127.0.0.1:{port}"),
         ):
