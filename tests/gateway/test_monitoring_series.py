@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from aiohttp_smg_routing.testing import smg_gateway
 from harness.agents import chat
 
-from ..unit.test_monitoring import OURS, PAGES, label_values, queries, series
+from ..monitoring import OURS, PAGES, label_values, queries, series
 from .loaded import POLLS, loaded_workers
 
 

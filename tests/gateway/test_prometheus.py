@@ -23,9 +23,9 @@ from harness.proxies import CLIENT, pinned_server
 from harness.servers import serve
 
 from ..commands import watch_once
+from ..monitoring import ALERTS, DASHBOARD, DOCS, OUTCOMES, expressions
 from ..programs import program
 from ..smg import names_workers
-from ..unit.test_monitoring import ALERTS, DASHBOARD, DOCS, OUTCOMES, expressions
 from ..waiting import PATIENCE_SECONDS
 from .loaded import POLLS, loaded_workers
 

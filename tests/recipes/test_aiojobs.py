@@ -13,7 +13,7 @@ from aiohttp_smg_routing import ROUTING, current_session_id, in_session
 from aiohttp_smg_routing.testing import Recorder
 from harness.proxies import pinned_server
 
-from ..wire.test_middleware import assert_no_crosstalk, call
+from ..crosstalk import assert_no_crosstalk, call
 
 SPAWN = aiojobs.Scheduler.spawn
 

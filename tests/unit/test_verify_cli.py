@@ -23,6 +23,7 @@ from aiohttp_smg_routing.verify import cli, report, streams
 from harness.processes import CLI
 from harness.servers import serve
 
+from ..commands import broken_pipe
 from ..verify_servers import Handler, fake_gateway, in_background, proxy, stream
 
 SECRET = "sesame-7f3a"
@@ -55,14 +56,6 @@ def url() -> Iterator[URL]:
 @pytest.fixture(autouse=True)
 def no_key_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SMG_API_KEY", raising=False)
-
-
-@pytest.fixture(autouse=True)
-def interruptible() -> Iterator[None]:
-    """Undo what ``nohup`` and ``&`` do, for the child processes as well."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def status_of(url: URL, *options: str) -> int:
@@ -457,12 +450,6 @@ def test_file_that_can_not_be_written_does_not_change_the_verdict(
     assert status_of(url, "--json", str(file), "--plot", str(picture)) == 0
     assert f"Not written: {file}: No space left on device" in capsys.readouterr().err
     assert picture.stat().st_size > 0
-
-
-def broken_pipe() -> TextIO:
-    reader, writer = os.pipe()
-    os.close(reader)
-    return open(writer, "w", encoding="utf-8")
 
 
 def full_disk() -> TextIO:

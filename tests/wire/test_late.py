@@ -30,8 +30,8 @@ from aiohttp_smg_routing import (
 from aiohttp_smg_routing.testing import Recorder, completion
 from harness.proxies import CLIENT, pinned_server, proxy_server
 
-from .test_middleware import assert_no_crosstalk, call
-from .test_never_silent import said
+from ..crosstalk import assert_no_crosstalk, call, post
+from ..logs import said
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -44,12 +44,6 @@ def remedy(gateway: Recorder, code: str) -> str:
         "session, make it with in_session(...) or within routing_session(...). This is logged once "
         "for that code."
     )
-
-
-async def post(session: ClientSession, wire: Recorder, session_id: str = "") -> None:
-    """Call the gateway; the body names the session that the call belongs to."""
-    async with session.post(wire.chat, data=session_id.encode()) as response:
-        await response.read()
 
 
 class Late:

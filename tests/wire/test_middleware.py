@@ -17,23 +17,12 @@ from aiohttp_smg_routing import Routing, RoutingConfig, current_session_id, rout
 from aiohttp_smg_routing.testing import Recorder
 from harness.proxies import CLIENT, pinned_server
 
+from ..crosstalk import assert_no_crosstalk, call
+
 if TYPE_CHECKING:
     from pytest_aiohttp.plugin import AiohttpServer  # since 1.1, which needs aiohttp 3.11
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-async def call(request: web.Request, wire: Recorder) -> None:
-    """Make a call whose body names its session."""
-    async with request.config_dict[CLIENT].post(
-        wire.chat, data=request.match_info["session_id"].encode()
-    ) as response:
-        await response.read()
-
-
-def assert_no_crosstalk(wire: Recorder, calls: int) -> None:
-    assert len(wire.calls) == calls
-    assert [call.keys for call in wire.calls] == [[call.body] for call in wire.calls]
 
 
 async def in_handler(request: web.Request, wire: Recorder) -> web.StreamResponse:

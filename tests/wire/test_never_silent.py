@@ -30,17 +30,10 @@ from aiohttp_smg_routing import (
 from aiohttp_smg_routing.testing import Recorder, free_port, redirect
 from harness.proxies import CLIENT, client_session, pinned_server
 
+from ..logs import said
+
 PATH = "/sessions/s-1/v1/chat/completions"
 CHAT = "/v1/chat/completions"
-
-
-def said(caplog: pytest.LogCaptureFixture, level: int = logging.WARNING) -> list[str]:
-    """Return the messages that the plugin has logged, from ``level`` up."""
-    return [
-        record.getMessage()
-        for record in caplog.records
-        if record.name.startswith("aiohttp_smg_routing.") and record.levelno >= level
-    ]
 
 
 # At start-up
