@@ -13,7 +13,6 @@ from aiohttp import ClientError, ClientRequest, ClientResponse, ClientSession, T
 from aiohttp.connector import Connection
 
 from aiohttp_smg_routing import ROUTING_KEY_HEADER, Routing, RoutingConfig, routing_session
-from aiohttp_smg_routing.gateway import TARGET_WORKER_HEADER
 from aiohttp_smg_routing.testing import Answer, Call, Recorder, answer, recording_gateway
 
 #: Errors of a call that is refused before it leaves; aiohttp 3.9 also raises AssertionError.
@@ -21,6 +20,7 @@ _REFUSED = (ClientError, ValueError, IndexError, OSError, AssertionError)
 
 Send = Callable[[ClientSession], Awaitable[ClientResponse]]
 
+TARGET_WORKER_HEADER = "X-SMG-Target-Worker"
 _ROUTING = {str(name).lower() for name in (ROUTING_KEY_HEADER, TARGET_WORKER_HEADER)}
 
 

@@ -43,9 +43,10 @@ from aiohttp_smg_routing.testing import (
     free_ports,
     recording_gateway,
 )
-from aiohttp_smg_routing.testing.gateway import run_gateway
+from harness.workers import recorders
 
 from .commands import verify
+from .gateways import gateway_program, worker_urls
 
 tomllib = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 sys.modules["tomllib"] = tomllib  # Python 3.10 has no tomllib
@@ -130,9 +131,12 @@ class Page:
         smg = str(Path(sysconfig.get_path("scripts"), "smg"))
         # The recorders have no tokenizer to fetch.
         program = (smg, *words[:end], "--disable-tokenizer-autoload")
-        workers = len(words) - end - 1
-        running = run_gateway(program, workers, (), int(self._ports["30000"]))
-        self.smg = await self._programs.enter_async_context(running)
+        enter = self._programs.enter_async_context
+        workers = await enter(recorders(len(words) - end - 1))
+        port = int(self._ports["30000"])
+        self.smg = await enter(
+            gateway_program(*program, *worker_urls(workers), workers=workers, port=port)
+        )
 
     async def start(self, name: str) -> None:
         """Run a file of this page as a program that listens at port 8080."""

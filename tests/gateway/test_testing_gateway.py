@@ -1,4 +1,5 @@
 import sys
+from dataclasses import replace
 from importlib.machinery import BuiltinImporter
 
 import pytest
@@ -6,7 +7,6 @@ from aiohttp import ClientSession
 
 from aiohttp_smg_routing import Routing, routing_session
 from aiohttp_smg_routing.testing import StartSmgGateway, free_port, smg_gateway
-from aiohttp_smg_routing.testing.recorder import assert_pinned
 from harness.agents import chat
 
 from ..smg import names_workers
@@ -65,7 +65,7 @@ async def test_an_overloaded_worker_keeps_its_sessions(smg_gateway: StartSmgGate
                         async with session.post(url, json=chat("s")) as response:
                             assert response.status == 200
         for number in range(8):
-            assert_pinned(recorders, f"s-{number}", turns=2, config=None)
+            replace(smg, workers=tuple(recorders)).assert_pinned(f"s-{number}", turns=2)
 
 
 async def test_another_gateway_on_the_port_is_not_taken_for_the_one_that_starts(
