@@ -73,7 +73,7 @@ def attempt(mutants: Sequence[Mutant]) -> Counter[tuple[str, str]]:
     return counts
 
 
-def table(counts: Counter[tuple[str, str]]) -> str:
+def as_markdown(counts: Counter[tuple[str, str]]) -> str:
     """Return a row for each file, in Markdown."""
     lines = [
         "| file | mutants | caught | timed out | survived |",
@@ -103,7 +103,7 @@ def main() -> int:
         return 130
     survived = sum(count for (_, outcome), count in counts.items() if outcome == "survived")
     share = 100 * (tried - survived) / tried
-    print(f"\n{table(counts)}\n")
+    print(f"\n{as_markdown(counts)}\n")
     print(f"{share:.1f} % are caught; one that takes too long is. Seed {given.seed}, {commit}.")
     if tried < len(mutants):
         return 130

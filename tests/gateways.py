@@ -1,4 +1,4 @@
-"""Gateways that ``smg_gateway()`` doesn't start: other programs, and other kinds of workers."""
+"""Several gateways, and gateways of which the caller gives the command line."""
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -6,8 +6,28 @@ from contextlib import asynccontextmanager
 from aiohttp import ClientSession
 from yarl import URL
 
-from aiohttp_smg_routing.testing import Recorder, SmgGateway, child_process, free_ports
-from harness.processes import local_url
+from aiohttp_smg_routing.testing import (
+    Recorder,
+    SmgGateway,
+    child_process,
+    free_ports,
+    smg_gateway,
+)
+from harness.processes import local_url, together
+
+
+@asynccontextmanager
+async def gateways(
+    *workers: Sequence[Recorder | URL], policy: str, args: Sequence[str] = ()
+) -> AsyncIterator[list[SmgGateway]]:
+    """Run the real gateway for each list of workers."""
+    urls = map(_urls, workers)
+    async with together(smg_gateway(its, policy=policy, args=args) for its in urls) as started:
+        yield started
+
+
+def _urls(workers: Sequence[Recorder | URL]) -> list[URL]:
+    return [worker.url if isinstance(worker, Recorder) else worker for worker in workers]
 
 
 @asynccontextmanager
@@ -19,7 +39,7 @@ async def gateway_program(
     ``argv`` names the ``workers``. Enter the block once the gateway finds them all healthy.
     """
     recorders = tuple(worker for worker in workers if isinstance(worker, Recorder))
-    urls = sorted(worker.url if isinstance(worker, Recorder) else worker for worker in workers)
+    urls = sorted(_urls(workers))
     url, metrics = map(local_url, free_ports(2))
     url = url.with_port(port or url.port)
     async with ClientSession() as session:

@@ -43,6 +43,8 @@ from aiohttp_smg_routing.testing import (
     free_ports,
     recording_gateway,
 )
+from harness.agents import CHAT
+from harness.processes import ROOT, local_url
 from harness.workers import recorders
 
 from .commands import verify
@@ -51,7 +53,6 @@ from .gateways import gateway_program, worker_urls
 tomllib = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 sys.modules["tomllib"] = tomllib  # Python 3.10 has no tomllib
 
-ROOT = Path(__file__).parents[1]
 GATEWAY = "http://10.0.0.1:30000"
 PORT = "8080"
 SERVER = f"http://127.0.0.1:{PORT}"
@@ -61,7 +62,6 @@ ELSEWHERE = (  # tests/recipes runs the first four
 )
 FILE = re.compile(r"# (\S+\.(?:py|toml))\n")  # the first line of a snippet for a file
 TURN = {"messages": [{"role": "user", "content": "hello"}]}
-CHAT = "/sessions/{session_id}/v1/chat/completions"  # README.md's session server
 
 
 class Page:
@@ -73,6 +73,7 @@ class Page:
         self._folder = self._programs.enter_context(tempfile.TemporaryDirectory())
         self._played: Counter[str] = Counter()  # turns by session
         self._ports = dict(zip(("30000", PORT), map(str, free_ports(2)), strict=True))
+        self._server = local_url(int(self._ports[PORT]))
         self.smg: SmgGateway
         self._gateway = recording_gateway()
         self.gateway: Recorder = self.loop.run_until_complete(self._gateway.__aenter__())
@@ -88,7 +89,7 @@ class Page:
             "gateway": self.gateway,
             "page": self,
             "play": self.play,
-            "serve": serve,
+            "serve": client_of,  # what the pages call it
             "session": self._session,
             "turn": TURN,
             "web": web,
@@ -104,7 +105,7 @@ class Page:
     ) -> None:
         """Play ``turns`` turns of each session, made by ``call``; assert that all are pinned."""
         self.gateway.calls.clear()
-        async with serve(app) as client:
+        async with client_of(app) as client:
             for _ in range(turns):
                 for session_id in sessions:
                     async with client.post(**call(session_id)) as response:
@@ -146,7 +147,7 @@ class Page:
         )
 
         async def ready() -> bool:
-            async with self._session.get(f"http://127.0.0.1:{self._ports[PORT]}/") as response:
+            async with self._session.get(self._server) as response:
                 return response.status == 404
 
         program = child_process(sys.executable, "-c", code, ready=ready)
@@ -159,7 +160,7 @@ class Page:
             for session_id in names:
                 if self._played[session_id] <= number:  # the page's own lines may have played it
                     body = {"model": "stub", **TURN, "stream": bool(number % 2)}
-                    await self._turn(CHAT.format(session_id=session_id), body)
+                    await self._turn(f"/sessions/{session_id}/{CHAT}", body)
         for session_id in names:
             self.smg.assert_pinned(session_id, turns=turns)
 
@@ -171,8 +172,7 @@ class Page:
         await self._turn(url.removeprefix(SERVER), json.loads(options[3]) | {"model": "stub"})
 
     async def _turn(self, path: str, body: Mapping[str, Any]) -> None:
-        url = f"http://127.0.0.1:{self._ports[PORT]}{path}"
-        async with self._session.post(url, json=body) as answer:
+        async with self._session.post(self._server.join(URL(path)), json=body) as answer:
             text = await answer.text()
             assert answer.status == 200, text
             assert ("data: [DONE]" in text) == body.get("stream", False)
@@ -209,7 +209,7 @@ async def _cancel_tasks() -> None:
     await asyncio.gather(*left, return_exceptions=True)
 
 
-def serve(app: web.Application, **kwargs: Any) -> "TestClient[web.Request, web.Application]":
+def client_of(app: web.Application, **kwargs: Any) -> "TestClient[web.Request, web.Application]":
     """Return a client of ``app``; ``app`` runs while the client is open."""
     return TestClient(TestServer(app), **kwargs)
 

@@ -12,6 +12,9 @@ from aiohttp_smg_routing import routing_session
 from aiohttp_smg_routing.testing import Call, Recorder
 from harness.agents import CHAT, chat
 
+PATH = f"/sessions/s-1/{CHAT}"
+"""The path of a turn of session ``s-1`` on a session server."""
+
 if TYPE_CHECKING:
     Client = TestClient[web.Request, web.Application]  # generic since aiohttp 3.11
 

@@ -12,9 +12,7 @@ import pytest
 from benchmarks import pages as renewing
 from benchmarks.pages import Output
 from harness.proc import processes_in
-from harness.processes import running
-
-from ..programs import ROOT
+from harness.processes import ROOT, running
 
 STREAM = "python -m benchmarks stream --quick --markdown figures.md --picture stream.svg"
 BODY = "python -m benchmarks.body --quick"

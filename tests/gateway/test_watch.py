@@ -20,7 +20,7 @@ from yarl import URL
 
 from aiohttp_smg_routing.testing import free_port, smg_gateway
 from harness.agents import CHAT, chat
-from harness.processes import CLI, ROOT
+from harness.processes import CLI, ROOT, local_url
 from harness.servers import serve
 from harness.workers import worker_processes
 
@@ -183,8 +183,8 @@ async def test_gateway_and_server_that_are_killed_and_come_back_are_said_to_be_s
         urls = [worker.recorder.url for worker in workers]
         metrics = free_port()
         args = ("--prometheus-port", str(metrics))  # the last occurrence of an option wins
-        url = URL(f"http://127.0.0.1:{metrics}/metrics")
-        async with metered_server(URL(f"http://127.0.0.1:{port}")) as server:
+        url = local_url(metrics) / "metrics"
+        async with metered_server(local_url(port)) as server:
             async with (
                 smg_gateway(urls, policy="manual", args=args, port=port),
                 watching(url, server.url) as watch,

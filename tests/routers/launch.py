@@ -13,12 +13,11 @@ from typing import Any
 from yarl import URL
 
 from aiohttp_smg_routing.testing import Recorder, SmgGateway
-from harness.agents import CHAT
+from harness.agents import CHAT_PATH
 from harness.workers import recorders
 
 from ..gateways import gateway_program, worker_urls
 
-CHAT_PATH = f"/{CHAT}"
 PAGE = Path(__file__).parents[2] / "docs" / "gateways.md"
 
 _PROGRAMS = {

@@ -15,7 +15,7 @@ from aiohttp_smg_routing.testing import SmgGateway
 from harness.agents import CHAT
 
 from ..commands import verify
-from .launch import CHAT_PATH, HEADER, is_pinned, launched, random_turn, served_by_prompt
+from .launch import HEADER, is_pinned, launched, random_turn, served_by_prompt
 
 POLICIES = ["consistent_hash", "sticky_least_loaded"]
 SESSIONS = [f"s-{number}" for number in range(24)]
@@ -51,12 +51,11 @@ async def test_with_the_default_header_every_session_is_on_one_worker(
     "name", ["X-User-ID", "X-Tenant-ID", "X-Request-ID", "X-Correlation-ID", "X-Trace-ID"]
 )
 async def test_without_its_header_others_choose_the_worker(policy: str, name: str) -> None:
-    url = CHAT_PATH
     async with launched(policy) as gateway, ClientSession() as session:
 
         async def call(whose: str, headers: Mapping[str, str]) -> None:
             body = random_turn(whose)
-            async with session.post(gateway.url.with_path(url), json=body, headers=headers) as r:
+            async with session.post(gateway.url / CHAT, json=body, headers=headers) as r:
                 assert r.status == 200
 
         for _, whose in itertools.product(range(2), SESSIONS):

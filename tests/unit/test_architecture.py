@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from harness.processes import ROOT
+
 PACKAGE = ROOT / "aiohttp_smg_routing"
 CORE = sorted(file.stem for file in PACKAGE.glob("[!_]*.py"))
 FOLDERS = sorted(file.parent.name for file in PACKAGE.glob("*/__init__.py"))

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 import aiohttp_smg_routing
+from harness.processes import ROOT
 
 tomllib = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
-ROOT = Path(__file__).parents[2]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 EXTRAS: dict[str, list[str]] = PROJECT["project"]["optional-dependencies"]
 GROUPS: dict[str, list[Any]] = PROJECT["dependency-groups"]

@@ -20,7 +20,7 @@ from aiohttp_smg_routing import __main__, __version__
 from aiohttp_smg_routing.__main__ import main
 from aiohttp_smg_routing.testing import free_port
 from aiohttp_smg_routing.verify import cli, report, streams
-from harness.processes import CLI
+from harness.processes import CLI, local_url
 from harness.servers import serve
 
 from ..commands import broken_pipe
@@ -100,7 +100,7 @@ def test_not_pinned_is_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_could_not_tell_is_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["verify", f"http://127.0.0.1:{free_port()}"]) == 2
+    assert main(["verify", str(local_url(free_port()))]) == 2
     out = capsys.readouterr().out
     assert "Could not tell: no turn in a session that keeps its key was answered." in out
     assert "No connection to http://127.0.0.1:" in out

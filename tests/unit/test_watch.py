@@ -5,7 +5,6 @@ import re
 from collections.abc import Sequence
 from datetime import datetime
 from io import StringIO
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,13 +29,13 @@ from aiohttp_smg_routing.watch.page import (
 from aiohttp_smg_routing.watch.report import lines
 from aiohttp_smg_routing.watch.show import Picture
 from aiohttp_smg_routing.watch.view import View
+from harness.processes import ROOT
 
 from .metric_pages import IDLE, PINNED, SMG, SMG_1_13, W1, W2, W3, server_page, smg, vllm
 
 GATEWAY = URL("http://10.0.0.1:29000/metrics")
 SERVER = URL("http://10.0.0.9:8080/metrics")
 
-ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "aiohttp_smg_routing" / "watch"
 
 NO_PAGE: Any = None

@@ -17,6 +17,7 @@ from yarl import URL
 from aiohttp_smg_routing.__main__ import main
 from aiohttp_smg_routing.testing import free_port
 from aiohttp_smg_routing.watch import cli
+from harness.processes import local_url
 from harness.servers import serve
 
 from ..commands import broken_pipe
@@ -132,12 +133,12 @@ def test_help_shows_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_nobody_at_the_url(capsys: pytest.CaptureFixture[str]) -> None:
     with pages(IDLE, PINNED) as url:
-        status = main(["watch", str(url), f"http://127.0.0.1:{free_port()}", *ONCE])
+        status = main(["watch", str(url), str(local_url(free_port())), *ONCE])
     out = words(capsys)
     assert status == 0  # the gateway's page is enough
     assert "The session server's metrics could not be read" in out
     assert 'metrics = "prometheus"' in out
-    assert main(["watch", f"http://127.0.0.1:{free_port()}", *ONCE]) == 2
+    assert main(["watch", str(local_url(free_port())), *ONCE]) == 2
     assert "The gateway's counters could not be read" in words(capsys)
 
 

@@ -29,9 +29,8 @@ from aiohttp_smg_routing.testing import Recorder, completion, redirect
 from harness.proxies import CLIENT, pinned_server
 
 from ..logs import said
-from ..turns import keys
+from ..turns import PATH, keys
 
-PATH = "/sessions/s-1/v1/chat/completions"
 PLAIN: Any = ClientSession.__init__
 
 

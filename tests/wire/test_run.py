@@ -62,7 +62,7 @@ if __name__ == "__main__":
 """
 
 
-class Server:
+class UsersServer:
     """A server's process and its URL."""
 
     def __init__(self, process: asyncio.subprocess.Process, url: URL) -> None:
@@ -102,7 +102,7 @@ async def users_server(
     *argv: str,
     edit: str = "pass",
     env: Mapping[str, str] | None = None,
-) -> AsyncIterator[Server]:
+) -> AsyncIterator[UsersServer]:
     """Run the server in ``folder`` with ``argv`` until the block ends; yield once it answers."""
     (folder / "server.py").write_text(SERVER.replace("EDIT", edit))
     url = local_url(free_port())
@@ -115,7 +115,7 @@ async def users_server(
                         break
                 except OSError:
                     await asyncio.sleep(0.05)
-        yield Server(process, url)
+        yield UsersServer(process, url)
 
 
 def assert_pinned(gateway: Recorder, *sessions: str) -> None:
