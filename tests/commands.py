@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -17,10 +16,10 @@ from typing import Any, TextIO
 from yarl import URL
 
 from aiohttp_smg_routing.testing import SmgGateway, smg_gateway
-from harness.processes import CLI, ROOT
+from harness.processes import CLI, ROOT, finished
 
 from .verify_servers import stub_engines
-from .waiting import soon
+from .waiting import PATIENCE_SECONDS
 
 NAME = "aiohttp-smg-routing"
 SCRIPT = Path(sys.executable).with_name(NAME)
@@ -47,11 +46,6 @@ class Run:
         return " ".join(self.out.split())
 
 
-def environment(**more: str) -> dict[str, str]:
-    """Return the environment of a command: it finds this checkout in any folder."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), **more}
-
-
 def verify(folder: Path, gateway: URL, *options: str | URL, program: bool = False) -> Run:
     """Run ``verify``, in this process to save imports, or as a ``program`` in ``folder``.
 
@@ -60,15 +54,7 @@ def verify(folder: Path, gateway: URL, *options: str | URL, program: bool = Fals
     file = folder / "seen.json"
     arguments = ["verify", *map(str, (gateway, *options)), "--json", str(file)]
     if program:
-        done = subprocess.run(  # noqa: S603
-            [SCRIPT, *arguments],
-            cwd=folder,
-            env=environment(),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        done = finished(folder, str(SCRIPT), *arguments, stdin=subprocess.DEVNULL, timeout=120)
         status, out, err = done.returncode, done.stdout, done.stderr
     else:
         with redirect_stdout(StringIO()) as stdout, redirect_stderr(StringIO()) as stderr:
@@ -81,36 +67,23 @@ def verify(folder: Path, gateway: URL, *options: str | URL, program: bool = Fals
     return run
 
 
-async def watch_once(*arguments: str | URL) -> tuple[int | None, dict[str, Any]]:
+async def watch_once(*arguments: str | URL) -> tuple[int, dict[str, Any]]:
     """Run ``watch --once``; return its exit status and its JSON document."""
-    process = await asyncio.create_subprocess_exec(
-        *(*CLI, "watch", *map(str, arguments), "--once", "--json", "--interval", "0.1"),
-        stdout=PIPE,
-        stderr=PIPE,
-        env=environment(),
-    )
-    out, err = await soon(process.communicate())
-    assert err == b"", err.decode()
-    return process.returncode, json.loads(out)
+    argv = (*CLI, "watch", *map(str, arguments), "--once", "--json", "--interval", "0.1")
+    done = await asyncio.to_thread(finished, ROOT, *argv, timeout=PATIENCE_SECONDS)
+    assert done.stderr == ""
+    return done.returncode, json.loads(done.stdout)
 
 
 RUN = (*CLI, "run")
 
 
-def finished(
+def run_program(
     folder: Path, *argv: str, env: Mapping[str, str] | None = None, **options: Any
 ) -> "subprocess.CompletedProcess[str]":
-    """Run a program in ``folder``, where ``RUN`` finds its options; return how it ended."""
+    """Run a program in ``folder``, where ``RUN`` finds its options."""
     given = {"SMG_ROUTING_GATEWAY": "http://127.0.0.1:1", **(env or {})}
-    return subprocess.run(  # noqa: S603
-        argv,
-        cwd=folder,
-        env=environment(**given),
-        capture_output=True,
-        text=True,
-        check=False,
-        **options,
-    )
+    return finished(folder, *argv, env=given, **options)
 
 
 def broken_pipe() -> TextIO:

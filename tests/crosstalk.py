@@ -1,9 +1,20 @@
 """Calls whose body is the id of the session that they belong to."""
 
+from collections.abc import Awaitable, Callable
+
 from aiohttp import ClientSession, web
 
 from aiohttp_smg_routing.testing import Recorder
-from harness.proxies import CLIENT
+from harness.proxies import CLIENT, pinned_server
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def server_with(handler: Handler, gateway: Recorder, **config: object) -> web.Application:
+    """Return a session server whose turns the handler plays, with the plugin."""
+    app = pinned_server(gateway.url, **config)
+    app.router.add_post("/{session_id}", handler)
+    return app
 
 
 async def post(session: ClientSession, wire: Recorder, session_id: str = "") -> None:

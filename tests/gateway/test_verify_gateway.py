@@ -14,7 +14,7 @@ import pytest
 from yarl import URL
 
 from aiohttp_smg_routing.testing import SmgGateway, smg_gateway
-from harness.processes import ROOT, together
+from harness.processes import finished, together
 from harness.servers import serve, session_server
 
 from ..commands import gateway, verify
@@ -276,13 +276,8 @@ def test_gateway_that_asks_for_an_api_key_gets_it(tmp_path: Path) -> None:
 
 def test_real_engines_tell_their_cached_tokens(tmp_path: Path) -> None:
     load = ("--sessions", "5", "--turns", "4", "--concurrency", "2", "--max-tokens", "4")
-    done = subprocess.run(  # noqa: S603
-        [sys.executable, "-m", "benchmarks.pins", *load, "--json", "seen.json"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    program = (sys.executable, "-m", "benchmarks.pins")
+    done = finished(tmp_path, *program, *load, "--json", "seen.json")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Pinned: 15 of 15 later turns stayed" in done.stdout
     assert (tmp_path / "pins.svg").read_text("utf-8").startswith("<?xml")

@@ -20,11 +20,11 @@ from yarl import URL
 
 from aiohttp_smg_routing.testing import free_port, smg_gateway
 from harness.agents import CHAT, chat
-from harness.processes import CLI, ROOT, local_url
+from harness.processes import CLI, ROOT, environment, local_url
 from harness.servers import serve
 from harness.workers import worker_processes
 
-from ..commands import environment, watch_once
+from ..commands import watch_once
 from ..metered import metered_server
 from ..waiting import soon
 from .loaded import POLLS, loaded_workers, report

@@ -7,16 +7,11 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from aiohttp_smg_routing import (
-    PinLedger,
-    Routing,
-    RoutingConfig,
-)
+from aiohttp_smg_routing import PinLedger, Routing, RoutingConfig
 from aiohttp_smg_routing.ledger import Call as Begun
 from aiohttp_smg_routing.testing import Call, completion
 
 A_HANG = 120  # seconds until a test that hangs fails
-
 
 A, B, C = "http://a:30000", "http://b:30000", "http://c:30000"
 W1, W2, W3, W4 = (f"http://10.0.0.{number}:8000" for number in (1, 2, 3, 4))

@@ -28,8 +28,7 @@ from aiohttp_smg_routing import (
 from aiohttp_smg_routing.testing import Recorder, completion, redirect
 from harness.proxies import CLIENT, pinned_server
 
-from ..logs import said
-from ..turns import PATH, keys
+from ..turns import PATH, keys, said
 
 PLAIN: Any = ClientSession.__init__
 

@@ -31,8 +31,7 @@ from aiohttp_smg_routing.testing import Recorder, free_port, redirect
 from harness.agents import CHAT_PATH
 from harness.proxies import CLIENT, client_session, pinned_server
 
-from ..logs import said
-from ..turns import PATH
+from ..turns import PATH, said
 
 # At start-up
 

@@ -17,7 +17,7 @@ from yarl import URL
 from aiohttp_smg_routing.testing import Recorder, free_port
 from harness.processes import ROOT, local_url, running
 
-from ..commands import RUN, finished
+from ..commands import RUN, run_program
 
 pytestmark = pytest.mark.thorough
 
@@ -230,18 +230,19 @@ async def test_a_frozen_app_is_served_without_the_plugin_and_named(
 
 def test_streams_and_exit_status_are_the_servers(tmp_path: Path) -> None:
     code = "import sys; print(sys.stdin.read()); print('err', file=sys.stderr); sys.exit(7)"
-    done = finished(tmp_path, *RUN, "--", sys.executable, "-c", code, input="in")
+    done = run_program(tmp_path, *RUN, "--", sys.executable, "-c", code, input="in")
     assert (done.returncode, done.stdout) == (7, "in\n")
     assert done.stderr.startswith("err\n")
 
 
 def test_a_signal_that_ends_the_server_ends_run(tmp_path: Path) -> None:
     code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    assert finished(tmp_path, *RUN, "--", sys.executable, "-c", code).returncode == -signal.SIGKILL
+    done = run_program(tmp_path, *RUN, "--", sys.executable, "-c", code)
+    assert done.returncode == -signal.SIGKILL
 
 
 def test_a_process_that_serves_no_app_says_so_when_it_ends(tmp_path: Path) -> None:
-    done = finished(tmp_path, *RUN, "--", sys.executable, "-c", "print(1)")
+    done = run_program(tmp_path, *RUN, "--", sys.executable, "-c", "print(1)")
     assert (done.returncode, done.stdout) == (0, "1\n")
     assert "served no aiohttp app" in done.stderr
     assert done.stderr.count("\n") == 1
@@ -249,7 +250,7 @@ def test_a_process_that_serves_no_app_says_so_when_it_ends(tmp_path: Path) -> No
 
 def test_a_process_whose_fork_may_serve_says_nothing(tmp_path: Path) -> None:
     code = "import os; os.fork() or os._exit(0); os.wait()"
-    done = finished(tmp_path, *RUN, "--", sys.executable, "-c", code)
+    done = run_program(tmp_path, *RUN, "--", sys.executable, "-c", code)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -272,7 +273,7 @@ def test_bad_input_is_told_in_a_sentence(
     (tmp_path / "none.toml").write_text("[server]\nport = 1\n")
     (tmp_path / "bad.toml").write_text("[server\n")
     (tmp_path / "typo.toml").write_text('[smg_routing]\ngateway = "http://h:1"\nprefx = ""\n')
-    done = finished(tmp_path, *RUN, *argv, env=env)
+    done = run_program(tmp_path, *RUN, *argv, env=env)
     assert (done.returncode, done.stdout) == (status, "")
     assert done.stderr.startswith("aiohttp-smg-routing run: ")
     assert sentence in done.stderr
@@ -282,7 +283,7 @@ def test_bad_input_is_told_in_a_sentence(
 def test_a_name_that_is_not_there_stops_the_server_as_setup_would(tmp_path: Path) -> None:
     code = "from aiohttp import web; web.run_app(web.Application(), port=0)"
     argv = ("--config", "no_such:NAME", "--", sys.executable, "-c", code)
-    done = finished(tmp_path, *RUN, *argv)
+    done = run_program(tmp_path, *RUN, *argv)
     assert done.returncode == 1
     assert "ConfigError: config: no_such:NAME is not there" in done.stderr
 
@@ -290,7 +291,7 @@ def test_a_name_that_is_not_there_stops_the_server_as_setup_would(tmp_path: Path
 def test_a_python_that_has_not_the_package_runs_the_server_and_says_so(tmp_path: Path) -> None:
     venv.create(tmp_path / "bare", with_pip=False, symlinks=True)
     python = str(tmp_path / "bare" / "bin" / "python")
-    done = finished(tmp_path, *RUN, "--", python, "-c", "print(1)")
+    done = run_program(tmp_path, *RUN, "--", python, "-c", "print(1)")
     assert (done.returncode, done.stdout) == (0, "1\n")
     assert f"{python} can't import it" in done.stderr
     assert done.stderr.count("\n") == 1

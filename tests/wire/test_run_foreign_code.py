@@ -7,14 +7,14 @@ import pytest
 
 from harness.processes import ROOT
 
-from ..commands import RUN, finished
+from ..commands import RUN, run_program
 
 pytestmark = pytest.mark.thorough
 
 
 def test_a_broken_pipe_ends_what_is_no_python_as_without_run(tmp_path: Path) -> None:
     argv = ("bash", "-c", "yes | head -n 1; echo ${PIPESTATUS[0]}")
-    plain, run = finished(tmp_path, *argv), finished(tmp_path, *RUN, "--", *argv)
+    plain, run = run_program(tmp_path, *argv), run_program(tmp_path, *RUN, "--", *argv)
     assert (run.stdout, run.stderr) == (plain.stdout, plain.stderr)
 
 
@@ -22,7 +22,7 @@ def test_a_broken_pipe_ends_what_is_no_python_as_without_run(tmp_path: Path) -> 
 def test_a_file_that_can_not_be_run_is_told_in_a_sentence(tmp_path: Path, text: str) -> None:
     (tmp_path / "server").write_text(text)
     (tmp_path / "server").chmod(0o755)
-    run = finished(tmp_path, *RUN, "--", "./server")
+    run = run_program(tmp_path, *RUN, "--", "./server")
     assert (run.returncode, run.stdout) == (126, "")
     assert run.stderr.startswith("aiohttp-smg-routing run: './server' can't be run: ")
     assert run.stderr.count("\n") == 1
@@ -32,16 +32,16 @@ def test_a_file_that_can_not_be_run_is_told_in_a_sentence(tmp_path: Path, text: 
 def test_an_option_of_pythons_that_shuts_run_out_is_found_behind_others(
     tmp_path: Path, option: tuple[str, ...]
 ) -> None:
-    run = finished(tmp_path, *RUN, "--", sys.executable, *option, "-I", "-c", "")
+    run = run_program(tmp_path, *RUN, "--", sys.executable, *option, "-I", "-c", "")
     assert run.returncode == 64
     assert "-I keeps Python from reading PYTHONPATH" in run.stderr
-    assert finished(tmp_path, *RUN, "--", sys.executable, *option, "-c", "").returncode == 0
+    assert run_program(tmp_path, *RUN, "--", sys.executable, *option, "-c", "").returncode == 0
 
 
 def test_what_a_launcher_adds_to_pythonpath_stays(tmp_path: Path) -> None:
     code = "import os, sys; print(os.environ['PYTHONPATH'], '/added' in sys.path)"
     line = f'PYTHONPATH=/added:$PYTHONPATH {sys.executable} -c "{code}"'
-    run = finished(tmp_path, *RUN, "--", "bash", "-c", line)
+    run = run_program(tmp_path, *RUN, "--", "bash", "-c", line)
     assert run.stdout == f"/added:{ROOT} True\n"
 
 
@@ -51,7 +51,7 @@ def test_a_sitecustomize_that_fails_says_so_as_without_run(tmp_path: Path) -> No
     (own / "sitecustomize.py").write_text("import no_such_module\n")
     # Only the server, not ``run``, gets the failing sitecustomize.
     line = f"PYTHONPATH=$PYTHONPATH:{own} {sys.executable} -c 'print(1)'"
-    run = finished(tmp_path, *RUN, "--", "bash", "-c", line)
+    run = run_program(tmp_path, *RUN, "--", "bash", "-c", line)
     assert run.stdout == "1\n"
     assert "ModuleNotFoundError: No module named 'no_such_module'" in run.stderr
 
@@ -63,7 +63,7 @@ def test_a_package_that_can_not_be_imported_fails_nothing(tmp_path: Path) -> Non
     (own / "sitecustomize.py").write_text("import sys; sys.mark = 'own sitecustomize'\n")
     code = "import sys; print(sys.mark)"
     line = f'PYTHONPATH=$PYTHONPATH:{own} {sys.executable} -c "{code}"'
-    run = finished(tmp_path, *RUN, "--", "bash", "-c", line)
+    run = run_program(tmp_path, *RUN, "--", "bash", "-c", line)
     assert run.stdout == "own sitecustomize\n"
     assert "no call carries a key (odd)" in run.stderr
     assert run.stderr.count("\n") == 1
@@ -74,7 +74,7 @@ def test_a_child_that_serves_no_app_says_nothing(tmp_path: Path) -> None:
         "import subprocess, sys; subprocess.run([sys.executable, '-c', "
         "'import sys; print(\"aiohttp_smg_routing\" in sys.modules)'], check=True)"
     )
-    run = finished(tmp_path, *RUN, "--children", "--", sys.executable, "-c", code)
+    run = run_program(tmp_path, *RUN, "--children", "--", sys.executable, "-c", code)
     assert run.stdout == "True\n"
     assert run.stderr.count("served no aiohttp app") == 1
     assert "those that it started have the plugin too" in run.stderr
@@ -86,7 +86,7 @@ def test_a_client_session_that_is_something_else_in_an_app_is_a_warning(tmp_path
         "asyncio.run(web.AppRunner(app).setup()); print('served')"
     )
     env = {"SMG_ROUTING_CLIENT_SESSION": "client"}
-    run = finished(tmp_path, *RUN, "--", sys.executable, "-c", code, env=env)
+    run = run_program(tmp_path, *RUN, "--", sys.executable, "-c", code, env=env)
     assert run.stdout == "served\n"
     assert "no ClientSession under 'client'" in run.stderr
 
@@ -109,7 +109,7 @@ def test_a_launcher_that_becomes_the_server_hands_the_plugin_on(tmp_path: Path, 
     (tmp_path / "launcher.py").write_text(
         f"import os, sys; argv = [sys.executable, 'server.py']; {call}"
     )
-    run = finished(tmp_path, *RUN, "--", sys.executable, "launcher.py")
+    run = run_program(tmp_path, *RUN, "--", sys.executable, "launcher.py")
     assert run.stdout == f"True ['SMG_ROUTING_GATEWAY'] {ROOT}\n", run.stderr
 
 
@@ -119,5 +119,5 @@ def test_a_fork_that_becomes_another_program_has_no_plugin(tmp_path: Path) -> No
         "import os, sys; os.fork() or os.execv(sys.executable, [sys.executable, 'server.py']); "
         "os.wait()"
     )
-    run = finished(tmp_path, *RUN, "--", sys.executable, "launcher.py")
+    run = run_program(tmp_path, *RUN, "--", sys.executable, "launcher.py")
     assert run.stdout == f"False ['SMG_ROUTING_GATEWAY'] {ROOT}\n", run.stderr
