@@ -25,9 +25,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from harness.processes import ROOT, environment
+
 from .report import machine
 
-ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- figures: ", "<!-- end of figures -->"
 BLOCK = re.compile(
     re.escape(BEGIN) + r"([^;\n]+)(?:; section: ([^\n]+?))? -->\n(.*?)" + re.escape(END), re.DOTALL
@@ -102,7 +103,7 @@ def run(command: str) -> Output:
     """Run a command and show its output. Raises ``ValueError`` if it fails."""
     code, begin = commit(), time.monotonic()
     # Wide, because wrapped lines would break a table in Markdown.
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200", "PYTHONUNBUFFERED": "1"}
+    env = environment(COLUMNS="200", PYTHONUNBUFFERED="1")
     with TemporaryDirectory() as name:
         folder, lines = Path(name), []
         with subprocess.Popen(  # noqa: S603

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 
 from aiohttp_smg_routing.testing import SmgGateway, smg_gateway
 from harness.engines import engines, write_model
+from harness.processes import CLI
 
 WORKERS = 3
 SLOTS, CONTEXT, BLOCKS = 24, 2048, 2
@@ -31,14 +32,13 @@ async def main(options: Sequence[str]) -> int:
             engines(WORKERS, slots=SLOTS, context=CONTEXT, model=model) as urls,
             smg_gateway(urls, policy="manual", args=LAUNCH) as smg,
         ):
-            return await verify(smg, options)
+            return await show(smg, options)
 
 
-async def verify(smg: SmgGateway, options: Sequence[str]) -> int:
+async def show(smg: SmgGateway, options: Sequence[str]) -> int:
     """Run ``verify`` on the gateway and print its output as Markdown; return its exit status."""
-    where = ("verify", str(smg.url), "--metrics", str(smg.metrics_url))
-    argv = (sys.executable, "-m", "aiohttp_smg_routing", *where, *options, "--plot", PICTURE)
-    process = await asyncio.create_subprocess_exec(*argv, stdout=PIPE)
+    argv = (*CLI, "verify", str(smg.url), "--metrics", str(smg.metrics_url), *options)
+    process = await asyncio.create_subprocess_exec(*argv, "--plot", PICTURE, stdout=PIPE)
     printed, _ = await process.communicate()
     print("```text", printed.decode().rstrip(), "```", sep="\n")
     return process.returncode or 0

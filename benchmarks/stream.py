@@ -12,6 +12,7 @@ from typing import cast
 
 from yarl import URL
 
+from harness.processes import local_url
 from harness.servers import serve
 
 from .counting import calls_into_plugin
@@ -151,7 +152,7 @@ async def engine(chats: Mapping[str, Chat]) -> AsyncIterator[URL]:
     loop = asyncio.get_running_loop()
     server = await loop.create_server(lambda: Engine(chats), "127.0.0.1", 0)
     try:
-        yield URL(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}")
+        yield local_url(server.sockets[0].getsockname()[1])
     finally:
         server.close()
 

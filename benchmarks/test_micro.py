@@ -13,7 +13,7 @@ from aiohttp_smg_routing import Routing, RoutingConfig, routing_key, routing_ses
 from harness.hook import Calls, done
 
 GATEWAY = URL("http://10.0.0.1:30000")
-CHAT = GATEWAY / "v1/chat/completions"
+CHAT_URL = GATEWAY / "v1/chat/completions"
 
 
 def test_a_key(benchmark: BenchmarkFixture) -> None:
@@ -26,7 +26,7 @@ def test_a_digest(benchmark: BenchmarkFixture) -> None:
 
 def test_a_call_without_a_session(benchmark: BenchmarkFixture) -> None:
     calls = Calls(Routing({"gateway": str(GATEWAY)}))
-    benchmark(calls.call, CHAT)
+    benchmark(calls.call, CHAT_URL)
 
 
 def test_a_call_to_elsewhere(benchmark: BenchmarkFixture) -> None:
@@ -40,7 +40,7 @@ def test_a_call_of_a_session_that_stays(benchmark: BenchmarkFixture) -> None:
 
     def call() -> None:
         with routing_session(next(sessions)):
-            calls.call(CHAT)
+            calls.call(CHAT_URL)
 
     benchmark(call)
 
@@ -51,7 +51,7 @@ def test_a_call_of_a_new_session_in_a_full_ledger(benchmark: BenchmarkFixture) -
 
     def call() -> None:
         with routing_session(f"session-{next(numbers)}"):
-            calls.call(CHAT)
+            calls.call(CHAT_URL)
 
     benchmark(call)
 
@@ -61,7 +61,7 @@ def test_a_call_within_a_request(benchmark: BenchmarkFixture) -> None:
     calls = Calls(routing)
 
     async def handler(request: web.Request) -> web.Response:
-        benchmark(calls.call, CHAT)
+        benchmark(calls.call, CHAT_URL)
         return web.Response()
 
     request = make_mocked_request("POST", "/", match_info={"session_id": "rollout-000017"})

@@ -16,7 +16,7 @@ from harness.hook import done
 
 ROUTING_HEADERS = ("X-SMG-Routing-Key", "X-SMG-Target-Worker")
 ROUTING = Routing({"gateway": "http://gw.example/base"})
-CHAT = URL("http://gw.example/base/v1/chat/completions")
+CHAT_URL = URL("http://gw.example/base/v1/chat/completions")
 #: The name of the session id in a ``pin_by``.
 SESSION_ID = "session_id"
 #: It marks where a config may hold a credential. It is in two parts, because Hypothesis tries each
@@ -83,7 +83,7 @@ class Shared:
         form = {"key": "digest", **form} if self.pin_by == "{session_id}" else form
         routing = Routing(RoutingConfig("http://gw.example/base", pin_by=self.pin_by, **form))
         with routing_session(self.session_id, self.found):
-            return sent(routing, "POST", CHAT).getone(ROUTING_HEADERS[0])
+            return sent(routing, "POST", CHAT_URL).getone(ROUTING_HEADERS[0])
 
     def meaning(self, names: Sequence[str]) -> tuple[object, ...]:
         """Return a value that is equal if the keys must be; ``names`` are the sources."""

@@ -13,8 +13,11 @@ from yarl import URL
 from .sse import read_completion
 
 Message = Mapping[str, Any]
-CHAT = "v1/chat/completions"
-"""The path of a chat completion, below the URL of a gateway or of a session."""
+CHAT_PATH = "/v1/chat/completions"
+"""The path of a chat completion on a gateway."""
+
+CHAT = CHAT_PATH[1:]
+"""The same, below the URL of a gateway or of a session."""
 
 WORKER_HEADER = "X-SMG-Routed-Worker-Id"
 

@@ -66,7 +66,7 @@ async def engines(
         size = {"slots": slots, "context": context, "threads": threads}
         urls = tuple(map(local_url, free_ports(count)))
         workers = [
-            answering(url / "health", *command(serve, model=str(model), port=url.port, **size))
+            answering(url / "health", *command(run_engine, model=str(model), port=url.port, **size))
             for url in urls
         ]
         async with together(workers):
@@ -155,7 +155,7 @@ def _byte_alphabet() -> list[str]:
     return [chr(byte if byte in printable else next(stand_ins)) for byte in range(256)]
 
 
-def serve(model: str, port: int, slots: int, context: int, threads: int) -> None:
+def run_engine(model: str, port: int, slots: int, context: int, threads: int) -> None:
     """Run one worker on 127.0.0.1 until SIGINT or SIGTERM; for the rest see ``engines()``."""
     require_engine()
     import xllamacpp

@@ -6,10 +6,11 @@ This file as a program is the child that ``command()`` asks for.
 import asyncio
 import json
 import os
+import subprocess
 import sys
 import time
 from asyncio.subprocess import PIPE, Process
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import (
     AbstractAsyncContextManager,
     AsyncExitStack,
@@ -18,7 +19,7 @@ from contextlib import (
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from aiohttp import ClientSession
 from yarl import URL
@@ -26,7 +27,10 @@ from yarl import URL
 from aiohttp_smg_routing.testing import child_process
 
 ROOT = Path(__file__).resolve().parents[1]
-"""The checkout. A program that runs elsewhere finds the modules there by ``PYTHONPATH``."""
+"""The checkout."""
+
+CLI = (sys.executable, "-m", "aiohttp_smg_routing")
+"""The package's command line: ``verify``, ``watch`` or ``run`` follows."""
 
 T = TypeVar("T")
 
@@ -78,6 +82,19 @@ async def together(contexts: Iterable[AbstractAsyncContextManager[T]]) -> AsyncI
         yield entered
 
 
+def environment(**more: str) -> dict[str, str]:
+    """Return an environment in which Python finds the modules of this checkout in any folder."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), **more}
+
+
+def finished(
+    folder: Path, *argv: str, env: Mapping[str, str] | None = None, **options: Any
+) -> "subprocess.CompletedProcess[str]":
+    """Run a program in ``folder`` to its end; return its status and what it printed."""
+    given = environment(**(env or {}))
+    return subprocess.run(argv, cwd=folder, env=given, capture_output=True, text=True, **options)  # noqa: S603
+
+
 @asynccontextmanager
 async def running(folder: Path, *argv: str, **env: str) -> AsyncIterator[Process]:
     """Run Python in ``folder``, which also has its temporary files, with pipes for its output."""
@@ -85,13 +102,7 @@ async def running(folder: Path, *argv: str, **env: str) -> AsyncIterator[Process
         sys.executable,
         *argv,
         cwd=folder,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "TMPDIR": str(folder),
-            "FORCE_COLOR": "1",
-            **env,
-        },
+        env=environment(**{"TMPDIR": str(folder), "FORCE_COLOR": "1", **env}),
         stdout=PIPE,
         stderr=PIPE,
     )

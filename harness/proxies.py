@@ -8,7 +8,7 @@ from yarl import URL
 
 from aiohttp_smg_routing import setup
 
-from .agents import CHAT
+from .agents import CHAT, CHAT_PATH
 
 CLIENT = web.AppKey("client", ClientSession)
 
@@ -40,7 +40,7 @@ def naive_proxy(
 
     async def handler(request: web.Request) -> web.Response:
         async with request.config_dict[CLIENT].post(
-            upstream.with_path(f"/{CHAT}"),
+            upstream.with_path(CHAT_PATH),
             data=await request.read(),
             headers=forward(request),
         ) as response:
@@ -56,7 +56,7 @@ def proxy_server(
     """Return a session server in front of ``upstream`` that knows nothing of the plugin."""
     app = web.Application()
     app.cleanup_ctx.append(client_session)
-    for path in (f"/sessions/{{session_id}}/{CHAT}", f"/{CHAT}"):
+    for path in (f"/sessions/{{session_id}}/{CHAT}", CHAT_PATH):
         app.router.add_post(path, naive_proxy(upstream, forward, back))
     return app
 

@@ -18,7 +18,7 @@ from aiohttp import web
 from yarl import URL
 
 from . import proc
-from .processes import ROOT
+from .processes import ROOT, environment
 
 PROGRAM = ROOT / "examples" / "session_server.py"
 
@@ -97,7 +97,7 @@ async def session_server(
                 stdout=PIPE,
                 stderr=output,
                 # The plugin of this checkout, even if another is installed: it is under test.
-                env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+                env=environment(**env),
                 cwd=folder,  # what it leaves behind, a process or a file, is found there
                 start_new_session=True,  # a Ctrl-C in the terminal is not for it
             )

@@ -31,7 +31,7 @@ from aiohttp_smg_routing.testing import (
     stream,
 )
 
-from .agents import CHAT, Message
+from .agents import CHAT_PATH, Message
 from .processes import Restartable, answering, command, local_url, together
 
 MODEL = "stub"
@@ -135,7 +135,7 @@ class Answers:
 
     def answer(self, call: Call) -> Answer:
         """Return the answer to a call, and note it when it is a turn."""
-        if call.path != f"/{CHAT}":
+        if call.path != CHAT_PATH:
             return canned(call)
         turn = call.json()
         roll = self.random.random()

@@ -78,7 +78,7 @@ def tell(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def table(counts: Counter[tuple[str, str]]) -> str:
+def as_markdown(counts: Counter[tuple[str, str]]) -> str:
     """Return a row for each file, in Markdown."""
     lines = [
         "| file | mutants | caught | timed out | survived |",
@@ -108,7 +108,7 @@ def main() -> int:
         return 130
     survived = sum(count for (_, outcome), count in counts.items() if outcome == "survived")
     share = 100 * (tried - survived) / tried
-    print(f"{table(counts)}\n")
+    print(f"{as_markdown(counts)}\n")
     print(f"{share:.1f} % are caught; one that takes too long is. Seed {given.seed}, {commit}.")
     if tried < len(mutants):
         return 130

@@ -17,9 +17,12 @@ os.environ["SSL_CERT_FILE"] = str(Path(__file__).with_name("authority.pem"))
 
 # A shell makes background jobs ignore Ctrl-C, and nohup makes them ignore a hang-up. The programs
 # that tests start and stop by a signal would inherit this.
-for number in (signal.SIGINT, signal.SIGHUP):
+for number, by_default in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
     if signal.getsignal(number) is signal.SIG_IGN:
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, by_default)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,5 +1,6 @@
 """A session server that serves its metrics, in its own process."""
 
+from asyncio.subprocess import Process
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -8,7 +9,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from yarl import URL
 
 from aiohttp_smg_routing.testing import free_port
-from harness.processes import Restartable, answering, command, local_url
+from harness.processes import Restartable, answering, command, local_url, restartable
 from harness.proxies import pinned_server
 
 
@@ -24,13 +25,9 @@ def main(gateway: str, port: int) -> None:
 
 
 @asynccontextmanager
-async def metered_server(gateway: URL) -> AsyncIterator[Restartable[object]]:
+async def metered_server(gateway: URL) -> AsyncIterator[Restartable[Process]]:
     """Run the server with ``gateway`` until the block ends; it can be killed and restarted."""
     url = local_url(free_port())
     argv = command(main, gateway=str(gateway), port=url.port)
-    server: Restartable[object] = Restartable(url, lambda: answering(url / "metrics", *argv))
-    await server.start()
-    try:
+    async with restartable(url, lambda: answering(url / "metrics", *argv)) as server:
         yield server
-    finally:
-        await server.kill()

@@ -13,7 +13,6 @@ from aiohttp import ClientError, ClientRequest, ClientResponse, ClientSession, T
 from aiohttp.connector import Connection
 
 from aiohttp_smg_routing import ROUTING_KEY_HEADER, Routing, RoutingConfig, routing_session
-from aiohttp_smg_routing.gateway import TARGET_WORKER_HEADER
 from aiohttp_smg_routing.testing import Answer, Call, Recorder, answer, recording_gateway
 
 #: Errors of a call that is refused before it leaves; aiohttp 3.9 also raises AssertionError.
@@ -21,11 +20,12 @@ _REFUSED = (ClientError, ValueError, IndexError, OSError, AssertionError)
 
 Send = Callable[[ClientSession], Awaitable[ClientResponse]]
 
+TARGET_WORKER_HEADER = "X-SMG-Target-Worker"
 _ROUTING = {str(name).lower() for name in (ROUTING_KEY_HEADER, TARGET_WORKER_HEADER)}
 
 
 @dataclass(frozen=True)
-class Gateway:
+class GatewayUrl:
     """A gateway's URL as in a config, and where its chat completions must arrive."""
 
     said: str
@@ -42,7 +42,7 @@ class Arrived:
     at_gateway: bool
     call: Call
 
-    def is_chat(self, gateway: Gateway) -> bool:
+    def is_chat(self, gateway: GatewayUrl) -> bool:
         """Tell from the request alone whether the call is a chat completion for the gateway."""
         line = self.call.start_line.partition(b"?")[0].removesuffix(b" HTTP/1.1")
         return self.at_gateway and line == f"POST {gateway.path}".encode()
@@ -78,7 +78,7 @@ class Origins:
     arrived: list[Arrived] = field(default_factory=list)
 
     async def send(
-        self, gateway: Gateway, send: Send, answers: tuple[Answer, ...] = (), **session: Any
+        self, gateway: GatewayUrl, send: Send, answers: tuple[Answer, ...] = (), **session: Any
     ) -> tuple[type[Exception] | None, list[Arrived]]:
         """Send a call; return the type of its error, if any, and the calls that arrived."""
         self.arrived.clear()
@@ -105,7 +105,7 @@ class Origins:
 
     async def assert_key_or_nothing(
         self,
-        gateway: Gateway,
+        gateway: GatewayUrl,
         send: Send,
         *,
         answers: tuple[Answer, ...] = (),
@@ -139,7 +139,7 @@ class Origins:
 class _Loopback(TCPConnector):
     """A connector that leads each host name or address to a recorder, without DNS."""
 
-    def __init__(self, gateway: Gateway, origins: Origins) -> None:
+    def __init__(self, gateway: GatewayUrl, origins: Origins) -> None:
         super().__init__(ssl=False)
         self._of_gateway = (gateway.scheme, gateway.host, gateway.port)
         self._origins = origins
@@ -195,7 +195,7 @@ async def _tls(
             writer.close()
             await writer.wait_closed()
 
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task
         tasks.add(task)
@@ -203,5 +203,5 @@ async def _tls(
         inner_reader, inner_writer = await asyncio.open_connection("127.0.0.1", port)
         await asyncio.gather(pipe(reader, inner_writer), pipe(inner_reader, writer))
 
-    async with await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context) as server:
+    async with await asyncio.start_server(relay, "127.0.0.1", 0, ssl=context) as server:
         yield port, server.sockets[0].getsockname()[1]

@@ -43,12 +43,16 @@ from aiohttp_smg_routing.testing import (
     free_ports,
     recording_gateway,
 )
-from aiohttp_smg_routing.testing.gateway import run_gateway
+from harness.agents import CHAT
+from harness.processes import ROOT, local_url
+from harness.workers import recorders
+
+from .commands import verify
+from .gateways import gateway_program, worker_urls
 
 tomllib = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 sys.modules["tomllib"] = tomllib  # Python 3.10 has no tomllib
 
-ROOT = Path(__file__).parents[1]
 GATEWAY = "http://10.0.0.1:30000"
 PORT = "8080"
 SERVER = f"http://127.0.0.1:{PORT}"
@@ -58,7 +62,6 @@ ELSEWHERE = (  # tests/recipes runs the first four
 )
 FILE = re.compile(r"# (\S+\.(?:py|toml))\n")  # the first line of a snippet for a file
 TURN = {"messages": [{"role": "user", "content": "hello"}]}
-CHAT = "/sessions/{session_id}/v1/chat/completions"  # README.md's session server
 
 
 class Page:
@@ -70,6 +73,7 @@ class Page:
         self._folder = self._programs.enter_context(tempfile.TemporaryDirectory())
         self._played: Counter[str] = Counter()  # turns by session
         self._ports = dict(zip(("30000", PORT), map(str, free_ports(2)), strict=True))
+        self._server = local_url(int(self._ports[PORT]))
         self.smg: SmgGateway
         self._gateway = recording_gateway()
         self.gateway: Recorder = self.loop.run_until_complete(self._gateway.__aenter__())
@@ -85,7 +89,7 @@ class Page:
             "gateway": self.gateway,
             "page": self,
             "play": self.play,
-            "serve": serve,
+            "serve": client_of,  # what the pages call it
             "session": self._session,
             "turn": TURN,
             "web": web,
@@ -101,7 +105,7 @@ class Page:
     ) -> None:
         """Play ``turns`` turns of each session, made by ``call``; assert that all are pinned."""
         self.gateway.calls.clear()
-        async with serve(app) as client:
+        async with client_of(app) as client:
             for _ in range(turns):
                 for session_id in sessions:
                     async with client.post(**call(session_id)) as response:
@@ -128,9 +132,12 @@ class Page:
         smg = str(Path(sysconfig.get_path("scripts"), "smg"))
         # The recorders have no tokenizer to fetch.
         program = (smg, *words[:end], "--disable-tokenizer-autoload")
-        workers = len(words) - end - 1
-        running = run_gateway(program, workers, (), int(self._ports["30000"]))
-        self.smg = await self._programs.enter_async_context(running)
+        enter = self._programs.enter_async_context
+        workers = await enter(recorders(len(words) - end - 1))
+        port = int(self._ports["30000"])
+        self.smg = await enter(
+            gateway_program(*program, *worker_urls(workers), workers=workers, port=port)
+        )
 
     async def start(self, name: str) -> None:
         """Run a file of this page as a program that listens at port 8080."""
@@ -140,7 +147,7 @@ class Page:
         )
 
         async def ready() -> bool:
-            async with self._session.get(f"http://127.0.0.1:{self._ports[PORT]}/") as response:
+            async with self._session.get(self._server) as response:
                 return response.status == 404
 
         program = child_process(sys.executable, "-c", code, ready=ready)
@@ -153,7 +160,7 @@ class Page:
             for session_id in names:
                 if self._played[session_id] <= number:  # the page's own lines may have played it
                     body = {"model": "stub", **TURN, "stream": bool(number % 2)}
-                    await self._turn(CHAT.format(session_id=session_id), body)
+                    await self._turn(f"/sessions/{session_id}/{CHAT}", body)
         for session_id in names:
             self.smg.assert_pinned(session_id, turns=turns)
 
@@ -165,8 +172,7 @@ class Page:
         await self._turn(url.removeprefix(SERVER), json.loads(options[3]) | {"model": "stub"})
 
     async def _turn(self, path: str, body: Mapping[str, Any]) -> None:
-        url = f"http://127.0.0.1:{self._ports[PORT]}{path}"
-        async with self._session.post(url, json=body) as answer:
+        async with self._session.post(self._server.join(URL(path)), json=body) as answer:
             text = await answer.text()
             assert answer.status == 200, text
             assert ("data: [DONE]" in text) == body.get("stream", False)
@@ -174,15 +180,11 @@ class Page:
 
     async def verify(self, words: Sequence[str]) -> None:
         """Run ``aiohttp-smg-routing verify`` on the real gateway; it must find it pinned."""
-        argv = (*words, "--metrics", str(self.smg.metrics_url))
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "aiohttp_smg_routing", *map(self.here, argv)),
-            cwd=self._folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        out, _ = await process.communicate()
-        assert process.returncode == 0, out.decode()
+        url, *options = map(self.here, words)
+        options += ["--metrics", str(self.smg.metrics_url)]
+        folder = Path(self._folder)
+        run = await asyncio.to_thread(verify, folder, URL(url), *options, program=True)
+        assert run.status == 0, run.out + run.err
 
     def run(self, coroutine: Awaitable[Any]) -> None:
         """Run a coroutine of a snippet."""
@@ -207,7 +209,7 @@ async def _cancel_tasks() -> None:
     await asyncio.gather(*left, return_exceptions=True)
 
 
-def serve(app: web.Application, **kwargs: Any) -> "TestClient[web.Request, web.Application]":
+def client_of(app: web.Application, **kwargs: Any) -> "TestClient[web.Request, web.Application]":
     """Return a client of ``app``; ``app`` runs while the client is open."""
     return TestClient(TestServer(app), **kwargs)
 
@@ -263,7 +265,7 @@ def shell(example: Example) -> None:
         elif page and command == "python":
             page.run(page.start(*words))
         elif page and words[:1] == ["verify"]:
-            page.run(page.verify(words))
+            page.run(page.verify(words[1:]))
         elif page and command == "curl":
             is_turn = words[0].startswith(SERVER)
             page.run(

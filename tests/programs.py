@@ -4,12 +4,10 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NoReturn
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
 SCRIPTS = sysconfig.get_path("scripts")
 
 

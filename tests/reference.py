@@ -13,7 +13,6 @@ import re
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AsyncExitStack, redirect_stdout, suppress
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from aiohttp import ClientResponse, ClientSession, web
@@ -22,8 +21,8 @@ from aiohttp.test_utils import TestClient, TestServer
 import aiohttp_smg_routing
 from aiohttp_smg_routing import ROUTING, testing
 from aiohttp_smg_routing.testing import completion, recording_gateway
+from harness.processes import ROOT
 
-ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "aiohttp_smg_routing"
 PUBLIC = (*aiohttp_smg_routing.__all__, *testing.__all__)
 #: The public names whose examples need the real gateway.

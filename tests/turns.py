@@ -1,9 +1,11 @@
-"""Helpers to play turns through a session server, and to see where they arrived."""
+"""Helpers to play turns, and to see where they arrived and what the plugin has logged."""
 
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
+import pytest
 from aiohttp import ClientSession, web
 from aiohttp.test_utils import TestClient
 from yarl import URL
@@ -11,6 +13,9 @@ from yarl import URL
 from aiohttp_smg_routing import routing_session
 from aiohttp_smg_routing.testing import Call, Recorder
 from harness.agents import CHAT, chat
+
+PATH = f"/sessions/s-1/{CHAT}"
+"""The path of a turn of session ``s-1`` on a session server."""
 
 if TYPE_CHECKING:
     Client = TestClient[web.Request, web.Application]  # generic since aiohttp 3.11
@@ -58,3 +63,12 @@ def forget(*recorders: Recorder) -> None:
     """Forget the calls that arrived."""
     for recorder in recorders:
         recorder.calls.clear()
+
+
+def said(caplog: pytest.LogCaptureFixture, level: int = logging.WARNING) -> list[str]:
+    """Return the messages that the plugin has logged, from ``level`` up."""
+    return [
+        record.getMessage()
+        for record in caplog.records
+        if record.name.startswith("aiohttp_smg_routing.") and record.levelno >= level
+    ]

@@ -92,7 +92,7 @@ async def measure(progress: Progress, plan: Plan) -> Part:
         if not room.limit:
             progress((count + 1) / len(plays), "what one cache for all would give")
             set_limits(plan, room, played)
-    tables = tuple(table(plan, room) for room in rooms)
+    tables = tuple(table_of(plan, room) for room in rooms)
     title = f"Agent trace {plan.name}"
     return Part(title, title, tables, tuple(notes(plan, rooms)), headline(plan, rooms))
 
@@ -159,7 +159,7 @@ def of_machine(played: Played, scale: float) -> float:
     return outside / (outside + sum(call.inside for call in played.calls))
 
 
-def table(plan: Plan, room: Room) -> Table:
+def table_of(plan: Plan, room: Room) -> Table:
     """Return the table of a room: the limits, and a row for each arm."""
     settings = plan.settings
     columns: Mapping[str, tuple[Callable[[Played], float], str]] = {

@@ -4,9 +4,9 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from harness.processes import ROOT
+
 BENCHMARKS = re.findall(
     r"(?<=^def )test_\w+", (ROOT / "benchmarks/test_micro.py").read_text(), re.MULTILINE
 )

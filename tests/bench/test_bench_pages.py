@@ -12,9 +12,7 @@ import pytest
 from benchmarks import pages as renewing
 from benchmarks.pages import Output
 from harness.proc import processes_in
-from harness.processes import running
-
-from ..programs import ROOT
+from harness.processes import ROOT, finished, running
 
 STREAM = "python -m benchmarks stream --quick --markdown figures.md --picture stream.svg"
 BODY = "python -m benchmarks.body --quick"
@@ -28,13 +26,7 @@ def block(command: str, section: str | None = None, content: str | None = None) 
 
 
 def pages(folder: Path, *argv: str) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(  # noqa: S603
-        [sys.executable, "-m", "benchmarks.pages", *argv],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    return finished(folder, sys.executable, "-m", "benchmarks.pages", *argv)
 
 
 def test_each_figure_of_the_pages_names_a_command_that_is_there() -> None:

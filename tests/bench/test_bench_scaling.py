@@ -1,22 +1,20 @@
 """The benchmark of many sessions: its figures fit the policies."""
 
 import re
-import subprocess
 import sys
 from collections.abc import Sequence
 
 import pytest
 
 from harness.proc import HAS_PROC
-from harness.processes import ROOT
+from harness.processes import ROOT, finished
 
 QUICK = 100  # sessions
 
 
 @pytest.mark.skipif(not HAS_PROC, reason="it reads the gateway's memory in /proc")
 def test_a_quick_run_has_what_each_policy_must_have() -> None:
-    argv = (sys.executable, "-m", "benchmarks.scaling", "--quick")
-    said = subprocess.run(argv, cwd=ROOT, check=True, capture_output=True, text=True).stdout  # noqa: S603
+    said = finished(ROOT, sys.executable, "-m", "benchmarks.scaling", "--quick", check=True).stdout
 
     def figures(pattern: str) -> Sequence[int]:
         """Return the numbers in the only line that matches."""

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from harness.processes import ROOT
+
 pytestmark = pytest.mark.skipif(
     (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="atheris has no wheel for it"
 )
-
-ROOT = Path(__file__).parents[2]
 
 
 def fuzz(tree: Path, seconds: int) -> "subprocess.CompletedProcess[str]":

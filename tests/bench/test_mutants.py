@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from harness.processes import ROOT
 from mutants.selection import PACKAGE, TESTS, files, selected
 
 if TYPE_CHECKING:  # importing mutmut is slow, and each process collects this file
     from mutants.changes import Faults
 
-ROOT = Path(__file__).parents[2]
 
 # The tests below notice only faults in the return statement.
 FILE = f"{PACKAGE}/keys.py"

@@ -11,7 +11,7 @@ from yarl import URL
 
 from aiohttp_smg_routing import ROUTING, setup
 from aiohttp_smg_routing.testing import Answer, Call, SmgGateway, smg_gateway
-from harness.agents import Reply, chat
+from harness.agents import CHAT, Reply, chat
 from harness.proxies import CLIENT, client_session
 
 from ..turns import assert_keys, turns_of
@@ -30,7 +30,7 @@ async def gateway_that_holds() -> AsyncIterator[tuple[SmgGateway, asyncio.Event]
             yield smg, release
 
 
-async def hang_up(
+async def play_and_hang_up(
     smg: SmgGateway, release: asyncio.Event, *, plugin: bool, stream: bool
 ) -> list[dict[str, Reply]]:
     """Play three turns of each session; half of the agents hang up during the second."""
@@ -64,7 +64,7 @@ async def test_agents_that_hang_up_take_nothing_of_others_with_them(stream: bool
     outcomes = []
     for plugin in (True, False):
         async with gateway_that_holds() as (smg, release):
-            outcomes.append(await hang_up(smg, release, plugin=plugin, stream=stream))
+            outcomes.append(await play_and_hang_up(smg, release, plugin=plugin, stream=stream))
             assert_keys(turns_of(*smg.workers), plugin=plugin)
     assert outcomes[0] == outcomes[1]
     assert {got.status for turn in outcomes[0] for got in turn.values()} == {200}
@@ -101,7 +101,7 @@ def impatient_server(gateway: URL, **config: object) -> web.Application:
         session_id, way = request.match_info["session_id"], request.match_info["way"]
         client = request.app[CLIENT]
         request.app[ARRIVED][session_id] = asyncio.Event()
-        chat_url = gateway / "v1/chat/completions"
+        chat_url = gateway / CHAT
 
         async def call(turn: int, **more: ClientTimeout) -> int:
             async with client.post(chat_url, json=chat(session_id, turn), **more) as response:

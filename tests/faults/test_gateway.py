@@ -2,10 +2,9 @@
 
 import asyncio
 
-from yarl import URL
-
 from aiohttp_smg_routing.testing import Recorder, free_port, smg_gateway
 from harness.agents import Reply
+from harness.processes import local_url
 from harness.workers import recorders
 
 from ..turns import assert_keys, turns_of
@@ -18,7 +17,7 @@ async def kill_and_restart(
     """Play five turns: the kill cuts off the second, and the third finds no gateway."""
     port = free_port()
     urls = [worker.url for worker in workers]
-    gateway = URL(f"http://127.0.0.1:{port}")
+    gateway = local_url(port)
     async with watched_server(gateway, plugin=plugin, retries=1) as server:
         agents = server.agents
         async with smg_gateway(urls, policy="manual", port=port) as smg:

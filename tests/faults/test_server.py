@@ -20,7 +20,7 @@ from .serving import SESSIONS, Agents, holding
 
 
 @asynccontextmanager
-async def serving(
+async def watched_process(
     folder: Path, gateway: URL, *, plugin: bool = True
 ) -> AsyncIterator[tuple[SessionServer, Agents]]:
     """Run the session server with all sessions; fail if it logs errors or leaves things."""
@@ -45,7 +45,7 @@ async def stop_in_the_midst(folder: Path, *, plugin: bool, stream: bool) -> list
     async with AsyncExitStack() as stack:
         smg = await stack.enter_async_context(smg_gateway(3, policy="manual"))
         release = stack.enter_context(holding(*smg.workers))
-        async with serving(folder, smg.url, plugin=plugin) as (server, agents):
+        async with watched_process(folder, smg.url, plugin=plugin) as (server, agents):
             await agents.all_answered(1)
             second = asyncio.create_task(agents.all(2, stream=stream))
             await until(lambda: len(turns_of(*smg.workers)) == 2 * len(SESSIONS))
@@ -75,7 +75,7 @@ async def test_after_sigkill_a_new_server_goes_on_with_the_same_pins(tmp_path: P
         args = ["--assignment-mode", "min_group"]
         smg = await stack.enter_async_context(smg_gateway(3, policy="manual", args=args))
         release = stack.enter_context(holding(*smg.workers))
-        async with serving(tmp_path, smg.url) as (server, agents):
+        async with watched_process(tmp_path, smg.url) as (server, agents):
             await agents.all_answered(1)
             second = asyncio.create_task(agents.all(2))
             await until(lambda: len(turns_of(*smg.workers)) == 2 * len(SESSIONS))
@@ -84,7 +84,7 @@ async def test_after_sigkill_a_new_server_goes_on_with_the_same_pins(tmp_path: P
             assert {(got.status, got.whole) for got in got.values()} == {(None, False)}
             before = {each: agent.worker for each, agent in agents.by_id.items()}
         release.set()
-        async with serving(tmp_path, smg.url) as (server, agents):
+        async with watched_process(tmp_path, smg.url) as (server, agents):
             await agents.all_answered(3)
             await agents.all_answered(4)
             assert {each: agent.worker for each, agent in agents.by_id.items()} == before

@@ -9,7 +9,7 @@ from aiohttp import web
 from yarl import URL
 
 from aiohttp_smg_routing.testing import SmgGateway, StartSmgGateway
-from harness.agents import chat
+from harness.agents import CHAT_PATH, chat
 from harness.proxies import Forward, Headers, copied, pinned_server, proxy_server
 
 from ..turns import served
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 POLICIES = pytest.mark.parametrize("policy", ["manual", "consistent_hashing"])
 
-CHAT = "/v1/chat/completions"
 ROUTING_KEY, TARGET = "X-SMG-Routing-Key", "X-SMG-Target-Worker"
 
 _HEAD = [("Host", "h"), ("Content-Type", "application/json")]
@@ -75,7 +74,7 @@ async def agents(aiohttp_server: "AiohttpServer", app: web.Application) -> Send:
         body = json.dumps(chat(session_id)).encode()
         lines = [*_HEAD, ("Content-Length", str(len(body))), *headers]
         head = "".join(f"{name}: {value}\r\n" for name, value in lines)
-        path = path or f"/sessions/{session_id}{CHAT}"
+        path = path or f"/sessions/{session_id}{CHAT_PATH}"
         reader, writer = await asyncio.open_connection(server.host, server.port)
         writer.write(f"POST {path} HTTP/1.1\r\n{head}\r\n".encode() + body)
         status = int((await reader.readuntil(b"\r\n\r\n")).split()[1])
@@ -182,13 +181,13 @@ TAKEN_FROM = {
 }
 #: Requests to that server that name no session.
 LEFT_OUT: list[tuple[str, Headers]] = [
-    (CHAT, []),
-    (CHAT, [("X-Session", " ")]),
-    (CHAT, [("X-Session", "default")]),
-    (f"{CHAT}?session=%20", []),
-    (CHAT, [("Cookie", "session=")]),
-    (CHAT, [("X-Number", "none")]),  # the source raises
-    (f"/sessions/%20{CHAT}", []),
+    (CHAT_PATH, []),
+    (CHAT_PATH, [("X-Session", " ")]),
+    (CHAT_PATH, [("X-Session", "default")]),
+    (f"{CHAT_PATH}?session=%20", []),
+    (CHAT_PATH, [("Cookie", "session=")]),
+    (CHAT_PATH, [("X-Number", "none")]),  # the source raises
+    (f"/sessions/%20{CHAT_PATH}", []),
 ]
 
 

@@ -12,7 +12,7 @@ from aiohttp import ClientSession
 from yarl import URL
 
 from aiohttp_smg_routing.testing import SmgGateway, StartSmgGateway, canned
-from harness.agents import chat
+from harness.agents import CHAT, chat
 
 from ..smg import SMG, answer_when_all_are_there
 from ..turns import forget, served, turns_of
@@ -28,7 +28,7 @@ async def play(smg: SmgGateway, calls: Iterable[tuple[str, Headers]]) -> dict[st
     forget(*smg.workers)
     async with ClientSession(raise_for_status=True) as session:
         for name, headers in calls:
-            url = smg.url / "v1/chat/completions"
+            url = smg.url / CHAT
             async with session.post(url, json=chat(name), headers=headers) as response:
                 await response.read()
     return {name: set(workers) for name, workers in served(*smg.workers).items()}
@@ -152,7 +152,7 @@ async def test_new_sessions_go_where_the_fewest_calls_or_keys_are(
 
 async def play_one(smg: SmgGateway, name: str) -> None:
     async with ClientSession() as session:
-        url = smg.url / "v1/chat/completions"
+        url = smg.url / CHAT
         async with session.post(url, json=chat(name), headers={KEY: name}) as response:
             assert response.status == 200
 
@@ -179,7 +179,7 @@ async def test_the_answer_for_a_worker_that_hangs_up_has_its_address(
     worker.answer = lambda call: hang_up() if call.method == "POST" else canned(call)
     async with (
         ClientSession() as session,
-        session.post(smg.url / "v1/chat/completions", json=chat("s")) as response,
+        session.post(smg.url / CHAT, json=chat("s")) as response,
     ):
         assert response.status >= 500
         assert str(worker.url.origin()) in await response.text()

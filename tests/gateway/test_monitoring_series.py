@@ -8,9 +8,9 @@ from aiohttp import ClientSession
 from prometheus_client.parser import text_string_to_metric_families
 
 from aiohttp_smg_routing.testing import smg_gateway
-from harness.agents import chat
+from harness.agents import CHAT, chat
 
-from ..unit.test_monitoring import OURS, PAGES, label_values, queries, series
+from ..monitoring import OURS, PAGES, label_values, queries, series
 from .loaded import POLLS, loaded_workers
 
 
@@ -28,7 +28,7 @@ async def metrics_of(policy: str, *args: str) -> str:
         await workers[0].report(kv_usage=0.95)
         for key in ("s-1", "s-1", None):
             headers = {"X-SMG-Routing-Key": key} if key else {}
-            url = gateway.url / "v1/chat/completions"
+            url = gateway.url / CHAT
             async with session.post(url, json=chat(str(key)), headers=headers) as response:
                 await response.read()
         async with session.get(gateway.metrics_url) as response:

@@ -23,7 +23,7 @@ from aiohttp_smg_routing.testing import (
     canned,
     smg_gateway,
 )
-from harness.agents import chat
+from harness.agents import CHAT, chat
 from harness.proxies import CLIENT, pinned_server
 from harness.workers import models, recorders
 
@@ -167,7 +167,7 @@ async def test_a_turn_that_calls_a_second_model_says_so_and_each_keeps_its_worke
     models = ["policy", "judge"]
     async with cluster(models) as running:
         app = pinned_server(running.smg.url, pin_by=BY_MODEL)
-        url = running.smg.url / "v1/chat/completions"
+        url = running.smg.url / CHAT
 
         async def turn_and_verdict(request: web.Request) -> web.Response:
             session_id = request.match_info["session_id"]
@@ -251,7 +251,7 @@ async def test_many_calls_of_one_group_at_once_do_not_stay_together_under_the_ov
 
     async def call() -> None:
         with routing_session("group-1"):
-            async with session.post(smg.url / "v1/chat/completions", json=chat("")) as response:
+            async with session.post(smg.url / CHAT, json=chat("")) as response:
                 assert response.status == 200
 
     async with ClientSession(trace_configs=[routing.trace_config()]) as session:
@@ -287,7 +287,7 @@ async def test_end_drops_all_pins_of_a_session_and_no_other(smg_gateway: StartSm
     async def turn(session_id: str, part: str | None) -> None:
         body: Any = chat(session_id)
         with routing_session(session_id, {"header:X-Part": part}):
-            async with session.post(smg.url / "v1/chat/completions", json=body) as response:
+            async with session.post(smg.url / CHAT, json=body) as response:
                 assert response.status == 200
 
     def pins(session_id: str) -> list[SessionPin]:

@@ -16,7 +16,8 @@ from yarl import URL
 from aiohttp_smg_routing import ROUTING, PinSummary, Routing, RoutingConfig, routing_session
 from aiohttp_smg_routing.testing import SmgGateway, StartSmgGateway, free_port, recording_gateway
 from aiohttp_smg_routing.testing import smg_gateway as run_smg_gateway
-from harness.agents import chat
+from harness.agents import CHAT, chat
+from harness.processes import local_url
 from harness.proxies import pinned_server
 from harness.workers import worker_processes
 
@@ -68,7 +69,7 @@ async def test_the_moves_after_a_gateway_has_lost_its_sticky_map_are_seen(
 ) -> None:
     sessions = [f"s-{number}" for number in range(40)]
     port = free_port()
-    app = pinned_server(URL(f"http://127.0.0.1:{port}"))
+    app = pinned_server(local_url(port))
     client = await aiohttp_client(app)
     served: defaultdict[str, list[URL]] = defaultdict(list)  # the worker that each gateway chose
     async with AsyncExitStack() as stack:
@@ -125,7 +126,7 @@ async def play_rounds(
     async with ClientSession(raise_for_status=True, trace_configs=hooks) as session:
         for _, session_id, smg in itertools.product(range(rounds), sessions, gateways):
             with routing_session(session_id):
-                url = smg.url / "v1/chat/completions"
+                url = smg.url / CHAT
                 async with session.post(url, json=chat(session_id)) as response:
                     served[session_id].append(response.headers["X-SMG-Routed-Worker-Id"])
     return served

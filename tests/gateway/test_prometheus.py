@@ -22,12 +22,12 @@ from harness.processes import answering, local_url
 from harness.proxies import CLIENT, pinned_server
 from harness.servers import serve
 
+from ..commands import watch_once
+from ..monitoring import ALERTS, DASHBOARD, DOCS, OUTCOMES, expressions
 from ..programs import program
 from ..smg import names_workers
-from ..unit.test_monitoring import ALERTS, DASHBOARD, DOCS, OUTCOMES, expressions
 from ..waiting import PATIENCE_SECONDS
 from .loaded import POLLS, loaded_workers
-from .test_watch import once
 
 SESSIONS = [f"s-{number}" for number in range(60)]
 
@@ -234,7 +234,7 @@ async def bad_calls(client: ClientSession, server: URL, unmatched: URL) -> None:
 
 
 async def assert_watch_says_the_same(asking: Asking, smg: SmgGateway, server: URL) -> None:
-    _, seen = await once(smg.metrics_url, server)
+    _, seen = await watch_once(smg.metrics_url, server)
     of_gateway = f'instance="127.0.0.1:{smg.metrics_url.port}"'
     of_server = f'instance="127.0.0.1:{server.port}"'
 

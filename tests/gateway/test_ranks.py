@@ -17,7 +17,7 @@ from aiohttp_smg_routing.testing import (
     canned,
     smg_gateway,
 )
-from harness.agents import chat
+from harness.agents import CHAT, chat
 from harness.workers import models, recorders
 
 from ..smg import SMG
@@ -51,7 +51,7 @@ async def test_each_session_stays_on_one_rank_and_the_ledger_names_it() -> None:
         async with ClientSession(trace_configs=[routing.trace_config()]) as session:
             for _, name in itertools.product(range(4), SESSIONS):
                 with routing_session(name):
-                    url = smg.url / "v1/chat/completions"
+                    url = smg.url / CHAT
                     async with session.post(url, json=chat(name)) as response:
                         assert response.status == 200
         served = defaultdict(set)

@@ -5,7 +5,7 @@ from aiohttp import ClientSession
 
 from aiohttp_smg_routing import Routing, routing_session
 from aiohttp_smg_routing.testing import StartSmgGateway
-from harness.agents import chat
+from harness.agents import CHAT, chat
 
 from ..reference import examples, run
 
@@ -22,6 +22,6 @@ async def test_an_example_does_what_it_says(name: str, smg_gateway: StartSmgGate
     async with ClientSession(trace_configs=[hook]) as session:
         with routing_session("s-17"):
             for _ in range(3):
-                async with session.post(smg.url / "v1/chat/completions", json=chat("s-17")) as turn:
+                async with session.post(smg.url / CHAT, json=chat("s-17")) as turn:
                     assert turn.status == 200
     await run(THESE[name], smg=smg, smg_gateway=smg_gateway)

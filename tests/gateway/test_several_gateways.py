@@ -1,33 +1,22 @@
 """One ledger for two real gateways: it shows the sessions that they split."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 
 import pytest
 from aiohttp import ClientSession
 
 from aiohttp_smg_routing import PinSummary, Routing, routing_session
-from aiohttp_smg_routing.testing import Recorder, SmgGateway, smg_gateway
-from harness.agents import chat
-from harness.processes import together
+from aiohttp_smg_routing.testing import SmgGateway
+from harness.agents import CHAT, chat
 from harness.workers import recorders
 
+from ..gateways import gateways
 from ..smg import names_workers
 from ..turns import assert_keys, served, turns_of
 
 SESSIONS = [f"s-{number}" for number in range(24)]
 TURNS = 8
-
-
-@asynccontextmanager
-async def gateways(
-    *workers: Sequence[Recorder], policy: str = "manual"
-) -> AsyncIterator[list[SmgGateway]]:
-    """Run a gateway for each list of workers."""
-    urls = [[worker.url for worker in its] for its in workers]
-    async with together(smg_gateway(its, policy=policy) for its in urls) as started:
-        yield started
 
 
 async def play(both: Sequence[SmgGateway], *, turns: int = TURNS) -> Routing:
@@ -37,7 +26,7 @@ async def play(both: Sequence[SmgGateway], *, turns: int = TURNS) -> Routing:
     async def play_session(number: int, session_id: str) -> None:
         with routing_session(session_id):
             for turn in range(turns):
-                url = both[(number + turn) % len(both)].url / "v1/chat/completions"
+                url = both[(number + turn) % len(both)].url / CHAT
                 async with session.post(url, json=chat(session_id)) as response:
                     assert response.status == 200, await response.text()
 
@@ -50,7 +39,7 @@ async def play(both: Sequence[SmgGateway], *, turns: int = TURNS) -> Routing:
 async def test_two_manual_gateways_before_the_same_workers_show_each_session_that_they_split() -> (
     None
 ):
-    async with recorders(2) as workers, gateways(workers, workers) as both:
+    async with recorders(2) as workers, gateways(workers, workers, policy="manual") as both:
         routing = await play(both)
         assert_keys(turns_of(*workers))
         split = {each for each, at in served(*workers).items() if len(at) > 1}
@@ -85,7 +74,7 @@ async def test_one_worker_in_common_is_enough_to_show_the_split() -> None:
     """Each gateway also has a worker of its own. Overlapping sets of workers are one cluster."""
     async with (
         recorders(3) as (own, common, others),
-        gateways([own, common], [common, others]) as both,
+        gateways([own, common], [common, others], policy="manual") as both,
     ):
         routing = await play(both)
         split = {each for each, at in served(own, common, others).items() if len(at) > 1}

@@ -1,4 +1,5 @@
 import sys
+from dataclasses import replace
 from importlib.machinery import BuiltinImporter
 
 import pytest
@@ -6,8 +7,8 @@ from aiohttp import ClientSession
 
 from aiohttp_smg_routing import Routing, routing_session
 from aiohttp_smg_routing.testing import StartSmgGateway, free_port, smg_gateway
-from aiohttp_smg_routing.testing.recorder import assert_pinned
-from harness.agents import chat
+from harness.agents import CHAT, chat
+from harness.processes import local_url
 
 from ..smg import names_workers
 from .loaded import POLLS, loaded_workers
@@ -17,7 +18,7 @@ async def test_missing_gateway_names_the_extra(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(sys, "meta_path", [BuiltinImporter])  # finds no installed package
     monkeypatch.delitem(sys.modules, "smg", raising=False)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'aiohttp_smg_routing\[gateway\]'"):
-        async with smg_gateway([f"http://127.0.0.1:{free_port()}"], policy="manual"):
+        async with smg_gateway([local_url(free_port())], policy="manual"):
             raise AssertionError("it is not installed")
 
 
@@ -29,7 +30,7 @@ async def test_pinned_is_all_calls_on_one_of_the_workers(smg_gateway: StartSmgGa
         for session_id in ("s-1", "s-2", "s-1"):
             with routing_session(session_id):
                 body = chat("s-1")
-                async with session.post(smg.url / "v1/chat/completions", json=body) as response:
+                async with session.post(smg.url / CHAT, json=body) as response:
                     assert (await response.json())["choices"][0]["message"]["content"] == "ok"
     smg.assert_pinned("s-1", turns=2)
     smg.assert_pinned("s-2")
@@ -43,7 +44,7 @@ async def test_not_pinned_is_calls_on_several_workers(smg_gateway: StartSmgGatew
         for _ in range(4):
             with routing_session("s-1"):
                 body = chat("s-1")
-                async with session.post(smg.url / "v1/chat/completions", json=body):
+                async with session.post(smg.url / CHAT, json=body):
                     pass
     with pytest.raises(AssertionError, match="its key 's-1' came to 2 workers"):
         smg.assert_pinned("s-1", turns=4)
@@ -61,11 +62,11 @@ async def test_an_overloaded_worker_keeps_its_sessions(smg_gateway: StartSmgGate
                 await workers[0].report(kv_usage=kv_usage)
                 for number in range(8):
                     with routing_session(f"s-{number}"):
-                        url = smg.url / "v1/chat/completions"
+                        url = smg.url / CHAT
                         async with session.post(url, json=chat("s")) as response:
                             assert response.status == 200
         for number in range(8):
-            assert_pinned(recorders, f"s-{number}", turns=2, config=None)
+            replace(smg, workers=tuple(recorders)).assert_pinned(f"s-{number}", turns=2)
 
 
 async def test_another_gateway_on_the_port_is_not_taken_for_the_one_that_starts(

@@ -14,11 +14,11 @@ import pytest
 from yarl import URL
 
 from aiohttp_smg_routing.testing import SmgGateway, smg_gateway
-from harness.processes import ROOT, together
+from harness.processes import finished, together
 from harness.servers import serve, session_server
 
+from ..commands import gateway, verify
 from ..verify_servers import in_background, proxy, stub_engines
-from ..verifying import gateway, verify
 
 TOKENS = ("cached_tokens", "prompt_tokens")
 
@@ -276,13 +276,8 @@ def test_gateway_that_asks_for_an_api_key_gets_it(tmp_path: Path) -> None:
 
 def test_real_engines_tell_their_cached_tokens(tmp_path: Path) -> None:
     load = ("--sessions", "5", "--turns", "4", "--concurrency", "2", "--max-tokens", "4")
-    done = subprocess.run(  # noqa: S603
-        [sys.executable, "-m", "benchmarks.pins", *load, "--json", "seen.json"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    program = (sys.executable, "-m", "benchmarks.pins")
+    done = finished(tmp_path, *program, *load, "--json", "seen.json")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Pinned: 15 of 15 later turns stayed" in done.stdout
     assert (tmp_path / "pins.svg").read_text("utf-8").startswith("<?xml")
@@ -297,18 +292,14 @@ def test_real_engines_tell_their_cached_tokens(tmp_path: Path) -> None:
     assert arms["keyed"]["cached_share"] > cached / prompts
 
 
-def test_piped_output_has_no_control_codes_and_80_columns(tmp_path: Path) -> None:
+def test_piped_output_has_no_control_codes_and_80_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm-256color", "COLUMNS": "200"}.items():
+        monkeypatch.setenv(name, value)
     with in_background(gateway("manual", workers=4)) as smg:
-        done = subprocess.run(  # noqa: S603
-            [sys.executable, "-m", "aiohttp_smg_routing", "verify", str(smg.url)],
-            env={**os.environ, "FORCE_COLOR": "1", "TERM": "xterm-256color", "COLUMNS": "200"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-    assert done.returncode == 0, done.stdout
-    assert done.stderr == ""
-    assert all(char == "\n" or char.isprintable() for char in done.stdout)
-    assert max(map(len, done.stdout.splitlines())) <= 80
-    assert all(line == line.rstrip() for line in done.stdout.splitlines())
+        run = verify(tmp_path, smg.url, program=True)
+    assert (run.status, run.err) == (0, ""), run.out
+    assert all(char == "\n" or char.isprintable() for char in run.out)
+    assert max(map(len, run.out.splitlines())) <= 80
+    assert all(line == line.rstrip() for line in run.out.splitlines())

@@ -10,8 +10,8 @@ from aiohttp import ClientSession
 
 from aiohttp_smg_routing.testing import SmgGateway, smg_gateway
 
+from ..commands import Run, verify
 from ..verify_servers import in_background, stub_engines
-from ..verifying import Run, verify
 
 ON, OFF = ("--worker-overload-protection",), ("--disable-worker-overload-protection",)
 

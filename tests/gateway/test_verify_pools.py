@@ -6,14 +6,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from aiohttp import ClientSession
 from yarl import URL
 
-from aiohttp_smg_routing.testing import child_process, free_ports
 from harness.servers import session_server
 
+from ..commands import verify
+from ..gateways import gateway_program
 from ..verify_servers import in_background, stub_engines
-from ..verifying import verify
 
 
 @asynccontextmanager
@@ -21,28 +20,17 @@ async def pd_gateway(
     *args: str, prefill: int = 3, decode: int = 3
 ) -> AsyncIterator[tuple[URL, URL]]:
     """Run the gateway with prefill and decode workers; yield the URLs of it and of its metrics."""
-    port, metrics_port = free_ports(2)
-    url = URL(f"http://127.0.0.1:{port}")
-    async with ClientSession() as session, stub_engines(prefill + decode) as urls:
-
-        async def ready() -> bool:
-            async with session.get(url / "workers") as response:
-                workers = (await response.json())["workers"]
-            healthy = [URL(worker["url"]) for worker in workers if worker["is_healthy"]]
-            return sorted(healthy) == sorted(urls)
-
+    async with stub_engines(prefill + decode) as urls:
         kinds = ["--prefill"] * prefill + ["--decode"] * decode
         pairs = zip(kinds, map(str, urls), strict=True)
-        async with child_process(
+        async with gateway_program(
             *(sys.executable, "-m", "smg", "launch", "--pd-disaggregation", "--policy", "manual"),
-            *("--host", "127.0.0.1", "--port", str(port), "--prometheus-host", "127.0.0.1"),
-            *("--prometheus-port", str(metrics_port)),
             *(word.rstrip("/") for pair in pairs for word in pair),
             *("--disable-tokenizer-autoload", "--disable-worker-overload-protection"),
             *("--log-level", "warn", *args),
-            ready=ready,
-        ):
-            yield url, URL(f"http://127.0.0.1:{metrics_port}/metrics")
+            workers=urls,
+        ) as smg:
+            yield smg.url, smg.metrics_url
 
 
 def policies(prefill: str, decode: str) -> Sequence[str]:

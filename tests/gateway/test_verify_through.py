@@ -9,11 +9,10 @@ from uuid import uuid4
 import pytest
 from aiohttp import web
 
-from aiohttp_smg_routing.verify.schedule import message
 from harness.servers import serve, session_server
 
+from ..commands import gateway, verify
 from ..verify_servers import in_background, proxy
-from ..verifying import gateway, verify
 
 NAME = "x-smg-routed-worker-id"
 HIDDEN = frozenset({NAME})
@@ -102,8 +101,8 @@ def test_session_id_in_the_prompt_is_not_the_key_at_work(tmp_path: Path) -> None
 
     def prompted(body: bytes, request: web.Request) -> bytes:
         said = json.loads(body)
-        text = 50 * f"session {session_of(request)} "
-        return json.dumps({**said, "messages": [message(text), *said["messages"]]}).encode()
+        first = {"role": "user", "content": 50 * f"session {session_of(request)} "}
+        return json.dumps({**said, "messages": [first, *said["messages"]]}).encode()
 
     with (
         in_background(gateway("cache_aware")) as smg,

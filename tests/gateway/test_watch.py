@@ -6,7 +6,6 @@ import os
 import pty
 import re
 import signal
-import sys
 from asyncio.subprocess import PIPE
 from collections import deque
 from collections.abc import AsyncIterator, Iterable
@@ -21,26 +20,16 @@ from yarl import URL
 
 from aiohttp_smg_routing.testing import free_port, smg_gateway
 from harness.agents import CHAT, chat
-from harness.processes import ROOT
+from harness.processes import CLI, ROOT, environment, local_url
 from harness.servers import serve
 from harness.workers import worker_processes
 
+from ..commands import watch_once
 from ..metered import metered_server
 from ..waiting import soon
 from .loaded import POLLS, loaded_workers, report
 
-COMMAND = (sys.executable, "-m", "aiohttp_smg_routing", "watch")
 FAST = ("--interval", "0.2")
-ENV = {**os.environ, "PYTHONPATH": str(ROOT)}
-
-
-async def once(*args: str | URL) -> tuple[int | None, dict[str, Any]]:
-    """Run ``watch --once``; return the exit status and the JSON document."""
-    argv = [*COMMAND, *map(str, args), "--once", "--json", *FAST]
-    process = await asyncio.create_subprocess_exec(*argv, stdout=PIPE, stderr=PIPE, env=ENV)
-    out, err = await soon(process.communicate())
-    assert err == b"", err.decode()
-    return process.returncode, json.loads(out)
 
 
 def causes(seen: dict[str, Any]) -> list[str]:
@@ -95,8 +84,10 @@ class Watching:
 @asynccontextmanager
 async def watching(*args: str | URL) -> AsyncIterator[Watching]:
     """Run the command until the block ends, then stop it with SIGTERM."""
-    argv = [*COMMAND, *map(str, args), "--json", *FAST]
-    process = await asyncio.create_subprocess_exec(*argv, stdout=PIPE, stderr=PIPE, env=ENV)
+    argv = [*CLI, "watch", *map(str, args), "--json", *FAST]
+    process = await asyncio.create_subprocess_exec(
+        *argv, stdout=PIPE, stderr=PIPE, env=environment()
+    )
     try:
         yield Watching(process)
         process.terminate()
@@ -117,27 +108,27 @@ async def test_verdict_on_a_job_that_is_pinned_and_one_that_is_not() -> None:
             smg_gateway(urls, policy="manual", args=args) as smg,
             metered_server(smg.url) as server,
         ):
-            status, seen = await once(smg.metrics_url, server.url)
+            status, seen = await watch_once(smg.metrics_url, server.url)
             assert (status, causes(seen)) == (2, ["no_calls"])
             await play(server.url, sessions, turns=5)
-            status, seen = await once(smg.metrics_url, server.url)
+            status, seen = await watch_once(smg.metrics_url, server.url)
             assert (status, seen["verdict"], causes(seen)) == (0, "pinned", ["idle"])
             manual = seen["gateway"]["total"]["branches"]["manual"]
             assert manual == {"vacant": 12, "occupied_hit": 48}
             assert seen["server"]["total"]["kept"] == 48
             assert sum(seen["server"]["active_sessions"].values()) == 12
             assert sum(worker["calls"] for worker in seen["gateway"]["workers"].values()) == 60
-            status, alone = await once(smg.metrics_url)
+            status, alone = await watch_once(smg.metrics_url)
             assert (status, alone["server"]) == (0, None)
         async with (
             smg_gateway(urls, policy="consistent_hashing") as smg,
             metered_server(smg.url) as server,
         ):
             await play(server.url, sessions, turns=5)
-            status, seen = await once(smg.metrics_url, server.url)
+            status, seen = await watch_once(smg.metrics_url, server.url)
             assert (status, seen["verdict"]) == (0, "pinned")
             # A new key for each call would look the same to the gateway.
-            status, alone = await once(smg.metrics_url)
+            status, alone = await watch_once(smg.metrics_url)
             assert (status, alone["verdict"]) == (2, "could not tell")
             assert "the key chose the worker of 60 of 60 calls" in alone["sentence"]
             assert "give the metrics URL of a session server" in alone["sentence"]
@@ -146,7 +137,7 @@ async def test_verdict_on_a_job_that_is_pinned_and_one_that_is_not() -> None:
             metered_server(smg.url) as server,
         ):
             await play(server.url, sessions, turns=5)
-            status, seen = await once(smg.metrics_url, server.url)
+            status, seen = await watch_once(smg.metrics_url, server.url)
             assert (status, seen["verdict"]) == (1, "not pinned")
             assert "policy" in causes(seen)
 
@@ -192,8 +183,8 @@ async def test_gateway_and_server_that_are_killed_and_come_back_are_said_to_be_s
         urls = [worker.recorder.url for worker in workers]
         metrics = free_port()
         args = ("--prometheus-port", str(metrics))  # the last occurrence of an option wins
-        url = URL(f"http://127.0.0.1:{metrics}/metrics")
-        async with metered_server(URL(f"http://127.0.0.1:{port}")) as server:
+        url = local_url(metrics) / "metrics"
+        async with metered_server(local_url(port)) as server:
             async with (
                 smg_gateway(urls, policy="manual", args=args, port=port),
                 watching(url, server.url) as watch,
@@ -244,9 +235,10 @@ async def test_block_on_the_page_is_one_that_the_command_prints() -> None:
             sessions = [f"s-{number}" for number in range(20)]
             await play(server.url, sessions, turns=2)
             process = await asyncio.create_subprocess_exec(
-                *(*COMMAND, str(smg.metrics_url), str(server.url), "--once", "--interval", "1"),
+                *(*CLI, "watch", str(smg.metrics_url), str(server.url)),
+                *("--once", "--interval", "1"),
                 stdout=PIPE,
-                env=ENV,
+                env=environment(),
             )
             ended = asyncio.ensure_future(soon(process.communicate()))
             while not ended.done():
@@ -268,7 +260,7 @@ async def test_overloaded_workers_and_the_engines_own_figures_are_shown() -> Non
         ):
             await workers[0].report(kv_usage=0.95)
             await play(server.url, [f"s-{number}" for number in range(12)], turns=2)
-            _, seen = await once(smg.metrics_url)
+            _, seen = await watch_once(smg.metrics_url)
     assert "overloaded" in causes(seen)
     one, other = (seen["gateway"]["workers"][str(url.origin())] for url in urls)
     assert (one["token_usage"], other["token_usage"]) == (0.95, 0.1)
@@ -294,11 +286,11 @@ async def test_endpoint_that_hangs_holds_up_neither_the_picture_nor_a_signal(
     master, slave = pty.openpty()
     async with serve(app) as url:
         process = await asyncio.create_subprocess_exec(
-            *(*COMMAND, str(url), *FAST),
+            *(*CLI, "watch", str(url), *FAST),
             stdin=slave,
             stdout=slave,
             stderr=PIPE,
-            env={**ENV, "TERM": "xterm", "COLUMNS": "80", "LINES": "24"},
+            env=environment(TERM="xterm", COLUMNS="80", LINES="24"),
         )
         os.close(slave)
         loop = asyncio.get_running_loop()

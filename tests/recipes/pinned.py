@@ -1,6 +1,6 @@
 """The server of ``unedited.py``, started with the plugin.
 
-python -m tests.recipes.pinned GATEWAY PORT    or   gunicorn tests.recipes.pinned:make_app
+python -m tests.recipes.pinned GATEWAY PORT    or   gunicorn tests.recipes.pinned:gunicorn_app
 """
 
 import asyncio
@@ -14,13 +14,18 @@ from aiohttp_smg_routing import setup
 from . import unedited
 
 
-async def make_app() -> web.Application:
+def make_app() -> web.Application:
     app = unedited.make_app()
     setup(
         app,
         {"gateway": os.environ["GATEWAY"], "instrument": True, "session_id": "json:user"},
     )
     return app
+
+
+async def gunicorn_app() -> web.Application:
+    """Return the app, from a coroutine function because gunicorn calls nothing else."""
+    return make_app()
 
 
 def main(gateway: str, loop: str, port: str) -> None:

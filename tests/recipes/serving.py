@@ -11,15 +11,20 @@ from typing import Any
 from aiohttp import ClientSession, TCPConnector, web
 from yarl import URL
 
-from aiohttp_smg_routing import setup
-from aiohttp_smg_routing.testing import Recorder, free_port
-from harness.agents import chat
+from aiohttp_smg_routing import RoutingConfig, setup
+from aiohttp_smg_routing.testing import Recorder, SmgGateway, free_port
+from harness.agents import CHAT_PATH, chat
 from harness.processes import answering, local_url
 
 from ..turns import assert_keys, turns_of
 
 SESSIONS = [f"s-{number}" for number in range(8)]
 TURNS = 3
+
+
+def by_body(session_id: str) -> Mapping[str, Any]:
+    """Return the arguments of ``post()`` for a turn whose body names its session."""
+    return {"url": CHAT_PATH, "json": chat(session_id)}
 
 
 async def play(url: URL, call: Callable[[str], Mapping[str, Any]]) -> None:
@@ -55,13 +60,21 @@ async def play_asks(url: URL, *, stream: bool) -> None:
     )
 
 
-def assert_no_crosstalk(gateway: Recorder, turns: int = TURNS) -> None:
+def assert_all_pinned(gateway: Recorder, turns: int = TURNS) -> None:
     """Assert that each turn carried the key of the session that its body names, and no other."""
     played = turns_of(gateway)
     assert len(played) == len(SESSIONS) * turns
     assert_keys(played)
     for session_id in SESSIONS:
         gateway.assert_pinned(session_id, turns=turns)
+
+
+async def assert_gateway_pinned(smg: SmgGateway, config: RoutingConfig | None = None) -> None:
+    """Assert that each session had its key and one worker, and that the gateway used the key."""
+    for session_id in SESSIONS:
+        smg.assert_pinned(session_id, turns=TURNS, config=config)
+    count = len(SESSIONS)
+    assert +await smg.branches() == {"vacant": count, "occupied_hit": count * (TURNS - 1)}
 
 
 @asynccontextmanager

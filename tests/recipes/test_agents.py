@@ -69,11 +69,11 @@ async def send(server: URL, request: Request, *, text: str = "hello", below: str
         assert response.status == 200, await response.text()
 
 
-Serve = Callable[..., Awaitable[URL]]
+StartServer = Callable[..., Awaitable[URL]]
 
 
 @pytest.fixture
-def serve(aiohttp_client: AiohttpClient, recording_gateway: Recorder) -> Serve:
+def start_server(aiohttp_client: AiohttpClient, recording_gateway: Recorder) -> StartServer:
     """Start a session server with these options in its config; return its URL."""
 
     async def start(gateway: URL = recording_gateway.url, **options: Any) -> URL:
@@ -94,10 +94,10 @@ def test_each_agent_of_the_page_has_a_recording_and_each_recording_is_on_the_pag
 
 @pytest.mark.parametrize("agent", AGENTS)
 async def test_the_gateway_receives_the_key_that_the_page_says(
-    recording_gateway: Recorder, serve: Serve, agent: str
+    recording_gateway: Recorder, start_server: StartServer, agent: str
 ) -> None:
     row, requests = AGENTS[agent], RECORDED[agent]
-    server = await serve(session_id=code(row["`session_id`"])[0], paths=code(row["calls"]))
+    server = await start_server(session_id=code(row["`session_id`"])[0], paths=code(row["calls"]))
     for request in requests:
         await send(server, request)
     assert [call.keys for call in recording_gateway.calls] == [
@@ -119,10 +119,10 @@ def test_a_sub_agent_has_what_the_page_says(agent: str) -> None:
 
 @pytest.mark.parametrize("field", ["header:session-id", "json:prompt_cache_key"])
 async def test_codex_has_an_id_that_its_sub_agents_share(
-    recording_gateway: Recorder, serve: Serve, field: str
+    recording_gateway: Recorder, start_server: StartServer, field: str
 ) -> None:
     requests = RECORDED["Codex 0.169.0"]
-    server = await serve(session_id=field, paths="/v1/responses")
+    server = await start_server(session_id=field, paths="/v1/responses")
     for request in requests:
         await send(server, request)
     main, _, sub_agent, other = (call.keys for call in recording_gateway.calls)
@@ -131,9 +131,9 @@ async def test_codex_has_an_id_that_its_sub_agents_share(
 
 
 async def test_openhands_has_a_cache_key_that_its_sub_agents_share(
-    recording_gateway: Recorder, serve: Serve
+    recording_gateway: Recorder, start_server: StartServer
 ) -> None:
-    server = await serve(session_id="json:prompt_cache_key")
+    server = await start_server(session_id="json:prompt_cache_key")
     for request in RECORDED["OpenHands SDK 1.58.2"]:
         await send(server, request)
     main, sub_agent, other = (call.keys for call in recording_gateway.calls)
@@ -141,9 +141,9 @@ async def test_openhands_has_a_cache_key_that_its_sub_agents_share(
 
 
 async def test_two_chats_of_nanobot_have_one_affinity(
-    recording_gateway: Recorder, serve: Serve
+    recording_gateway: Recorder, start_server: StartServer
 ) -> None:
-    server = await serve(session_id="header:x-session-affinity")
+    server = await start_server(session_id="header:x-session-affinity")
     for request, text in zip(RECORDED["nanobot 0.3.5"], ("alice", "bob"), strict=True):
         await send(server, request, text=text)
     alice, bob = (call.keys for call in recording_gateway.calls)
@@ -152,11 +152,14 @@ async def test_two_chats_of_nanobot_have_one_affinity(
 
 @pytest.mark.parametrize("agent", WITHOUT_ID)
 async def test_an_agent_without_an_id_is_pinned_by_its_base_url(
-    recording_gateway: Recorder, serve: Serve, aiohttp_client: AiohttpClient, agent: str
+    recording_gateway: Recorder,
+    start_server: StartServer,
+    aiohttp_client: AiohttpClient,
+    agent: str,
 ) -> None:
     paths = ["/v1/chat/completions", "/v1/responses"]
     requests = RECORDED[agent]
-    server = await serve(session_id=SOURCES, paths=paths)
+    server = await start_server(session_id=SOURCES, paths=paths)
     for request in requests:
         await send(server, request)
     assert [call.keys for call in recording_gateway.calls] == [[]] * len(requests)
@@ -234,19 +237,19 @@ ASK: Mapping[str, Callable[[URL], Awaitable[None]]] = {
 
 @pytest.mark.parametrize("client", CLIENTS)
 async def test_a_client_in_your_code_sends_the_id_that_the_page_says(
-    recording_gateway: Recorder, serve: Serve, client: str
+    recording_gateway: Recorder, start_server: StartServer, client: str
 ) -> None:
     paths = ["/v1/chat/completions", "/v1/responses", "/v1/messages"]
     [source] = code(CLIENTS[client]["`session_id`"])
-    await ASK[client](await serve(session_id=source, paths=paths))
+    await ASK[client](await start_server(session_id=source, paths=paths))
     assert recording_gateway.calls
     assert all(call.keys == [SESSION.encode()] for call in recording_gateway.calls)
 
 
 async def test_litellm_keeps_its_session_id_to_itself(
-    recording_gateway: Recorder, serve: Serve
+    recording_gateway: Recorder, start_server: StartServer
 ) -> None:
-    server = await serve()
+    server = await start_server()
     await complete_with_litellm(
         server, litellm_session_id="kept", metadata={"session_id": "kept", "trace_id": "kept"}
     )
@@ -260,14 +263,14 @@ def without_what_smg_refuses(request: Request) -> Request:
 
 
 async def test_the_real_gateway_pins_every_agent(
-    smg_gateway: StartSmgGateway, serve: Serve
+    smg_gateway: StartSmgGateway, start_server: StartServer
 ) -> None:
     smg = await smg_gateway(3, policy="manual")
     for agent, row in AGENTS.items():
         for worker in smg.workers:
             worker.calls.clear()  # agents share some of the ids
         source, paths = code(row["`session_id`"])[0], code(row["calls"])
-        server = await serve(smg.url, session_id=source, paths=paths)
+        server = await start_server(smg.url, session_id=source, paths=paths)
         requests = [without_what_smg_refuses(request) for request in RECORDED[agent]]
         for _ in range(3):
             for request in requests:

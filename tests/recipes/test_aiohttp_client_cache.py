@@ -12,7 +12,7 @@ from aiohttp_smg_routing import PinSummary, setup
 from aiohttp_smg_routing.testing import Recorder
 from harness.agents import chat
 
-from .serving import SESSIONS, assert_no_crosstalk, play
+from .serving import SESSIONS, assert_all_pinned, play
 
 
 @pytest.mark.parametrize("instrument", [True, False])
@@ -36,5 +36,5 @@ async def test_what_goes_out_carries_the_key_and_what_is_cached_is_no_call(
     await play(
         client.make_url("/"), lambda session_id: {"url": session_id, "json": chat(session_id)}
     )
-    assert_no_crosstalk(recording_gateway, turns=1)
+    assert_all_pinned(recording_gateway, turns=1)
     assert routing.pins.summary() == PinSummary(unknown=len(SESSIONS), sessions=len(SESSIONS))

@@ -13,7 +13,7 @@ from aiohttp_smg_routing import ROUTING, current_session_id, in_session
 from aiohttp_smg_routing.testing import Recorder
 from harness.proxies import pinned_server
 
-from ..wire.test_middleware import assert_no_crosstalk, call
+from ..crosstalk import assert_no_crosstalk, call, server_with
 
 SPAWN = aiojobs.Scheduler.spawn
 
@@ -36,9 +36,8 @@ def server_with_jobs(
         await spawn(request, job(request))
         return web.Response(status=202)
 
-    app = pinned_server(gateway.url, **config)
+    app = server_with(handler, gateway, **config)
     aiojobs.aiohttp.setup(app, limit=1)
-    app.router.add_post("/{session_id}", handler)
     return app
 
 

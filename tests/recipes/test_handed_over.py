@@ -12,12 +12,11 @@ from yarl import URL
 
 from aiohttp_smg_routing import ROUTING, current_session_id, in_session, routing_session, setup
 from aiohttp_smg_routing.testing import Recorder, StartSmgGateway
-from harness.agents import chat
+from harness.agents import CHAT, chat
 
 from ..turns import turns_of
-from .serving import SESSIONS, TURNS, assert_no_crosstalk, play_asks
+from .serving import SESSIONS, TURNS, assert_all_pinned, play_asks
 
-CHAT = "v1/chat/completions"
 REMEDIES = pytest.mark.parametrize("remedy", ["in_session", "routing_session"])
 STARTS = pytest.mark.parametrize("started", ["by the app", "by the first request"])
 
@@ -129,7 +128,7 @@ async def test_a_turn_that_is_handed_over_with_its_session_carries_its_key(
 ) -> None:
     server = Server(recording_gateway.url, started, remedy)
     await play_asks((await aiohttp_client(server.app)).make_url("/"), stream=False)
-    assert_no_crosstalk(recording_gateway)
+    assert_all_pinned(recording_gateway)
     summary = server.app[ROUTING].pins.summary()
     assert (summary.late, summary.missing) == (0, 0)
 

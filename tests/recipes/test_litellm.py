@@ -8,7 +8,7 @@ from pytest_aiohttp.plugin import AiohttpClient
 
 from aiohttp_smg_routing.testing import Recorder, recording_gateway
 
-from .serving import asks, assert_no_crosstalk, play_asks
+from .serving import asks, assert_all_pinned, play_asks
 
 
 @pytest.fixture(autouse=True, params=["aiohttp", "httpx"])
@@ -51,5 +51,5 @@ async def test_each_turn_carries_the_key_of_its_session(
         async with recording_gateway() as gateway:
             client = await aiohttp_client(server(gateway))
             await play_asks(client.make_url("/"), stream=stream)
-            assert_no_crosstalk(gateway)
+            assert_all_pinned(gateway)
             await client.close()

@@ -11,7 +11,7 @@ from pytest_aiohttp.plugin import AiohttpClient
 from aiohttp_smg_routing import ROUTING, RoutingConfig, setup
 from aiohttp_smg_routing.testing import Answer, Call, Recorder, StartSmgGateway, answer, canned
 
-from .serving import SESSIONS, TURNS, play_asks
+from .serving import SESSIONS, TURNS, assert_gateway_pinned, play_asks
 from .unedited import make_app
 
 if TYPE_CHECKING:  # importing it takes seconds, and each process collects this file
@@ -95,10 +95,7 @@ async def test_each_session_stays_on_one_worker(
                 await message(sdk, session_id, stream=stream)
 
     await asyncio.gather(*map(agent, SESSIONS))
-    for session_id in SESSIONS:
-        smg.assert_pinned(session_id, turns=TURNS)
-    count = len(SESSIONS)
-    assert +await smg.branches() == {"vacant": count, "occupied_hit": count * (TURNS - 1)}
+    await assert_gateway_pinned(smg)
 
 
 # In a server
@@ -107,7 +104,7 @@ async def test_each_session_stays_on_one_worker(
 CLIENTS: dict[str, Callable[[], Any]] = {"default": lambda: None, "aiohttp": aiohttp_of_the_sdk}
 
 
-def serve(app: web.Application, sdk: "AsyncAnthropic") -> None:
+def add_ask(app: web.Application, sdk: "AsyncAnthropic") -> None:
     async def ask(request: web.Request) -> web.Response:
         body = await request.json()
         await message(sdk, body["user"], stream=body["stream"])
@@ -116,7 +113,7 @@ def serve(app: web.Application, sdk: "AsyncAnthropic") -> None:
     app.router.add_post("/sessions/{session_id}/ask", ask)
 
 
-def assert_no_crosstalk(gateway: Recorder) -> None:
+def assert_keys_of_messages(gateway: Recorder) -> None:
     calls = [call for call in gateway.calls if call.path == "/v1/messages"]
     assert len(calls) == len(SESSIONS) * TURNS
     for call in calls:
@@ -134,10 +131,10 @@ async def test_a_server_that_calls_by_the_sdk(
     recording_gateway.answer = streamed
     app, url = web.Application(), str(recording_gateway.url)
     async with new_sdk(url, http_client()) as sdk:
-        serve(app, sdk)
+        add_ask(app, sdk)
         setup(app, {"gateway": url, "instrument": True, "paths": "/v1/messages"})
         await play_asks((await aiohttp_client(app)).make_url("/"), stream=stream)
-    assert_no_crosstalk(recording_gateway)
+    assert_keys_of_messages(recording_gateway)
     assert app[ROUTING].pins.summary().unknown == len(SESSIONS) * TURNS  # each counted once
 
 
@@ -150,6 +147,6 @@ async def test_the_hook_on_one_client_only(
     routing = setup(app, {"gateway": url, "paths": "/v1/messages"})
     http_client = DefaultAsyncHttpxClient(event_hooks=routing.httpx_hooks())
     async with new_sdk(url, http_client) as sdk:
-        serve(app, sdk)
+        add_ask(app, sdk)
         await play_asks((await aiohttp_client(app)).make_url("/"), stream=False)
-    assert_no_crosstalk(recording_gateway)
+    assert_keys_of_messages(recording_gateway)

@@ -12,7 +12,7 @@ from aiohttp_smg_routing import ROUTING, setup
 from aiohttp_smg_routing.testing import Recorder, StartSmgGateway, answer
 from harness.agents import chat
 
-from .serving import SESSIONS, TURNS, asks, assert_no_crosstalk, play_asks
+from .serving import SESSIONS, TURNS, asks, assert_all_pinned, play_asks
 
 if TYPE_CHECKING:  # importing it takes seconds, and each process collects this file
     from openai import AsyncOpenAI
@@ -64,7 +64,7 @@ async def test_each_turn_carries_the_key_of_its_session(
     app = asks(asking(sdk), recording_gateway.url)
     client = await aiohttp_client(app)
     await play_asks(client.make_url("/"), stream=stream)
-    assert_no_crosstalk(recording_gateway)
+    assert_all_pinned(recording_gateway)
     others = [call for call in recording_gateway.calls if call.path == "/v1/models"]
     assert others
     assert not any(call.keys for call in others)
@@ -101,7 +101,7 @@ async def test_the_hook_on_one_client_only(
         app.router.add_post("/sessions/{session_id}/other", asking(other))
         client = await aiohttp_client(app)
         await play_asks(client.make_url("/"), stream=stream)
-        assert_no_crosstalk(recording_gateway)
+        assert_all_pinned(recording_gateway)
         recording_gateway.calls.clear()
         await client.post("/sessions/s-1/other", json=chat("s-1"))
     assert not any(call.keys for call in recording_gateway.calls)

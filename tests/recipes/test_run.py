@@ -21,18 +21,17 @@ from aiohttp import ClientSession
 from yarl import URL
 
 from aiohttp_smg_routing.testing import Recorder, SmgGateway, StartSmgGateway, failure, free_port
-from harness.agents import chat
+from harness.agents import CHAT_PATH, chat
 from harness.processes import ROOT, answering, local_url
 
 from ..programs import SCRIPTS, absent
 from ..ray_programs import options, ray_program
 from ..turns import assert_keys, turns_of
-from .serving import SESSIONS, TURNS, play
+from .serving import SESSIONS, TURNS, assert_gateway_pinned, by_body, play
 
 PAGE = (ROOT / "docs" / "recipes.md").read_text()
 HOSTED = Path(__file__).parent / "hosted"
 GATEWAY, OTHER, PORT = "http://10.0.0.1:30000", "http://10.0.0.2:30000", "8080"
-CHAT = "/v1/chat/completions"
 
 
 def blocks(section: str) -> dict[str, str]:
@@ -63,24 +62,17 @@ async def as_on_the_page(folder: Path, port: int, shell: str) -> AsyncIterator[U
 
 
 def by_header(session_id: str) -> Mapping[str, Any]:
-    return {"url": CHAT, "json": chat(session_id), "headers": {"X-Session-Id": session_id}}
-
-
-def by_body(session_id: str) -> Mapping[str, Any]:
-    return {"url": CHAT, "json": chat(session_id)}
+    return {"url": CHAT_PATH, "json": chat(session_id), "headers": {"X-Session-Id": session_id}}
 
 
 def by_path(session_id: str) -> Mapping[str, Any]:
     return {"url": f"/sessions/{session_id}/chat", "json": chat(session_id)}
 
 
-async def assert_pinned(smg: SmgGateway) -> None:
+async def assert_ids_pinned(smg: SmgGateway) -> None:
     """Assert that the keys are the session ids, and that the gateway used each."""
     assert_keys(turns_of(*smg.workers))
-    for session_id in SESSIONS:
-        smg.assert_pinned(session_id, turns=TURNS)
-    count = len(SESSIONS)
-    assert +await smg.branches() == {"vacant": count, "occupied_hit": count * (TURNS - 1)}
+    await assert_gateway_pinned(smg)
 
 
 SHAPES = {
@@ -97,7 +89,7 @@ async def test_each_session_stays_on_one_worker(
     shutil.copy(HOSTED / f"{name}.py", folder)
     async with as_on_the_page(folder, port, here(blocks(section)["sh"], smg, port)) as url:
         await play(url, call)
-    await assert_pinned(smg)
+    await assert_ids_pinned(smg)
 
 
 async def test_a_load_balancer_sends_the_key_with_each_attempt(
@@ -114,7 +106,7 @@ async def test_a_load_balancer_sends_the_key_with_each_attempt(
     failed = turns_of(recording_gateway)
     assert len(failed) == len(SESSIONS) * TURNS
     assert_keys(failed)
-    await assert_pinned(smg)
+    await assert_ids_pinned(smg)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="gunicorn is for POSIX")
@@ -131,7 +123,7 @@ async def test_gunicorn_with_several_processes(smg_gateway: StartSmgGateway, fol
     )
     async with as_on_the_page(folder, port, shell) as url:
         await play(url, by_body)
-    await assert_pinned(smg)
+    await assert_ids_pinned(smg)
 
 
 def submitted(actor: str, smg: SmgGateway) -> tuple[str, Mapping[str, str]]:
@@ -161,7 +153,7 @@ async def test_a_ray_actor(smg_gateway: StartSmgGateway, way: Any) -> None:
         argv = ("actor.py", "--port", str(port), "--upstream", str(smg.url))
         async with ray_driver(folder, argv, given):
             await play(local_url(port), by_path)
-    await assert_pinned(smg)
+    await assert_ids_pinned(smg)
 
 
 @asynccontextmanager

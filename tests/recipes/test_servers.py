@@ -13,12 +13,11 @@ from yarl import URL
 
 from aiohttp_smg_routing import setup
 from aiohttp_smg_routing.testing import Recorder
-from harness.agents import chat
+from harness.agents import CHAT_PATH, chat
 
-from .serving import assert_no_crosstalk, play, serving
+from .serving import assert_all_pinned, by_body, play, serving
 from .unedited import make_app
 
-CHAT = "/v1/chat/completions"
 RECIPES = Path(__file__).parents[2] / "docs" / "recipes.md"
 
 
@@ -35,7 +34,7 @@ async def test_gunicorn_with_several_processes(
     def argv(port: int) -> list[str]:
         words = " ".join(["-m", *gunicorn_as_in_the_recipe()])
         for ours, there in (
-            ("server:make_app", "tests.recipes.pinned:make_app"),
+            ("server:make_app", "tests.recipes.pinned:gunicorn_app"),
             ("GunicornWebWorker", worker_class),
             ("127.0.0.1:8080", f"127.0.0.1:{port}"),
         ):
@@ -46,7 +45,7 @@ async def test_gunicorn_with_several_processes(
     async def pid_of_a_turn(url: URL, session_id: str) -> int:
         async with (
             ClientSession(url, connector=TCPConnector(force_close=True)) as agent,
-            agent.post(CHAT, json=chat(session_id)) as response,
+            agent.post(CHAT_PATH, json=chat(session_id)) as response,
         ):
             assert response.status == 200
             return int(response.headers["X-Pid"])
@@ -60,8 +59,8 @@ async def test_gunicorn_with_several_processes(
             os.kill(one, signal.SIGCONT)
         recording_gateway.assert_pinned("s-1", turns=2)
         recording_gateway.calls.clear()
-        await play(url, lambda session_id: {"url": CHAT, "json": chat(session_id)})
-    assert_no_crosstalk(recording_gateway)
+        await play(url, by_body)
+    assert_all_pinned(recording_gateway)
 
 
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
@@ -69,8 +68,8 @@ async def test_run_app(recording_gateway: Recorder, loop: str) -> None:
     gateway = str(recording_gateway.url)
     program = ["-m", "tests.recipes.pinned", gateway, loop]
     async with serving(lambda port: [*program, str(port)]) as url:
-        await play(url, lambda session_id: {"url": CHAT, "json": chat(session_id)})
-    assert_no_crosstalk(recording_gateway)
+        await play(url, by_body)
+    assert_all_pinned(recording_gateway)
 
 
 async def test_app_runner(recording_gateway: Recorder) -> None:
@@ -81,9 +80,9 @@ async def test_app_runner(recording_gateway: Recorder) -> None:
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     host, port = runner.addresses[0]
     url = URL(f"http://{host}:{port}")
-    await play(url, lambda session_id: {"url": CHAT, "json": chat(session_id)})
+    await play(url, by_body)
     await runner.cleanup()
-    assert_no_crosstalk(recording_gateway)
+    assert_all_pinned(recording_gateway)
 
 
 def config(gateway: Recorder, **values: Any) -> dict[str, Any]:
@@ -112,7 +111,7 @@ async def test_class_based_views(
     setup(app, config(recording_gateway))
     client = await aiohttp_client(app)
     await play(client.make_url("/"), turn_of("/sessions/{}/turns"))
-    assert_no_crosstalk(recording_gateway)
+    assert_all_pinned(recording_gateway)
 
 
 @pytest.mark.parametrize("where", ["root", "sub-app"])
@@ -125,7 +124,7 @@ async def test_sub_apps(
     app.add_subapp("/sessions", sub_app)
     client = await aiohttp_client(app)
     await play(client.make_url("/"), turn_of("/sessions/{}/turns"))
-    assert_no_crosstalk(recording_gateway)
+    assert_all_pinned(recording_gateway)
 
 
 def turn_of(path: str) -> Any:

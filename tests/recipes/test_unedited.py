@@ -8,39 +8,37 @@ from pytest_aiohttp.plugin import AiohttpClient
 
 from aiohttp_smg_routing import RoutingConfig, setup
 from aiohttp_smg_routing.testing import StartSmgGateway
-from harness.agents import chat
+from harness.agents import CHAT_PATH, chat
 
-from .serving import SESSIONS, TURNS, play
+from .serving import SESSIONS, TURNS, assert_gateway_pinned, play
 from .unedited import make_app
 
-CHAT = "/v1/chat/completions"
 
-
-def by_body(session_id: str) -> Mapping[str, Any]:
-    return {"url": CHAT, "json": {**chat("someone"), "metadata": {"session_id": session_id}}}
+def by_metadata(session_id: str) -> Mapping[str, Any]:
+    return {"url": CHAT_PATH, "json": {**chat("someone"), "metadata": {"session_id": session_id}}}
 
 
 def by_streamed_body(session_id: str) -> Mapping[str, Any]:
-    return {"url": CHAT, "json": chat(session_id, stream=True)}
+    return {"url": CHAT_PATH, "json": chat(session_id, stream=True)}
 
 
 def by_token(session_id: str) -> Mapping[str, Any]:
     headers = {"Authorization": f"Bearer {session_id}"}
-    return {"url": CHAT, "json": chat("someone"), "headers": headers}
+    return {"url": CHAT_PATH, "json": chat("someone"), "headers": headers}
 
 
-def by_header(session_id: str) -> Mapping[str, Any]:
-    return {"url": CHAT, "json": chat("someone"), "headers": {"X-Session-Id": session_id}}
+def by_header_only(session_id: str) -> Mapping[str, Any]:
+    return {"url": CHAT_PATH, "json": chat("someone"), "headers": {"X-Session-Id": session_id}}
 
 
 SERVERS: dict[str, tuple[dict[str, Any], Callable[[str], Mapping[str, Any]]]] = {
-    "the id in the body": ({"session_id": "json:metadata.session_id"}, by_body),
+    "the id in the body": ({"session_id": "json:metadata.session_id"}, by_metadata),
     "the id in the body of a stream": ({"session_id": "json:user"}, by_streamed_body),
     "the bearer token is the id": (
         {"session_id": "header:Authorization", "key": "digest", "secret": "k"},
         by_token,
     ),
-    "the agent sends X-Session-Id": ({"session_id": "header:X-Session-Id"}, by_header),
+    "the agent sends X-Session-Id": ({"session_id": "header:X-Session-Id"}, by_header_only),
 }
 
 
@@ -57,10 +55,7 @@ async def test_each_session_stays_on_one_worker(
     setup(app, config)
     client = await aiohttp_client(app)
     await play(client.make_url("/"), call)
-    for session_id in SESSIONS:
-        smg.assert_pinned(session_id, turns=TURNS, config=config)
-    count = len(SESSIONS)
-    assert +await smg.branches() == {"vacant": count, "occupied_hit": count * (TURNS - 1)}
+    await assert_gateway_pinned(smg, config)
 
 
 async def test_placeholder_ids_are_no_session(
@@ -78,7 +73,7 @@ async def test_placeholder_ids_are_no_session(
         },
     )
     client = await aiohttp_client(app)
-    await play(client.make_url("/"), lambda session_id: {"url": CHAT, "json": chat("default")})
+    await play(client.make_url("/"), lambda session_id: {"url": CHAT_PATH, "json": chat("default")})
     assert +await smg.branches() == {"no_routing_id": len(SESSIONS) * TURNS}
 
 

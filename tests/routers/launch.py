@@ -13,10 +13,11 @@ from typing import Any
 from yarl import URL
 
 from aiohttp_smg_routing.testing import Recorder, SmgGateway
-from aiohttp_smg_routing.testing.gateway import run_gateway
-from harness.agents import CHAT
+from harness.agents import CHAT_PATH
+from harness.workers import recorders
 
-CHAT_PATH = f"/{CHAT}"
+from ..gateways import gateway_program, worker_urls
+
 PAGE = Path(__file__).parents[2] / "docs" / "gateways.md"
 
 _PROGRAMS = {
@@ -66,8 +67,11 @@ FACTS = _facts()
 @asynccontextmanager
 async def launched(launch: str, workers: int = 3) -> AsyncIterator[SmgGateway]:
     """Run the gateway with the policy and the options in ``launch``."""
-    program = (sys.executable, "-m", *_PROGRAMS[PACKAGE])
-    async with run_gateway(program, workers, ("--policy", *launch.split())) as gateway:
+    program = (sys.executable, "-m", *_PROGRAMS[PACKAGE], "--policy", *launch.split())
+    async with (
+        recorders(workers) as started,
+        gateway_program(*program, *worker_urls(started), workers=started) as gateway,
+    ):
         yield gateway
 
 

@@ -9,10 +9,9 @@ from yarl import URL
 
 from aiohttp_smg_routing import Routing, RoutingConfig, routing_session
 from aiohttp_smg_routing.testing import Answer, Call, SmgGateway, canned, failure
-from harness.agents import CHAT
+from harness.agents import CHAT, CHAT_PATH
 
 from .launch import (
-    CHAT_PATH,
     FACTS,
     HEADER,
     is_pinned,

@@ -3,10 +3,8 @@
 import asyncio
 import functools
 import itertools
-import json
 import random
 import secrets
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +19,7 @@ from aiohttp_smg_routing.testing import SmgGateway
 from harness.agents import WORKER_HEADER
 from harness.proxies import proxy_server
 
+from ..commands import verify
 from ..series import samples_of
 from .launch import FACTS, HEADER, is_pinned, launched, random_turn, served_by_prompt
 
@@ -65,24 +64,13 @@ async def choices(gateway: SmgGateway) -> Counter[str]:
     return found
 
 
-async def verify(folder: Path, gateway: SmgGateway, *options: str) -> int:
+async def verified(folder: Path, gateway: SmgGateway, *options: str) -> int:
     """Run ``verify`` on the gateway; return its exit status."""
-    file = folder / "seen.json"
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "aiohttp_smg_routing", "verify", str(gateway.url)),
-        *("--metrics", str(gateway.metrics_url), "--header", HEADER, "--json", str(file)),
-        *options,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
-    printed, _ = await process.communicate()
-    assert file.exists(), printed.decode()
-    told = json.loads(file.read_text("utf-8"))
-    assert told["exit_status"] == process.returncode
-    if told["arms"]["keyed"]["kept"] is None:  # the turns' workers are unknown
-        assert b"stayed" not in printed
-    return process.returncode or 0
+    named = ("--metrics", str(gateway.metrics_url), "--header", HEADER, *options)
+    run = await asyncio.to_thread(verify, folder, gateway.url, *named, program=True)
+    if run.json["arms"]["keyed"]["kept"] is None:  # the turns' workers are unknown
+        assert "stayed" not in run.out + run.err
+    return run.status
 
 
 def by_key(gateway: SmgGateway) -> dict[bytes, list[URL]]:
@@ -114,7 +102,7 @@ async def test_policy_pins_each_session(
         assert await choices(gateway) == {launch.split()[0]: CALLS}
         for worker in gateway.workers:
             worker.calls.clear()
-        status = await verify(tmp_path, gateway)
+        status = await verified(tmp_path, gateway)
         assert is_pinned(by_key(gateway))
     assert [str(status)] == FACTS["`verify`, pinning policy"]
 
@@ -132,7 +120,7 @@ async def test_policy_does_not_pin(
         else:
             assert summary == PinSummary(unknown=CALLS, sessions=len(SESSIONS))
         assert await choices(gateway) == {launch: CALLS}
-        status = await verify(tmp_path, gateway)
+        status = await verified(tmp_path, gateway)
     assert str(status) in FACTS["`verify`, other policy"]
 
 
@@ -154,7 +142,7 @@ async def test_verify_through_a_session_server(
     async with launched(FACTS["policies that pin"][0]) as gateway:
         client = await aiohttp_client(router_server(gateway.url, enabled=enabled))
         server = str(client.make_url("/")).rstrip("/")
-        status = await verify(tmp_path, gateway, "--through", server, *options)
+        status = await verified(tmp_path, gateway, "--through", server, *options)
         assert bool(by_key(gateway)) is enabled
         assert not enabled or is_pinned(by_key(gateway))
     assert [str(status)] == (FACTS[column] if column else ["1"])
@@ -175,5 +163,5 @@ async def test_verify_says_pinned_of_no_session_server_that_sends_other_keys_tha
         app = router_server(gateway.url, session_id=lambda request: OTHER_KEYS[key]())
         client = await aiohttp_client(app)
         server = str(client.make_url("/")).rstrip("/")
-        assert await verify(tmp_path, gateway, "--through", server) != 0
+        assert await verified(tmp_path, gateway, "--through", server) != 0
         assert any(call.values(HEADER) for worker in gateway.workers for call in worker.calls)

@@ -5,9 +5,9 @@ import itertools
 from aiohttp import ClientSession
 
 from aiohttp_smg_routing.testing import Answer, Call, SmgGateway, canned, failure
-from harness.agents import CHAT
+from harness.agents import CHAT, CHAT_PATH
 
-from .launch import CHAT_PATH, HEADER, launched, random_turn, served_by_prompt
+from .launch import HEADER, launched, random_turn, served_by_prompt
 
 SESSIONS = [f"s-{number}" for number in range(24)]
 

@@ -3,8 +3,8 @@
 import asyncio
 import itertools
 import secrets
-import sys
 from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 from aiohttp import ClientSession
@@ -14,7 +14,8 @@ from aiohttp_smg_routing import ROUTING_KEY_HEADER, Routing, RoutingConfig, rout
 from aiohttp_smg_routing.testing import SmgGateway
 from harness.agents import CHAT
 
-from .launch import CHAT_PATH, HEADER, is_pinned, launched, random_turn, served_by_prompt
+from ..commands import verify
+from .launch import HEADER, is_pinned, launched, random_turn, served_by_prompt
 
 POLICIES = ["consistent_hash", "sticky_least_loaded"]
 SESSIONS = [f"s-{number}" for number in range(24)]
@@ -32,19 +33,17 @@ async def play(gateway: SmgGateway, header: str, **extra: object) -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-async def test_with_the_default_header_every_session_is_on_one_worker(policy: str) -> None:
+async def test_with_the_default_header_every_session_is_on_one_worker(
+    tmp_path: Path, policy: str
+) -> None:
     async with launched(policy) as gateway:
         await play(gateway, ROUTING_KEY_HEADER)
         workers = {url for urls in served_by_prompt(gateway.workers).values() for url in urls}
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "aiohttp_smg_routing", "verify", str(gateway.url)),
-            *("--metrics", str(gateway.metrics_url)),
-            stdout=asyncio.subprocess.PIPE,
-        )
-        printed, _ = await process.communicate()
+        options = ("--metrics", gateway.metrics_url)
+        run = await asyncio.to_thread(verify, tmp_path, gateway.url, *options, program=True)
     assert len(workers) == 1
-    assert process.returncode == 1
-    assert "--header X-Session-ID" in " ".join(printed.decode().split())
+    assert run.status == 1
+    assert "--header X-Session-ID" in run.said
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -52,12 +51,11 @@ async def test_with_the_default_header_every_session_is_on_one_worker(policy: st
     "name", ["X-User-ID", "X-Tenant-ID", "X-Request-ID", "X-Correlation-ID", "X-Trace-ID"]
 )
 async def test_without_its_header_others_choose_the_worker(policy: str, name: str) -> None:
-    url = CHAT_PATH
     async with launched(policy) as gateway, ClientSession() as session:
 
         async def call(whose: str, headers: Mapping[str, str]) -> None:
             body = random_turn(whose)
-            async with session.post(gateway.url.with_path(url), json=body, headers=headers) as r:
+            async with session.post(gateway.url / CHAT, json=body, headers=headers) as r:
                 assert r.status == 200
 
         for _, whose in itertools.product(range(2), SESSIONS):

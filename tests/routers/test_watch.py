@@ -1,9 +1,6 @@
 """``watch`` on the gateway of this environment tells what ``docs/gateways.md`` says it can."""
 
 import asyncio
-import json
-import sys
-from typing import Any
 
 import pytest
 from aiohttp import ClientSession
@@ -12,6 +9,7 @@ from aiohttp_smg_routing import Routing, RoutingConfig, routing_session
 from aiohttp_smg_routing.testing import SmgGateway
 from harness.agents import CHAT
 
+from ..commands import watch_once
 from .launch import FACTS, HEADER, PACKAGE, launched, random_turn
 
 SESSIONS = [f"s-{number}" for number in range(12)]
@@ -34,29 +32,16 @@ async def play(gateway: SmgGateway) -> None:
         await asyncio.gather(*map(one, SESSIONS))
 
 
-async def watch(gateway: SmgGateway) -> tuple[int | None, dict[str, Any]]:
-    """Run ``watch --once``; return the exit status and the JSON document."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "aiohttp_smg_routing", "watch", str(gateway.metrics_url)),
-        *("--once", "--json", "--interval", "0.1"),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    out, err = await process.communicate()
-    assert err == b"", err.decode()
-    return process.returncode, json.loads(out)
-
-
 @pytest.mark.parametrize(
     ("launch", "expected"), [(PINNING, FACTS[PINNED]), ("round_robin", FACTS[NOT_PINNED])]
 )
 async def test_what_watch_says(launch: str, expected: list[str]) -> None:
     async with launched(launch) as gateway:
-        status, seen = await watch(gateway)
+        status, seen = await watch_once(gateway.metrics_url)
         assert (status, seen["sentence"]) == (2, "Could not tell: the gateway has routed no call.")
         assert seen["gateway"]["kind"] == PACKAGE
         await play(gateway)
-        status, seen = await watch(gateway)
+        status, seen = await watch_once(gateway.metrics_url)
     assert [str(status)] == expected, seen
     policy = launch.split()[0]
     assert seen["gateway"]["total"]["pools"] == {"regular": {policy: 60}}

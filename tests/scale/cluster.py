@@ -12,27 +12,15 @@ from itertools import cycle, islice
 from aiohttp import ClientSession, TCPConnector
 from yarl import URL
 
-from aiohttp_smg_routing.testing import Recorder, SmgGateway, free_port, smg_gateway
-from harness.agents import chat
+from aiohttp_smg_routing.testing import Recorder, SmgGateway, free_port
+from harness.agents import CHAT, chat
 from harness.processes import answering, local_url, together
 
 from ..turns import assert_keys, served, turns_of
 
-SERVERS, GATEWAYS, WORKERS = 3, 2, 4
+SERVERS, WORKERS = 3, 4
 SESSIONS = [f"s-{number}" for number in range(96)]
 AT_A_TIME = 15  # odd: an even number in lockstep would keep each session on one of two gateways
-
-
-@asynccontextmanager
-async def gateways(
-    workers: Sequence[Recorder], policy: str, *args: str
-) -> AsyncIterator[list[SmgGateway]]:
-    """Run the gateways, each with all workers."""
-    urls = [worker.url for worker in workers]
-    async with together(
-        smg_gateway(urls, policy=policy, args=args) for _ in range(GATEWAYS)
-    ) as started:
-        yield started
 
 
 async def kill(gateway: SmgGateway) -> None:
@@ -68,7 +56,7 @@ async def play(servers: Sequence[URL], turns: int, sessions: Iterable[str] = SES
         async with limit, ClientSession(connector=TCPConnector(force_close=True)) as agent:
             for turn in range(turns):
                 server = servers[(number + turn) % len(servers)]
-                url = server / "v1/chat/completions"
+                url = server / CHAT
                 async with agent.post(url, json=chat(session_id, turn + 1)) as response:
                     assert response.status == 200, await response.text()
                     await response.read()

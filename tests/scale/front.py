@@ -14,7 +14,8 @@ from yarl import URL
 from aiohttp_smg_routing.testing import Recorder, SmgGateway
 from harness.workers import recorders
 
-from .cluster import WORKERS, gateways
+from ..gateways import gateways
+from .cluster import WORKERS
 
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
 
@@ -57,7 +58,7 @@ async def before_gateways(
     """Run the workers, both gateways, and the balancer in front of them."""
     async with (
         recorders(WORKERS) as behind,
-        gateways(behind, policy) as both,
+        gateways(behind, behind, policy=policy) as both,
         balancer(folder, *(gateway.url for gateway in both), hashing=hashing) as front,
     ):
         yield behind, both, front

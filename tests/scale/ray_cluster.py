@@ -6,26 +6,11 @@ python -m tests.scale.ray_cluster FOLDER COUNT
 """
 
 import json
-import os
 import sys
 from importlib import import_module
 from itertools import chain
 
-from aiohttp import web
-
-from aiohttp_smg_routing import setup
-
 from ..ray_programs import options
-from ..recipes import unedited
-
-
-def make_app() -> web.Application:
-    app = unedited.make_app()
-    setup(
-        app,
-        {"gateway": os.environ["GATEWAY"], "instrument": True, "session_id": "json:user"},
-    )
-    return app
 
 
 def main(folder: str, count: int) -> None:

@@ -20,7 +20,7 @@ from aiohttp_smg_routing.testing import (
     smg_gateway,
     stream,
 )
-from harness.agents import chat
+from harness.agents import CHAT, chat
 from harness.proxies import pinned_server
 
 from ..turns import assert_keys, forget, served, turns_of
@@ -38,7 +38,6 @@ from .front import Balancer, Front, before_gateways
 from .nginx import nginx
 
 TURNS = 3
-CHAT = "v1/chat/completions"
 SILENCE = ClientTimeout(sock_read=30)
 HEADERS = {"Content-Type": "application/json"}
 KEY = "X-SMG-Routing-Key"

@@ -11,11 +11,11 @@ from aiohttp_smg_routing.testing import smg_gateway
 from harness.proc import until_refused
 from harness.workers import recorders
 
+from ..gateways import gateways
 from .cluster import (
     SESSIONS,
     WORKERS,
     branches,
-    gateways,
     on_one_worker,
     pid_of,
     play,
@@ -31,7 +31,7 @@ TURNS = 4
 async def test_consistent_hashing_any_server_and_any_gateway_find_the_worker() -> None:
     async with (
         recorders(WORKERS) as behind,
-        gateways(behind, "consistent_hashing") as (first, second),
+        gateways(behind, behind, policy="consistent_hashing") as (first, second),
         server_processes(first.url, second.url) as servers,
     ):
         await play(servers, TURNS)
@@ -60,7 +60,7 @@ async def test_manual_behind_a_hash_of_the_key_keeps_a_session_on_one_gateway_an
 async def test_manual_on_two_gateways_splits_sessions_when_each_server_has_its_own() -> None:
     async with (
         recorders(WORKERS) as behind,
-        gateways(behind, "manual") as both,
+        gateways(behind, behind, policy="manual") as both,
         server_processes(*(gateway.url for gateway in both)) as servers,
     ):
         await play(servers, TURNS)

@@ -28,7 +28,7 @@ TURNS = 3
 @asynccontextmanager
 async def ray_cluster(folder: Path, gateway: URL) -> AsyncIterator[Process]:
     """Run a cluster of session servers in ``folder``; leave nothing behind after the block."""
-    actor = ("from server import make_app", "from tests.scale.ray_cluster import make_app")
+    actor = ("from server import make_app", "from tests.recipes.pinned import make_app")
     (folder / "actor.py").write_text(instead(on_the_page("python"), actor))
     env = {"GATEWAY": str(gateway), "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"}
     argv = ("-m", "tests.scale.ray_cluster", str(folder), str(SERVERS))

@@ -7,25 +7,14 @@ from pathlib import Path
 import pytest
 from yarl import URL
 
-from aiohttp_smg_routing.testing import smg_gateway
-from harness.processes import together
 from harness.proxies import pinned_server
 from harness.servers import serve
 
+from ..commands import verify
+from ..gateways import gateways
 from ..verify_servers import in_background, proxy, stub_engines
-from ..verifying import verify
-from .cluster import GATEWAYS, WORKERS
+from .cluster import WORKERS
 from .front import Balancer
-
-
-@asynccontextmanager
-async def gateways() -> AsyncIterator[list[tuple[URL, URL]]]:
-    """Run the gateways under ``manual``; yield the URL and the metrics URL of each."""
-    async with (
-        stub_engines(WORKERS) as urls,
-        together(smg_gateway(urls, policy="manual") for _ in range(GATEWAYS)) as smgs,
-    ):
-        yield [(smg.url, smg.metrics_url) for smg in smgs]
 
 
 @asynccontextmanager
@@ -33,10 +22,11 @@ async def behind(
     balancer: Balancer, folder: Path, *, hashing: bool
 ) -> AsyncIterator[tuple[URL, URL]]:
     async with (
-        gateways() as ((first, metrics), (second, _)),
-        balancer(folder, first, second, hashing=hashing) as front,
+        stub_engines(WORKERS) as urls,
+        gateways(urls, urls, policy="manual") as (first, second),
+        balancer(folder, first.url, second.url, hashing=hashing) as front,
     ):
-        yield front.url, metrics
+        yield front.url, first.metrics_url
 
 
 @pytest.mark.parametrize(
@@ -58,12 +48,13 @@ def test_verify_names_the_replicas_when_each_session_server_has_a_gateway_of_its
     @asynccontextmanager
     async def servers() -> AsyncIterator[tuple[URL, URL, URL]]:
         async with (
-            gateways() as ((first, metrics), (second, _)),
-            serve(pinned_server(first)) as one,
-            serve(pinned_server(second)) as other,
+            stub_engines(WORKERS) as urls,
+            gateways(urls, urls, policy="manual") as (first, second),
+            serve(pinned_server(first.url)) as one,
+            serve(pinned_server(second.url)) as other,
             serve(proxy(one, other)) as front,
         ):
-            yield first, metrics, front
+            yield first.url, first.metrics_url, front
 
     with in_background(servers()) as (first, metrics, front):
         run = verify(tmp_path, first, "--metrics", metrics, "--through", front)

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from harness.processes import ROOT
+
 PACKAGE = ROOT / "aiohttp_smg_routing"
 CORE = sorted(file.stem for file in PACKAGE.glob("[!_]*.py"))
 FOLDERS = sorted(file.parent.name for file in PACKAGE.glob("*/__init__.py"))
+OUTSIDE = ("benchmarks", "demo", "examples", "fuzz", "harness", "mutants", "soak", "tests")
 ROW = re.compile(r"^\| `(\w+)` \| .+ \| (.+) \|$", re.MULTILINE)
 # aiohttp, its dependencies, and the package that the extra ``metrics`` installs.
 ALLOWED = {"aiohttp", "multidict", "yarl", "prometheus_client", PACKAGE.name}
@@ -71,12 +73,11 @@ def test_users_of_the_package_load_neither_testing_nor_verify() -> None:
     assert {*of_package("__init__")} <= {*CORE}
 
 
-@pytest.mark.parametrize(
-    "folder", ["benchmarks", "demo", "examples", "fuzz", "harness", "mutants", "soak"]
-)
+@pytest.mark.parametrize("folder", OUTSIDE)
 def test_nothing_outside_imports_what_is_private_in_the_package(folder: str) -> None:
     public = {PACKAGE.name, f"{PACKAGE.name}.testing"}
-    files = list((ROOT / folder).rglob("*.py"))
+    unit = ROOT / "tests" / "unit"  # only tests of single functions and objects need private ones
+    files = [it for it in (ROOT / folder).rglob("*.py") if not it.is_relative_to(unit)]
     paths = [(file.name, path) for file in files for path in imported(file)]
     ours = [(file, path) for file, path in paths if path[0] == PACKAGE.name]
     names = {name: set(import_module(name).__all__) for name in public}
@@ -86,6 +87,15 @@ def test_nothing_outside_imports_what_is_private_in_the_package(folder: str) -> 
         if ".".join(path) not in public and path[-1] not in names.get(".".join(path[:-1]), ())
     ] == []
     assert files
+
+
+@pytest.mark.parametrize("folder", OUTSIDE)
+def test_nothing_imports_from_a_file_of_tests(folder: str) -> None:
+    """What two files need is in a third one."""
+    paths = [(file.name, path) for file in (ROOT / folder).rglob("*.py") for path in imported(file)]
+    ours = [(file, ".".join(path)) for file, path in paths if path[0] in OUTSIDE]
+    assert [(file, path) for file, path in ours if ".test_" in path] == []
+    assert paths
 
 
 def test_the_core_needs_nothing_but_aiohttp() -> None:

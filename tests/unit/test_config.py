@@ -16,9 +16,9 @@ from aiohttp import web
 from yarl import URL
 
 from aiohttp_smg_routing import ConfigError, Routing, RoutingConfig, setup
+from harness.agents import CHAT_PATH
 
 GATEWAY = "http://10.0.0.1:30000"
-CHAT = "/v1/chat/completions"
 ABSOLUTE = "is not an absolute http(s) URL"
 
 
@@ -88,7 +88,7 @@ def test_defaults() -> None:
     assert config.session_id == ("match_info:session_id",)
     assert config.ignore_ids == ()
     assert config.pin_by.template == "{session_id}"
-    assert config.paths == (CHAT,)
+    assert config.paths == (CHAT_PATH,)
     assert config.header == "X-SMG-Routing-Key"
     assert config.worker_header == "X-SMG-Routed-Worker-Id"
     assert config.key == "session_id"
@@ -196,35 +196,35 @@ def test_config_survives_a_trip_to_another_process(protocol: int) -> None:
 @pytest.mark.parametrize(
     ("gateway", "method", "url", "tagged"),
     [
-        (GATEWAY, "POST", GATEWAY + CHAT, True),
-        (GATEWAY, "POST", f"http://user:pw@10.0.0.1:30000{CHAT}?a=b#c", True),
-        (GATEWAY, "GET", GATEWAY + CHAT, False),
-        (GATEWAY, "PUT", GATEWAY + CHAT, False),
-        (GATEWAY, "POST", f"https://10.0.0.1:30000{CHAT}", False),
-        (GATEWAY, "POST", f"ws://10.0.0.1:30000{CHAT}", False),
-        (GATEWAY, "POST", f"http://10.0.0.1:30001{CHAT}", False),
-        (GATEWAY, "POST", f"http://10.0.0.1{CHAT}", False),
-        (GATEWAY, "POST", f"http://10.0.0.1:30000@evil{CHAT}", False),
-        (GATEWAY, "POST", f"http://10.0.0.1.evil:30000{CHAT}", False),
-        (GATEWAY, "POST", f"{GATEWAY}{CHAT}/", False),
-        (GATEWAY, "POST", f"{GATEWAY}/{CHAT}", False),
-        (GATEWAY, "POST", f"{GATEWAY}{CHAT}x", False),
-        (GATEWAY, "POST", f"{GATEWAY}{CHAT.upper()}", False),
+        (GATEWAY, "POST", GATEWAY + CHAT_PATH, True),
+        (GATEWAY, "POST", f"http://user:pw@10.0.0.1:30000{CHAT_PATH}?a=b#c", True),
+        (GATEWAY, "GET", GATEWAY + CHAT_PATH, False),
+        (GATEWAY, "PUT", GATEWAY + CHAT_PATH, False),
+        (GATEWAY, "POST", f"https://10.0.0.1:30000{CHAT_PATH}", False),
+        (GATEWAY, "POST", f"ws://10.0.0.1:30000{CHAT_PATH}", False),
+        (GATEWAY, "POST", f"http://10.0.0.1:30001{CHAT_PATH}", False),
+        (GATEWAY, "POST", f"http://10.0.0.1{CHAT_PATH}", False),
+        (GATEWAY, "POST", f"http://10.0.0.1:30000@evil{CHAT_PATH}", False),
+        (GATEWAY, "POST", f"http://10.0.0.1.evil:30000{CHAT_PATH}", False),
+        (GATEWAY, "POST", f"{GATEWAY}{CHAT_PATH}/", False),
+        (GATEWAY, "POST", f"{GATEWAY}/{CHAT_PATH}", False),
+        (GATEWAY, "POST", f"{GATEWAY}{CHAT_PATH}x", False),
+        (GATEWAY, "POST", f"{GATEWAY}{CHAT_PATH.upper()}", False),
         (GATEWAY, "POST", f"{GATEWAY}/v1/models", False),
         (GATEWAY, "POST", f"{GATEWAY}/v1/chat%2Fcompletions", False),
         (GATEWAY, "POST", f"{GATEWAY}/v1/../v1/chat/completions", True),
-        (GATEWAY, "POST", f"{GATEWAY}/base{CHAT}", False),
-        (GATEWAY + "/base", "POST", f"{GATEWAY}/base{CHAT}", True),
-        (GATEWAY + "/base/", "POST", f"{GATEWAY}/base{CHAT}", True),
-        (GATEWAY + "/base", "POST", GATEWAY + CHAT, False),
-        (GATEWAY + "/a%20b", "POST", f"{GATEWAY}/a b{CHAT}", True),
-        ("http://gateway", "POST", f"http://GATEWAY:80{CHAT}", True),
-        ("https://gateway:443", "POST", f"https://gateway{CHAT}", True),
-        ("http://user:pw@gateway", "POST", f"http://gateway{CHAT}", True),
-        ("http://[::1]:30000", "POST", f"http://[::1]:30000{CHAT}", True),
-        ("http://bücher", "POST", f"http://xn--bcher-kva{CHAT}", True),
-        ([GATEWAY, "http://two"], "POST", f"http://two{CHAT}", True),
-        ([GATEWAY, "http://two/base"], "POST", f"http://two{CHAT}", False),
+        (GATEWAY, "POST", f"{GATEWAY}/base{CHAT_PATH}", False),
+        (GATEWAY + "/base", "POST", f"{GATEWAY}/base{CHAT_PATH}", True),
+        (GATEWAY + "/base/", "POST", f"{GATEWAY}/base{CHAT_PATH}", True),
+        (GATEWAY + "/base", "POST", GATEWAY + CHAT_PATH, False),
+        (GATEWAY + "/a%20b", "POST", f"{GATEWAY}/a b{CHAT_PATH}", True),
+        ("http://gateway", "POST", f"http://GATEWAY:80{CHAT_PATH}", True),
+        ("https://gateway:443", "POST", f"https://gateway{CHAT_PATH}", True),
+        ("http://user:pw@gateway", "POST", f"http://gateway{CHAT_PATH}", True),
+        ("http://[::1]:30000", "POST", f"http://[::1]:30000{CHAT_PATH}", True),
+        ("http://bücher", "POST", f"http://xn--bcher-kva{CHAT_PATH}", True),
+        ([GATEWAY, "http://two"], "POST", f"http://two{CHAT_PATH}", True),
+        ([GATEWAY, "http://two/base"], "POST", f"http://two{CHAT_PATH}", False),
     ],
 )
 def test_tagged_is_a_post_to_the_path_below_the_gateways_base_path(
@@ -236,14 +236,14 @@ def test_tagged_is_a_post_to_the_path_below_the_gateways_base_path(
 def test_a_call_is_tagged_as_aiohttp_sends_it() -> None:
     """The hook gets an encoded URL as passed, and before aiohttp 3.14 the method as well."""
     config = RoutingConfig("http://gateway")
-    assert is_tagged(config, "post", URL(f"http://gateway{CHAT}"))
-    assert is_tagged(config, "POST", URL(f"http://GATEWAY{CHAT}", encoded=True))
-    assert not is_tagged(config, "POST", URL(CHAT))
+    assert is_tagged(config, "post", URL(f"http://gateway{CHAT_PATH}"))
+    assert is_tagged(config, "POST", URL(f"http://GATEWAY{CHAT_PATH}", encoded=True))
+    assert not is_tagged(config, "POST", URL(CHAT_PATH))
 
 
 @pytest.mark.parametrize("authority", ["gateway:x", ":::80", "gateway:99999999"])
 def test_a_url_that_cannot_be_read_is_not_tagged(authority: str) -> None:
-    url = URL(f"http://{authority}{CHAT}", encoded=True)
+    url = URL(f"http://{authority}{CHAT_PATH}", encoded=True)
     assert not is_tagged(RoutingConfig("http://gateway"), "POST", url)
 
 
@@ -251,27 +251,27 @@ def test_paths_replace_the_default() -> None:
     config = RoutingConfig(GATEWAY, paths=["/generate", "/v1/completions"])
     assert is_tagged(config, "POST", URL(f"{GATEWAY}/generate"))
     assert is_tagged(config, "POST", URL(f"{GATEWAY}/v1/completions"))
-    assert not is_tagged(config, "POST", URL(GATEWAY + CHAT))
+    assert not is_tagged(config, "POST", URL(GATEWAY + CHAT_PATH))
 
 
 @pytest.mark.parametrize(
     ("gateway", "paths", "right"),
     [
-        ("http://h:30000/v1", CHAT, "http://h:30000"),
-        ("http://h:30000/v1/", CHAT, "http://h:30000"),
-        ("http://h:30000//v1//", CHAT, "http://h:30000/"),
-        ("http://h:30000/v1/chat", CHAT, "http://h:30000"),
-        (f"http://h:30000{CHAT}", CHAT, "http://h:30000"),
-        (f"http://h:30000{CHAT}/", CHAT, "http://h:30000"),
-        ("http://h/%76%31", CHAT, "http://h"),
-        ("http://h/v1/.", CHAT, "http://h"),
-        ("http://h/v1/v1", CHAT, "http://h/v1"),
-        ("https://[::1]:8/api/v1", CHAT, "https://[::1]:8/api"),
-        ("http://u:pw@h/v1", CHAT, "http://h"),
-        (f"http://h{CHAT}", "/chat/completions", "http://h/v1"),
+        ("http://h:30000/v1", CHAT_PATH, "http://h:30000"),
+        ("http://h:30000/v1/", CHAT_PATH, "http://h:30000"),
+        ("http://h:30000//v1//", CHAT_PATH, "http://h:30000/"),
+        ("http://h:30000/v1/chat", CHAT_PATH, "http://h:30000"),
+        (f"http://h:30000{CHAT_PATH}", CHAT_PATH, "http://h:30000"),
+        (f"http://h:30000{CHAT_PATH}/", CHAT_PATH, "http://h:30000"),
+        ("http://h/%76%31", CHAT_PATH, "http://h"),
+        ("http://h/v1/.", CHAT_PATH, "http://h"),
+        ("http://h/v1/v1", CHAT_PATH, "http://h/v1"),
+        ("https://[::1]:8/api/v1", CHAT_PATH, "https://[::1]:8/api"),
+        ("http://u:pw@h/v1", CHAT_PATH, "http://h"),
+        (f"http://h{CHAT_PATH}", "/chat/completions", "http://h/v1"),
         ("http://h/generate", "/generate", "http://h"),
         ("http://h/a%20b", "/a b/c", "http://h"),
-        (["http://one", "http://two/v1"], CHAT, "http://two"),
+        (["http://one", "http://two/v1"], CHAT_PATH, "http://two"),
         ("http://h/v1", ["/chat/completions", "/v1/embeddings"], "http://h"),
     ],
 )
@@ -288,10 +288,10 @@ def test_a_gateway_that_ends_in_what_the_paths_begin_with_is_a_fault_with_the_ur
     [
         ("http://h/v1", "/chat/completions"),
         ("http://h/v1/", "/chat/completions"),
-        ("http://h/apiv1", CHAT),
-        ("http://h/v12", CHAT),
-        ("http://h/v1/models", CHAT),
-        ("http://v1", CHAT),
+        ("http://h/apiv1", CHAT_PATH),
+        ("http://h/v12", CHAT_PATH),
+        ("http://h/v1/models", CHAT_PATH),
+        ("http://v1", CHAT_PATH),
         ("http://h/openai", "/v1/chat/completions"),
     ],
 )
@@ -314,7 +314,7 @@ def test_gateway_and_path_are_judged_together(gateway: str, paths: str) -> None:
         ("paths", "/v1/*"),
         ("paths", "*"),
         ("paths", "/{path:.*}"),
-        ("paths", [CHAT, "/v1/{name}"]),
+        ("paths", [CHAT_PATH, "/v1/{name}"]),
     ],
 )
 def test_a_wildcard_is_a_fault(name: str, value: Any) -> None:

@@ -3,7 +3,6 @@
 import ast
 import re
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 
 from harness.agents import Reply
 from harness.proc import HAS_PROC, processes_in
-from harness.processes import ROOT, running
+from harness.processes import ROOT, finished, running
 from harness.sse import Completion, read_completion
 
 from ..stopping import assert_stopped, until_it_says
@@ -99,9 +98,7 @@ def test_importing_the_engines_imports_nothing_that_their_extra_brings() -> None
         "import sys, harness.arms, harness.engines;"
         "print({'gguf', 'numpy', 'xllamacpp'} & set(sys.modules))"
     )
-    argv = (sys.executable, "-c", code)
-    said = subprocess.run(argv, cwd=ROOT, check=True, capture_output=True, text=True).stdout  # noqa: S603
-    assert said == "set()\n"
+    assert finished(ROOT, sys.executable, "-c", code).stdout == "set()\n"
 
 
 STREAM = (

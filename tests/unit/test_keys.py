@@ -9,7 +9,7 @@ from aiohttp_smg_routing import Routing, RoutingConfig, current_session_id, rout
 from aiohttp_smg_routing import routing_session as block
 from aiohttp_smg_routing.gateway import VALID_KEY
 from aiohttp_smg_routing.keys import as_session_id
-from fuzz.laws import CHAT, ROUTING_HEADERS, Shared, sent
+from fuzz.laws import CHAT_URL, ROUTING_HEADERS, Shared, sent
 
 VISIBLE_ASCII = "".join(map(chr, range(0x21, 0x7F)))
 
@@ -241,10 +241,10 @@ def test_a_part_may_be_whatever_an_id_may_be(value: Any) -> None:
 
 def test_parts_are_those_that_were_given_though_their_mapping_changes() -> None:
     routing, parts = (
-        Routing(RoutingConfig(CHAT.origin(), pin_by="{json:model}")),
+        Routing(RoutingConfig(CHAT_URL.origin(), pin_by="{json:model}")),
         {"json:model": "x"},
     )
-    url = CHAT.with_path("/v1/chat/completions")
+    url = CHAT_URL.with_path("/v1/chat/completions")
     with block("s-1", parts):
         keys = {sent(routing, "POST", url)[ROUTING_HEADERS[0]]}
         parts["json:model"] = "y"

@@ -36,7 +36,7 @@ from aiohttp_smg_routing import (
 from aiohttp_smg_routing.testing import Recorder, answer
 from harness.proxies import CLIENT, naive_proxy, pinned_server
 
-from .test_ledger import (
+from .ledgers import (
     W1,
     W2,
     A,

@@ -1,7 +1,6 @@
 """The files that say what users and developers install agree with each other."""
 
 import re
-import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -10,10 +9,10 @@ from typing import Any
 import pytest
 
 import aiohttp_smg_routing
+from harness.processes import ROOT, finished
 
 tomllib = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
-ROOT = Path(__file__).parents[2]
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 EXTRAS: dict[str, list[str]] = PROJECT["project"]["optional-dependencies"]
 GROUPS: dict[str, list[Any]] = PROJECT["dependency-groups"]
@@ -100,8 +99,7 @@ def test_a_test_file_runs_with_what_it_needs_and_another_names_what_to_install()
     )
     options = ("-p", "no:cacheprovider", "--continue-on-collection-errors")
     files = ("README.md", "tests/unit/test_testing_call.py", "tests/unit/test_verify_plot.py")
-    argv = [sys.executable, "-c", code, *options, *files]
-    done = subprocess.run(argv, capture_output=True, text=True, cwd=ROOT, check=False)  # noqa: S603
+    done = finished(ROOT, sys.executable, "-c", code, *options, *files)
     assert "1 passed, 2 errors" in done.stdout
     assert done.stdout.count("pip install -e . --group test") == 2
     assert done.returncode == pytest.ExitCode.TESTS_FAILED

@@ -26,11 +26,11 @@ from aiohttp_smg_routing import (
 )
 from aiohttp_smg_routing.context import current_scope
 from aiohttp_smg_routing.testing import Recorder, answer, completion, failure
+from harness.agents import CHAT_PATH
 from harness.proxies import CLIENT, pinned_server
 
 ID = "sk-agent-credential"
 SECRET = "hmac-hush"
-PATH = "/v1/chat/completions"
 
 
 @contextmanager
@@ -121,7 +121,7 @@ async def test_real_calls_show_neither_id_nor_secret_whatever_becomes_of_them(
     agent = {"Authorization": f"Bearer {ID}", "X-Agent": ID}
     statuses = []
     for headers in [*[agent] * 6, {}]:
-        async with client.post(PATH, json={}, headers=headers) as response:
+        async with client.post(CHAT_PATH, json={}, headers=headers) as response:
             assert_hidden(await response.text(), dict(response.headers))
             statuses.append(response.status)
     assert statuses == [200, 200, 200, 500, 500, 500, 500 if on_missing == "raise" else 200]

@@ -14,7 +14,7 @@ from multidict import CIMultiDict
 from aiohttp_smg_routing import Routing, RoutingConfig, current_session_id
 from aiohttp_smg_routing.keys import SessionId
 from aiohttp_smg_routing.sources import Source
-from fuzz.laws import CHAT, ROUTING_HEADERS, Shared, sent
+from fuzz.laws import CHAT_URL, ROUTING_HEADERS, Shared, sent
 
 
 async def async_source(request: web.Request) -> SessionId | None:
@@ -259,12 +259,12 @@ PIN_BY = "{header:X-Group-Id}/{cookie:variant}"
 
 async def keys_of(pin_by: str, *requests: web.Request) -> list[str]:
     """Return the keys of the calls that the handlers make."""
-    routing = Routing(RoutingConfig(CHAT.origin(), session_id="query:sid", pin_by=pin_by))
+    routing = Routing(RoutingConfig(CHAT_URL.origin(), session_id="query:sid", pin_by=pin_by))
     middleware: Any = routing.middleware
     keys = []
 
     async def handler(request: web.Request) -> web.Response:
-        arrived = sent(routing, "POST", CHAT.with_path("/v1/chat/completions"))
+        arrived = sent(routing, "POST", CHAT_URL.with_path("/v1/chat/completions"))
         keys.append(arrived[ROUTING_HEADERS[0]])
         return web.Response()
 

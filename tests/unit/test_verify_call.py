@@ -14,6 +14,8 @@ from aiohttp_smg_routing.testing import free_port
 from aiohttp_smg_routing.verify import ask, call
 from aiohttp_smg_routing.verify.call import CallError, Client, Reply
 from aiohttp_smg_routing.verify.seen import Counters, Failure, Load, Plan, Seen, Turn
+from harness.agents import CHAT
+from harness.processes import local_url
 from harness.servers import serve
 
 from ..clock import let_pass
@@ -36,7 +38,7 @@ async def chat(client: Client, answer: web.Response) -> Reply | Failure:
 
     async with serve(fake_gateway(handler)) as url:
         try:
-            return await client.chat(url / "v1/chat/completions", {}, {})
+            return await client.chat(url / CHAT, {}, {})
         except CallError as error:
             return error.failure
 
@@ -203,7 +205,7 @@ async def test_no_proxy_is_taken_from_the_environment(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.setenv(name, f"http://127.0.0.1:{free_port()}")
+        monkeypatch.setenv(name, str(local_url(free_port())))
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     assert isinstance(await chat(client, sse("[DONE]")), Reply)
@@ -217,7 +219,7 @@ async def test_redirect_is_not_followed(client: Client) -> None:
         return web.Response()
 
     async with serve(fake_gateway(elsewhere)) as other:
-        there = str(other / "v1/chat/completions")
+        there = str(other / CHAT)
         failure = await chat(client, web.Response(status=307, headers={"Location": there}))
     assert isinstance(failure, Failure)
     assert failure.status == 307
@@ -225,7 +227,7 @@ async def test_redirect_is_not_followed(client: Client) -> None:
 
 
 async def test_no_connection_is_refused(client: Client) -> None:
-    url = URL(f"http://127.0.0.1:{free_port()}")
+    url = local_url(free_port())
     with pytest.raises(CallError) as caught:
         await client.json(url)
     assert caught.value.failure.kind == "refused"
@@ -285,7 +287,7 @@ async def test_no_answer_in_time_is_a_timeout() -> None:
 
     async with serve(fake_gateway(silent)) as url, Client(60, None) as client:
         with pytest.raises(CallError) as caught:
-            await client.chat(url / "v1/chat/completions", {}, {})
+            await client.chat(url / CHAT, {}, {})
     assert caught.value.failure.kind == "timeout"
 
 
@@ -307,8 +309,8 @@ async def test_key_goes_with_every_call_but_the_one_for_the_metrics(client: Clie
         return sse("[DONE]") if request.method == "POST" else web.json_response({})
 
     async with serve(fake_gateway(handler, models=handler)) as url:
-        await client.chat(url / "v1/chat/completions", {}, {})
-        await client.post(url / "v1/chat/completions", {})
+        await client.chat(url / CHAT, {}, {})
+        await client.post(url / CHAT, {})
         await client.json(url / "v1/models")
         await client.text(url / "v1/models")
     assert seen == [f"Bearer {SECRET}"] * 3 + [None]

@@ -20,8 +20,10 @@ from aiohttp_smg_routing import __main__, __version__
 from aiohttp_smg_routing.__main__ import main
 from aiohttp_smg_routing.testing import free_port
 from aiohttp_smg_routing.verify import cli, report, streams
+from harness.processes import CLI, local_url
 from harness.servers import serve
 
+from ..commands import broken_pipe
 from ..verify_servers import Handler, fake_gateway, in_background, proxy, stream
 
 SECRET = "sesame-7f3a"
@@ -56,21 +58,13 @@ def no_key_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SMG_API_KEY", raising=False)
 
 
-@pytest.fixture(autouse=True)
-def interruptible() -> Iterator[None]:
-    """Undo what ``nohup`` and ``&`` do, for the child processes as well."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-def verify(url: URL, *options: str) -> int:
+def status_of(url: URL, *options: str) -> int:
     return main(["verify", str(url), "--metrics", f"{url.origin()}/metrics", *options])
 
 
 def test_pinned_is_0(url: URL, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, picture = tmp_path / "seen.json", tmp_path / "pins.svg"
-    status = verify(url / "", "--json", str(file), "--plot", str(picture))
+    status = status_of(url / "", "--json", str(file), "--plot", str(picture))
     out = capsys.readouterr().out
     assert status == 0, out
     seen = json.loads(file.read_text())
@@ -101,12 +95,12 @@ def test_not_pinned_is_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         in_background(serve(fake_gateway(pinning()))) as upstream,
         in_background(serve(proxy(upstream, drop=drop))) as url,
     ):
-        assert verify(url) == 1
+        assert status_of(url) == 1
     assert "Not pinned: " in capsys.readouterr().out
 
 
 def test_could_not_tell_is_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["verify", f"http://127.0.0.1:{free_port()}"]) == 2
+    assert main(["verify", str(local_url(free_port()))]) == 2
     out = capsys.readouterr().out
     assert "Could not tell: no turn in a session that keeps its key was answered." in out
     assert "No connection to http://127.0.0.1:" in out
@@ -123,7 +117,7 @@ def test_gateway_that_answers_an_error_cannot_be_judged(
         return web.Response(status=status, headers={"Location": "/"})
 
     with in_background(serve(fake_gateway(chat))) as url:
-        assert verify(url) == 2
+        assert status_of(url) == 2
     out = capsys.readouterr().out
     assert f"answers {status}" in out
     assert words in " ".join(out.split())
@@ -137,7 +131,7 @@ def test_gateway_that_does_not_answer_in_time_cannot_be_judged(
         raise AssertionError("it never answers")
 
     with in_background(serve(fake_gateway(chat))) as url:
-        assert verify(url, "--concurrency", "2", "--timeout", "0.2") == 2
+        assert status_of(url, "--concurrency", "2", "--timeout", "0.2") == 2
     out = " ".join(capsys.readouterr().out.split())
     assert "did not answer in time" in out
     assert "--timeout SECONDS" in out
@@ -176,7 +170,7 @@ def test_unknown_model_lists_those_that_exist(capsys: pytest.CaptureFixture[str]
         raise web.HTTPNotFound(text='{"error": {"message": "The model [nope] is not there"}}')
 
     with in_background(serve(fake_gateway(chat))) as url:
-        assert verify(url, "--model", "[nope]") == 2
+        assert status_of(url, "--model", "[nope]") == 2
     out = " ".join(capsys.readouterr().out.split())
     assert "has no model '[nope]' (The model [nope] is not there)." in out
     assert "Name one that it has with --model: stub." in out
@@ -284,7 +278,7 @@ def test_url_of_the_session_server_is_completed(url: URL, through: str, path: st
     app = web.Application()
     app.router.add_post("/{path:.*}", chat)
     with in_background(serve(app)) as base:
-        verify(url, "--through", f"{str(base).rstrip('/')}{through}")
+        status_of(url, "--through", f"{str(base).rstrip('/')}{through}")
     assert len(paths) == 288
     assert all(seen.startswith(path) and seen.count("verify") == 1 for seen in paths)
     assert all(seen.endswith("/v1/chat/completions") for seen in paths)
@@ -311,9 +305,9 @@ def test_api_key_is_sent_and_never_shown(
         in_background(serve(proxy(upstream, api_key=SECRET))) as url,
         in_background(serve(proxy(upstream, api_key="other"))) as closed,
     ):
-        assert verify(url, *options) == 0
+        assert status_of(url, *options) == 0
         said = seen.read_text()
-        assert verify(closed, *options) == 2
+        assert status_of(closed, *options) == 2
     captured = capsys.readouterr()
     assert "wrong API key: Bearer ***" in captured.out
     assert SECRET not in captured.out + captured.err + said + seen.read_text()
@@ -348,9 +342,9 @@ def test_signal_prints_what_was_seen_and_leaves_nothing_running(
 
     file = tmp_path / "seen.json"
     with in_background(serve(fake_gateway(chat))) as url:
-        argv = ["-m", "aiohttp_smg_routing", "verify", str(url), "--json", str(file)]
+        argv = [*CLI, "verify", str(url), "--json", str(file)]
         with subprocess.Popen(  # noqa: S603
-            [sys.executable, *argv], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            argv, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         ) as process:
             running.append(process)
             out, err = process.communicate(timeout=60)
@@ -369,7 +363,7 @@ def test_signal_in_this_process(capsys: pytest.CaptureFixture[str]) -> None:
     ignored = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup does
     try:
         with in_background(serve(fake_gateway(pinning(stop_after=10)))) as url:
-            assert verify(url) == 128 + signal.SIGTERM
+            assert status_of(url) == 128 + signal.SIGTERM
     finally:
         signal.signal(signal.SIGINT, ignored)
     assert signal.getsignal(signal.SIGTERM) == before
@@ -387,7 +381,7 @@ def test_signal_that_is_not_the_first_or_comes_during_the_report_changes_nothing
         shown(*args)
 
     monkeypatch.setattr(cli, "show_seen", impatient)
-    assert verify(url) == 0
+    assert status_of(url) == 0
     assert "Pinned: " in capsys.readouterr().out
 
 
@@ -431,15 +425,9 @@ def test_file_that_can_not_be_written_does_not_change_the_verdict(
 
     file, picture = tmp_path / "seen.json", tmp_path / "pins.svg"
     monkeypatch.setattr(cli, "write_json", full)
-    assert verify(url, "--json", str(file), "--plot", str(picture)) == 0
+    assert status_of(url, "--json", str(file), "--plot", str(picture)) == 0
     assert f"Not written: {file}: No space left on device" in capsys.readouterr().err
     assert picture.stat().st_size > 0
-
-
-def broken_pipe() -> TextIO:
-    reader, writer = os.pipe()
-    os.close(reader)
-    return open(writer, "w", encoding="utf-8")
 
 
 def full_disk() -> TextIO:
@@ -462,7 +450,7 @@ def test_output_that_nobody_can_read_changes_nothing(
         with monkeypatch.context() as patch:
             patch.setattr(sys, name, stream)
             assert main(["verify", "--nothing"]) == 64
-            assert verify(url, "--json", str(file)) == 0
+            assert status_of(url, "--json", str(file)) == 0
         if stream:
             stream.close()  # Python does so at exit; no error remains
     assert json.loads(file.read_text())["exit_status"] == 0
@@ -478,7 +466,7 @@ def test_long_output_into_a_broken_pipe_is_no_error() -> None:
 
 def test_reader_that_goes_away_does_not_change_the_exit_status(url: URL, tmp_path: Path) -> None:
     file = tmp_path / "seen.json"
-    argv = [sys.executable, "-m", "aiohttp_smg_routing", "verify", str(url), "--json", str(file)]
+    argv = [*CLI, "verify", str(url), "--json", str(file)]
     with subprocess.Popen(  # noqa: S603
         argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
@@ -514,8 +502,7 @@ def test_without_the_extra_the_command_says_what_to_install(
 
 
 def test_python_dash_m_is_the_command() -> None:
-    argv = [sys.executable, "-m", "aiohttp_smg_routing", "verify", "--help"]
-    done = subprocess.run(argv, capture_output=True, text=True, check=True)  # noqa: S603
+    done = subprocess.run([*CLI, "verify", "--help"], capture_output=True, text=True, check=True)  # noqa: S603
     assert "GATEWAY_URL" in done.stdout
 
 

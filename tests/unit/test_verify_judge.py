@@ -4,7 +4,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from random import Random
 from typing import Literal, get_args
 
@@ -27,8 +26,7 @@ from aiohttp_smg_routing.verify.seen import (
     Turn,
 )
 from aiohttp_smg_routing.verify.summary import summarise
-
-ROOT = Path(__file__).parents[2]
+from harness.processes import ROOT
 
 # ---- The rules, over every combination of evidence ----
 

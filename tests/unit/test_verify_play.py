@@ -17,6 +17,7 @@ from aiohttp_smg_routing.verify.judge import judge
 from aiohttp_smg_routing.verify.play import Play
 from aiohttp_smg_routing.verify.seen import ARMS, Counters, Load, Plan, Turn
 from aiohttp_smg_routing.verify.summary import summarise
+from harness.processes import local_url
 from harness.servers import serve
 
 from ..clock import let_pass
@@ -262,7 +263,7 @@ async def test_fault_of_the_program_is_not_passed_over() -> None:
 
 @pytest.mark.parametrize("model", [None, "stub"])
 async def test_nothing_is_played_where_nobody_answers(model: str | None) -> None:
-    url = URL(f"http://127.0.0.1:{free_port()}")
+    url = local_url(free_port())
     seen = await Play(Plan(url, METRICS, model=model), api_key=None).run()
     assert seen.failure is not None
     assert (seen.failure.kind, seen.sent) == ("refused", 0)

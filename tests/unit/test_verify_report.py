@@ -4,7 +4,6 @@ import io
 import os
 import re
 import subprocess
-import sys
 
 import pytest
 from yarl import URL
@@ -14,6 +13,7 @@ from aiohttp_smg_routing.verify.judge import Verdict, judge
 from aiohttp_smg_routing.verify.report import Bars, show_plan, show_seen, show_verdict
 from aiohttp_smg_routing.verify.seen import Counters, Failure, Outcome, Plan, Seen, Turn
 from aiohttp_smg_routing.verify.streams import lasting, terminal
+from harness.processes import CLI
 from harness.servers import serve
 
 from ..verify_servers import engine, in_background
@@ -141,7 +141,7 @@ def test_real_terminal_shows_bars_and_stays_within_80_columns() -> None:
     pty = pytest.importorskip("pty")
     with in_background(serve(engine())) as url:
         leader, follower = pty.openpty()
-        argv = [sys.executable, "-m", "aiohttp_smg_routing", "verify", str(url)]
+        argv = [*CLI, "verify", str(url)]
         with subprocess.Popen(  # noqa: S603
             argv,
             stdin=follower,

@@ -2,10 +2,9 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from io import StringIO
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,68 +29,16 @@ from aiohttp_smg_routing.watch.page import (
 from aiohttp_smg_routing.watch.report import lines
 from aiohttp_smg_routing.watch.show import Picture
 from aiohttp_smg_routing.watch.view import View
+from harness.processes import ROOT
+
+from .metric_pages import IDLE, PINNED, SMG, SMG_1_13, W1, W2, W3, server_page, smg, vllm
 
 GATEWAY = URL("http://10.0.0.1:29000/metrics")
 SERVER = URL("http://10.0.0.9:8080/metrics")
-W1, W2, W3 = (f"http://10.0.0.{number}:8000" for number in (2, 3, 4))
 
-ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "aiohttp_smg_routing" / "watch"
 
-SMG = "smg_tokio_workers 2\n"
-SMG_1_13 = SMG + "smg_worker_requests_total 0\n"
 NO_PAGE: Any = None
-
-
-def smg(
-    branches: Mapping[str, int] | None = None,
-    *,
-    policy: str = "manual",
-    calls: int | None = None,
-    workers: Mapping[str, int] | None = None,
-    health: Mapping[str, int] | None = None,
-    circuits: Mapping[str, int] | None = None,
-    kind: str = SMG_1_13,
-    more: str = "",
-) -> str:
-    """Return a page as SMG writes it, or as sglang-router does if ``kind`` is empty."""
-    branches = {} if branches is None else branches
-    calls = sum(branches.values()) if calls is None else calls
-    workers = {W1: calls // 2, W2: calls - calls // 2} if workers is None else workers
-    series = "consistent_hashing" if policy == "consistent_hashing" else "manual"
-    page = [
-        *(f'smg_{series}_policy_branch_total{{branch="{b}"}} {n}' for b, n in branches.items()),
-        *(f'smg_worker_cb_outcomes_total{{worker="{w}"}} {n}' for w, n in workers.items()),
-        *(f'smg_worker_health{{worker="{w}"}} {(health or {}).get(w, 1)}' for w in workers),
-        *(f'smg_worker_cb_state{{worker="{w}"}} {(circuits or {}).get(w, 0)}' for w in workers),
-        f'smg_worker_pool_size{{worker_type="regular",model="m"}} {len(workers)}',
-    ]
-    if calls:
-        page.append(f'smg_worker_selection_total{{policy="{policy}"}} {calls}')
-    return kind + "\n".join(page) + "\n" + more
-
-
-def vllm(policy: str = "consistent_hash", calls: Sequence[int] = (50, 50)) -> str:
-    """Return a page as vllm-router 0.1.17 writes it."""
-    labels = [f'policy="{policy}",worker="http://10.0.0.{n}:8000"' for n in range(len(calls))]
-    pairs = zip(labels, calls, strict=True)
-    page = [f"vllm_router_policy_decisions_total{{{label}}} {n}" for label, n in pairs]
-    page += [f'vllm_router_worker_health{{worker="http://10.0.0.{n}:8000"}} 1' for n in (0, 1)]
-    return "\n".join(page) + "\n"
-
-
-def session_server(
-    active: Mapping[str, int] | None = None,
-    sessions: Mapping[str, int] | None = None,
-    **counts: int,
-) -> str:
-    """Return a page of the plugin's series."""
-    outcomes = ("first", "kept", "moved", "unknown", "untagged", "failed")
-    page = [f'smg_routing_calls_total{{outcome="{o}"}} {counts.get(o, 0)}' for o in outcomes]
-    page += [f"smg_routing_{name}_total {counts.get(name, 0)}" for name in ("late", "unmatched")]
-    page += [f'smg_routing_active_sessions{{worker="{w}"}} {n}' for w, n in (active or {}).items()]
-    page += [f'smg_routing_sessions{{worker="{w}"}} {n}' for w, n in (sessions or {}).items()]
-    return "\n".join(page) + "\n"
 
 
 class Anybody:
@@ -135,8 +82,6 @@ def names(verdict: Verdict) -> list[str]:
 
 
 VERDICT = Verdict("pinned", "Pinned.", ())
-IDLE = smg()
-PINNED = smg({"vacant": 5, "occupied_hit": 100})
 
 
 def hashed_to_one(**state: Any) -> str:
@@ -155,7 +100,7 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         "100 of 100 later calls came to the worker of their key, in the last 10 s",
     ),
     "pinned by the session server, too": (
-        view(IDLE, PINNED, (session_server(), session_server(first=5, kept=99, moved=1))),
+        view(IDLE, PINNED, (server_page(), server_page(first=5, kept=99, moved=1))),
         "pinned",
         [],
         "99 of 100 later calls came to the worker of their session",
@@ -231,7 +176,7 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         "the key chose the worker of 55 of 105 calls",
     ),
     "all keys lost, which the session server sends": (
-        view(IDLE, smg({"no_routing_id": 50}), (session_server(), session_server(unknown=50))),
+        view(IDLE, smg({"no_routing_id": 50}), (server_page(), server_page(unknown=50))),
         "not pinned",
         ["key_lost"],
         "the key chose the worker of 0 of 50 calls",
@@ -264,7 +209,7 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         view(
             smg({"vacant": 1}),
             smg({"vacant": 100}),
-            (session_server(kept=10**6), session_server(kept=10**6, moved=60)),
+            (server_page(kept=10**6), server_page(kept=10**6, moved=60)),
         ),
         "not pinned",
         ["pins_lost"],
@@ -298,7 +243,7 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         view(
             IDLE,
             smg({"routing_key_hit": 100}, policy="consistent_hashing"),
-            (session_server(), session_server(first=100)),
+            (server_page(), server_page(first=100)),
         ),
         "could not tell",
         ["key_changes"],
@@ -317,7 +262,7 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         view(
             None,
             hashed_to_one(),
-            (None, session_server({W1: 2}, {W1: 20}, first=20, kept=20)),
+            (None, server_page({W1: 2}, {W1: 20}, first=20, kept=20)),
         ),
         "could not tell",
         ["shared_key"],
@@ -327,7 +272,7 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         view(
             None,
             hashed_to_one(),
-            (None, session_server({W1: 2}, {W1: 2}, first=2, kept=38)),
+            (None, server_page({W1: 2}, {W1: 2}, first=2, kept=38)),
         ),
         "pinned",
         [],
@@ -352,7 +297,7 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         "but the gateway does not count the keys that come again",
     ),
     "turns end, and none begins": (
-        view(PINNED, PINNED, (session_server(), session_server(kept=15))),
+        view(PINNED, PINNED, (server_page(), server_page(kept=15))),
         "pinned",
         ["idle"],
         "15 of 15 later calls came to the worker of their session, in the last 10 s",
@@ -382,7 +327,7 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         view(
             smg({"occupied_hit": 100}, workers={W1: 100}),
             smg({"occupied_hit": 100}, workers={W1: 100}),
-            (session_server(), session_server(kept=15)),
+            (server_page(), server_page(kept=15)),
         ),
         "could not tell",
         ["idle", "one_worker"],
@@ -398,7 +343,7 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         view(
             IDLE,
             smg({"vacant": 5, "occupied_hit": 100}, health={W1: 0}),
-            (session_server(), session_server(first=5, kept=50, moved=50)),
+            (server_page(), server_page(first=5, kept=50, moved=50)),
         ),
         "not pinned",
         ["worker_down"],
@@ -461,38 +406,38 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         view(
             IDLE,
             smg({"vacant": 1, "occupied_hit": 30}, workers={W1: 31, W2: 0}),
-            (session_server(), session_server({W1: 1}, {W1: 1}, first=1, kept=30)),
+            (server_page(), server_page({W1: 1}, {W1: 1}, first=1, kept=30)),
         ),
         "pinned",
         [],
         "30 of 30",
     ),
     "sessions move, and nothing at the gateway says why": (
-        view(IDLE, PINNED, (session_server(), session_server(first=5, kept=50, moved=50))),
+        view(IDLE, PINNED, (server_page(), server_page(first=5, kept=50, moved=50))),
         "not pinned",
         ["pins_lost"],
         "50 of 100 later calls came to the worker of their session",
     ),
     "another gateway has the rest": (
-        view(IDLE, PINNED, (session_server(), session_server(unknown=210))),
+        view(IDLE, PINNED, (server_page(), server_page(unknown=210))),
         "could not tell",
         ["replicas"],
         "100 of 100 later calls came to the worker of their key, in the last 10 s; but see below",
     ),
     "a few more turns than the gateway routed may be under way": (
-        view(IDLE, PINNED, (session_server(), session_server(unknown=124))),
+        view(IDLE, PINNED, (server_page(), server_page(unknown=124))),
         "pinned",
         [],
         "",
     ),
     "a few more than that are another gateway's": (
-        view(IDLE, PINNED, (session_server(), session_server(unknown=125))),
+        view(IDLE, PINNED, (server_page(), server_page(unknown=125))),
         "could not tell",
         ["replicas"],
         "but see below",
     ),
     "another gateway has all": (
-        view(PINNED, PINNED, (session_server(), session_server(unknown=210))),
+        view(PINNED, PINNED, (server_page(), server_page(unknown=210))),
         "could not tell",
         ["idle", "other_gateway"],
         "but see below",
@@ -501,7 +446,7 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         view(
             IDLE,
             smg({"vacant": 100}),
-            (session_server(), session_server({W3: 9}, {W1: 0, W3: 9}, first=9, kept=91)),
+            (server_page(), server_page({W3: 9}, {W1: 0, W3: 9}, first=9, kept=91)),
         ),
         "could not tell",
         ["other_gateway"],
@@ -511,7 +456,7 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         view(
             None,
             smg(workers={}),
-            (session_server({W1: 9}, {W1: 9}, kept=91), session_server({W1: 9}, {W1: 9}, kept=91)),
+            (server_page({W1: 9}, {W1: 9}, kept=91), server_page({W1: 9}, {W1: 9}, kept=91)),
         ),
         "could not tell",
         ["no_healthy_workers", "no_calls"],
@@ -521,7 +466,7 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         view(
             IDLE,
             PINNED,
-            (session_server(), session_server({f"{W1}@1": 5}, {f"{W1}@1": 5}, first=5, kept=100)),
+            (server_page(), server_page({f"{W1}@1": 5}, {f"{W1}@1": 5}, first=5, kept=100)),
         ),
         "pinned",
         [],
@@ -531,7 +476,7 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         view(
             PINNED + f'smg_worker_requests_active{{worker="{W1}"}} 200\n',
             PINNED,
-            (session_server(), session_server(unknown=210)),
+            (server_page(), server_page(unknown=210)),
         ),
         "pinned",
         ["idle"],
@@ -548,7 +493,7 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         view(
             IDLE,
             smg({"routing_key_hit": 100}, policy="consistent_hashing"),
-            (session_server(), session_server(first=10, kept=90)),
+            (server_page(), server_page(first=10, kept=90)),
         ),
         "pinned",
         [],
@@ -558,7 +503,7 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         view(
             smg({"routing_key_hit": 100}, policy="consistent_hashing"),
             smg({"routing_key_hit": 1100}, policy="consistent_hashing"),
-            (session_server(kept=500), session_server(kept=505)),
+            (server_page(kept=500), server_page(kept=505)),
         ),
         "pinned",
         [],
@@ -568,7 +513,7 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         view(
             smg({"routing_key_hit": 100}, policy="consistent_hashing"),
             smg({"routing_key_hit": 200}, policy="consistent_hashing"),
-            (session_server(kept=500), session_server(first=100, kept=500)),
+            (server_page(kept=500), server_page(first=100, kept=500)),
         ),
         "could not tell",
         ["key_changes"],
@@ -590,7 +535,7 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         view(
             IDLE,
             smg({"routing_key_hit": 100}, policy="consistent_hashing", kind=SMG),
-            (session_server(), session_server(first=10, kept=90)),
+            (server_page(), server_page(first=10, kept=90)),
         ),
         "pinned",
         ["any_key"],
@@ -625,7 +570,7 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         view(
             IDLE,
             PINNED,
-            (session_server(), session_server({W1: 20, W2: 0}, {W1: 20, W2: 9}, first=5, kept=100)),
+            (server_page(), server_page({W1: 20, W2: 0}, {W1: 20, W2: 9}, first=5, kept=100)),
         ),
         "pinned",
         ["one_sided"],
@@ -641,7 +586,7 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         view(
             IDLE,
             PINNED,
-            (session_server(late=1), session_server(kept=100, late=3, untagged=2, unmatched=1)),
+            (server_page(late=1), server_page(kept=100, late=3, untagged=2, unmatched=1)),
         ),
         "pinned",
         ["untagged", "late", "unmatched"],
@@ -700,7 +645,7 @@ def test_verdict_and_causes(case: str) -> None:
 def test_session_server_that_does_not_answer_or_was_restarted_changes_no_verdict() -> None:
     noon = datetime(2026, 1, 1, 12, 0, 0)
     gateway = view(IDLE, PINNED).gateway
-    page = server_of(session_server(kept=1))
+    page = server_of(server_page(kept=1))
     silent = View(gateway, Look(SERVER, error="it answers 500", since=noon))
     verdict = judge(silent, 0.99)
     assert (verdict.answer, names(verdict)) == ("pinned", ["no_server_counters"])
@@ -721,7 +666,7 @@ def test_session_server_that_does_not_answer_or_was_restarted_changes_no_verdict
 
 
 def test_session_server_that_saw_too_few_turns_now_leaves_the_verdict_to_the_gateway() -> None:
-    server = session_server(kept=500, moved=500), session_server(kept=505, moved=500)
+    server = server_page(kept=500, moved=500), server_page(kept=505, moved=500)
     verdict = judge(view(IDLE, PINNED, server), 0.99)
     assert verdict.sentence == (
         "Pinned: 100 of 100 later calls came to the worker of their key, in the last 10 s."
@@ -735,7 +680,7 @@ def test_session_server_that_saw_too_few_turns_now_leaves_the_verdict_to_the_gat
 
 def test_old_turns_of_a_session_server_that_does_not_answer_tell_nothing_of_a_hash() -> None:
     idle, hashed = (smg({"routing_key_hit": n}, policy="consistent_hashing") for n in (0, 100))
-    page, noon = server_of(session_server(kept=500)), datetime(2026, 1, 1, 12, 0, 0)
+    page, noon = server_of(server_page(kept=500)), datetime(2026, 1, 1, 12, 0, 0)
     gone = View(view(idle, hashed).gateway, Look(SERVER, page, page, 10, "no answer in time", noon))
     assert judge(gone, 0.99).answer == "could not tell"
 
@@ -745,7 +690,7 @@ def test_page_of_the_session_server_that_comes_seldom_tells_of_no_other_gateway(
     seconds: float, turns: int
 ) -> None:
     gateway = view(smg({"vacant": 9}), smg({"vacant": 9, "occupied_hit": 1000})).gateway
-    before, page = server_of(session_server()), server_of(session_server(kept=turns))
+    before, page = server_of(server_page()), server_of(server_page(kept=turns))
     verdict = judge(View(gateway, Look(SERVER, page, before, seconds)), 0.99)
     assert (verdict.answer, names(verdict)) == ("pinned", [])
     assert verdict.sentence.endswith(f"in the last {seconds:.0f} s.")
@@ -753,7 +698,7 @@ def test_page_of_the_session_server_that_comes_seldom_tells_of_no_other_gateway(
 
 def test_turns_that_vllm_router_routed_before_are_no_other_gateway_s() -> None:
     """vllm-router doesn't say how many calls are in flight."""
-    server = session_server(unknown=100), session_server(unknown=500)
+    server = server_page(unknown=100), server_page(unknown=500)
     assert names(judge(view(vllm(), vllm(calls=(60, 60)), server), 0.99)) == ["uncounted"]
 
 
@@ -762,7 +707,7 @@ def test_counters_that_begin_anew_again_and_again_may_be_those_of_several() -> N
     noon = datetime(2026, 1, 1, 12, 0, 0)
     for restarts, is_told in ((1, False), (2, True)):
         gateway = Look(GATEWAY, gateway_of(PINNED), restarts=restarts, restarted=noon)
-        server = Look(SERVER, server_of(session_server()), restarts=restarts, restarted=noon)
+        server = Look(SERVER, server_of(server_page()), restarts=restarts, restarted=noon)
         told = judge(View(gateway, server), 0.99).causes[:2]
         assert [cause.name for cause in told] == ["gateway_restarted", "server_restarted"]
         for cause in told:
@@ -796,8 +741,8 @@ def test_figures_of_each_branch_worker_and_outcome() -> None:
         )
     )
     after = smg({"vacant": 5, "occupied_hit": 99, "occupied_miss": 1}, circuits={W2: 2}, more=more)
-    server = session_server({W1: 2, W2: 1}, {W1: 4, W2: 5}, first=5, kept=97, moved=3)
-    seen = view(PINNED.replace("100", "50"), after, (session_server(), server))
+    server = server_page({W1: 2, W2: 1}, {W1: 4, W2: 5}, first=5, kept=97, moved=3)
+    seen = view(PINNED.replace("100", "50"), after, (server_page(), server))
     told = "\n".join(lines(seen, judge(seen, 0.99)))
     for words in (
         "occupied_hit                                     4.9            49            99",
@@ -863,7 +808,7 @@ def test_what_the_gateway_does_not_say_of_a_worker_is_unknown() -> None:
 def test_key_that_the_session_server_sends_is_looked_for_on_its_way(outcome: str) -> None:
     advice = []
     for name in (outcome, "untagged"):
-        server = session_server(), session_server(None, None, **{name: 50})
+        server = server_page(), server_page(None, None, **{name: 50})
         verdict = judge(view(IDLE, smg({"no_routing_id": 50}), server), 0.99)
         advice += [cause.advice for cause in verdict.causes if cause.name == "key_lost"]
     sent, unsent = advice
@@ -876,14 +821,14 @@ def test_calls_beside_keys_that_all_arrive_are_made_without_the_hook(
 ) -> None:
     half = smg({"vacant": 10, "occupied_hit": 40, "no_routing_id": 50})
     for before in (IDLE, half):  # in the last interval, and since the start
-        server = session_server(unknown=sent if before == half else 0), session_server(unknown=sent)
+        server = server_page(unknown=sent if before == half else 0), server_page(unknown=sent)
         [cause] = [it for it in judge(view(before, half, server), 0.99).causes if it.name != "idle"]
         assert cause.name == "key_lost"
         assert ("a client without the hook" in cause.advice) is is_whole
 
 
 def test_figures_that_are_old_are_said_to_be_so() -> None:
-    old = server_of(session_server(kept=9))
+    old = server_of(server_page(kept=9))
     for page in (old, None):
         server = Look(SERVER, page, error="it answers 500", since=datetime.now())
         verdict = judge(View(Look(GATEWAY, page_of(PINNED)), server), 0.99)
@@ -906,7 +851,7 @@ def test_workers_that_are_too_many_for_the_terminal_are_those_that_tell_least() 
 
 def test_workers_that_the_gateway_no_longer_has_are_not_said_to_be_ok() -> None:
     sessions = {W1: 5, W2: 3}
-    server = session_server(), session_server(sessions, sessions, first=8, kept=100)
+    server = server_page(), server_page(sessions, sessions, first=8, kept=100)
     removed = smg({"vacant": 8, "occupied_hit": 99}, health={W2: -1}, circuits={W2: -1}, kind="")
     seen = view(None, removed, server)
     assert [*gateway_of(removed).workers] == [W1]
@@ -916,7 +861,7 @@ def test_workers_that_the_gateway_no_longer_has_are_not_said_to_be_ok() -> None:
 
 
 def test_outcomes_that_never_were_are_left_out_of_a_small_terminal() -> None:
-    seen = view(IDLE, PINNED, (session_server(), session_server(first=5, kept=95, late=1)))
+    seen = view(IDLE, PINNED, (server_page(), server_page(first=5, kept=95, late=1)))
     assert [line.split()[0] for line in lines(seen, VERDICT, 80, 24) if line][7:12] == (
         ["session", "first", "kept", "late", "kept"]
     )
@@ -949,7 +894,7 @@ def test_figures_that_are_no_numbers_are_left_out() -> None:
     assert gateway_of(smg(calls=10, more=more)).load.kv_usage == {}
     with pytest.raises(ValueError, match="not a page of metrics"):
         gateway_of(smg(calls=10, more=more.replace("NaN", 400 * "9")))
-    odd = session_server({W1: 3}, kept=5) + 'smg_routing_sessions{worker="w"} NaN\n'
+    odd = server_page({W1: 3}, kept=5) + 'smg_routing_sessions{worker="w"} NaN\n'
     assert server_of(odd).sessions == {"w": 0}
 
 
@@ -963,7 +908,7 @@ def test_pages_of_something_else_are_refused(text: str) -> None:
 
 def test_a_server_that_exports_no_active_sessions_is_shown_without_them() -> None:
     """prometheus-client's multi-process mode exports none."""
-    page = session_server(sessions={W1: 5}, kept=9)
+    page = server_page(sessions={W1: 5}, kept=9)
     seen = view(None, PINNED, (None, page))
     assert server_of(page).active is None
     told = "\n".join(lines(seen, judge(seen, 0.99)))

@@ -17,23 +17,16 @@ from yarl import URL
 from aiohttp_smg_routing.__main__ import main
 from aiohttp_smg_routing.testing import free_port
 from aiohttp_smg_routing.watch import cli
+from harness.processes import local_url
 from harness.servers import serve
 
+from ..commands import broken_pipe
 from ..verify_servers import in_background
-from .test_verify_cli import broken_pipe
-from .test_watch import IDLE, PINNED, W1, session_server, smg
+from .metric_pages import IDLE, PINNED, W1, server_page, smg
 
 FAST = ("--interval", "0.1")
 ONCE = ("--once", *FAST)
 MOVED = smg({"vacant": 5, "occupied_hit": 190, "occupied_miss": 10})
-
-
-@pytest.fixture(autouse=True)
-def interruptible() -> Iterator[None]:
-    """Undo what ``nohup`` and ``&`` do."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 @contextmanager
@@ -83,8 +76,8 @@ def test_min_kept_is_the_share_that_must_stay(capsys: pytest.CaptureFixture[str]
 
 def test_once_as_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> None:
     server = (
-        session_server(),
-        session_server({W1: 5, "http://v": 1}, {W1: 6}, first=5, kept=20),
+        server_page(),
+        server_page({W1: 5, "http://v": 1}, {W1: 6}, first=5, kept=20),
     )
     with pages(IDLE, PINNED) as url, pages(*server) as theirs:
         assert main(["watch", f"{url}/metrics", f"{theirs}/metrics", *ONCE, "--json"]) == 0
@@ -107,7 +100,7 @@ def test_once_as_json_is_one_document(capsys: pytest.CaptureFixture[str]) -> Non
     [
         ("<html><body>Hello</body></html>", "the answer is not a page of metrics: invalid"),
         ("node_load1 0.5\n", "the answer is not an SMG gateway's metrics"),
-        (session_server(kept=9), "the answer is not an SMG gateway's metrics"),
+        (server_page(kept=9), "the answer is not an SMG gateway's metrics"),
         (web.Response(status=500, text="sick"), "it answers 500 (sick)"),
         (web.Response(status=404), "it answers 404"),
         (web.Response(status=307, headers={"Location": "/"}), "it answers 307"),
@@ -140,17 +133,17 @@ def test_help_shows_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_nobody_at_the_url(capsys: pytest.CaptureFixture[str]) -> None:
     with pages(IDLE, PINNED) as url:
-        status = main(["watch", str(url), f"http://127.0.0.1:{free_port()}", *ONCE])
+        status = main(["watch", str(url), str(local_url(free_port())), *ONCE])
     out = words(capsys)
     assert status == 0  # the gateway's page is enough
     assert "The session server's metrics could not be read" in out
     assert 'metrics = "prometheus"' in out
-    assert main(["watch", f"http://127.0.0.1:{free_port()}", *ONCE]) == 2
+    assert main(["watch", str(local_url(free_port())), *ONCE]) == 2
     assert "The gateway's counters could not be read" in words(capsys)
 
 
 def test_counters_that_begin_anew_are_a_restart(capsys: pytest.CaptureFixture[str]) -> None:
-    server = session_server(kept=50), session_server(kept=5)
+    server = server_page(kept=50), server_page(kept=5)
     with pages(PINNED, smg({"vacant": 3, "occupied_hit": 20})) as url, pages(*server) as theirs:
         assert main(["watch", str(url), str(theirs), *ONCE, "--json"]) == 0
     seen = json.loads(capsys.readouterr().out)
@@ -176,7 +169,7 @@ def test_log_says_a_cause_when_it_comes_up_and_then_names_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     down = smg({"vacant": 5, "occupied_hit": 190}, health={"http://10.0.0.2:8000": 0})
-    server = session_server(kept=50)
+    server = server_page(kept=50)
     with (
         pages(IDLE, PINNED, *[down] * 9, PINNED, PINNED, down, ended_by=signal.SIGTERM) as url,
         pages(server) as theirs,

@@ -28,7 +28,6 @@ from aiohttp_smg_routing import (
     routing_key,
     setup,
 )
-from aiohttp_smg_routing.sources import Source
 from aiohttp_smg_routing.testing import Recorder
 from fuzz.laws import Shared
 from harness.proxies import CLIENT, client_session, pinned_server
@@ -37,6 +36,7 @@ JSON = {"Content-Type": "application/json"}
 LIMIT = 2**20  # client_max_size, in bytes
 FOR_EVER = 3600.0  # seconds; a test that waits for this hangs
 
+Source = str | Callable[[web.Request], object]
 Read = Callable[[web.Request], Awaitable[object]]
 Client: TypeAlias = "TestClient[web.Request, web.Application]"
 

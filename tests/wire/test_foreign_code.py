@@ -28,10 +28,8 @@ from aiohttp_smg_routing import (
 from aiohttp_smg_routing.testing import Recorder, completion, redirect
 from harness.proxies import CLIENT, pinned_server
 
-from ..turns import keys
-from .test_never_silent import said
+from ..turns import PATH, keys, said
 
-PATH = "/sessions/s-1/v1/chat/completions"
 PLAIN: Any = ClientSession.__init__
 
 

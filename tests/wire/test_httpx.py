@@ -26,8 +26,7 @@ from aiohttp_smg_routing import (
     setup,
 )
 from aiohttp_smg_routing.testing import Call, Recorder, answer, completion, failure, redirect
-
-CHAT_COMPLETIONS = "/v1/chat/completions"
+from harness.agents import CHAT_PATH
 
 SMUGGLED = [
     ("x-smg-routing-key", ""),
@@ -288,7 +287,7 @@ async def test_a_client_with_the_hooks_in_an_instrumented_process_is_counted_onc
     with routing.instrument():
         async with module.AsyncClient(event_hooks=routing.httpx_hooks()) as client:
             with routing_session("s-1"):
-                for path in (CHAT_COMPLETIONS, "/chat/completions"):
+                for path in (CHAT_PATH, "/chat/completions"):
                     await client.post(f"{gateway.url}{path}")
     assert routing.pins.summary() == PinSummary(unknown=1, unmatched=1, sessions=1)
 
@@ -299,7 +298,7 @@ async def test_a_transport_of_aiohttps_is_counted_once(gateway: Recorder) -> Non
     with routing.instrument():
         async with openai.DefaultAioHttpClient() as client:
             with routing_session("s-1"):
-                for path in (CHAT_COMPLETIONS, "/chat/completions"):
+                for path in (CHAT_PATH, "/chat/completions"):
                     await client.post(f"{gateway.url}{path}", headers=SMUGGLED)
     assert gateway.calls[0].keys == [b"s-1"]
     assert routing.pins.summary() == PinSummary(unknown=1, unmatched=1, sessions=1)

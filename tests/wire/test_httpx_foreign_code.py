@@ -17,7 +17,7 @@ from aiohttp_smg_routing import PinSummary, Routing, RoutingConfig, routing_sess
 from aiohttp_smg_routing.testing import Recorder
 
 GATEWAY = "http://gateway:30000"
-CHAT = f"{GATEWAY}/v1/chat/completions"
+CHAT_URL = f"{GATEWAY}/v1/chat/completions"
 MODULES = pytest.mark.parametrize("module", [httpx, httpx2], ids=["httpx", "httpx2"])
 
 
@@ -120,8 +120,8 @@ def test_a_transport_that_is_another_client_is_counted_once(
 
         with module.Client(transport=module.MockTransport(pass_on)) as client:
             with routing_session("s-1"):
-                client.post(CHAT)
-            client.post(CHAT)
+                client.post(CHAT_URL)
+            client.post(CHAT_URL)
     assert wire.keys == [[b"s-1"], []]
     assert routing.pins.summary() == PinSummary(unknown=1, untagged=1, missing=1, sessions=1)
 
@@ -142,7 +142,7 @@ async def test_a_transport_that_tries_twice_by_another_client_is_counted_once(
             module.Client(transport=module.MockTransport(tries)) as client,
             routing_session("s-1"),
         ):
-            client.post(CHAT)
+            client.post(CHAT_URL)
         async with module.AsyncClient(transport=transport) as inner_async:
 
             async def tries_async(request: Any) -> Any:
@@ -151,7 +151,7 @@ async def test_a_transport_that_tries_twice_by_another_client_is_counted_once(
 
             async with module.AsyncClient(transport=module.MockTransport(tries_async)) as client:
                 with routing_session("s-2"):
-                    await client.post(CHAT)
+                    await client.post(CHAT_URL)
     assert wire.keys == [[b"s-1"], [b"s-1"], [b"s-2"], [b"s-2"]]
     assert routing.pins.summary() == PinSummary(unknown=2, sessions=2)
 
@@ -164,9 +164,9 @@ def test_a_failure_is_counted_where_a_client_has_the_hooks_in_an_instrumented_pr
     hooks = routing.httpx_hooks()
     with routing.instrument(), wire.client(event_hooks=hooks) as client, routing_session("s-1"):
         with pytest.raises(module.ConnectError):
-            client.post(CHAT)
+            client.post(CHAT_URL)
         client.event_hooks = {"request": hooks["request"]}
-        client.post(CHAT)
+        client.post(CHAT_URL)
     assert routing.pins.summary() == PinSummary(failed=1, unknown=1, sessions=1)
 
 
@@ -175,7 +175,7 @@ def test_a_failure_is_counted_where_a_client_has_the_hooks_in_an_instrumented_pr
 def test_a_request_that_failed_carries_the_key_of_the_session_that_sends_it_again(
     module: ModuleType, routing: Routing, is_instrumented: bool
 ) -> None:
-    wire, request = Wire(module, module.ConnectError("refused")), module.Request("POST", CHAT)
+    wire, request = Wire(module, module.ConnectError("refused")), module.Request("POST", CHAT_URL)
     with (
         wire.client(event_hooks=routing.httpx_hooks()) as client,
         routing_session("s-1"),
@@ -204,7 +204,7 @@ def test_a_subclass_in_the_place_of_the_client_leaves_no_client_out(
                 kind(transport=module.MockTransport(wire)) as client,
                 routing_session("s-1"),
             ):
-                client.post(CHAT)
+                client.post(CHAT_URL)
     assert wire.keys == [[b"s-1"]] * 3
     assert original._send_single_request is before
     assert "_send_single_request" not in vars(replaced)
@@ -223,7 +223,7 @@ def test_what_an_auth_flow_writes_on_headers_that_it_holds_is_sent(
 
     wire = Wire(module, 401)
     with routing.instrument(), wire.client(auth=Auth()) as client, routing_session("s-1"):
-        client.post(CHAT)
+        client.post(CHAT_URL)
     assert wire.keys == [[b"s-1"], [b"s-1"]]
     assert wire.requests[-1].headers["X-Token"] == "new"
 
@@ -239,9 +239,9 @@ def test_a_transport_finds_the_extensions_of_the_caller(
         return module.Response(200)
 
     with module.Client(transport=module.MockTransport(send)) as client, routing_session("s-1"):
-        client.post(CHAT)
+        client.post(CHAT_URL)
         with routing.instrument():
-            client.post(CHAT)
+            client.post(CHAT_URL)
     assert found[0] == found[1]
 
 
@@ -253,7 +253,7 @@ def test_the_extensions_of_one_request_may_serve_another(
     is_instrumented: bool,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    wire, request = Wire(module), module.Request("POST", CHAT)
+    wire, request = Wire(module), module.Request("POST", CHAT_URL)
     extensions = request.extensions
     hooks = {} if is_instrumented else routing.httpx_hooks()
     with ExitStack() as stack:

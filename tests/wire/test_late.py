@@ -30,10 +30,8 @@ from aiohttp_smg_routing import (
 from aiohttp_smg_routing.testing import Recorder, completion
 from harness.proxies import CLIENT, pinned_server, proxy_server
 
-from .test_middleware import assert_no_crosstalk, call
-from .test_never_silent import said
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+from ..crosstalk import Handler, assert_no_crosstalk, call, post, server_with
+from ..turns import said
 
 
 def remedy(gateway: Recorder, code: str) -> str:
@@ -44,12 +42,6 @@ def remedy(gateway: Recorder, code: str) -> str:
         "session, make it with in_session(...) or within routing_session(...). This is logged once "
         "for that code."
     )
-
-
-async def post(session: ClientSession, wire: Recorder, session_id: str = "") -> None:
-    """Call the gateway; the body names the session that the call belongs to."""
-    async with session.post(wire.chat, data=session_id.encode()) as response:
-        await response.read()
 
 
 class Late:
@@ -107,9 +99,7 @@ def batching(gateway: Recorder, batcher: Batcher, **config: object) -> web.Appli
             return web.Response(status=500, text=str(error))
         return web.Response()
 
-    app = pinned_server(gateway.url, **config)
-    app.router.add_post("/{session_id}", handler)
-    return app
+    return server_with(handler, gateway, **config)
 
 
 @pytest.mark.parametrize("on_late", ["warn", "pass"])
@@ -197,8 +187,7 @@ async def test_whatever_a_request_starts_is_late_when_it_has_ended(
         return web.Response(status=202)
 
     ended: asyncio.Future[None] = loop.create_future()
-    app = pinned_server(gateway.url)
-    app.router.add_post("/{session_id}", handler)
+    app = server_with(handler, gateway)
     client = await aiohttp_client(app)
     async with client.post("/s-1") as response:
         assert response.status == 202
@@ -230,8 +219,7 @@ async def test_it_is_said_once_for_each_coroutine(
         tasks.extend(asyncio.create_task(started()) for started in (limiter, refresher))
         return web.Response(status=202)
 
-    app = pinned_server(gateway.url)
-    app.router.add_post("/{session_id}", handler)
+    app = server_with(handler, gateway)
     client = await aiohttp_client(app)
     for number in range(4):
         async with client.post(f"/s-{number}"):
@@ -284,8 +272,7 @@ async def test_a_thread_that_has_inherited_the_context_is_late_for_all_others(
         await worker.ask(request.match_info["session_id"])
         return web.Response()
 
-    app = pinned_server(gateway.url)
-    app.router.add_post("/{session_id}", handler)
+    app = server_with(handler, gateway)
     worker = Worker(app[ROUTING], gateway)
     client = await aiohttp_client(app)
     for number in range(5):
@@ -552,8 +539,7 @@ async def test_the_next_request_on_a_connection_does_not_prolong_the_last_one(
         return web.Response()
 
     tasks: list[asyncio.Task[None]] = []
-    app = pinned_server(gateway.url)
-    app.router.add_post("/{session_id}", handler)
+    app = server_with(handler, gateway)
     client = await aiohttp_client(app)
     for number in range(2):
         async with client.post(f"/s-{number}") as response:
@@ -617,8 +603,7 @@ async def test_a_client_that_disconnects_does_not_end_a_request_whose_handler_ru
             finished.set_result(None)
         return response
 
-    app = pinned_server(gateway.url, on_late="raise")
-    app.router.add_post("/{session_id}", handler)
+    app = server_with(handler, gateway, on_late="raise")
     client = await aiohttp_client(app)
     response = await client.post("/s-1")
     response.close()
@@ -690,8 +675,7 @@ async def test_a_request_is_over_while_its_connection_closes(
         has_begun.set()
         raise ZeroDivisionError
 
-    app = pinned_server(gateway.url)
-    app.router.add_post("/{session_id}", handler)
+    app = server_with(handler, gateway)
     server = TestServer(app)
     servers, clients = tls_contexts() if is_tls else (None, None)
     await server.start_server(ssl=servers)
@@ -734,8 +718,7 @@ async def test_a_handler_that_is_cancelled_when_its_client_disconnects_leaves_la
             raise
         return web.Response()
 
-    app = pinned_server(gateway.url)
-    app.router.add_post("/{session_id}", handler)
+    app = server_with(handler, gateway)
     server = TestServer(app)  # uses handler_cancellation
     await server.start_server()
     _, writer = await asyncio.open_connection("127.0.0.1", server.port)
@@ -1040,8 +1023,7 @@ async def test_a_late_call_to_somewhere_else_is_not_counted(
         late.start(straggler(request))
         return web.Response()
 
-    app = pinned_server(gateway.url, on_late="raise")
-    app.router.add_post("/{session_id}", handler)
+    app = server_with(handler, gateway, on_late="raise")
     client = await aiohttp_client(app)
     async with client.post("/s-1"):
         pass
@@ -1096,8 +1078,7 @@ async def jobs(
         late.start(start(job))
         return web.Response(status=202)
 
-    app = pinned_server(gateway.url, on_missing="raise")
-    app.router.add_post("/{session_id}", handler)
+    app = server_with(handler, gateway, on_missing="raise")
     client = await aiohttp_client(app)
     for number in range(3):
         async with client.post(f"/s-{number}") as response:
@@ -1145,8 +1126,7 @@ async def test_in_session_of_code_that_is_late_stays_late(
         late.start(job(request))
         return web.Response()
 
-    app = pinned_server(gateway.url)
-    app.router.add_post("/{session_id}", handler)
+    app = server_with(handler, gateway)
     client = await aiohttp_client(app)
     async with client.post("/s-1"):
         pass
@@ -1197,8 +1177,7 @@ async def test_a_task_that_is_made_within_a_block_has_its_session_named(
             late.start(job(request))
         return web.Response()
 
-    app = pinned_server(gateway.url, on_late="raise")
-    app.router.add_post("/{session_id}", handler)
+    app = server_with(handler, gateway, on_late="raise")
     client = await aiohttp_client(app)
     for number in range(3):
         async with client.post(f"/s-{number}"):

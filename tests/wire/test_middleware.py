@@ -2,7 +2,7 @@
 
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -17,23 +17,10 @@ from aiohttp_smg_routing import Routing, RoutingConfig, current_session_id, rout
 from aiohttp_smg_routing.testing import Recorder
 from harness.proxies import CLIENT, pinned_server
 
+from ..crosstalk import Handler, assert_no_crosstalk, call, server_with
+
 if TYPE_CHECKING:
     from pytest_aiohttp.plugin import AiohttpServer  # since 1.1, which needs aiohttp 3.11
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
-
-async def call(request: web.Request, wire: Recorder) -> None:
-    """Make a call whose body names its session."""
-    async with request.config_dict[CLIENT].post(
-        wire.chat, data=request.match_info["session_id"].encode()
-    ) as response:
-        await response.read()
-
-
-def assert_no_crosstalk(wire: Recorder, calls: int) -> None:
-    assert len(wire.calls) == calls
-    assert [call.keys for call in wire.calls] == [[call.body] for call in wire.calls]
 
 
 async def in_handler(request: web.Request, wire: Recorder) -> web.StreamResponse:
@@ -158,8 +145,7 @@ async def test_thousands_of_sessions_at_once_stay_apart(
         await call(request, gateway)
         return web.Response(text=current_session_id())
 
-    app = pinned_server(gateway.url)
-    app.router.add_post("/{session_id}", handler)
+    app = server_with(handler, gateway)
     client = await aiohttp_client(app, connector=TCPConnector(limit=0))
 
     async def turn(session: int) -> None:
@@ -286,8 +272,7 @@ async def test_a_block_within_a_request_outranks_its_session(
         await call(request, gateway)
         return web.Response()
 
-    app = pinned_server(gateway.url)
-    app.router.add_post("/{session_id}", handler)
+    app = server_with(handler, gateway)
     client = await aiohttp_client(app)
     async with client.post("/s-1") as response:
         assert response.status == 200
@@ -304,8 +289,7 @@ async def test_a_block_within_a_request_goes_to_a_gateway_that_is_not_the_apps_t
             async with ClientSession(trace_configs=[hook]) as session, session.post(elsewhere.chat):
                 return web.Response()
 
-    app = pinned_server(gateway.url)
-    app.router.add_post("/{session_id}", handler)
+    app = server_with(handler, gateway)
     client = await aiohttp_client(app)
     async with client.post("/s-1") as response:
         assert response.status == 200

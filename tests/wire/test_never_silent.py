@@ -28,20 +28,10 @@ from aiohttp_smg_routing import (
     setup,
 )
 from aiohttp_smg_routing.testing import Recorder, free_port, redirect
+from harness.agents import CHAT_PATH
 from harness.proxies import CLIENT, client_session, pinned_server
 
-PATH = "/sessions/s-1/v1/chat/completions"
-CHAT = "/v1/chat/completions"
-
-
-def said(caplog: pytest.LogCaptureFixture, level: int = logging.WARNING) -> list[str]:
-    """Return the messages that the plugin has logged, from ``level`` up."""
-    return [
-        record.getMessage()
-        for record in caplog.records
-        if record.name.startswith("aiohttp_smg_routing.") and record.levelno >= level
-    ]
-
+from ..turns import PATH, said
 
 # At start-up
 
@@ -60,34 +50,33 @@ def other_source(request: web.Request) -> str | None:
     return None
 
 
+CARRIES = (
+    f"POST {CHAT_PATH} to http://gateway:30000 carries X-SMG-Routing-Key; the session id is "
+    "read from match_info:session_id; "
+)
 FORMS: dict[str, tuple[dict[str, Any], str]] = {
     "named": (
         {"client_session": "client"},
-        f"POST {CHAT} to http://gateway:30000 carries X-SMG-Routing-Key; the session id is read "
-        "from match_info:session_id; the hook is on these ClientSessions: that of app['client']",
+        CARRIES + "the hook is on these ClientSessions: that of app['client']",
     ),
     "an AppKey": (
         {"client_session": CLIENT},
-        f"POST {CHAT} to http://gateway:30000 carries X-SMG-Routing-Key; the session id is read "
-        f"from match_info:session_id; the hook is on these ClientSessions: that of "
-        f"app['{CLIENT._name}']",
+        CARRIES + f"the hook is on these ClientSessions: that of app['{CLIENT._name}']",
     ),
     "instrument": (
         {"instrument": True},
-        f"POST {CHAT} to http://gateway:30000 carries X-SMG-Routing-Key; the session id is read "
-        "from match_info:session_id; the hook is on these ClientSessions: every one that is made "
-        "from now on, and every httpx client",
+        CARRIES + "the hook is on these ClientSessions: every one that is made from now on, and "
+        "every httpx client",
     ),
     "none": (
         {},
-        f"POST {CHAT} to http://gateway:30000 carries X-SMG-Routing-Key; the session id is read "
-        "from match_info:session_id; no ClientSession has the hook yet: name one in "
-        "client_session, set instrument = true, or pass trace_configs=[routing.trace_config()]",
+        CARRIES + "no ClientSession has the hook yet: name one in client_session, set "
+        "instrument = true, or pass trace_configs=[routing.trace_config()]",
     ),
     "everything": (
         {
             "gateway": ["http://user:hush@gateway:30000/", "https://other"],
-            "paths": [CHAT, "/generate"],
+            "paths": [CHAT_PATH, "/generate"],
             "header": "X-Pin",
             "session_id": ["header:X-Session-Id", other_source],
             "key": "digest",
@@ -95,9 +84,10 @@ FORMS: dict[str, tuple[dict[str, Any], str]] = {
             "client_session": "client",
             "instrument": True,
         },
-        f"POST {CHAT}, /generate to http://gateway:30000, https://other carries X-Pin; the session "
-        "id is read from header:X-Session-Id, other_source; the hook is on these ClientSessions: "
-        "that of app['client'], every one that is made from now on, and every httpx client",
+        f"POST {CHAT_PATH}, /generate to http://gateway:30000, https://other carries X-Pin; the "
+        "session id is read from header:X-Session-Id, other_source; the hook is on these "
+        "ClientSessions: that of app['client'], every one that is made from now on, and every "
+        "httpx client",
     ),
     "disabled": (
         {"enabled": False, "client_session": "client"},
@@ -157,8 +147,8 @@ async def test_each_app_within_another_says_its_own(caplog: pytest.LogCaptureFix
     async with started(app):
         lines = said(caplog, logging.INFO)
     assert sorted(line.partition(" carries")[0] for line in lines) == [
-        f"POST {CHAT} to http://inner",
-        f"POST {CHAT} to http://outer",
+        f"POST {CHAT_PATH} to http://inner",
+        f"POST {CHAT_PATH} to http://outer",
     ]
 
 
@@ -180,7 +170,7 @@ async def test_an_app_that_does_not_start_says_only_why(caplog: pytest.LogCaptur
     [
         ({"gateway": "http://h:30000/v1"}, "write 'http://h:30000'"),
         ({"gateway": "http://h:30000/v1/"}, "write 'http://h:30000'"),
-        ({"gateway": f"http://h:30000{CHAT}"}, "write 'http://h:30000'"),
+        ({"gateway": f"http://h:30000{CHAT_PATH}"}, "write 'http://h:30000'"),
         ({"gateway": "http://h:30000/base/v1"}, "write 'http://h:30000/base'"),
         ({"gateway": "http://h:30000/*"}, "name each gateway"),
         ({"gateway": "http://h:30000", "client_session": "All"}, "write instrument = true"),
@@ -403,17 +393,17 @@ def test_advice_that_is_followed_helps(config: str, url: str) -> None:
 )
 def test_explain_knows_the_other_reasons(config: Any, method: str, problem: str) -> None:
     routing = Routing({"gateway": "http://gateway", **config})
-    url = f"http://gateway{CHAT}"
+    url = f"http://gateway{CHAT_PATH}"
     assert routing.explain(method, url) == f"{method} {url} goes out without a key: {problem}"
 
 
 @pytest.mark.parametrize(
     ("url", "problem"),
     [
-        (URL(f"http://gateway:x{CHAT}", encoded=True), "its host or port cannot be read"),
+        (URL(f"http://gateway:x{CHAT_PATH}", encoded=True), "its host or port cannot be read"),
         (
-            URL(f"http://gateway/{CHAT}"),
-            f"its path is /{CHAT}, and the gateway's is {CHAT}; write one slash",
+            URL(f"http://gateway/{CHAT_PATH}"),
+            f"its path is /{CHAT_PATH}, and the gateway's is {CHAT_PATH}; write one slash",
         ),
     ],
 )
@@ -426,18 +416,21 @@ def test_explain_names_the_gateway_and_the_path_that_are_nearest() -> None:
     routing = Routing(
         {
             "gateway": ["https://other:1/base", "http://10.0.0.1:30000"],
-            "paths": ["/generate", CHAT],
+            "paths": ["/generate", CHAT_PATH],
         }
     )
-    assert routing.explain("POST", f"http://10.0.0.1:30001{CHAT}") == (
-        f"POST http://10.0.0.1:30001{CHAT} goes out without a key: its port is 30001, and the "
+    assert routing.explain("POST", f"http://10.0.0.1:30001{CHAT_PATH}") == (
+        f"POST http://10.0.0.1:30001{CHAT_PATH} goes out without a key: its port is 30001, and the "
         "gateway's is 30000; add http://10.0.0.1:30001 to gateway"
     )
 
 
 def test_no_sentence_shows_what_is_secret_in_a_url() -> None:
     routing = Routing({"gateway": "http://user:hush@gateway"})
-    for url in (f"http://user:hush@gateway{CHAT}?api_key=hush", "http://user:hush@judge/?k=hush"):
+    for url in (
+        f"http://user:hush@gateway{CHAT_PATH}?api_key=hush",
+        "http://user:hush@judge/?k=hush",
+    ):
         assert "hush" not in routing.explain("POST", url)
 
 
@@ -486,7 +479,9 @@ async def test_near_misses_are_said_once_for_each_origin(
 ) -> None:
     port = gateway.url.port
     hosts = ("localhost", "127.0.0.2", "judge.example")
-    urls = [f"http://{host}:{port}{path}" for host in hosts for path in (CHAT, f"/x{CHAT}")]
+    urls = [
+        f"http://{host}:{port}{path}" for host in hosts for path in (CHAT_PATH, f"/x{CHAT_PATH}")
+    ]
     async with playing({"gateway": str(gateway.url)}, *urls) as (routing, play):
         await play(40)
         assert routing.pins.summary() == PinSummary(unmatched=240)
@@ -733,7 +728,7 @@ async def test_calls_by_neither_aiohttp_nor_httpx_are_said(
 ) -> None:
     def call() -> None:
         connection = http.client.HTTPConnection("127.0.0.1", gateway.url.port or 0)
-        connection.request("POST", CHAT, b"{}")
+        connection.request("POST", CHAT_PATH, b"{}")
         connection.getresponse().read()
         connection.close()
 

@@ -13,11 +13,10 @@ from aiohttp_smg_routing.testing import Recorder, completion
 from benchmarks.counting import calls_into_plugin
 from harness.proxies import CLIENT, naive_proxy, pinned_server
 
-from ..turns import keys
+from ..turns import PATH, keys
 
 MOST_FUNCTIONS_OF_A_TURN = 12
 
-PATH = "/sessions/s-1/v1/chat/completions"
 WORKER = "http://10.0.0.1:8000"
 
 

@@ -21,7 +21,7 @@ from aiohttp_smg_routing.testing import Recorder, recording_gateway, redirect
 from harness.proxies import pinned_server
 
 from ..inputs import LAW, VISIBLE
-from ..origins import Gateway, Origins, all_origins
+from ..origins import GatewayUrl, Origins, all_origins
 
 T = TypeVar("T")
 Run = Callable[[Coroutine[Any, Any, T]], T]
@@ -60,18 +60,18 @@ def origins(run: Run[Any]) -> Iterator[Origins]:
 
 GATEWAYS = st.sampled_from(
     [
-        Gateway("http://gw.example", "gw.example", 80),
-        Gateway("HTTP://GW.Example:80/", "gw.example", 80),
-        Gateway("http://user:pw@gw.example:8080", "gw.example", 8080),
-        Gateway("http://gw.example.:8080", "gw.example.", 8080),
-        Gateway("http://gw.example/base/", "gw.example", 80, "/base/v1/chat/completions"),
-        Gateway("http://gw.example/b c%2F", "gw.example", 80, "/b%20c%2F/v1/chat/completions"),
-        Gateway("http://bücher.example:8080", "xn--bcher-kva.example", 8080),
-        Gateway("http://[::1]:8080", "::1", 8080),
-        Gateway("http://127.0.0.1:8080", "127.0.0.1", 8080),
-        Gateway("https://gw.example", "gw.example", 443, scheme="https"),
-        Gateway("https://GW.example:80", "gw.example", 80, scheme="https"),
-        Gateway("https://user:pw@[::1]:8080", "::1", 8080, scheme="https"),
+        GatewayUrl("http://gw.example", "gw.example", 80),
+        GatewayUrl("HTTP://GW.Example:80/", "gw.example", 80),
+        GatewayUrl("http://user:pw@gw.example:8080", "gw.example", 8080),
+        GatewayUrl("http://gw.example.:8080", "gw.example.", 8080),
+        GatewayUrl("http://gw.example/base/", "gw.example", 80, "/base/v1/chat/completions"),
+        GatewayUrl("http://gw.example/b c%2F", "gw.example", 80, "/b%20c%2F/v1/chat/completions"),
+        GatewayUrl("http://bücher.example:8080", "xn--bcher-kva.example", 8080),
+        GatewayUrl("http://[::1]:8080", "::1", 8080),
+        GatewayUrl("http://127.0.0.1:8080", "127.0.0.1", 8080),
+        GatewayUrl("https://gw.example", "gw.example", 443, scheme="https"),
+        GatewayUrl("https://GW.example:80", "gw.example", 80, scheme="https"),
+        GatewayUrl("https://user:pw@[::1]:8080", "::1", 8080, scheme="https"),
     ]
 )
 HOSTS = [
@@ -117,7 +117,7 @@ def test_a_key_reaches_the_gateways_origin_and_path_or_nobody(
 
     @settings(LAW, max_examples=1000)
     @given(GATEWAYS, URLS, st.booleans(), st.sampled_from(["POST"] * 6 + ["post", "GET", "PUT"]))
-    def law(gateway: Gateway, text: str, encoded: bool, method: str) -> None:
+    def law(gateway: GatewayUrl, text: str, encoded: bool, method: str) -> None:
         host = f"[{gateway.host}]" if ":" in gateway.host else gateway.host
         for name, own in {
             "<scheme>": gateway.scheme,
@@ -195,15 +195,15 @@ def test_every_hop_of_a_redirect_chain_is_judged_by_where_it_arrives(
     @given(
         st.sampled_from(
             [
-                Gateway("http://gw.example", "gw.example", 80),
-                Gateway("https://gw.example", "gw.example", 443, scheme="https"),
+                GatewayUrl("http://gw.example", "gw.example", 80),
+                GatewayUrl("https://gw.example", "gw.example", 443, scheme="https"),
             ]
         ),
         HOPS,
         st.sampled_from(["gw.example", "elsewhere"]),
         st.booleans(),
     )
-    def law(gateway: Gateway, hops: list[tuple[str, int]], first: str, requote: bool) -> None:
+    def law(gateway: GatewayUrl, hops: list[tuple[str, int]], first: str, requote: bool) -> None:
         url = URL(f"{gateway.scheme}://{first}/v1/chat/completions")
         arrived = run(
             origins.assert_key_or_nothing(
@@ -262,7 +262,7 @@ def items(headers: Any) -> list[tuple[str, str]]:
 def test_headers_of_every_shape_gain_one_key_or_nothing_and_stay_the_callers(
     run: Run[Any], origins: Origins
 ) -> None:
-    gateway = Gateway("http://gw.example", "gw.example", 80)
+    gateway = GatewayUrl("http://gw.example", "gw.example", 80)
     tagged: Counter[Any] = Counter()
 
     @settings(LAW, max_examples=400)

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-import subprocess
 import sys
 import venv
 from collections.abc import AsyncIterator, Mapping
@@ -15,13 +14,14 @@ import pytest
 from aiohttp import ClientSession
 from yarl import URL
 
-import aiohttp_smg_routing
 from aiohttp_smg_routing.testing import Recorder, free_port
+from harness.processes import ROOT, local_url, running
+
+from ..commands import RUN, run_program
 
 pytestmark = pytest.mark.thorough
 
-ROOT = str(Path(aiohttp_smg_routing.__file__).parents[1])
-RUN = ("-m", "aiohttp_smg_routing", "run")
+MODULE = RUN[1:]  # Python's arguments
 
 # A user's server: one function makes and runs the app, and its turns call with httpx.
 SERVER = """
@@ -62,7 +62,7 @@ if __name__ == "__main__":
 """
 
 
-class Server:
+class UsersServer:
     """A server's process and its URL."""
 
     def __init__(self, process: asyncio.subprocess.Process, url: URL) -> None:
@@ -89,33 +89,25 @@ class Server:
         return self.process.returncode
 
 
+@pytest.fixture(autouse=True)
+def no_options_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("SMG_")]:
+        monkeypatch.delenv(name)
+
+
 @asynccontextmanager
-async def running(
+async def users_server(
     folder: Path,
     gateway: Recorder,
     *argv: str,
     edit: str = "pass",
     env: Mapping[str, str] | None = None,
-) -> AsyncIterator[Server]:
+) -> AsyncIterator[UsersServer]:
     """Run the server in ``folder`` with ``argv`` until the block ends; yield once it answers."""
     (folder / "server.py").write_text(SERVER.replace("EDIT", edit))
-    port = free_port()
-    url = URL(f"http://127.0.0.1:{port}")
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        *argv,
-        cwd=folder,
-        env={
-            **{name: it for name, it in os.environ.items() if not name.startswith("SMG_")},
-            "PYTHONPATH": ROOT,
-            "GATEWAY": str(gateway.url),
-            "PORT": str(port),
-            **(env or {}),
-        },
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-    )
-    try:
+    url = local_url(free_port())
+    given = {"GATEWAY": str(gateway.url), "PORT": str(url.port), **(env or {})}
+    async with running(folder, *argv, **given) as process:
         async with ClientSession() as session:
             while process.returncode is None:
                 try:
@@ -123,11 +115,7 @@ async def running(
                         break
                 except OSError:
                     await asyncio.sleep(0.05)
-        yield Server(process, url)
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.communicate()
+        yield UsersServer(process, url)
 
 
 def assert_pinned(gateway: Recorder, *sessions: str) -> None:
@@ -155,7 +143,7 @@ async def test_a_server_that_nobody_edited_pins_its_sessions(
 ) -> None:
     (tmp_path / "server.toml").write_text(TOML.format(gateway=gateway.url))
     env = {name: it.format(gateway=gateway.url) for name, it in env.items()}
-    async with running(tmp_path, gateway, *RUN, *argv, env=env) as server:
+    async with users_server(tmp_path, gateway, *MODULE, *argv, env=env) as server:
         await server.play("s-1", "s-2")
         assert await server.stop() == 0, server.said
     assert_pinned(gateway, "s-1", "s-2")
@@ -165,10 +153,10 @@ async def test_the_server_finds_all_as_it_is_without_run(tmp_path: Path, gateway
     own = tmp_path / "own"
     own.mkdir()
     (own / "sitecustomize.py").write_text("import sys\nsys.marks = ['own sitecustomize']\n")
-    env = {"SMG_ROUTING_GATEWAY": str(gateway.url), "PYTHONPATH": os.pathsep.join([ROOT, str(own)])}
+    env = {"SMG_ROUTING_GATEWAY": str(gateway.url), "PYTHONPATH": f"{ROOT}{os.pathsep}{own}"}
     states, statuses = [], []
-    for command in ([], [*RUN, "--", sys.executable]):
-        async with running(tmp_path, gateway, *command, "server.py", env=env) as server:
+    for command in ([], [*MODULE, "--", sys.executable]):
+        async with users_server(tmp_path, gateway, *command, "server.py", env=env) as server:
             states.append(await server.state())
             statuses.append(await server.stop())
         states[-1]["environ"].pop("PORT")
@@ -181,9 +169,9 @@ async def test_the_server_finds_all_as_it_is_without_run(tmp_path: Path, gateway
 async def test_a_child_process_has_the_plugin_where_that_is_asked_for(
     tmp_path: Path, gateway: Recorder, options: list[str], has_it: str
 ) -> None:
-    argv = (*RUN, *options, "--", sys.executable, "server.py")
+    argv = (*MODULE, *options, "--", sys.executable, "server.py")
     env = {"SMG_ROUTING_GATEWAY": str(gateway.url)}
-    async with running(tmp_path, gateway, *argv, env=env) as server:
+    async with users_server(tmp_path, gateway, *argv, env=env) as server:
         assert (await server.state())["child"] == has_it
 
 
@@ -202,8 +190,8 @@ async def test_an_app_that_calls_setup_itself_is_left_alone(
     tmp_path: Path, gateway: Recorder, edit: str, keys: list[list[bytes]]
 ) -> None:
     env = {"SMG_ROUTING_GATEWAY": str(gateway.url), "SMG_ROUTING_PREFIX": "twice/"}
-    argv = (*RUN, "--", sys.executable, "server.py")
-    async with running(tmp_path, gateway, *argv, env=env, edit=edit) as server:
+    argv = (*MODULE, "--", sys.executable, "server.py")
+    async with users_server(tmp_path, gateway, *argv, env=env, edit=edit) as server:
         await server.play("s-1", turns=1)
         await server.stop()
     assert [call.keys for call in gateway.calls] == keys
@@ -216,8 +204,8 @@ async def test_a_client_session_that_an_app_lacks_is_a_warning(
         "SMG_ROUTING_GATEWAY": str(gateway.url),
         "SMG_ROUTING_CLIENT_SESSION": "client",
     }
-    argv = (*RUN, "--", sys.executable, "server.py")
-    async with running(tmp_path, gateway, *argv, env=env) as server:
+    argv = (*MODULE, "--", sys.executable, "server.py")
+    async with users_server(tmp_path, gateway, *argv, env=env) as server:
         await server.play("s-1", turns=2)
         assert await server.stop() == 0
     assert_pinned(gateway, "s-1")
@@ -228,9 +216,9 @@ async def test_a_frozen_app_is_served_without_the_plugin_and_named(
     tmp_path: Path, gateway: Recorder
 ) -> None:
     env = {"SMG_ROUTING_GATEWAY": str(gateway.url)}
-    argv = (*RUN, "--", sys.executable, "server.py")
+    argv = (*MODULE, "--", sys.executable, "server.py")
     edit = "app.on_startup.freeze()"
-    async with running(tmp_path, gateway, *argv, env=env, edit=edit) as server:
+    async with users_server(tmp_path, gateway, *argv, env=env, edit=edit) as server:
         await server.play("s-1", turns=1)
         await server.stop()
     assert [call.keys for call in gateway.calls] == [[], []]
@@ -240,36 +228,21 @@ async def test_a_frozen_app_is_served_without_the_plugin_and_named(
 # Exit statuses and output
 
 
-def command(
-    folder: Path, *argv: str, env: Mapping[str, str] | None = None, **options: Any
-) -> "subprocess.CompletedProcess[str]":
-    given = {"PYTHONPATH": ROOT, "SMG_ROUTING_GATEWAY": "http://127.0.0.1:1", **(env or {})}
-    kept = {name: it for name, it in os.environ.items() if not name.startswith("SMG_")}
-    return subprocess.run(  # noqa: S603
-        [sys.executable, *RUN, *argv],
-        cwd=folder,
-        env={**kept, **given},
-        capture_output=True,
-        text=True,
-        check=False,
-        **options,
-    )
-
-
 def test_streams_and_exit_status_are_the_servers(tmp_path: Path) -> None:
     code = "import sys; print(sys.stdin.read()); print('err', file=sys.stderr); sys.exit(7)"
-    done = command(tmp_path, "--", sys.executable, "-c", code, input="in")
+    done = run_program(tmp_path, *RUN, "--", sys.executable, "-c", code, input="in")
     assert (done.returncode, done.stdout) == (7, "in\n")
     assert done.stderr.startswith("err\n")
 
 
 def test_a_signal_that_ends_the_server_ends_run(tmp_path: Path) -> None:
     code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-    assert command(tmp_path, "--", sys.executable, "-c", code).returncode == -signal.SIGKILL
+    done = run_program(tmp_path, *RUN, "--", sys.executable, "-c", code)
+    assert done.returncode == -signal.SIGKILL
 
 
 def test_a_process_that_serves_no_app_says_so_when_it_ends(tmp_path: Path) -> None:
-    done = command(tmp_path, "--", sys.executable, "-c", "print(1)")
+    done = run_program(tmp_path, *RUN, "--", sys.executable, "-c", "print(1)")
     assert (done.returncode, done.stdout) == (0, "1\n")
     assert "served no aiohttp app" in done.stderr
     assert done.stderr.count("\n") == 1
@@ -277,7 +250,7 @@ def test_a_process_that_serves_no_app_says_so_when_it_ends(tmp_path: Path) -> No
 
 def test_a_process_whose_fork_may_serve_says_nothing(tmp_path: Path) -> None:
     code = "import os; os.fork() or os._exit(0); os.wait()"
-    done = command(tmp_path, "--", sys.executable, "-c", code)
+    done = run_program(tmp_path, *RUN, "--", sys.executable, "-c", code)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -300,7 +273,7 @@ def test_bad_input_is_told_in_a_sentence(
     (tmp_path / "none.toml").write_text("[server]\nport = 1\n")
     (tmp_path / "bad.toml").write_text("[server\n")
     (tmp_path / "typo.toml").write_text('[smg_routing]\ngateway = "http://h:1"\nprefx = ""\n')
-    done = command(tmp_path, *argv, env=env)
+    done = run_program(tmp_path, *RUN, *argv, env=env)
     assert (done.returncode, done.stdout) == (status, "")
     assert done.stderr.startswith("aiohttp-smg-routing run: ")
     assert sentence in done.stderr
@@ -310,7 +283,7 @@ def test_bad_input_is_told_in_a_sentence(
 def test_a_name_that_is_not_there_stops_the_server_as_setup_would(tmp_path: Path) -> None:
     code = "from aiohttp import web; web.run_app(web.Application(), port=0)"
     argv = ("--config", "no_such:NAME", "--", sys.executable, "-c", code)
-    done = command(tmp_path, *argv)
+    done = run_program(tmp_path, *RUN, *argv)
     assert done.returncode == 1
     assert "ConfigError: config: no_such:NAME is not there" in done.stderr
 
@@ -318,7 +291,7 @@ def test_a_name_that_is_not_there_stops_the_server_as_setup_would(tmp_path: Path
 def test_a_python_that_has_not_the_package_runs_the_server_and_says_so(tmp_path: Path) -> None:
     venv.create(tmp_path / "bare", with_pip=False, symlinks=True)
     python = str(tmp_path / "bare" / "bin" / "python")
-    done = command(tmp_path, "--", python, "-c", "print(1)")
+    done = run_program(tmp_path, *RUN, "--", python, "-c", "print(1)")
     assert (done.returncode, done.stdout) == (0, "1\n")
     assert f"{python} can't import it" in done.stderr
     assert done.stderr.count("\n") == 1

@@ -1,38 +1,20 @@
 """``aiohttp-smg-routing run`` with launchers, child processes and a ``sitecustomize``."""
 
-import os
-import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
-import aiohttp_smg_routing
+from harness.processes import ROOT
+
+from ..commands import RUN, run_program
 
 pytestmark = pytest.mark.thorough
-
-ROOT = str(Path(aiohttp_smg_routing.__file__).parents[1])
-RUN = (sys.executable, "-m", "aiohttp_smg_routing", "run")
-
-
-def done(
-    folder: Path, *argv: str, env: Mapping[str, str] | None = None
-) -> "subprocess.CompletedProcess[str]":
-    given = {"PYTHONPATH": ROOT, "SMG_ROUTING_GATEWAY": "http://127.0.0.1:1", **(env or {})}
-    return subprocess.run(  # noqa: S603
-        argv,
-        cwd=folder,
-        env={**os.environ, **given},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def test_a_broken_pipe_ends_what_is_no_python_as_without_run(tmp_path: Path) -> None:
     argv = ("bash", "-c", "yes | head -n 1; echo ${PIPESTATUS[0]}")
-    plain, run = done(tmp_path, *argv), done(tmp_path, *RUN, "--", *argv)
+    plain, run = run_program(tmp_path, *argv), run_program(tmp_path, *RUN, "--", *argv)
     assert (run.stdout, run.stderr) == (plain.stdout, plain.stderr)
 
 
@@ -40,7 +22,7 @@ def test_a_broken_pipe_ends_what_is_no_python_as_without_run(tmp_path: Path) -> 
 def test_a_file_that_can_not_be_run_is_told_in_a_sentence(tmp_path: Path, text: str) -> None:
     (tmp_path / "server").write_text(text)
     (tmp_path / "server").chmod(0o755)
-    run = done(tmp_path, *RUN, "--", "./server")
+    run = run_program(tmp_path, *RUN, "--", "./server")
     assert (run.returncode, run.stdout) == (126, "")
     assert run.stderr.startswith("aiohttp-smg-routing run: './server' can't be run: ")
     assert run.stderr.count("\n") == 1
@@ -50,16 +32,16 @@ def test_a_file_that_can_not_be_run_is_told_in_a_sentence(tmp_path: Path, text: 
 def test_an_option_of_pythons_that_shuts_run_out_is_found_behind_others(
     tmp_path: Path, option: tuple[str, ...]
 ) -> None:
-    run = done(tmp_path, *RUN, "--", sys.executable, *option, "-I", "-c", "")
+    run = run_program(tmp_path, *RUN, "--", sys.executable, *option, "-I", "-c", "")
     assert run.returncode == 64
     assert "-I keeps Python from reading PYTHONPATH" in run.stderr
-    assert done(tmp_path, *RUN, "--", sys.executable, *option, "-c", "").returncode == 0
+    assert run_program(tmp_path, *RUN, "--", sys.executable, *option, "-c", "").returncode == 0
 
 
 def test_what_a_launcher_adds_to_pythonpath_stays(tmp_path: Path) -> None:
     code = "import os, sys; print(os.environ['PYTHONPATH'], '/added' in sys.path)"
     line = f'PYTHONPATH=/added:$PYTHONPATH {sys.executable} -c "{code}"'
-    run = done(tmp_path, *RUN, "--", "bash", "-c", line)
+    run = run_program(tmp_path, *RUN, "--", "bash", "-c", line)
     assert run.stdout == f"/added:{ROOT} True\n"
 
 
@@ -69,7 +51,7 @@ def test_a_sitecustomize_that_fails_says_so_as_without_run(tmp_path: Path) -> No
     (own / "sitecustomize.py").write_text("import no_such_module\n")
     # Only the server, not ``run``, gets the failing sitecustomize.
     line = f"PYTHONPATH=$PYTHONPATH:{own} {sys.executable} -c 'print(1)'"
-    run = done(tmp_path, *RUN, "--", "bash", "-c", line)
+    run = run_program(tmp_path, *RUN, "--", "bash", "-c", line)
     assert run.stdout == "1\n"
     assert "ModuleNotFoundError: No module named 'no_such_module'" in run.stderr
 
@@ -81,7 +63,7 @@ def test_a_package_that_can_not_be_imported_fails_nothing(tmp_path: Path) -> Non
     (own / "sitecustomize.py").write_text("import sys; sys.mark = 'own sitecustomize'\n")
     code = "import sys; print(sys.mark)"
     line = f'PYTHONPATH=$PYTHONPATH:{own} {sys.executable} -c "{code}"'
-    run = done(tmp_path, *RUN, "--", "bash", "-c", line)
+    run = run_program(tmp_path, *RUN, "--", "bash", "-c", line)
     assert run.stdout == "own sitecustomize\n"
     assert "no call carries a key (odd)" in run.stderr
     assert run.stderr.count("\n") == 1
@@ -92,7 +74,7 @@ def test_a_child_that_serves_no_app_says_nothing(tmp_path: Path) -> None:
         "import subprocess, sys; subprocess.run([sys.executable, '-c', "
         "'import sys; print(\"aiohttp_smg_routing\" in sys.modules)'], check=True)"
     )
-    run = done(tmp_path, *RUN, "--children", "--", sys.executable, "-c", code)
+    run = run_program(tmp_path, *RUN, "--children", "--", sys.executable, "-c", code)
     assert run.stdout == "True\n"
     assert run.stderr.count("served no aiohttp app") == 1
     assert "those that it started have the plugin too" in run.stderr
@@ -104,7 +86,7 @@ def test_a_client_session_that_is_something_else_in_an_app_is_a_warning(tmp_path
         "asyncio.run(web.AppRunner(app).setup()); print('served')"
     )
     env = {"SMG_ROUTING_CLIENT_SESSION": "client"}
-    run = done(tmp_path, *RUN, "--", sys.executable, "-c", code, env=env)
+    run = run_program(tmp_path, *RUN, "--", sys.executable, "-c", code, env=env)
     assert run.stdout == "served\n"
     assert "no ClientSession under 'client'" in run.stderr
 
@@ -127,7 +109,7 @@ def test_a_launcher_that_becomes_the_server_hands_the_plugin_on(tmp_path: Path, 
     (tmp_path / "launcher.py").write_text(
         f"import os, sys; argv = [sys.executable, 'server.py']; {call}"
     )
-    run = done(tmp_path, *RUN, "--", sys.executable, "launcher.py")
+    run = run_program(tmp_path, *RUN, "--", sys.executable, "launcher.py")
     assert run.stdout == f"True ['SMG_ROUTING_GATEWAY'] {ROOT}\n", run.stderr
 
 
@@ -137,5 +119,5 @@ def test_a_fork_that_becomes_another_program_has_no_plugin(tmp_path: Path) -> No
         "import os, sys; os.fork() or os.execv(sys.executable, [sys.executable, 'server.py']); "
         "os.wait()"
     )
-    run = done(tmp_path, *RUN, "--", sys.executable, "launcher.py")
+    run = run_program(tmp_path, *RUN, "--", sys.executable, "launcher.py")
     assert run.stdout == f"False ['SMG_ROUTING_GATEWAY'] {ROOT}\n", run.stderr

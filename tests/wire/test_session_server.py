@@ -131,7 +131,7 @@ class Call:
 
 
 @dataclass
-class Gateway:
+class Upstream:
     """A gateway that gives ``answers`` one by one, and then a good answer to every call."""
 
     url: URL = field(default_factory=URL)
@@ -187,8 +187,8 @@ Start = Callable[..., Coroutine[Any, Any, Texts]]
 
 
 @pytest.fixture
-async def upstream(aiohttp_server: "AiohttpServer") -> Gateway:
-    gateway = Gateway()
+async def upstream(aiohttp_server: "AiohttpServer") -> Upstream:
+    gateway = Upstream()
     app = web.Application(client_max_size=2**26)
     app.router.add_post("/{path:.*}", gateway.handle)
     server = await aiohttp_server(app)
@@ -197,7 +197,7 @@ async def upstream(aiohttp_server: "AiohttpServer") -> Gateway:
 
 
 @pytest.fixture
-def start(aiohttp_server: "AiohttpServer", client: ClientSession, upstream: Gateway) -> Start:
+def start(aiohttp_server: "AiohttpServer", client: ClientSession, upstream: Upstream) -> Start:
     """Start a session server in front of ``upstream``, with a session, and return its agent."""
 
     async def start(
@@ -261,7 +261,7 @@ async def test_a_deleted_session_is_gone(start: Start) -> None:
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b"\xff", b"null", b"[" * 200_000])
 async def test_a_body_that_is_no_json_object_is_refused(
-    start: Start, upstream: Gateway, body: bytes
+    start: Start, upstream: Upstream, body: bytes
 ) -> None:
     agent = await start()
     for url in (agent.url.parent, agent.chat_url):
@@ -281,7 +281,7 @@ async def test_a_session_id_that_is_no_text_is_refused(start: Start, session_id:
 
 @pytest.mark.parametrize("body", [{}, {"messages": []}, {"messages": "hi"}, {"messages": ["hi"]}])
 async def test_a_turn_without_messages_is_refused(
-    start: Start, upstream: Gateway, body: Json
+    start: Start, upstream: Upstream, body: Json
 ) -> None:
     agent = await start()
     async with agent.client.post(agent.chat_url, json=body) as response:
@@ -299,7 +299,7 @@ async def test_health_answers(start: Start) -> None:
 # Turns
 
 
-async def test_a_turn_is_kept_with_its_reply(start: Start, upstream: Gateway) -> None:
+async def test_a_turn_is_kept_with_its_reply(start: Start, upstream: Upstream) -> None:
     agent = await start()
     upstream.answers = [canned(text="one"), canned(text="two")]
     status, answer = await agent.say("hi")
@@ -310,7 +310,7 @@ async def test_a_turn_is_kept_with_its_reply(start: Start, upstream: Gateway) ->
     assert await agent.transcript() == (2, [*sent, assistant("two")])
 
 
-async def test_the_gateway_gets_the_body_byte_for_byte(start: Start, upstream: Gateway) -> None:
+async def test_the_gateway_gets_the_body_byte_for_byte(start: Start, upstream: Upstream) -> None:
     agent = await start()
     body = b'{ "messages":[{"role":"user","content":"\\u00e9"}] , "seed": 1.50 }'
     async with agent.client.post(agent.chat_url, data=body):
@@ -318,7 +318,7 @@ async def test_the_gateway_gets_the_body_byte_for_byte(start: Start, upstream: G
     assert [call.body for call in upstream.calls] == [body]
 
 
-async def test_a_conversation_of_megabytes_passes(start: Start, upstream: Gateway) -> None:
+async def test_a_conversation_of_megabytes_passes(start: Start, upstream: Upstream) -> None:
     agent = await start()
     body = json.dumps({"messages": [user("x" * 3 * 2**20)]}).encode()
     async with agent.client.post(agent.chat_url, data=io.BytesIO(body)) as response:
@@ -328,7 +328,7 @@ async def test_a_conversation_of_megabytes_passes(start: Start, upstream: Gatewa
 
 @pytest.mark.parametrize("status", [400, 401, 404, 422, 501])
 async def test_an_error_not_worth_retrying_is_passed_on_and_rolled_back(
-    start: Start, upstream: Gateway, status: int
+    start: Start, upstream: Upstream, status: int
 ) -> None:
     agent = await start()
     await agent.say("hi")
@@ -340,7 +340,7 @@ async def test_an_error_not_worth_retrying_is_passed_on_and_rolled_back(
 
 @pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504])
 async def test_an_error_worth_retrying_is_retried(
-    start: Start, upstream: Gateway, status: int
+    start: Start, upstream: Upstream, status: int
 ) -> None:
     agent = await start()
     upstream.answers = [canned(status, Retry_After="0")]
@@ -350,7 +350,7 @@ async def test_an_error_worth_retrying_is_retried(
     assert await agent.transcript() == (1, [user("hi"), assistant("reply")])
 
 
-async def test_the_last_try_speaks_for_itself(start: Start, upstream: Gateway) -> None:
+async def test_the_last_try_speaks_for_itself(start: Start, upstream: Upstream) -> None:
     agent = await start(retries=2)
     await agent.say("hi")
     upstream.answers = [
@@ -363,14 +363,14 @@ async def test_the_last_try_speaks_for_itself(start: Start, upstream: Gateway) -
     assert await agent.transcript() == (1, [user("hi"), assistant("reply")])
 
 
-async def test_without_retries_there_is_one_try(start: Start, upstream: Gateway) -> None:
+async def test_without_retries_there_is_one_try(start: Start, upstream: Upstream) -> None:
     agent = await start(retries=0)
     upstream.answers = [canned(503, "busy")]
     assert await agent.say("hi") == (503, {"error": {"message": "busy"}})
     assert len(upstream.calls) == 1
 
 
-async def test_a_dropped_connection_is_retried(start: Start, upstream: Gateway) -> None:
+async def test_a_dropped_connection_is_retried(start: Start, upstream: Upstream) -> None:
     agent = await start(retries=1)
     upstream.answers = [drops_the_connection]
     assert (await agent.say("hi"))[0] == 200
@@ -389,7 +389,7 @@ async def test_no_connection_is_a_502(start: Start) -> None:
     assert await agent.transcript() == (0, [])
 
 
-async def test_a_silent_gateway_is_a_504(start: Start, upstream: Gateway) -> None:
+async def test_a_silent_gateway_is_a_504(start: Start, upstream: Upstream) -> None:
     agent = await start(retries=1, timeout_seconds=0.1)
     upstream.answers = [Held(), Held()]
     status, answer = await agent.say("hi")
@@ -399,7 +399,7 @@ async def test_a_silent_gateway_is_a_504(start: Start, upstream: Gateway) -> Non
     assert await agent.transcript() == (0, [])
 
 
-async def test_an_answer_without_a_reply_is_no_turn(start: Start, upstream: Gateway) -> None:
+async def test_an_answer_without_a_reply_is_no_turn(start: Start, upstream: Upstream) -> None:
     agent = await start()
 
     choices = [{"message": assistant("no")}]
@@ -420,7 +420,7 @@ async def test_an_answer_without_a_reply_is_no_turn(start: Start, upstream: Gate
         assert await agent.transcript() == (0, [])
 
 
-async def test_a_turn_that_the_engine_aborts_is_retried(start: Start, upstream: Gateway) -> None:
+async def test_a_turn_that_the_engine_aborts_is_retried(start: Start, upstream: Upstream) -> None:
     agent = await start(retries=1)
     await agent.say("hi")
     upstream.answers = [canned(text="rep", finish_reason="abort")]
@@ -432,7 +432,7 @@ async def test_a_turn_that_the_engine_aborts_is_retried(start: Start, upstream: 
 
 
 async def test_a_turn_that_the_engine_aborts_each_time_is_a_503_and_rolled_back(
-    start: Start, upstream: Gateway
+    start: Start, upstream: Upstream
 ) -> None:
     agent = await start(retries=1)
     await agent.say("hi")
@@ -445,7 +445,7 @@ async def test_a_turn_that_the_engine_aborts_each_time_is_a_503_and_rolled_back(
 
 
 async def test_a_turn_of_several_choices_is_aborted_with_one_of_them(
-    start: Start, upstream: Gateway
+    start: Start, upstream: Upstream
 ) -> None:
     agent = await start(retries=0)
     choices = [{"message": assistant(each), "finish_reason": each} for each in ("stop", "abort")]
@@ -458,7 +458,7 @@ async def test_a_turn_of_several_choices_is_aborted_with_one_of_them(
     assert await agent.transcript() == (0, [])
 
 
-async def test_a_turn_is_rolled_back_between_its_tries(start: Start, upstream: Gateway) -> None:
+async def test_a_turn_is_rolled_back_between_its_tries(start: Start, upstream: Upstream) -> None:
     agent = await start()
     held = Held(then=canned(503, Retry_After="10"))
     upstream.answers = [held]
@@ -474,7 +474,7 @@ async def test_a_turn_is_rolled_back_between_its_tries(start: Start, upstream: G
 
 
 async def test_pauses_double(
-    start: Start, upstream: Gateway, monkeypatch: pytest.MonkeyPatch
+    start: Start, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pauses = []
 
@@ -531,7 +531,7 @@ def watched_lock(monkeypatch: pytest.MonkeyPatch) -> WatchedLock:
 
 
 async def test_turns_of_a_session_are_kept_apart(
-    start: Start, upstream: Gateway, watched_lock: WatchedLock
+    start: Start, upstream: Upstream, watched_lock: WatchedLock
 ) -> None:
     agent = await start()
     held = Held(then=canned(503, Retry_After="0"))
@@ -550,7 +550,7 @@ async def test_turns_of_a_session_are_kept_apart(
 
 
 async def test_a_turn_that_waited_finds_its_session_deleted(
-    start: Start, upstream: Gateway, watched_lock: WatchedLock
+    start: Start, upstream: Upstream, watched_lock: WatchedLock
 ) -> None:
     agent = await start()
     held = Held()
@@ -567,7 +567,7 @@ async def test_a_turn_that_waited_finds_its_session_deleted(
     assert len(upstream.calls) == 1
 
 
-async def test_no_session_waits_for_another(start: Start, upstream: Gateway) -> None:
+async def test_no_session_waits_for_another(start: Start, upstream: Upstream) -> None:
     agent = await start()
     everyone = [Held() for _ in range(120)]  # more than a ClientSession has connections by default
     upstream.answers = [*everyone]
@@ -585,7 +585,7 @@ async def test_no_session_waits_for_another(start: Start, upstream: Gateway) -> 
 # Streams
 
 
-async def test_a_stream_passes_as_it_arrives(start: Start, upstream: Gateway) -> None:
+async def test_a_stream_passes_as_it_arrives(start: Start, upstream: Upstream) -> None:
     agent = await start()
     first, second = event(role="assistant", content="Hel"), event(content="lo")
     seen, done = asyncio.Event(), asyncio.Event()
@@ -610,7 +610,7 @@ async def test_a_stream_passes_as_it_arrives(start: Start, upstream: Gateway) ->
     assert await agent.transcript() == (1, [user("hi"), assistant("Hello")])
 
 
-async def test_a_stream_passes_byte_for_byte(start: Start, upstream: Gateway) -> None:
+async def test_a_stream_passes_byte_for_byte(start: Start, upstream: Upstream) -> None:
     agent = await start()
     chunks = (b": hello\r\n\r\n", b"event: x\r\nid: 1\r\ndata:  {}\r", b"\n\r\n", DONE, b"tail")
     upstream.answers = [streamed(*chunks)]
@@ -630,7 +630,7 @@ async def test_a_stream_passes_byte_for_byte(start: Start, upstream: Gateway) ->
 )
 @pytest.mark.parametrize("answer", [broken_off, streamed])
 async def test_a_stream_without_its_reply_is_cut_and_rolled_back(
-    start: Start, upstream: Gateway, chunks: tuple[bytes, ...], answer: Callable[..., Answer]
+    start: Start, upstream: Upstream, chunks: tuple[bytes, ...], answer: Callable[..., Answer]
 ) -> None:
     agent = await start(retries=2)
     await agent.say("hi")
@@ -644,7 +644,7 @@ async def test_a_stream_without_its_reply_is_cut_and_rolled_back(
 
 
 async def test_a_stream_that_the_engine_aborts_is_cut_before_its_end_and_rolled_back(
-    start: Start, upstream: Gateway
+    start: Start, upstream: Upstream
 ) -> None:
     agent = await start()
     await agent.say("hi")
@@ -669,7 +669,7 @@ async def test_a_stream_that_the_engine_aborts_is_cut_before_its_end_and_rolled_
 
 
 async def test_a_stream_that_the_engine_aborts_before_its_first_piece_is_retried(
-    start: Start, upstream: Gateway
+    start: Start, upstream: Upstream
 ) -> None:
     agent = await start(retries=1)
     whole = event(content="Hello") + DONE
@@ -684,7 +684,7 @@ async def test_a_stream_that_the_engine_aborts_before_its_first_piece_is_retried
     assert (await agent.transcript())[0] == 1
 
 
-async def test_a_stream_that_falls_silent_is_cut(start: Start, upstream: Gateway) -> None:
+async def test_a_stream_that_falls_silent_is_cut(start: Start, upstream: Upstream) -> None:
     agent = await start(timeout_seconds=2)
     held = Held(event(content="Hel"))
     upstream.answers = [held]
@@ -696,7 +696,7 @@ async def test_a_stream_that_falls_silent_is_cut(start: Start, upstream: Gateway
 
 
 async def test_a_stream_that_breaks_before_its_first_byte_is_retried(
-    start: Start, upstream: Gateway
+    start: Start, upstream: Upstream
 ) -> None:
     agent = await start()
     whole = event(content="Hello") + DONE
@@ -707,7 +707,7 @@ async def test_a_stream_that_breaks_before_its_first_byte_is_retried(
     assert await agent.transcript() == (1, [user("hi"), assistant("Hello")])
 
 
-async def test_an_error_in_place_of_a_stream_is_retried(start: Start, upstream: Gateway) -> None:
+async def test_an_error_in_place_of_a_stream_is_retried(start: Start, upstream: Upstream) -> None:
     agent = await start()
     upstream.answers = [canned(503, Retry_After="0"), streamed(event(content="Hello") + DONE)]
     async with agent.post("hi", stream=True) as response:
@@ -716,7 +716,7 @@ async def test_an_error_in_place_of_a_stream_is_retried(start: Start, upstream: 
     assert await agent.transcript() == (1, [user("hi"), assistant("Hello")])
 
 
-async def test_tool_calls_are_assembled(start: Start, upstream: Gateway) -> None:
+async def test_tool_calls_are_assembled(start: Start, upstream: Upstream) -> None:
     def call(index: int, **function: str) -> bytes:
         return event(tool_calls=[{"index": index, "function": function}])
 
@@ -769,7 +769,7 @@ def test_a_chunk_may_end_anywhere(newline: bytes) -> None:
 # Agents that hang up
 
 
-async def test_an_agent_that_leaves_takes_its_turn_back(start: Start, upstream: Gateway) -> None:
+async def test_an_agent_that_leaves_takes_its_turn_back(start: Start, upstream: Upstream) -> None:
     agent = await start()
     await agent.say("hi")
     held = Held()
@@ -782,7 +782,7 @@ async def test_an_agent_that_leaves_takes_its_turn_back(start: Start, upstream: 
 
 
 async def test_an_agent_that_leaves_a_stream_takes_its_turn_back(
-    start: Start, upstream: Gateway
+    start: Start, upstream: Upstream
 ) -> None:
     agent = await start()
     held = Held(event(content="Hel"))
@@ -796,7 +796,7 @@ async def test_an_agent_that_leaves_a_stream_takes_its_turn_back(
 
 
 async def test_an_agent_that_leaves_with_its_reply_keeps_its_turn(
-    start: Start, upstream: Gateway
+    start: Start, upstream: Upstream
 ) -> None:
     agent = await start()
     whole = event(content="Hello") + DONE
@@ -814,7 +814,7 @@ async def test_an_agent_that_leaves_with_its_reply_keeps_its_turn(
 # A proxy
 
 
-async def test_end_to_end_headers_of_the_agent_are_copied(start: Start, upstream: Gateway) -> None:
+async def test_end_to_end_headers_of_the_agent_are_copied(start: Start, upstream: Upstream) -> None:
     agent = await start(url=f"{upstream.url}base")
     copied = [
         ("Authorization", "Bearer key"),
@@ -842,7 +842,9 @@ async def test_end_to_end_headers_of_the_agent_are_copied(start: Start, upstream
     assert "x-own" not in call.headers["Accept-Encoding"]
 
 
-async def test_an_upload_in_chunks_is_sent_on_in_one_piece(start: Start, upstream: Gateway) -> None:
+async def test_an_upload_in_chunks_is_sent_on_in_one_piece(
+    start: Start, upstream: Upstream
+) -> None:
     agent = await start()
     body = json.dumps({"messages": [user("hi")]}).encode()
 
@@ -860,7 +862,7 @@ async def test_an_upload_in_chunks_is_sent_on_in_one_piece(start: Start, upstrea
 
 @pytest.mark.parametrize("stream", [True, False])
 async def test_end_to_end_headers_of_the_gateway_are_copied(
-    start: Start, upstream: Gateway, stream: bool
+    start: Start, upstream: Upstream, stream: bool
 ) -> None:
     whole = event(content="Hello") + DONE
 
@@ -886,7 +888,7 @@ async def test_end_to_end_headers_of_the_gateway_are_copied(
     assert not {"Content-Encoding", "X-Hop"} & set(response.headers)
 
 
-async def test_cookies_of_one_session_stay_out_of_others(start: Start, upstream: Gateway) -> None:
+async def test_cookies_of_one_session_stay_out_of_others(start: Start, upstream: Upstream) -> None:
     agent = await start(url=str(upstream.url.with_host("localhost")))
     upstream.answers = [canned(Set_Cookie="a=1")]
     await agent.say("hi")
@@ -894,7 +896,7 @@ async def test_cookies_of_one_session_stay_out_of_others(start: Start, upstream:
     assert [call.headers.get("Cookie") for call in upstream.calls] == [None, None]
 
 
-async def test_a_redirect_is_the_agents_to_follow(start: Start, upstream: Gateway) -> None:
+async def test_a_redirect_is_the_agents_to_follow(start: Start, upstream: Upstream) -> None:
     agent = await start()
     upstream.answers = [canned(307, Location="/elsewhere")]
     async with agent.client.post(
@@ -907,12 +909,12 @@ async def test_a_redirect_is_the_agents_to_follow(start: Start, upstream: Gatewa
 # The plugin
 
 
-def routing(upstream: Gateway, **config: object) -> Json:
+def routing(upstream: Upstream, **config: object) -> Json:
     return {"gateway": str(upstream.url), "client_session": "client_session", **config}
 
 
 async def test_every_try_of_every_turn_carries_the_session_id(
-    start: Start, upstream: Gateway
+    start: Start, upstream: Upstream
 ) -> None:
     agent = await start("episode-7", smg_routing=routing(upstream, enabled=True))
     upstream.answers = [canned(503, Retry_After="0"), drops_the_connection]
@@ -924,14 +926,14 @@ async def test_every_try_of_every_turn_carries_the_session_id(
     assert upstream.keys == [["episode-7"]] * 5
 
 
-async def test_the_plugin_can_be_switched_off(start: Start, upstream: Gateway) -> None:
+async def test_the_plugin_can_be_switched_off(start: Start, upstream: Upstream) -> None:
     agent = await start(smg_routing=routing(upstream, enabled=False))
     upstream.answers = [canned(503, Retry_After="0")]
     assert (await agent.say("hi"))[0] == 200
     assert upstream.keys == [[], []]
 
 
-async def test_without_its_table_there_is_no_plugin(start: Start, upstream: Gateway) -> None:
+async def test_without_its_table_there_is_no_plugin(start: Start, upstream: Upstream) -> None:
     agent = await start()
     await agent.say("hi")
     async with agent.client.post(
@@ -1047,7 +1049,7 @@ PIPED = {"PYTHONUNBUFFERED": "", "PYTHONWARNINGS": "error"}
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_the_program_ends_well_after_its_running_turns(
-    client: ClientSession, upstream: Gateway, tmp_path: Path, number: signal.Signals
+    client: ClientSession, upstream: Upstream, tmp_path: Path, number: signal.Signals
 ) -> None:
     async with servers.session_server(upstream.url, folder=tmp_path, env=PIPED) as server:
         program, sessions = server.process, server.url / "sessions"
@@ -1066,7 +1068,7 @@ async def test_the_program_ends_well_after_its_running_turns(
 
 
 async def test_the_program_takes_broken_connections_calmly(
-    client: ClientSession, upstream: Gateway, tmp_path: Path
+    client: ClientSession, upstream: Upstream, tmp_path: Path
 ) -> None:
     async with servers.session_server(upstream.url, folder=tmp_path, env=PIPED) as server:
         program, sessions = server.process, server.url / "sessions"

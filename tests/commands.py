@@ -1,0 +1,105 @@
+"""The commands ``verify``, ``watch`` and ``run``, and what they left."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from io import StringIO
+from pathlib import Path
+from typing import Any, TextIO
+
+from yarl import URL
+
+from aiohttp_smg_routing.testing import SmgGateway, smg_gateway
+from harness.processes import CLI, ROOT, finished
+
+from .verify_servers import stub_engines
+from .waiting import PATIENCE_SECONDS
+
+NAME = "aiohttp-smg-routing"
+SCRIPT = Path(sys.executable).with_name(NAME)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run of ``verify``: its exit status, its output and its JSON."""
+
+    status: int
+    out: str
+    err: str
+    json: dict[str, Any]
+
+    @property
+    def causes(self) -> list[str]:
+        """The causes, without the note that SMG 1.12 and newer always gets."""
+        names = [cause["name"] for cause in self.json["causes"]]
+        return [name for name in names if name != "overload_protection"]
+
+    @property
+    def said(self) -> str:
+        """The output as one line."""
+        return " ".join(self.out.split())
+
+
+def verify(folder: Path, gateway: URL, *options: str | URL, program: bool = False) -> Run:
+    """Run ``verify``, in this process to save imports, or as a ``program`` in ``folder``.
+
+    Only the main thread can run it in this process.
+    """
+    file = folder / "seen.json"
+    arguments = ["verify", *map(str, (gateway, *options)), "--json", str(file)]
+    if program:
+        done = finished(folder, str(SCRIPT), *arguments, stdin=subprocess.DEVNULL, timeout=120)
+        status, out, err = done.returncode, done.stdout, done.stderr
+    else:
+        with redirect_stdout(StringIO()) as stdout, redirect_stderr(StringIO()) as stderr:
+            [script] = entry_points(group="console_scripts", name=NAME)
+            status = script.load()(arguments)
+        out, err = stdout.getvalue(), stderr.getvalue()
+    assert file.exists(), err
+    run = Run(status, out, err, json.loads(file.read_text("utf-8")))
+    assert run.json["exit_status"] == run.status
+    return run
+
+
+async def watch_once(*arguments: str | URL) -> tuple[int, dict[str, Any]]:
+    """Run ``watch --once``; return its exit status and its JSON document."""
+    argv = (*CLI, "watch", *map(str, arguments), "--once", "--json", "--interval", "0.1")
+    done = await asyncio.to_thread(finished, ROOT, *argv, timeout=PATIENCE_SECONDS)
+    assert done.stderr == ""
+    return done.returncode, json.loads(done.stdout)
+
+
+RUN = (*CLI, "run")
+
+
+def run_program(
+    folder: Path, *argv: str, env: Mapping[str, str] | None = None, **options: Any
+) -> "subprocess.CompletedProcess[str]":
+    """Run a program in ``folder``, where ``RUN`` finds its options."""
+    given = {"SMG_ROUTING_GATEWAY": "http://127.0.0.1:1", **(env or {})}
+    return finished(folder, *argv, env=given, **options)
+
+
+def broken_pipe() -> TextIO:
+    """Return a stream whose reader has gone away."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return open(writer, "w", encoding="utf-8")
+
+
+@asynccontextmanager
+async def gateway(
+    policy: str, *args: str, workers: int = 3, report: bool = True
+) -> AsyncIterator[SmgGateway]:
+    """Run the gateway before workers that stream; ``report``: they tell their cached tokens."""
+    async with (
+        stub_engines(workers, report=report) as urls,
+        smg_gateway(urls, policy=policy, args=args) as smg,
+    ):
+        yield smg

@@ -1,0 +1,33 @@
+"""Calls whose body is the id of the session that they belong to."""
+
+from collections.abc import Awaitable, Callable
+
+from aiohttp import ClientSession, web
+
+from aiohttp_smg_routing.testing import Recorder
+from harness.proxies import CLIENT, pinned_server
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def server_with(handler: Handler, gateway: Recorder, **config: object) -> web.Application:
+    """Return a session server whose turns the handler plays, with the plugin."""
+    app = pinned_server(gateway.url, **config)
+    app.router.add_post("/{session_id}", handler)
+    return app
+
+
+async def post(session: ClientSession, wire: Recorder, session_id: str = "") -> None:
+    """Call the gateway; the body names the session that the call belongs to."""
+    async with session.post(wire.chat, data=session_id.encode()) as response:
+        await response.read()
+
+
+async def call(request: web.Request, wire: Recorder) -> None:
+    """Call the gateway from a handler, in the session of its request."""
+    await post(request.config_dict[CLIENT], wire, request.match_info["session_id"])
+
+
+def assert_no_crosstalk(wire: Recorder, calls: int) -> None:
+    assert len(wire.calls) == calls
+    assert [call.keys for call in wire.calls] == [[call.body] for call in wire.calls]
