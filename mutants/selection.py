@@ -26,7 +26,7 @@ TESTS = {
     "metrics": "unit/test_metrics unit/test_monitoring unit/test_config unit/test_ledger",
     "pins": "unit/test_ledger unit/test_metrics",
     "middleware": "wire/test_middleware wire/test_body wire/test_plugin wire/test_late "
-    "wire/test_never_silent wire/test_client",
+    "wire/test_never_silent wire/test_client unit/test_sources",
     "plugin": "wire/test_plugin wire/test_instrument wire/test_never_silent "
     "wire/test_foreign_code unit/test_metrics",
     "rules": "wire/test_client wire/test_plugin wire/test_never_silent wire/test_late "
