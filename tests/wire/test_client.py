@@ -139,6 +139,15 @@ async def test_connection_does_not_name_the_key_for_a_proxy_to_drop(
     assert (gateway.last.keys, gateway.last.values("Connection")) == ([b"s-1"], left)
 
 
+async def test_connection_stays_where_it_was(gateway: Recorder, hooked: ClientSession) -> None:
+    headers = {"Connection": "keep-alive", "X-Last": "1"}
+    with routing_session("s-1"):
+        async with hooked.post(gateway.chat, headers=headers):
+            pass
+    names = [line.partition(b":")[0] for line in gateway.last.header_lines]
+    assert names.index(b"Connection") < names.index(b"X-Last")
+
+
 async def test_an_own_header_carries_the_key_and_the_gateways_does_not_survive(
     gateway: Recorder,
 ) -> None:

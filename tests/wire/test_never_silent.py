@@ -425,6 +425,15 @@ def test_explain_names_the_gateway_and_the_path_that_are_nearest() -> None:
     )
 
 
+@pytest.mark.parametrize("base", ["/maX", "/maX/"])
+def test_explain_knows_the_path_of_the_gateway(base: str) -> None:
+    routing = Routing({"gateway": f"http://gateway{base}"})
+    said = routing.explain("POST", f"http://gateway:81/maX{CHAT_PATH}")
+    assert said.endswith(
+        "its port is 81, and the gateway's is 80; add http://gateway:81/maX to gateway"
+    )
+
+
 def test_no_sentence_shows_what_is_secret_in_a_url() -> None:
     routing = Routing({"gateway": "http://user:hush@gateway"})
     for url in (
