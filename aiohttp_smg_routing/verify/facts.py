@@ -83,6 +83,8 @@ POLICY_ADVICE: Final[Mapping[Kind | None, str]] = {
     None: "SMG and sglang-router route on it under --policy manual; vllm-router routes on "
     "X-Session-ID under --policy consistent_hash (--header X-Session-ID).",
 }
+#: The calls without any key that ``verify`` makes before the turns.
+PROBES: Final = 4
 #: The policies that route on a key, as the options of prefill and decode workers take them.
 POOL_POLICIES: Final[Mapping[Kind | None, str]] = {
     "smg": "manual or consistent_hashing",

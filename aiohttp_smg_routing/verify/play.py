@@ -11,12 +11,11 @@ from ..gateway import CHAT_COMPLETIONS
 from . import ask
 from .call import CallError, Client, Reply
 from .chain import Chain
-from .facts import UNCOUNTED_POLICIES
+from .facts import PROBES, UNCOUNTED_POLICIES
 from .schedule import Session, message, prompt, schedule, seeded
 from .seen import NO_ANSWER, Counters, Failure, Outcome, Plan, Seen, Turn
 from .summary import with_cached_tokens
 
-PROBES = 4  # calls without any key, before the turns
 _BETWEEN_LOOKS = 2  # seconds
 _LAST = 1  # at least so many seconds to read the counters at the end: a run needs them
 T = TypeVar("T")

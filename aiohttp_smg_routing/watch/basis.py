@@ -5,9 +5,11 @@ from dataclasses import dataclass
 
 from ..verify.counting import keyed_calls, policy_of, sharing
 from ..verify.evidence import FEWEST
-from ..verify.facts import CACHE_KEEPERS, UNCOUNTED_POLICIES
+from ..verify.facts import CACHE_KEEPERS, PROBES, UNCOUNTED_POLICIES
 from ..verify.seen import Counters
 from .view import Share, View, kept_by_gateway, kept_by_server
+
+_MANY = 100  # calls; the probes of ``verify`` are a small share of so many
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +22,13 @@ class Basis:
     """The period of the gateway's counts, as the end of a sentence."""
     server_when: str
     """The period of the session server's counts, likewise."""
+    is_all: bool = False
+    """Whether the gateway's counts are all so far."""
+
+    def without_probes(self, keyed: Share) -> Share:
+        """Return the share of all calls so far less those that ``verify`` made without a key."""
+        probes = PROBES if self.is_all and keyed.of >= _MANY else 0
+        return Share(keyed.part, max(keyed.part, keyed.of - probes))
 
     @property
     def is_seen(self) -> bool:
@@ -37,7 +46,7 @@ def basis_of(view: View) -> Basis:
     now, server_now = view.now, view.server_now or {}
     whens = ", since the gateway started", ", since the session server started"
     if now is None or max(telling(now), kept_by_server(server_now).of) < FEWEST:
-        return Basis(view.totals, view.server_totals, *whens)
+        return Basis(view.totals, view.server_totals, *whens, is_all=True)
     server_when = f", in the {view.server.span}" if view.server else ""
     # Only manual counts keys that come again. For other policies, only the server knows them.
     is_mute = "manual" not in view.totals.branches and kept_by_server(server_now).of < FEWEST

@@ -6,7 +6,7 @@ from ..verify import known_causes
 from ..verify.cause import Cause
 from ..verify.counting import CHANCE
 from ..verify.evidence import FEWEST
-from ..verify.facts import KEY_ONLY_POLICIES, NO_KEY_BRANCHES
+from ..verify.facts import KEY_ONLY_POLICIES, NO_KEY_BRANCHES, PROBES
 from ..verify.seen import Counters
 from .basis import Basis, is_below, keyed_by, new_keys, policies_of, pools_of, telling, tells
 from .page import KEYED
@@ -22,6 +22,7 @@ _OTHERS_ADVICE = (
     "makes those. In the session server it is a client without the hook, such as a second "
     "ClientSession: name it in client_session, too, or set instrument = true."
 )
+_PROBES_ADVICE = f" Each run of verify makes {PROBES} calls without a key, too."
 _FEWEST_KEYS = 50  # all new; fewer may be of sessions that have just begun
 _LEFT_OUT = frozenset(("worker_down", "circuit_open", "overloaded"))
 _SPARE = 20  # calls; fewer may be under way between a session server and its gateway
@@ -44,12 +45,12 @@ def _key_causes(view: View, basis: Basis, min_kept: float) -> Iterator[Cause]:
     kind = page.load.kind
     for pool in pools_of(counters):
         policies, keyed = policies_of(counters, pool), keyed_by(counters, pool)
-        advice = _key_advice(view, counters, keyed)
+        advice = _key_advice(view, counters, keyed) + _PROBES_ADVICE * basis.is_all
         if policies in ("prefix_hash", "consistent_hashing") and not tells(view, counters, pool):
             yield known_causes.any_key(policies)
         elif not tells(view, counters, pool):
             yield _uncounted(view, policies)
-        elif (keyed.value or 0) >= min_kept or page.load.overloaded:
+        elif (basis.without_probes(keyed).value or 0) >= min_kept or page.load.overloaded:
             pass  # an overloaded gateway ignores its policy, and states() says so
         elif 2 * counters.of("no_healthy_workers") > keyed.of - keyed.part:
             yield known_causes.no_healthy_workers(policies)

@@ -31,7 +31,7 @@ def _decide(view: View, basis: Basis, found: set[str], min_kept: float) -> tuple
         worker = "worker" if pool == "regular" else f"{pool} worker"
         keyed = keyed_by(counters, pool)
         said = f"the key chose the {worker} of {keyed.part} of {keyed.of} calls{basis.when}"
-        if tells(view, counters, pool) and is_below(keyed, min_kept):
+        if tells(view, counters, pool) and is_below(basis.without_probes(keyed), min_kept):
             return "not pinned", said
     if basis.is_seen or "manual" in counters.branches:
         whose, when = ("session", basis.server_when) if basis.is_seen else ("key", basis.when)

@@ -24,7 +24,7 @@ from harness.processes import CLI, ROOT, environment, local_url
 from harness.servers import serve
 from harness.workers import worker_processes
 
-from ..commands import watch_once
+from ..commands import gateway, verify, watch_once
 from ..metered import metered_server
 from ..waiting import soon
 from .loaded import POLLS, loaded_workers, report
@@ -311,3 +311,11 @@ async def test_endpoint_that_hangs_holds_up_neither_the_picture_nor_a_signal(
     assert (process.returncode, err) == (status, b"")
     left = bytes(read).rpartition(b"\x1b[?1049l")[2]  # what remains on the terminal
     assert b": the gateway has not answered yet." in left
+
+
+async def test_a_gateway_is_pinned_after_verify_has_proven_it(tmp_path: Path) -> None:
+    async with gateway("manual") as smg:
+        run = await asyncio.to_thread(verify, tmp_path, smg.url, program=True)
+        assert run.status == 0, run.out
+        status, seen = await watch_once(smg.metrics_url)
+    assert (status, causes(seen)) == (0, ["idle"]), seen["sentence"]

@@ -169,6 +169,30 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         [],
         "100 of 100",
     ),
+    "the calls without a key that verify made, of all so far": (
+        view(None, smg({"vacant": 168, "occupied_hit": 120, "no_routing_id": 4})),
+        "pinned",
+        [],
+        "120 of 120 later calls came to the worker of their key, since the gateway started",
+    ),
+    "more calls without a key than verify makes": (
+        view(None, smg({"vacant": 168, "occupied_hit": 120, "no_routing_id": 8})),
+        "not pinned",
+        ["key_lost"],
+        "the key chose the worker of 288 of 296 calls",
+    ),
+    "as many calls without a key just now": (
+        view(IDLE, smg({"vacant": 168, "occupied_hit": 120, "no_routing_id": 4})),
+        "not pinned",
+        ["key_lost"],
+        "the key chose the worker of 288 of 292 calls, in the last 10 s",
+    ),
+    "as many calls without a key, of few": (
+        view(None, smg({"vacant": 5, "occupied_hit": 50, "no_routing_id": 4})),
+        "not pinned",
+        ["key_lost"],
+        "the key chose the worker of 55 of 59 calls",
+    ),
     "keys lost": (
         view(IDLE, smg({"vacant": 5, "occupied_hit": 50, "no_routing_id": 50})),
         "not pinned",
