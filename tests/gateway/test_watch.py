@@ -315,7 +315,8 @@ async def test_endpoint_that_hangs_holds_up_neither_the_picture_nor_a_signal(
 
 async def test_a_gateway_is_pinned_after_verify_has_proven_it(tmp_path: Path) -> None:
     async with gateway("manual") as smg:
-        run = await asyncio.to_thread(verify, tmp_path, smg.url, program=True)
+        metrics = ("--metrics", smg.metrics_url)
+        run = await asyncio.to_thread(verify, tmp_path, smg.url, *metrics, program=True)
         assert run.status == 0, run.out
         status, seen = await watch_once(smg.metrics_url)
     assert (status, causes(seen)) == (0, ["idle"]), seen["sentence"]
