@@ -24,11 +24,19 @@ from .sources import is_named, named_sources
 
 logger: logging.Logger = logging.getLogger(__name__)
 
+_OF_AN_APP = ("instrument", "client_session", "hide_worker_ids")
+_IDLE = (
+    "%s: no effect on a Routing that setup(app, config) did not make; instead, write with "
+    "routing.instrument(): around the calls, or ClientSession(trace_configs="
+    "[routing.trace_config()])"
+)
+
 
 class Routing:
     """A config, its ledger, and the two halves that use them. ``setup()`` joins it to an app.
 
-    Raises ``ConfigError`` with every fault of the config.
+    Without an app, ``instrument``, ``client_session`` and ``hide_worker_ids`` of the config have no
+    effect, and a log line says so. Raises ``ConfigError`` with every fault of the config.
 
     >>> routing = Routing({"gateway": "http://10.0.0.1:30000"})
     >>> app = web.Application(middlewares=[routing.middleware])
@@ -36,9 +44,14 @@ class Routing:
     (0, 'X-SMG-Routing-Key')
     """
 
-    def __init__(self, config: RoutingConfig | Mapping[str, Any]) -> None:
+    def __init__(
+        self, config: RoutingConfig | Mapping[str, Any], *, _has_app: bool = False
+    ) -> None:
         self.config: RoutingConfig = as_config(config)
         """The config, checked."""
+        idle = [name for name in _OF_AN_APP if getattr(self.config, name)]
+        if idle and self.config.enabled and not _has_app:
+            say(logger, logging.WARNING, _IDLE, " and ".join(idle))
         self.pins: PinLedger = _ledger(self.config)
         """The ledger: which worker answered which session."""
         self._rules = Rules(self.config, self.pins)
@@ -155,7 +168,7 @@ def setup(app: web.Application, config: RoutingConfig | Mapping[str, Any]) -> Ro
             "this app is frozen: call setup() where the app is made, before it is started (and not "
             "in on_startup) or added to another app"
         )
-    app[ROUTING] = routing = Routing(config)
+    app[ROUTING] = routing = Routing(config, _has_app=True)
     app.on_startup.append(_started)
     if routing.config.enabled:
         app.middlewares.append(routing.middleware)

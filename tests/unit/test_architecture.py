@@ -109,4 +109,4 @@ def test_the_core_is_few_files() -> None:
 
 def test_each_file_is_short() -> None:
     sizes = {path: len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
-    assert max(sizes.values()) <= 250
+    assert max(sizes.values()) <= 300
