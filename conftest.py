@@ -9,7 +9,7 @@ import sys
 from collections.abc import Generator, Iterable
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -29,6 +29,9 @@ SDKS = (
 MEASURING = pytest.StashKey[Any]()
 """The coverage measurement, if there is one."""
 
+Report = TypeVar("Report", pytest.CollectReport, pytest.TestReport)
+# The last one is what the package itself says of a missing extra.
+SIGNS = ("ModuleNotFoundError", "PackageNotFoundError", "pip install 'aiohttp_smg_routing[")
 REMEDY = "These tests need packages that are not here: pip install -e . --group test"
 
 
@@ -102,6 +105,18 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
     """Name the remedy if a test file or a page needs a package that is not installed."""
     report = yield
-    if report.failed and "ModuleNotFoundError" in str(report.longrepr):
+    return _with_remedy(report)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Name it, too, if a test or its fixture does."""
+    report = yield
+    return _with_remedy(report)
+
+
+def _with_remedy(report: Report) -> Report:
+    said = f"{report.longreprtext} {report.capstderr}" if report.failed else ""
+    if any(sign in said for sign in SIGNS):
         report.sections.append(("What to install", REMEDY))
     return report
