@@ -92,6 +92,7 @@ def gateway_url(value: Any) -> URL:
             url.scheme in ("http", "https")
             and url.raw_host
             and ";" not in url.raw_host
+            and not re.match(r"https?://https?:*//", str(url))  # a scheme too many
             and not url.query_string + url.fragment
         ):
             # yarl before 1.10 keeps a default port that the text names.
