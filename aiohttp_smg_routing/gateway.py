@@ -91,6 +91,9 @@ def difference(url: URL, gateways: Iterable[URL], paths: Iterable[str]) -> str:
     names, base = {name for name, _, _ in differing}, nearest.raw_path.rstrip("/")
     if names == {"path"} and url.raw_path.startswith(f"{base}/"):
         return f"{said}; if it is to be pinned, add {url.raw_path.removeprefix(base)} to paths"
+    if names == {"path"} and url.raw_path.endswith(path):
+        there = f"{origin(url)}{url.raw_path.removesuffix(path)}"
+        return f"{said}; if that is the gateway, add {there} to gateway"
     # Never advise to add another host: it may be a judge model, which would get session ids.
     is_loopback = _is_loopback(url) and _is_loopback(nearest)
     if "path" not in names and (is_loopback or "host" not in names):

@@ -305,12 +305,14 @@ NEAR: dict[str, tuple[str, str, str]] = {
     "a base path that the config has not": (
         "http://127.0.0.1:{port}/base",
         "http://127.0.0.1:{port}/v1/chat/completions",
-        "its path is /v1/chat/completions, and the gateway's is /base/v1/chat/completions",
+        "its path is /v1/chat/completions, and the gateway's is /base/v1/chat/completions; if that "
+        "is the gateway, add http://127.0.0.1:{port} to gateway",
     ),
     "a base path that only begins like the config's": (
         "http://127.0.0.1:{port}/base",
         "http://127.0.0.1:{port}/based/v1/chat/completions",
-        "its path is /based/v1/chat/completions, and the gateway's is /base/v1/chat/completions",
+        "its path is /based/v1/chat/completions, and the gateway's is /base/v1/chat/completions; "
+        "if that is the gateway, add http://127.0.0.1:{port}/based to gateway",
     ),
     "a judge model elsewhere": (
         "http://127.0.0.1:{port}",
