@@ -75,7 +75,7 @@ def test_the_readme_has_at_most_700_words() -> None:
         "import no_such_package",
         "def test_it():\n    import no_such_package",
         "from importlib.metadata import version\ndef test_it():\n    version('no_such_package')",
-        "import sys\ndef test_it():\n    sys.exit(\"pip install 'aiohttp_smg_routing[x]'\")",
+        "import sys\ndef test_it():\n    sys.exit(\"pip install 'aiohttp_smg_routing[verify]'\")",
     ],
 )
 def test_a_missing_package_gets_a_remedy(code: str, tmp_path: Path) -> None:
