@@ -37,7 +37,7 @@ async def test_pinned_sessions_get_exactly_the_most_that_is_allowed() -> None:
     for scene in (ENOUGH, SHARED):
         figure = figures[scene]
         assert not isinstance(figure, str)
-        assert figure.runs == (1.0,)
+        assert figure.runs == (1.0,), (scene, [table.rows for table in scenes])
     for table in scenes:
         assert [row[0] for row in table.rows] == [PIN, RANDOM]
     shares = [done for done, _ in said]
