@@ -46,6 +46,14 @@ def colours(file: Path) -> set[str]:
     return {style.split("fill: ")[1][:7].upper() for style in styles if "fill: #" in style}
 
 
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Return the list that gets each figure, instead of its file."""
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: drawn.append(figure))
+    return drawn
+
+
 @pytest.mark.parametrize("workers", [2, 3, 8, 16])
 def test_each_worker_has_a_colour_of_its_own(tmp_path: Path, workers: int) -> None:
     seen = played(workers)
@@ -56,10 +64,8 @@ def test_each_worker_has_a_colour_of_its_own(tmp_path: Path, workers: int) -> No
 
 
 def test_arm_with_the_key_is_above_and_the_curves_are_beside(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, figures: list[Figure]
 ) -> None:
-    figures: list[Figure] = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: figures.append(figure))
     seen = played(3)
     draw(seen, judge(seen, 0.9), tmp_path / "pins.svg")
     panels = {axes.get_title(loc="left"): axes for axes in figures[0].axes}
@@ -87,10 +93,8 @@ def test_arm_with_the_key_is_above_and_the_curves_are_beside(
 
 @pytest.mark.parametrize("workers", [3, 30, 100])
 def test_the_names_of_the_workers_stand_below_all_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+    tmp_path: Path, figures: list[Figure], workers: int
 ) -> None:
-    figures: list[Figure] = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: figures.append(figure))
     seen = played(workers, sessions=2 * workers)
     draw(seen, judge(seen, 0.9), tmp_path / "pins.svg")
     [figure] = figures
@@ -135,10 +139,8 @@ def test_what_is_not_known_is_said(tmp_path: Path) -> None:
 
 
 def test_picture_counts_no_moves_where_nobody_names_a_worker(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, figures: list[Figure]
 ) -> None:
-    figures: list[Figure] = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **options: figures.append(figure))
     turns = tuple(
         Turn(arm, session, number, "unknown")
         for arm in ARMS
