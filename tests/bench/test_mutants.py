@@ -56,7 +56,7 @@ def tree(tmp_path: Path) -> Path:
     names = ("__init__", "testing/__init__", "testing/pytest_plugin")  # pytest loads these
     texts = {f"{PACKAGE}/{name}.py": "" for name in names}
     texts |= dict.fromkeys(selected(FILE), "def test_nothing():\n    pass\n")
-    texts |= {FILE: _CODE, "tests/unit/test_keys.py": _NOTICE, "conftest.py": ""}
+    texts |= {FILE: _CODE, "tests/unit/test_keys.py": _NOTICE}
     for name, text in texts.items():
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (tree / name).write_text(text)

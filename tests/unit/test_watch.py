@@ -652,6 +652,19 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("case", "is_named"),
+    [
+        ("more calls without a key than verify makes", True),
+        ("as many calls without a key just now", False),
+    ],
+)
+def test_lost_keys_since_the_start_may_be_those_of_verify(case: str, is_named: bool) -> None:
+    [cause] = judge(CASES[case][0], 0.99).causes
+    assert cause.name == "key_lost"
+    assert ("Each run of verify makes 4 calls without a key" in cause.advice) == is_named
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_verdict_and_causes(case: str) -> None:
     seen, answer, causes, words = CASES[case]
