@@ -16,7 +16,7 @@ from yarl import URL
 
 from ..config import RoutingConfig
 from ..keys import SessionId
-from .processes import child_process, free_ports
+from .processes import POLL_SECONDS, child_process, free_ports
 from .recorder import Recorder, assert_pinned, recording_gateway
 
 
@@ -126,14 +126,40 @@ async def smg_gateway(
     program = (sys.executable, "-m", "smg", "launch", "--disable-tokenizer-autoload")
     arguments = ("--policy", policy, "--log-level", "warn", *_protection(args), *args)
     async with run_gateway(program, workers, arguments, port) as gateway:
+        if _version() == (1, 10):
+            await _rebuild_hash_ring(gateway.url)
         yield gateway
+
+
+def _version() -> tuple[int, ...]:
+    return tuple(map(int, version("smg").split(".")[:2]))
 
 
 def _protection(args: Sequence[str]) -> tuple[str, ...]:
     """Return the option that turns worker overload protection off, if SMG has it on by default."""
-    is_default = tuple(map(int, version("smg").split(".")[:2])) >= (1, 12)
+    is_default = _version() >= (1, 12)
     is_named = any("worker-overload-" in argument for argument in args)
     return ("--disable-worker-overload-protection",) if is_default and not is_named else ()
+
+
+async def _rebuild_hash_ring(url: URL) -> None:
+    """Change a label of one worker: SMG then builds its hash ring again.
+
+    If several workers register at once, SMG 1.10 may leave some of them out of the ring, and
+    ``consistent_hashing`` then gives them no call (``docs/gateways.md``).
+    """
+    async with aiohttp.ClientSession(raise_for_status=True) as session:
+        async with session.get(url / "workers") as response:
+            known = (await response.json())["workers"]
+        for worker in known[:1]:
+            path = url / "workers" / worker["id"]
+            labels = worker.get("labels", {}) | {"hash_ring": "whole"}
+            async with session.patch(path, json={"labels": labels}):
+                pass
+            while not labels.items() <= worker.get("labels", {}).items():
+                await asyncio.sleep(POLL_SECONDS)
+                async with session.get(path) as response:
+                    worker = await response.json()
 
 
 @asynccontextmanager

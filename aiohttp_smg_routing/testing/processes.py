@@ -14,7 +14,7 @@ from pathlib import Path
 
 import aiohttp
 
-_POLL_SECONDS = 0.05
+POLL_SECONDS = 0.05
 _START_SECONDS = 60
 
 
@@ -132,4 +132,4 @@ async def _until_ready(
                 return
         except aiohttp.ClientError:  # it may listen already, and not answer yet
             pass
-        await asyncio.sleep(_POLL_SECONDS)
+        await asyncio.sleep(POLL_SECONDS)

@@ -93,7 +93,8 @@ def _by_branches(
         told = f"tells only {vacant // share or 1} of {sessions} sessions apart"
         if "manual" in counters.branches and not vacant:
             told = f"met no new key in {sessions} sessions"
-        yield known_causes.shared_key(told)
+        unless = "" if "manual" in counters.branches else "unless its hash ring lacks workers, "
+        yield known_causes.shared_key(told, unless)
     moved = keyed.outcomes["moved"]
     if missed := counters.of("occupied_miss"):
         yield known_causes.worker_lost(missed)

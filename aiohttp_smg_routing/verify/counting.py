@@ -1,6 +1,7 @@
 """Reads the gateway's counters for each pool, which is a kind of worker."""
 
 import re
+from math import comb, log
 from typing import Literal
 
 from .facts import CACHE_KEEPERS, KEY_BRANCHES, KEY_ONLY_POLICIES, UNCOUNTED_POLICIES
@@ -72,6 +73,11 @@ def sharing(counters: Counters, pool: str) -> int:
     return explicit + (others if _total(counters, series) > explicit * counters.calls else 0)
 
 
+def all_hashed(counters: Counters) -> bool:
+    """Tell whether ``consistent_hashing`` alone chose the workers, all of one kind."""
+    return {*counters.pools} == {"regular"} and {*counters.branches} == {"consistent_hashing"}
+
+
 def keyed_calls(counters: Counters, pool: str) -> int:
     """Return in how many calls the key chose the pool's worker.
 
@@ -135,11 +141,33 @@ def counts_any_call(seen: Seen, pool: str) -> bool:
     return _total(seen.probe, series_of(seen.counters or Counters(), policy)) > 0
 
 
+def beyond_chance(reached: int, workers: int, keys: int) -> bool:
+    """Tell whether it is no accident that so many keys came to so few of the workers.
+
+    Under chance, each key has a worker of its own choice. The bound is the probability that any set
+    of ``reached`` workers gets all keys.
+    """
+    if not 0 < reached < workers:
+        return False
+    return log(comb(workers, reached)) + keys * log(reached / workers) < log(CHANCE)
+
+
+def key_count(seen: Seen) -> int:
+    """Return how many sessions, and so how many keys, have had an answer."""
+    answered = (turn for turn in seen.turns if turn.outcome != "failed")
+    return len({(t.arm, t.session, t.arm == "control" and t.number) for t in answered})
+
+
 def one_for_all(seen: Seen) -> bool:
     """Tell whether one of several workers got all calls of all keys, beyond chance."""
-    got, there = seen.counters and seen.counters.workers, worker_count(seen)
-    keys = len({(t.arm, t.session, t.arm == "control" and t.number) for t in seen.turns})
-    return bool(got and there and len(got) == 1 < there and there ** (1.0 - keys) < CHANCE)
+    got = len(seen.counters.workers) if seen.counters else 0
+    return got == 1 and beyond_chance(got, worker_count(seen) or 0, key_count(seen))
+
+
+def workers_reached(seen: Seen) -> int:
+    """Return how many workers answered, by their names or the counters."""
+    named = {turn.worker for turn in seen.turns if turn.worker}
+    return len(named.union(seen.counters.workers if seen.counters else ()))
 
 
 def keys_shared(seen: Seen, keyed: Summary, control: Summary, pool: str) -> bool:
@@ -154,8 +182,7 @@ def keys_shared(seen: Seen, keyed: Summary, control: Summary, pool: str) -> bool
     series = series_of(counters, policy_of(counters, pool) or "")
     if series != "manual":
         workers = {*keyed.workers, *control.workers}
-        there = worker_count(seen) or 1
-        return keyed.named and len(workers) == 1 and there ** (1.0 - keys) < CHANCE
+        return len(workers) == 1 and beyond_chance(1, worker_count(seen) or 0, keys)
     if fresh_ids(seen):
         return counters.branches[series].get("vacant", 0) < sharing(counters, pool) * keys
     stripped = {re.sub(r"_[tr][0-9]+$", "", name) for name in seen.plan.ids()}

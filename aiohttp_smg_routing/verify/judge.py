@@ -80,7 +80,7 @@ def _sentence(seen: Seen, keyed: Summary, control: Summary, evidence: Evidence) 
     if evidence.key == "not used" or evidence.stayed != "kept":
         return said
     if evidence.shared:
-        return f"{said}; but some sessions share a key"
+        return f"{said}; but the gateway does not tell all sessions apart"
     if decide(evidence) == "pinned":
         return said
     return f"{said}; but nothing shows that the key did it"

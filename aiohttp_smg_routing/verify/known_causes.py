@@ -128,6 +128,19 @@ def shared_key(told: str, unless: str = "") -> Cause:
     )
 
 
+def left_out(reached: int, workers: int, sessions: int) -> Cause:
+    """Return the cause for healthy workers that ``consistent_hashing`` gives no session."""
+    return Cause(
+        "left_out",
+        f"The {sessions} sessions came to {reached} of {workers} healthy workers. The gateway's "
+        "hash ring lacks the others, unless sessions share keys: SMG 1.10 may lose workers there "
+        "that register at once.",
+        "Change one worker, and SMG builds the ring again: curl -X PATCH GATEWAY/workers/ID -d "
+        "'{\"priority\": 50}' -H 'Content-Type: application/json', with an id of GET /workers. Or "
+        "use SMG 1.11 or newer, or --policy manual.",
+    )
+
+
 def key_changes(keys: int, calls: str, guess: str = "") -> Cause:
     """Return the cause for calls of one session that carry several keys."""
     return Cause(

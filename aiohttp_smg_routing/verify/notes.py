@@ -6,7 +6,14 @@ from collections.abc import Iterator
 from ..gateway import VALID_KEY
 from . import known_causes
 from .cause import Cause
-from .counting import worker_count
+from .counting import (
+    all_hashed,
+    beyond_chance,
+    key_count,
+    key_use,
+    worker_count,
+    workers_reached,
+)
 from .facts import KV_USAGE_LIMIT
 from .seen import Answer, Counters, Seen
 from .summary import Summary
@@ -35,12 +42,7 @@ def notes(seen: Seen, keyed: Summary, answer: Answer) -> Iterator[Cause]:
             "gone elsewhere than the key's counters say.",
             "See GET /workers, and run this again when all of them are healthy.",
         )
-    if len(keyed.workers) == 1 and keyed.sessions >= 8 and worker_count(seen) != 1:
-        yield Cause(
-            "one_sided",
-            f"All {keyed.sessions} sessions that kept their key began on one worker.",
-            known_causes.spread(seen.load.kind),
-        )
+    yield from _spread(seen, keyed)
     yield from _load(seen)
     yield from _caches(keyed, answer)
 
@@ -95,6 +97,21 @@ def _keys(seen: Seen) -> Iterator[Cause]:
             "--routing-key-override the gateway removes that number, and ids that differ only in "
             "it share one pin.",
             "Put the number elsewhere in the id.",
+        )
+
+
+def _spread(seen: Seen, keyed: Summary) -> Iterator[Cause]:
+    reached, there, keys = workers_reached(seen), worker_count(seen) or 0, key_count(seen)
+    counters = seen.counters or Counters()
+    is_steady = not (seen.has_changed or seen.load.overloaded or counters.troubles)
+    is_hashed = all_hashed(counters) and key_use(seen, "regular") == "used"
+    if is_steady and is_hashed and beyond_chance(reached, there, keys):
+        yield known_causes.left_out(reached, there, keys)
+    elif len(keyed.workers) == 1 and keyed.sessions >= 8 and there != 1:
+        yield Cause(
+            "one_sided",
+            f"All {keyed.sessions} sessions that kept their key began on one worker.",
+            known_causes.spread(seen.load.kind),
         )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from ..verify import known_causes
 from ..verify.cause import Cause
-from ..verify.counting import CHANCE
+from ..verify.counting import beyond_chance
 from ..verify.evidence import FEWEST
 from ..verify.facts import KEY_ONLY_POLICIES, NO_KEY_BRANCHES, PROBES
 from ..verify.seen import Counters
@@ -121,11 +121,11 @@ def _one_key(view: View, found: set[str]) -> Iterator[Cause]:
     got = [name for name, calls in totals.workers.items() if calls]
     if len(got) != 1 or view.workers < 2 or found & _LEFT_OUT:
         return
-    is_chance = sessions and view.workers ** (1.0 - sessions) >= CHANCE
+    is_chance = sessions and not beyond_chance(1, view.workers, sessions)
     if not is_chance and totals.of("routing_key_hit") >= FEWEST:
         yield known_causes.shared_key(
             f"sent all {totals.calls} calls to one worker of {view.workers}",
-            "unless they are of few sessions, ",
+            "unless they are of few sessions, or its hash ring lacks workers, ",
         )
 
 

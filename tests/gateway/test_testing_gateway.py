@@ -10,7 +10,7 @@ from aiohttp_smg_routing.testing import StartSmgGateway, free_port, smg_gateway
 from harness.agents import CHAT, chat
 from harness.processes import local_url
 
-from ..smg import names_workers
+from ..smg import SMG, names_workers
 from .loaded import POLLS, loaded_workers
 
 
@@ -67,6 +67,15 @@ async def test_an_overloaded_worker_keeps_its_sessions(smg_gateway: StartSmgGate
                             assert response.status == 200
         for number in range(8):
             replace(smg, workers=tuple(recorders)).assert_pinned(f"s-{number}", turns=2)
+
+
+async def test_the_hash_ring_of_smg_1_10_is_built_once_more(smg_gateway: StartSmgGateway) -> None:
+    smg = await smg_gateway(2, policy="consistent_hashing")
+    async with ClientSession() as session, session.get(smg.url / "workers") as response:
+        workers = (await response.json())["workers"]
+    labels = [{*worker["labels"]} for worker in workers]
+    assert any("hash_ring" in its for its in labels) is (SMG == (1, 10))
+    assert all("model_path" in its for its in labels), "a label was lost"
 
 
 async def test_another_gateway_on_the_port_is_not_taken_for_the_one_that_starts(

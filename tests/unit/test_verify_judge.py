@@ -11,7 +11,7 @@ import pytest
 from yarl import URL
 
 from aiohttp_smg_routing.verify.cause import Cause
-from aiohttp_smg_routing.verify.counting import Use
+from aiohttp_smg_routing.verify.counting import Use, beyond_chance
 from aiohttp_smg_routing.verify.evidence import Evidence, Played, Stayed
 from aiohttp_smg_routing.verify.judge import decide, judge
 from aiohttp_smg_routing.verify.seen import (
@@ -179,6 +179,11 @@ def on_one_worker(counters: Counters | None) -> Seen:
     return seen(on_w0("keyed"), counters=counters)
 
 
+def of_five(counters: Counters = MANUAL, probe: Counters | None = None) -> Seen:
+    """Return a run that reached three of five workers."""
+    return replace(seen(counters=counters, probe=probe), workers={"regular": 5})
+
+
 def unnamed(
     counters: Counters | None,
     failed: int = 0,
@@ -305,8 +310,44 @@ CASES = {
     "one key for all sessions, hashed": (
         seen(on_w0("keyed"), on_w0("control"), HASHING),
         2,
-        ["shared_key", "one_sided"],
+        ["shared_key", "left_out"],
     ),
+    "hashed, and some workers get no session": (of_five(counters=HASHING), 0, ["left_out"]),
+    "hashed, and one worker got none of few sessions": (
+        replace(
+            of_five(counters=counted("consistent_hashing", calls=24, routing_key_hit=24)),
+            turns=tuple(
+                turn for turn in arm("keyed", LATER) + arm("control", 0) if turn.session < 3
+            ),
+            sent=24,
+            plan=replace(PLAN, sessions=2),
+        ),
+        0,
+        [],
+    ),
+    "hashed, and the counters know of more workers than the answers": (
+        of_five(counters=replace(HASHING, workers={f"http://w{n}": 9 for n in range(5)})),
+        0,
+        [],
+    ),
+    "hashed, by an API key": (of_five(counters=HASHING, probe=ANY_KEY), 0, []),
+    "hashed, while others call the gateway": (
+        of_five(counters=counted("consistent_hashing", calls=400, routing_key_hit=400)),
+        0,
+        ["other_calls"],
+    ),
+    "hashed, while workers came or went": (
+        replace(of_five(counters=HASHING), has_changed=True),
+        0,
+        [],
+    ),
+    "hashed, while workers were overloaded": (
+        replace(of_five(counters=HASHING), load=Load("smg", overloaded=2)),
+        0,
+        ["overloaded"],
+    ),
+    "hashed, while workers failed": (of_five(counters=replace(HASHING, troubles=2)), 0, []),
+    "pinned by manual, which may well give some workers no session": (of_five(), 0, []),
     "one key for all sessions, without counters": (
         seen(on_w0("keyed"), on_w0("control"), None),
         2,
@@ -807,6 +848,27 @@ def test_pinned_has_no_but(what: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("reached", "workers", "keys"), [(15, 16, 168), (11, 16, 48), (1, 3, 8), (513, 1030, 2000)]
+)
+def test_few_workers_for_many_keys_are_no_accident(reached: int, workers: int, keys: int) -> None:
+    assert beyond_chance(reached, workers, keys)
+    assert not beyond_chance(reached, workers, keys // 2)
+
+
+@pytest.mark.parametrize(("reached", "workers"), [(0, 3), (3, 3), (1, 1), (4, 3), (0, 0)])
+def test_it_is_no_finding_if_all_workers_or_none_are_reached(reached: int, workers: int) -> None:
+    assert not beyond_chance(reached, workers, 10_000)
+
+
+def test_keys_that_are_spread_by_chance_seldom_look_as_if_they_were_not() -> None:
+    random = Random(1)
+    found = sum(
+        beyond_chance(len({random.randrange(16) for _ in range(48)}), 16, 48) for _ in range(1000)
+    )
+    assert found < 5  # one of them in a thousand
+
+
+@pytest.mark.parametrize(
     ("what", "name", "words"),
     [
         ("kept by who knows what", "same_without_key", "--metrics URL"),
@@ -816,6 +878,8 @@ def test_pinned_has_no_but(what: str) -> None:
         ("one key for all sessions", "shared_key", "only 1 of 168 sessions apart"),
         ("one key for two sessions", "shared_key", "only 167 of 168 sessions apart"),
         ("one key for all sessions, hashed", "shared_key", "only 1 of 168 sessions apart"),
+        ("one key for all sessions, hashed", "shared_key", "unless its hash ring lacks workers"),
+        ("hashed, and some workers get no session", "left_out", "168 sessions came to 3 of 5"),
         ("ids that the override takes for one", "shared_key", "no new key"),
         ("the server calls another gateway", "key_lost", "does it call another host"),
         ("the server does not send the key", "key_lost", "does it call another host"),
