@@ -16,7 +16,7 @@ from yarl import URL
 
 from ..config import RoutingConfig
 from ..keys import SessionId
-from .processes import POLL_SECONDS, child_process, free_ports
+from .processes import POLL_SECONDS, START_SECONDS, child_process, free_ports
 from .recorder import Recorder, assert_pinned, recording_gateway
 
 
@@ -126,8 +126,8 @@ async def smg_gateway(
     program = (sys.executable, "-m", "smg", "launch", "--disable-tokenizer-autoload")
     arguments = ("--policy", policy, "--log-level", "warn", *_protection(args), *args)
     async with run_gateway(program, workers, arguments, port) as gateway:
-        if _version() == (1, 10):
-            await _rebuild_hash_ring(gateway.url)
+        if _version() == (1, 10) and policy in ("consistent_hashing", "prefix_hash"):
+            await asyncio.wait_for(_rebuild_hash_ring(gateway.url), START_SECONDS)
         yield gateway
 
 
@@ -146,12 +146,13 @@ async def _rebuild_hash_ring(url: URL) -> None:
     """Change a label of one worker: SMG then builds its hash ring again.
 
     If several workers register at once, SMG 1.10 may leave some of them out of the ring, and
-    ``consistent_hashing`` then gives them no call (``docs/gateways.md``).
+    ``consistent_hashing`` then gives them no call (``docs/gateways.md``). With ``--dp-aware`` it
+    accepts the change, but does not make it.
     """
     async with aiohttp.ClientSession(raise_for_status=True) as session:
         async with session.get(url / "workers") as response:
             known = (await response.json())["workers"]
-        for worker in known[:1]:
+        for worker in [its for its in known if not _RANK.search(its["url"])][:1]:
             path = url / "workers" / worker["id"]
             labels = worker.get("labels", {}) | {"hash_ring": "whole"}
             async with session.patch(path, json={"labels": labels}):

@@ -15,7 +15,7 @@ from pathlib import Path
 import aiohttp
 
 POLL_SECONDS = 0.05
-_START_SECONDS = 60
+START_SECONDS = 60
 
 
 def _own_ports(file: Path = Path("/proc/sys/net/ipv4/ip_local_port_range")) -> range:
@@ -106,7 +106,7 @@ async def child_process(
         )
         try:
             try:
-                await asyncio.wait_for(_until_ready(process, ready), _START_SECONDS)
+                await asyncio.wait_for(_until_ready(process, ready), START_SECONDS)
             except (ChildProcessError, asyncio.TimeoutError) as error:
                 output.seek(0)
                 tail = output.read()[-4000:].decode(errors="replace")
