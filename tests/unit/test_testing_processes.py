@@ -60,7 +60,7 @@ async def test_child_that_exits_shows_what_it_printed() -> None:
 
 
 async def test_child_that_never_gets_ready_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "_START_SECONDS", 0)
+    monkeypatch.setattr(processes, "START_SECONDS", 0)
     with pytest.raises(RuntimeError, match="did not start: TimeoutError"):
         async with child_process(
             sys.executable, "-c", "import time; time.sleep(1000)", ready=never
