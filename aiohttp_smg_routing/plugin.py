@@ -24,12 +24,13 @@ from .sources import is_named, named_sources
 
 logger: logging.Logger = logging.getLogger(__name__)
 
-_OF_AN_APP = ("instrument", "client_session", "hide_worker_ids")
-_IDLE = (
-    "%s: no effect on a Routing that setup(app, config) did not make; instead, write with "
-    "routing.instrument(): around the calls, or ClientSession(trace_configs="
-    "[routing.trace_config()])"
-)
+_IDLE = "%s: no effect on a Routing that setup(app, config) did not make; instead, %s"
+#: The options that only an app can carry out, and what to do without one.
+_OF_AN_APP = {
+    "instrument": "write with routing.instrument(): around the calls",
+    "client_session": "write ClientSession(trace_configs=[routing.trace_config()])",
+    "hide_worker_ids": "delete the header that names the worker from your answers",
+}
 
 
 class Routing:
@@ -49,9 +50,9 @@ class Routing:
     ) -> None:
         self.config: RoutingConfig = as_config(config)
         """The config, checked."""
-        idle = [name for name in _OF_AN_APP if getattr(self.config, name)]
-        if idle and self.config.enabled and not _has_app:
-            say(logger, logging.WARNING, _IDLE, " and ".join(idle))
+        for name, remedy in _OF_AN_APP.items():
+            if getattr(self.config, name) and self.config.enabled and not _has_app:
+                say(logger, logging.WARNING, _IDLE, name, remedy)
         self.pins: PinLedger = _ledger(self.config)
         """The ledger: which worker answered which session."""
         self._rules = Rules(self.config, self.pins)

@@ -144,8 +144,8 @@ def counts_any_call(seen: Seen, pool: str) -> bool:
 def beyond_chance(reached: int, workers: int, keys: int) -> bool:
     """Tell whether it is no accident that so many keys came to so few of the workers.
 
-    Under chance, each key has a worker of its own choice. The bound is the probability that any set
-    of ``reached`` workers gets all keys.
+    If each key comes to a worker at random, the probability that any ``reached`` workers get all of
+    them is less than ``CHANCE``.
     """
     if not 0 < reached < workers:
         return False
