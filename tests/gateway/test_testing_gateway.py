@@ -10,7 +10,7 @@ from aiohttp_smg_routing.testing import StartSmgGateway, free_port, smg_gateway
 from harness.agents import CHAT, chat
 from harness.processes import local_url
 
-from ..smg import SMG, names_workers
+from ..smg import names_workers
 from .loaded import POLLS, loaded_workers
 
 
@@ -69,12 +69,27 @@ async def test_an_overloaded_worker_keeps_its_sessions(smg_gateway: StartSmgGate
             replace(smg, workers=tuple(recorders)).assert_pinned(f"s-{number}", turns=2)
 
 
-async def test_the_hash_ring_of_smg_1_10_is_built_once_more(smg_gateway: StartSmgGateway) -> None:
-    smg = await smg_gateway(2, policy="consistent_hashing")
+@pytest.mark.parametrize(
+    ("release", "policy", "is_changed"),
+    [
+        ("1.10.1", "consistent_hashing", True),
+        ("1.10.1", "manual", False),
+        ("1.11.0", "consistent_hashing", False),
+    ],
+)
+async def test_a_worker_is_changed_so_that_smg_1_10_builds_its_hash_ring_again(
+    smg_gateway: StartSmgGateway,
+    monkeypatch: pytest.MonkeyPatch,
+    release: str,
+    policy: str,
+    is_changed: bool,
+) -> None:
+    monkeypatch.setattr("aiohttp_smg_routing.testing.gateway.version", lambda _: release)
+    smg = await smg_gateway(2, policy=policy)
     async with ClientSession() as session, session.get(smg.url / "workers") as response:
         workers = (await response.json())["workers"]
     labels = [{*worker["labels"]} for worker in workers]
-    assert any("hash_ring" in its for its in labels) is (SMG == (1, 10))
+    assert ["hash_ring" in its for its in labels].count(True) == is_changed
     assert all("model_path" in its for its in labels), "a label was lost"
 
 
