@@ -10,9 +10,11 @@ from yarl import URL
 
 from .call import BRIEF, CallError, Client
 from .facts import (
+    CIRCUITS,
     KINDS,
     KV_USAGE,
     LOAD_POLLS,
+    OPEN,
     OVERLOADED,
     POLICY_BRANCHES,
     SELECTIONS,
@@ -99,7 +101,7 @@ def counted(samples: Iterable[Sample]) -> tuple[Counters, Load]:
     branches: defaultdict[str, Counter[str]] = defaultdict(Counter)
     workers: Counter[str] = Counter()
     usage: dict[str, float] = {}
-    overloaded = troubles = 0
+    overloaded = circuits = troubles = 0
     names = set()
     for sample in samples:
         names.add(sample.name)
@@ -116,6 +118,8 @@ def counted(samples: Iterable[Sample]) -> tuple[Counters, Load]:
             workers[worker] += _count(sample)
         elif sample.name == OVERLOADED:
             overloaded += _count(sample)
+        elif sample.name in CIRCUITS:
+            circuits += sample.value == OPEN
         elif sample.name == KV_USAGE and isfinite(sample.value):
             usage[worker] = max(sample.value, usage.get(worker, 0.0))
     names = {name for name in names if not name.startswith(SESSION_SERVER)}
@@ -124,7 +128,7 @@ def counted(samples: Iterable[Sample]) -> tuple[Counters, Load]:
         raise ValueError("the answer is not an SMG gateway's metrics")
     return (
         Counters(_plain(pools), _plain(branches), dict(workers), troubles),
-        Load(kind, LOAD_POLLS in names, overloaded, usage),
+        Load(kind, LOAD_POLLS in names, overloaded, usage, circuits),
     )
 
 

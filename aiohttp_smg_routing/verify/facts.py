@@ -51,6 +51,10 @@ TROUBLES: Final[Mapping[str, str]] = {
     WORKER_CALLS: "success",
 }
 
+#: The state of each worker's circuit breaker, in SMG and sglang-router, and in vllm-router.
+CIRCUITS: Final = frozenset(("smg_worker_cb_state", "vllm_router_cb_state"))
+OPEN: Final = 1
+
 #: The kinds of workers that keep a session's KV cache; ``encode`` workers do not.
 CACHE_KEEPERS: Final = ("regular", "prefill", "decode")
 

@@ -103,6 +103,17 @@ def pins_lost(kind: Kind | None, then: str) -> Cause:
     )
 
 
+def circuit_open(workers: str, kind: Kind | None) -> Cause:
+    """Return the cause for workers that the gateway leaves out after failed calls."""
+    off = "Launch sglang-router with --disable-circuit-breaker: bad requests open it."
+    return Cause(
+        "circuit_open",
+        f"The gateway sends nothing to {workers}: too many calls failed there, and the circuit is "
+        "open. Their sessions move.",
+        off if kind == "sglang-router" else WORKER_ADVICE,
+    )
+
+
 def worker_lost(missed: int) -> Cause:
     """Return the cause for keys whose worker was not there."""
     text = f"{missed} calls found the worker of their session gone."

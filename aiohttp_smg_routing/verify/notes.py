@@ -103,7 +103,8 @@ def _keys(seen: Seen) -> Iterator[Cause]:
 def _spread(seen: Seen, keyed: Summary) -> Iterator[Cause]:
     reached, there, keys = workers_reached(seen), worker_count(seen) or 0, key_count(seen)
     counters = seen.counters or Counters()
-    is_steady = not (seen.has_changed or seen.load.overloaded or counters.troubles)
+    load = seen.load
+    is_steady = not (seen.has_changed or load.overloaded or load.circuits or counters.troubles)
     is_hashed = all_hashed(counters) and key_use(seen, "regular") == "used"
     if is_steady and is_hashed and beyond_chance(reached, there, keys):
         yield known_causes.left_out(reached, there, keys)
@@ -117,6 +118,8 @@ def _spread(seen: Seen, keyed: Summary) -> Iterator[Cause]:
 
 def _load(seen: Seen) -> Iterator[Cause]:
     load = seen.load
+    if load.circuits:
+        yield known_causes.circuit_open(f"{load.circuits} of its workers", load.kind)
     if load.overloaded:
         yield known_causes.overloaded(load)
     elif load.can_protect and max(load.kv_usage.values(), default=0.0) < KV_USAGE_LIMIT:

@@ -128,8 +128,13 @@ class Play:
             return None
         before = self._seen.load
         usage = {**before.kv_usage, **load.kv_usage}
-        overloaded = max(before.overloaded, load.overloaded)
-        self._see(no_counters="", load=replace(load, overloaded=overloaded, kv_usage=usage))
+        load = replace(
+            load,
+            overloaded=max(before.overloaded, load.overloaded),
+            circuits=max(before.circuits, load.circuits),
+            kv_usage=usage,
+        )
+        self._see(no_counters="", load=load)
         return counters
 
     async def _probe(self, client: Client, before: Counters) -> Counters | None:

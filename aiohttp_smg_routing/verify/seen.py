@@ -146,6 +146,8 @@ class Load:
     """How many workers it leaves out."""
     kv_usage: Mapping[str, float] = field(default_factory=dict)
     """How full each worker's KV cache is, from 0 to 1, when the gateway last polled it."""
+    circuits: int = 0
+    """To how many workers it sends nothing because too many calls failed there."""
 
 
 @dataclass(frozen=True, slots=True)

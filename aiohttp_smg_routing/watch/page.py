@@ -10,6 +10,7 @@ from typing import Final, Literal
 from prometheus_client.samples import Sample
 
 from ..verify.ask import counted, shrank
+from ..verify.facts import CIRCUITS
 from ..verify.seen import Counters, Load
 
 Circuit = Literal["closed", "open", "half open"]
@@ -17,7 +18,6 @@ Circuit = Literal["closed", "open", "half open"]
 _CIRCUITS: Final[Mapping[int, Circuit]] = {0: "closed", 1: "open", 2: "half open"}
 #: Whether each worker is healthy: by SMG and sglang-router, and by vllm-router.
 _HEALTH: Final = frozenset(("smg_worker_health", "vllm_router_worker_health"))
-_CIRCUIT: Final = frozenset(("smg_worker_cb_state", "vllm_router_cb_state"))
 #: The state and the circuit of a worker that was taken off sglang-router 0.3.2.
 _REMOVED: Final = -1
 _IN_FLIGHT: Final = "smg_worker_requests_active"
@@ -65,6 +65,8 @@ class Gateway:
     workers: Mapping[str, Worker] = field(default_factory=dict)
     pool_sizes: Mapping[str, int] = field(default_factory=dict)
     """How many workers of each kind it has."""
+    models: int = 0
+    """How many models they serve; 0 if it doesn't say."""
     in_flight: int | None = None
     """How many calls its workers have now; None if it doesn't say, as vllm-router."""
     tells_keys: bool = True
@@ -93,10 +95,12 @@ def read_gateway(samples: Sequence[Sample]) -> Gateway:
         name: defaultdict(list) for name in sorted(named)
     }
     sizes: Counter[str] = Counter()
+    models = set()
     for sample in samples:
         if isfinite(sample.value):
             if sample.name == _POOL_SIZE:
                 sizes[sample.labels.get("worker_type", "regular")] += int(sample.value)
+                models.add(sample.labels.get("model"))
             elif (worker := sample.labels.get("worker", "")) in values:
                 values[worker][sample.name].append(sample.value)
     # SMG gives 0 if the engine has no figure.
@@ -117,13 +121,14 @@ def read_gateway(samples: Sequence[Sample]) -> Gateway:
             for name, its in values.items()
         },
         dict(sizes) or {"regular": len(values)},
+        len(models),
         None if load.kind == "vllm-router" else in_flight,
         load.kind != "smg" or any(sample.name == _SINCE_1_13 for sample in samples),
     )
 
 
 def _worker_of(sample: Sample) -> str:
-    return sample.labels.get("worker", "") if sample.name in _HEALTH | _CIRCUIT else ""
+    return sample.labels.get("worker", "") if sample.name in _HEALTH | CIRCUITS else ""
 
 
 def _healthy(values: Mapping[str, Sequence[float]]) -> bool | None:
@@ -132,7 +137,7 @@ def _healthy(values: Mapping[str, Sequence[float]]) -> bool | None:
 
 
 def _circuit(values: Mapping[str, Sequence[float]]) -> Circuit | None:
-    told = [int(value) for name in _CIRCUIT for value in values.get(name, ())]
+    told = [int(value) for name in CIRCUITS for value in values.get(name, ())]
     return _CIRCUITS.get(max(told)) if told else None
 
 

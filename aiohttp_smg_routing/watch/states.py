@@ -105,13 +105,7 @@ def _workers(page: Gateway) -> Iterator[Cause]:
             known_causes.WORKER_ADVICE,
         )
     if circuits:
-        off = "Launch sglang-router with --disable-circuit-breaker: bad requests open it."
-        yield Cause(
-            "circuit_open",
-            f"The gateway sends nothing to {_names(circuits)}: too many calls failed there, and "
-            "the circuit is open. Their sessions move.",
-            off if page.load.kind == "sglang-router" else known_causes.WORKER_ADVICE,
-        )
+        yield known_causes.circuit_open(_names(circuits), page.load.kind)
 
 
 def _names(names: list[str]) -> str:
@@ -140,7 +134,8 @@ def _left_out(view: View, page: Gateway) -> Iterator[Cause]:
     active = view.server.page.active if view.server and view.server.page else None
     got = {worker: sessions for worker, sessions in (active or {}).items() if sessions}
     sessions = sum(got.values())
-    if not got.keys() <= page.workers.keys():  # they are of another gateway
+    is_ours = got.keys() <= page.workers.keys()  # and not of another gateway
+    if page.models != 1 or not is_ours:  # each model has a hash ring of its own
         return
     if len(got) == 1 and not page.tells_keys:  # it may be the hash of an API key that all share
         return

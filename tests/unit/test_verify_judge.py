@@ -346,6 +346,11 @@ CASES = {
         0,
         ["overloaded"],
     ),
+    "hashed, while a circuit is open": (
+        replace(of_five(counters=HASHING), load=Load("smg", circuits=2)),
+        0,
+        ["circuit_open"],
+    ),
     "hashed, while workers failed": (of_five(counters=replace(HASHING, troubles=2)), 0, []),
     "pinned by manual, which may well give some workers no session": (of_five(), 0, []),
     "one key for all sessions, without counters": (

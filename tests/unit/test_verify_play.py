@@ -670,6 +670,12 @@ other 1
             'smg_engine_token_usage{worker="w",dp_rank="1"} 0.5\n',
             Load("smg", True, 2, {"w": 0.9}),
         ),
+        (
+            "smg_tokio_workers 2\n"
+            'smg_worker_cb_state{worker="a"} 1\nsmg_worker_cb_state{worker="b"} 1\n'
+            'smg_worker_cb_state{worker="c"} 2\nsmg_worker_cb_state{worker="d"} 0\n',
+            Load("smg", circuits=2),
+        ),
         ("smg_worker_selection_total 1\n", Load("sglang-router")),
         ("vllm_router_requests_total 1\n", Load("vllm-router")),
     ],

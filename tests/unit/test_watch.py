@@ -583,6 +583,12 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         ["circuit_open"],
         "",
     ),
+    "hashed, and a worker has another model": (
+        on_three({W1: 9, W2: 9}, more='smg_worker_pool_size{model="other"} 1\n'),
+        "pinned",
+        [],
+        "",
+    ),
     "hashed, while a worker is overloaded": (
         on_three({W1: 12, W2: 9}, more="smg_workers_overloaded 1\n"),
         "pinned",
