@@ -27,7 +27,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 _IDLE = "%s: no effect on a Routing that setup(app, config) did not make; instead, %s"
 #: The options that only an app can carry out, and what to do without one.
 _OF_AN_APP = {
-    "instrument": "write with routing.instrument(): around the calls",
+    "instrument": "make the ClientSession in a with routing.instrument(): block",
     "client_session": "write ClientSession(trace_configs=[routing.trace_config()])",
     "hide_worker_ids": "delete the header that names the worker from your answers",
 }

@@ -10,6 +10,7 @@ from .counting import (
     key_use,
     keyed_calls,
     keys_shared,
+    may_lose_workers,
     one_for_all,
     policy_of,
     pools,
@@ -93,7 +94,7 @@ def _by_branches(
         told = f"tells only {vacant // share or 1} of {sessions} sessions apart"
         if "manual" in counters.branches and not vacant:
             told = f"met no new key in {sessions} sessions"
-        unless = "" if "manual" in counters.branches else "unless its hash ring lacks workers, "
+        unless = "unless its hash ring lacks workers, " if may_lose_workers(seen) else ""
         yield known_causes.shared_key(told, unless)
     moved = keyed.outcomes["moved"]
     if missed := counters.of("occupied_miss"):

@@ -73,9 +73,13 @@ def sharing(counters: Counters, pool: str) -> int:
     return explicit + (others if _total(counters, series) > explicit * counters.calls else 0)
 
 
-def all_hashed(counters: Counters) -> bool:
-    """Tell whether ``consistent_hashing`` alone chose the workers, all of one kind."""
-    return {*counters.pools} == {"regular"} and {*counters.branches} == {"consistent_hashing"}
+def may_lose_workers(seen: Seen) -> bool:
+    """Tell whether ``consistent_hashing`` of SMG before 1.12 chose all workers, of one kind."""
+    counters, load = seen.counters or Counters(), seen.load
+    is_hashed = (
+        {*counters.branches} == {"consistent_hashing"} == {*counters.pools.get("regular", ())}
+    )
+    return is_hashed and len(counters.pools) == 1 and load.kind == "smg" and not load.can_protect
 
 
 def keyed_calls(counters: Counters, pool: str) -> int:
@@ -149,6 +153,7 @@ def beyond_chance(reached: int, workers: int, keys: int) -> bool:
     """
     if not 0 < reached < workers:
         return False
+    keys = min(keys, 10**9)  # a page of metrics may have any number
     return log(comb(workers, reached)) + keys * log(reached / workers) < log(CHANCE)
 
 
@@ -168,6 +173,18 @@ def workers_reached(seen: Seen) -> int:
     """Return how many workers answered, by their names or the counters."""
     named = {turn.worker for turn in seen.turns if turn.worker}
     return len(named.union(seen.counters.workers if seen.counters else ()))
+
+
+def keys_tell(seen: Seen) -> bool:
+    """Tell whether all calls were ours, and each session's own key chose their worker.
+
+    If a call without a key counts as one with a key, as with an API key, then several workers show
+    it: all of our calls have the same API key.
+    """
+    if key_use(seen, "regular") == "used":
+        return True
+    several = workers_reached(seen) > 1 and counts_any_call(seen, "regular")
+    return several and is_ours(seen) and seen.plan.through is None
 
 
 def keys_shared(seen: Seen, keyed: Summary, control: Summary, pool: str) -> bool:

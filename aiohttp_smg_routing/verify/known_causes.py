@@ -143,12 +143,11 @@ def left_out(reached: int, workers: int, sessions: int) -> Cause:
     """Return the cause for healthy workers that ``consistent_hashing`` gives no session."""
     return Cause(
         "left_out",
-        f"The {sessions} sessions came to {reached} of {workers} healthy workers. The gateway's "
-        "hash ring lacks the others, unless sessions share keys: SMG 1.10 may lose workers there "
+        f"The {sessions} sessions came to {reached} of {workers} healthy workers. Unless sessions "
+        "share keys, the gateway's hash ring lacks the others: SMG 1.10 may lose workers there "
         "that register at once.",
-        "Change one worker, and SMG builds the ring again: curl -X PATCH GATEWAY/workers/ID -d "
-        "'{\"priority\": 50}' -H 'Content-Type: application/json', with an id of GET /workers. Or "
-        "use SMG 1.11 or newer, or --policy manual.",
+        "Send the gateway PATCH /workers/ID with the JSON body {} for a worker of GET /workers: it "
+        "changes nothing, but builds the ring again. Or use SMG 1.11 or newer, or --policy manual.",
     )
 
 

@@ -7,10 +7,10 @@ from ..gateway import VALID_KEY
 from . import known_causes
 from .cause import Cause
 from .counting import (
-    all_hashed,
     beyond_chance,
     key_count,
-    key_use,
+    keys_tell,
+    may_lose_workers,
     worker_count,
     workers_reached,
 )
@@ -102,11 +102,10 @@ def _keys(seen: Seen) -> Iterator[Cause]:
 
 def _spread(seen: Seen, keyed: Summary) -> Iterator[Cause]:
     reached, there, keys = workers_reached(seen), worker_count(seen) or 0, key_count(seen)
-    counters = seen.counters or Counters()
-    load = seen.load
-    is_steady = not (seen.has_changed or load.overloaded or load.circuits or counters.troubles)
-    is_hashed = all_hashed(counters) and key_use(seen, "regular") == "used"
-    if is_steady and is_hashed and beyond_chance(reached, there, keys):
+    load, troubles = seen.load, seen.counters.troubles if seen.counters else 0
+    is_steady = not (seen.has_changed or load.overloaded or load.circuits or troubles)
+    is_told = may_lose_workers(seen) and keys_tell(seen)
+    if is_steady and is_told and beyond_chance(reached, there, keys):
         yield known_causes.left_out(reached, there, keys)
     elif len(keyed.workers) == 1 and keyed.sessions >= 8 and there != 1:
         yield Cause(

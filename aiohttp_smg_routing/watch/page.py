@@ -65,8 +65,6 @@ class Gateway:
     workers: Mapping[str, Worker] = field(default_factory=dict)
     pool_sizes: Mapping[str, int] = field(default_factory=dict)
     """How many workers of each kind it has."""
-    models: int = 0
-    """How many models they serve; 0 if it doesn't say."""
     in_flight: int | None = None
     """How many calls its workers have now; None if it doesn't say, as vllm-router."""
     tells_keys: bool = True
@@ -95,12 +93,10 @@ def read_gateway(samples: Sequence[Sample]) -> Gateway:
         name: defaultdict(list) for name in sorted(named)
     }
     sizes: Counter[str] = Counter()
-    models = set()
     for sample in samples:
         if isfinite(sample.value):
             if sample.name == _POOL_SIZE:
                 sizes[sample.labels.get("worker_type", "regular")] += int(sample.value)
-                models.add(sample.labels.get("model"))
             elif (worker := sample.labels.get("worker", "")) in values:
                 values[worker][sample.name].append(sample.value)
     # SMG gives 0 if the engine has no figure.
@@ -121,7 +117,6 @@ def read_gateway(samples: Sequence[Sample]) -> Gateway:
             for name, its in values.items()
         },
         dict(sizes) or {"regular": len(values)},
-        len(models),
         None if load.kind == "vllm-router" else in_flight,
         load.kind != "smg" or any(sample.name == _SINCE_1_13 for sample in samples),
     )

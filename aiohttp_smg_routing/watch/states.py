@@ -5,7 +5,6 @@ from datetime import datetime
 
 from ..verify import known_causes
 from ..verify.cause import Cause
-from ..verify.counting import all_hashed, beyond_chance
 from ..verify.facts import METRICS_PORT
 from .endpoint import Look
 from .page import Gateway, Server
@@ -30,7 +29,7 @@ def states(view: View) -> Iterator[Cause]:
         if page.load.overloaded:
             yield known_causes.overloaded(page.load)
         yield from _traffic(view)
-        yield from [*_left_out(view, page)] or _skew(view, page)
+        yield from _skew(view, page)
     if view.server and view.server.page:
         yield from _calls(view.server_now or {}, view.server.page)
 
@@ -128,23 +127,6 @@ def _traffic(view: View) -> Iterator[Cause]:
             f"The gateway has routed no call in the {view.gateway.span}.",
             "If the job should be busy now, see the session server and its log.",
         )
-
-
-def _left_out(view: View, page: Gateway) -> Iterator[Cause]:
-    active = view.server.page.active if view.server and view.server.page else None
-    got = {worker: sessions for worker, sessions in (active or {}).items() if sessions}
-    sessions = sum(got.values())
-    is_ours = got.keys() <= page.workers.keys()  # and not of another gateway
-    if page.models != 1 or not is_ours:  # each model has a hash ring of its own
-        return
-    if len(got) == 1 and not page.tells_keys:  # it may be the hash of an API key that all share
-        return
-    are_well = not page.load.overloaded and all(
-        worker.healthy is not False and worker.circuit in (None, "closed")
-        for worker in page.workers.values()
-    )
-    if are_well and all_hashed(view.totals) and beyond_chance(len(got), view.workers, sessions):
-        yield known_causes.left_out(len(got), view.workers, sessions)
 
 
 def _skew(view: View, page: Gateway) -> Iterator[Cause]:

@@ -180,8 +180,9 @@ def on_one_worker(counters: Counters | None) -> Seen:
 
 
 def of_five(counters: Counters = MANUAL, probe: Counters | None = None) -> Seen:
-    """Return a run that reached three of five workers."""
-    return replace(seen(counters=counters, probe=probe), workers={"regular": 5})
+    """Return a run on an SMG before 1.12 that reached three of five workers."""
+    its = seen(counters=counters, probe=probe)
+    return replace(its, workers={"regular": 5}, load=Load("smg"))
 
 
 def unnamed(
@@ -310,7 +311,7 @@ CASES = {
     "one key for all sessions, hashed": (
         seen(on_w0("keyed"), on_w0("control"), HASHING),
         2,
-        ["shared_key", "left_out"],
+        ["shared_key", "one_sided"],
     ),
     "hashed, and some workers get no session": (of_five(counters=HASHING), 0, ["left_out"]),
     "hashed, and one worker got none of few sessions": (
@@ -330,7 +331,30 @@ CASES = {
         0,
         [],
     ),
-    "hashed, by an API key": (of_five(counters=HASHING, probe=ANY_KEY), 0, []),
+    "hashed with an API key, and some workers get no session": (
+        of_five(counters=HASHING, probe=ANY_KEY),
+        0,
+        ["left_out"],
+    ),
+    "hashed with an API key, through a session server that may lose the key": (
+        replace(of_five(counters=HASHING, probe=ANY_KEY), plan=THROUGH),
+        2,
+        ["any_key", "keys_unseen"],
+    ),
+    "hashed by SMG 1.12, which loses no worker": (
+        replace(of_five(counters=HASHING), load=Load("smg", True, kv_usage={"w": 0.9})),
+        0,
+        [],
+    ),
+    "hashed to one of five workers by SMG 1.10": (
+        replace(
+            seen(on_w0("keyed"), on_w0("control"), HASHING),
+            workers={"regular": 5},
+            load=Load("smg"),
+        ),
+        2,
+        ["shared_key", "left_out"],
+    ),
     "hashed, while others call the gateway": (
         of_five(counters=counted("consistent_hashing", calls=400, routing_key_hit=400)),
         0,
@@ -865,6 +889,10 @@ def test_it_is_no_finding_if_all_workers_or_none_are_reached(reached: int, worke
     assert not beyond_chance(reached, workers, 10_000)
 
 
+def test_any_number_of_keys_is_judged() -> None:
+    assert beyond_chance(1, 2, 10**400)
+
+
 def test_keys_that_are_spread_by_chance_seldom_look_as_if_they_were_not() -> None:
     random = Random(1)
     found = sum(
@@ -883,7 +911,8 @@ def test_keys_that_are_spread_by_chance_seldom_look_as_if_they_were_not() -> Non
         ("one key for all sessions", "shared_key", "only 1 of 168 sessions apart"),
         ("one key for two sessions", "shared_key", "only 167 of 168 sessions apart"),
         ("one key for all sessions, hashed", "shared_key", "only 1 of 168 sessions apart"),
-        ("one key for all sessions, hashed", "shared_key", "unless its hash ring lacks workers"),
+        ("one key for all sessions, hashed", "shared_key", "apart: they share a key"),
+        ("hashed to one of five workers by SMG 1.10", "shared_key", "unless its hash ring lacks"),
         ("hashed, and some workers get no session", "left_out", "168 sessions came to 3 of 5"),
         ("ids that the override takes for one", "shared_key", "no new key"),
         ("the server calls another gateway", "key_lost", "does it call another host"),

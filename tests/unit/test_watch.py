@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from io import StringIO
 from typing import Any
@@ -88,13 +88,6 @@ def hashed_to_one(**state: Any) -> str:
     """Return a page of a gateway that hashed all calls to one worker of two."""
     calls = {"routing_key_hit": 40}
     return smg(calls, policy="consistent_hashing", workers={W1: 40, W2: 0}, **state)
-
-
-def on_three(active: Mapping[str, int], policy: str = "consistent_hashing", **state: Any) -> View:
-    """Return the view of a gateway with three workers, some of which have active sessions."""
-    taken = {"routing_key_hit": 99} if policy == "consistent_hashing" else {"occupied_hit": 99}
-    page = smg(taken, policy=policy, workers={W1: 33, W2: 33, W3: 33}, **state)
-    return view(IDLE, page, (server_page(), server_page(active, kept=99)))
 
 
 LONG = {"vacant": 500, "occupied_hit": 200_000}  # a gateway that has run for a long time
@@ -555,57 +548,6 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         "could not tell",
         ["worker_down"],
         "but the gateway does not count the keys that come again",
-    ),
-    "hashed, and a worker has no session": (on_three({W1: 12, W2: 9}), "pinned", ["left_out"], ""),
-    "hashed, and a worker has none of few sessions": (on_three({W1: 9, W2: 9}), "pinned", [], ""),
-    "hashed by SMG 1.10, and a worker has no session": (
-        on_three({W1: 12, W2: 9}, kind=SMG),
-        "pinned",
-        ["left_out", "any_key"],
-        "",
-    ),
-    "hashed by SMG 1.10, and one worker has all sessions": (
-        on_three({W1: 21}, kind=SMG),
-        "pinned",
-        ["one_sided", "any_key"],
-        "",
-    ),
-    "hashed, and one worker has all sessions": (on_three({W1: 21}), "pinned", ["left_out"], ""),
-    "hashed, while a worker is not healthy": (
-        on_three({W1: 12, W2: 9, W3: 0}, health={W3: 0}),
-        "pinned",
-        ["worker_down"],
-        "",
-    ),
-    "hashed, while a circuit is open": (
-        on_three({W1: 12, W2: 9}, circuits={W3: 1}),
-        "pinned",
-        ["circuit_open"],
-        "",
-    ),
-    "hashed, and a worker has another model": (
-        on_three({W1: 9, W2: 9}, more='smg_worker_pool_size{model="other"} 1\n'),
-        "pinned",
-        [],
-        "",
-    ),
-    "hashed, while a worker is overloaded": (
-        on_three({W1: 12, W2: 9}, more="smg_workers_overloaded 1\n"),
-        "pinned",
-        ["overloaded"],
-        "",
-    ),
-    "pinned by manual, and a worker has no session": (
-        on_three({W1: 12, W2: 9}, "manual"),
-        "pinned",
-        [],
-        "",
-    ),
-    "hashed, and the sessions are on a worker of another gateway": (
-        on_three({"http://10.1.0.1:8000": 21}),
-        "could not tell",
-        ["one_sided", "other_gateway"],
-        "",
     ),
     "hashed, which SMG 1.12 does with an API key, too": (
         view(IDLE, smg({"routing_key_hit": 100}, policy="consistent_hashing", kind=SMG)),
