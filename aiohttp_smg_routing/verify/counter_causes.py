@@ -7,6 +7,7 @@ from .cause import Cause
 from .counting import (
     counts_any_call,
     is_ours,
+    key_count,
     key_use,
     keyed_calls,
     keys_shared,
@@ -90,7 +91,7 @@ def _by_branches(
     if spilled := counters.of("cap_respill"):
         yield known_causes.spilled(spilled)
     elif is_ours(seen) and any(keys_shared(seen, keyed, control, pool) for pool in pools(seen)):
-        sessions = keyed.sessions + control.answered
+        sessions = key_count(seen)
         told = f"tells only {vacant // share or 1} of {sessions} sessions apart"
         if "manual" in counters.branches and not vacant:
             told = f"met no new key in {sessions} sessions"

@@ -76,10 +76,10 @@ def sharing(counters: Counters, pool: str) -> int:
 def may_lose_workers(seen: Seen) -> bool:
     """Tell whether ``consistent_hashing`` of SMG before 1.12 chose all workers, of one kind."""
     counters, load = seen.counters or Counters(), seen.load
-    is_hashed = (
-        {*counters.branches} == {"consistent_hashing"} == {*counters.pools.get("regular", ())}
-    )
-    return is_hashed and len(counters.pools) == 1 and load.kind == "smg" and not load.can_protect
+    if {*counters.pools} != {"regular"} or {*counters.branches} != {"consistent_hashing"}:
+        return False
+    is_hashed = policy_of(counters, "regular") == "consistent_hashing"
+    return is_hashed and load.kind == "smg" and not load.can_protect
 
 
 def keyed_calls(counters: Counters, pool: str) -> int:
@@ -169,6 +169,12 @@ def one_for_all(seen: Seen) -> bool:
     return got == 1 and beyond_chance(got, worker_count(seen) or 0, key_count(seen))
 
 
+def is_stable(seen: Seen) -> bool:
+    """Tell whether the same workers were there all the time."""
+    troubles = seen.counters.troubles if seen.counters else 0
+    return not (seen.load.overloaded or seen.has_changed or troubles)
+
+
 def workers_reached(seen: Seen) -> int:
     """Return how many workers answered, by their names or the counters."""
     named = {turn.worker for turn in seen.turns if turn.worker}
@@ -195,7 +201,7 @@ def keys_shared(seen: Seen, keyed: Summary, control: Summary, pool: str) -> bool
     counters = seen.counters
     if counters is None or key_use(seen, pool) != "used":
         return False
-    keys = keyed.sessions + control.answered
+    keys = key_count(seen)
     series = series_of(counters, policy_of(counters, pool) or "")
     if series != "manual":
         workers = {*keyed.workers, *control.workers}
@@ -225,8 +231,7 @@ def kept_by_counters(
     if counters is None or policy is None or not is_ours(seen) or counts_any_call(seen, pool):
         return 0, later
     series, count = series_of(counters, policy), sharing(counters, pool)
-    is_stable = not (seen.load.overloaded or seen.has_changed or counters.troubles)
-    if not keyed_calls(counters, pool) or (series != "manual" and not is_stable):
+    if not keyed_calls(counters, pool) or (series != "manual" and not is_stable(seen)):
         return 0, later  # a hash is counted even if the worker that it names is left out
     answered = keyed.answered - keyed.sessions
     failed = seen.sent - keyed.answered - control.answered + max(0, counters.troubles)

@@ -8,6 +8,7 @@ from . import known_causes
 from .cause import Cause
 from .counting import (
     beyond_chance,
+    is_stable,
     key_count,
     keys_tell,
     may_lose_workers,
@@ -102,10 +103,8 @@ def _keys(seen: Seen) -> Iterator[Cause]:
 
 def _spread(seen: Seen, keyed: Summary) -> Iterator[Cause]:
     reached, there, keys = workers_reached(seen), worker_count(seen) or 0, key_count(seen)
-    load, troubles = seen.load, seen.counters.troubles if seen.counters else 0
-    is_steady = not (seen.has_changed or load.overloaded or load.circuits or troubles)
-    is_told = may_lose_workers(seen) and keys_tell(seen)
-    if is_steady and is_told and beyond_chance(reached, there, keys):
+    can_tell = is_stable(seen) and not seen.load.circuits and keys_tell(seen)
+    if may_lose_workers(seen) and can_tell and beyond_chance(reached, there, keys):
         yield known_causes.left_out(reached, there, keys)
     elif len(keyed.workers) == 1 and keyed.sessions >= 8 and there != 1:
         yield Cause(

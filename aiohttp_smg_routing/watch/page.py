@@ -10,12 +10,12 @@ from typing import Final, Literal
 from prometheus_client.samples import Sample
 
 from ..verify.ask import counted, shrank
-from ..verify.facts import CIRCUITS
+from ..verify.facts import CIRCUITS, OPEN
 from ..verify.seen import Counters, Load
 
 Circuit = Literal["closed", "open", "half open"]
 
-_CIRCUITS: Final[Mapping[int, Circuit]] = {0: "closed", 1: "open", 2: "half open"}
+_CIRCUITS: Final[Mapping[int, Circuit]] = {0: "closed", OPEN: "open", 2: "half open"}
 #: Whether each worker is healthy: by SMG and sglang-router, and by vllm-router.
 _HEALTH: Final = frozenset(("smg_worker_health", "vllm_router_worker_health"))
 #: The state and the circuit of a worker that was taken off sglang-router 0.3.2.
