@@ -447,7 +447,7 @@ async def test_workers_are_counted_again_at_the_end() -> None:
     assert (seen.workers, seen.has_changed) == ({"regular": 3}, True)
 
 
-async def test_workers_that_are_overloaded_for_a_while_are_seen() -> None:
+async def test_workers_that_are_left_out_for_a_while_are_seen() -> None:
     reads = 0
     has_been_read = asyncio.Event()
 
@@ -457,7 +457,8 @@ async def test_workers_that_are_overloaded_for_a_while_are_seen() -> None:
         if reads == 3:  # two reads precede: before the turns, and after the probe
             has_been_read.set()
         overloaded = f"smg_workers_overloaded {int(reads == 3)}"
-        return web.Response(text=f"smg_tokio_workers 2\n{overloaded}\n")
+        circuit = f'smg_worker_cb_state{{worker="w"}} {int(reads == 3)}'
+        return web.Response(text=f"smg_tokio_workers 2\n{overloaded}\n{circuit}\n")
 
     async def chat(request: web.Request) -> web.StreamResponse:
         if "X-SMG-Routing-Key" in request.headers:
@@ -470,7 +471,7 @@ async def test_workers_that_are_overloaded_for_a_while_are_seen() -> None:
         plan = Plan(url, other / "metrics", sessions=2, turns=2)
         seen = await Play(plan, api_key=None).run()
     assert reads == 4
-    assert seen.load.overloaded == 1
+    assert (seen.load.overloaded, seen.load.circuits) == (1, 1)
 
 
 async def test_counters_that_began_anew_tell_nothing() -> None:
