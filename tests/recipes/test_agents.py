@@ -215,7 +215,7 @@ async def complete_with_litellm(server: URL, **options: Any) -> None:
     await litellm.acompletion(
         "openai/stub", messages=messages, api_base=f"{server}v1", api_key="none", **options
     )
-    await litellm.close_litellm_async_clients()  # type: ignore[attr-defined,no-untyped-call]
+    await litellm.close_litellm_async_clients()
 
 
 def replay(agent: str) -> Callable[[URL], Awaitable[None]]:

@@ -19,8 +19,8 @@ async def _over(
 
     monkeypatch.setattr(litellm, "disable_aiohttp_transport", request.param == "httpx")
     yield request.param
-    await litellm.close_litellm_async_clients()  # type: ignore[attr-defined,no-untyped-call]
-    litellm.in_memory_llm_clients_cache.flush_cache()  # type: ignore[no-untyped-call]
+    await litellm.close_litellm_async_clients()
+    litellm.in_memory_llm_clients_cache.flush_cache()
 
 
 def server(gateway: Recorder) -> web.Application:

@@ -67,7 +67,7 @@ async def message(sdk: "AsyncAnthropic", session_id: str, *, stream: bool) -> No
             answered = await events.get_final_message()
     else:
         answered = await sdk.messages.create(**turn)
-    assert answered.content[0].text == "ok"  # type: ignore[union-attr]
+    assert answered.content[0].text == "ok"
 
 
 @pytest.mark.parametrize("stream", [False, True])
