@@ -21,6 +21,8 @@ from .processes import answering, command, local_url, together
 # About 25 million parameters: 27 MB that a CPU core reads fast enough to chat with.
 _WIDTH, _BLOCKS, _HEADS, _KV_HEADS, _FEED_FORWARD = 512, 8, 8, 4, 1536
 _MAX_CONTEXT = 32768
+_BLOCK = 32  # weights of a block of Q8_0
+_DEVIATION = (127 * 128 / 3) ** 0.5  # the standard deviation of a whole number from -127 to 127
 _SPEAKABLE = frozenset(b"abcdefghijklmnopqrstuvwxyz0123456789")
 _CONTROL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 _CHAT_TEMPLATE = (
@@ -107,10 +109,15 @@ def write_model(path: Path, *, seed: int = 7, blocks: int = _BLOCKS) -> None:
     random = np.random.default_rng(seed)
 
     def matrix(name: str, rows: int, columns: int, silent: Sequence[int] = ()) -> None:
-        data = random.standard_normal((rows, columns), dtype=np.float32) / np.float32(columns**0.5)
-        data[list(silent)] = 0
-        quantized = gguf.quants.quantize(data, gguf.GGMLQuantizationType.Q8_0)
-        writer.add_tensor(name, quantized, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        # A block of Q8_0 is a scale and 32 signed bytes. Drawn as bytes, all matrices together
+        # take a sixth of the time that floats take to be drawn and quantized.
+        shape = rows, columns // _BLOCK
+        blocks = np.empty(shape, [("scale", "<f2"), ("weights", np.int8, _BLOCK)])
+        blocks["scale"] = 1 / (_DEVIATION * columns**0.5)
+        blocks["weights"] = random.integers(-127, 128, (*shape, _BLOCK), np.int8)
+        blocks[list(silent)] = 0
+        data = blocks.view(np.uint8)
+        writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
 
     def norm(name: str) -> None:
         writer.add_tensor(name, np.ones(_WIDTH, np.float32))
