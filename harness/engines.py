@@ -18,8 +18,8 @@ from aiohttp_smg_routing.testing import free_ports
 from .engine import require_engine, run_engine
 from .processes import answering, command, local_url, together
 
-# About 25 million parameters: 27 MB that a CPU core reads fast enough to chat with.
-_WIDTH, _BLOCKS, _HEADS, _KV_HEADS, _FEED_FORWARD = 512, 8, 8, 4, 1536
+# About 13 million parameters: 14 MB that a CPU core reads fast enough to chat with.
+_WIDTH, _BLOCKS, _HEADS, _KV_HEADS, _FEED_FORWARD = 512, 4, 8, 4, 1536
 _MAX_CONTEXT = 32768
 _BLOCK = 32  # weights of a block of Q8_0
 _DEVIATION = (127 * 128 / 3) ** 0.5  # the standard deviation of a whole number from -127 to 127
