@@ -29,7 +29,7 @@ NAME = "cache"
 TITLE = "The KV cache: pinned sessions against the gateway's other policies"
 
 ROUNDS = 4
-# A quarter of the demo's model: tokens still take most of the time, and all arms take four minutes.
+# Half of the demo's model: tokens still take most of the time, and all arms take four minutes.
 BLOCKS = 2
 LOAD = Load(
     sessions=7,  # odd: an even number in lockstep on round_robin can look pinned

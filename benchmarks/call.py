@@ -31,7 +31,7 @@ NAME = "call"
 TITLE = "An outgoing call"
 
 CALLS = 25  # calls of an arm in a round
-ROUNDS = 500
+ROUNDS, QUICK_ROUNDS = 500, 2
 SESSION_ID = "rollout-000017"
 BODY = json.dumps({"model": "stub", "messages": [{"role": "user", "content": "Go on."}]}).encode()
 HEADERS = {"Content-Type": "application/json"}
@@ -65,7 +65,7 @@ async def run(progress: Progress, *, quick: bool = False) -> Part:
     before the clock starts.
     """
     async with upstream() as gateway, AsyncExitStack() as stack:
-        rounds = 6 if quick else ROUNDS
+        rounds = QUICK_ROUNDS if quick else ROUNDS
         arms = await _arms(stack, gateway, post)
         first = step(progress, 0, 0.85, "calls of each kind, in turn")
         calls = await interleave(arms, rounds, first)
@@ -73,7 +73,7 @@ async def run(progress: Progress, *, quick: bool = False) -> Part:
         several = await _arms(stack, gateway, _whole_turn)
         arms = {name: several[name] for name in few}
         second = step(progress, 0.85, 0.15, "calls with a whole conversation")
-        turns = await interleave(arms, max(6, rounds // 4), second)
+        turns = await interleave(arms, max(QUICK_ROUNDS, rounds // 4), second)
     return Part(
         NAME,
         TITLE,

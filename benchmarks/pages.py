@@ -185,7 +185,6 @@ def main() -> int:
         "--list", action="store_true", help="run nothing: check and list the blocks"
     )
     options = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         found = find(options.pages)
     except (OSError, ValueError) as error:
@@ -195,6 +194,7 @@ def main() -> int:
         for command, pages in found.items():
             print(f"{command}: {', '.join(map(str, pages))}")
         return 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     failed = list(failures(found))
     for failure in failed:
         print(failure, file=sys.stderr)

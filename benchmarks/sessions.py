@@ -25,9 +25,10 @@ LIMIT = 0.97
 OTHERS: tuple[Arm, ...] = ("nothing", "by hand")
 ARMS: tuple[Arm, ...] = ("plugin", *OTHERS)
 TURNS, WORKERS, AT_ONCE = 5, 4, 64
-# A block is one session of each of the 64 agents. A round has BLOCKS blocks of the plugin's arm and
-# one of each other arm. With the warm-up round, the plugin's arm plays 10,368 sessions.
+# A block is one session of each agent. A round has BLOCKS blocks of the plugin's arm and one of
+# each other arm. With the warm-up round, the plugin's arm plays 10,368 sessions.
 BLOCKS, ROUNDS = 6, 26
+QUICK_AT_ONCE, QUICK_BLOCKS, QUICK_ROUNDS = 8, 2, 2
 BRANCHES = ("vacant", "occupied_hit", "no_routing_id")
 
 _NOTES = (
@@ -101,8 +102,8 @@ class Bench:
 
 
 @asynccontextmanager
-async def bench() -> AsyncIterator[Bench]:
-    """Run everything until the block ends."""
+async def bench(at_once: int) -> AsyncIterator[Bench]:
+    """Run everything until the block ends, with ``at_once`` agents in each arm."""
     async with (
         stub_workers(WORKERS) as workers,
         smg_gateway(
@@ -111,7 +112,7 @@ async def bench() -> AsyncIterator[Bench]:
         server_under_test(gateway.url, ARMS) as server,
         AsyncExitStack() as stack,
     ):
-        plays = {arm: Play(arm, [Caller() for _ in range(AT_ONCE)]) for arm in ARMS}
+        plays = {arm: Play(arm, [Caller() for _ in range(at_once)]) for arm in ARMS}
         for arm, url in server.urls.items():
             await stack.enter_async_context(connected(plays[arm].agents, url))
         yield Bench(workers, gateway, plays, await gateway.branches())
@@ -119,9 +120,12 @@ async def bench() -> AsyncIterator[Bench]:
 
 async def run(progress: Progress, *, quick: bool = False) -> Part:
     """Interleave the plugin's sessions with those without a key and those by hand."""
-    blocks, rounds = (2, 2) if quick else (BLOCKS, ROUNDS)
-    told = step(progress, 0, 1, f"{AT_ONCE} agents at once")
-    async with bench() as running:
+    at_once, blocks, rounds = AT_ONCE, BLOCKS, ROUNDS
+    if quick:
+        at_once, blocks, rounds = QUICK_AT_ONCE, QUICK_BLOCKS, QUICK_ROUNDS
+    told = step(progress, 0, 1, f"{at_once} agents at once")
+    async with bench(at_once) as running:
+        told(0)
         plugin = [f"plugin {number}" for number in range(blocks)]
         arms = {block: partial(running.block, "plugin") for block in plugin}
         arms.update({arm: partial(running.block, arm) for arm in OTHERS})

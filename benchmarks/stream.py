@@ -19,7 +19,7 @@ from .counting import calls_into_plugin
 from .figures import Figure, Part, Progress, Table, ratios, step
 from .rounds import interleave, on_one_cpu
 from .server_under_test import SSE, Arm, Loop, ServerUnderTest, barest_app, server_under_test
-from .servers import content_length
+from .stub import content_length
 from .turn import Connection, connected
 
 NAME = "stream"
@@ -222,7 +222,7 @@ async def run(progress: Progress, *, quick: bool = False) -> Part:
             for server in range(servers):
                 share = 1 / servers / len(LOOPS)
                 told = step(progress, (place * servers + server) * share, share, f"on {loop}")
-                costs += await measure(loop, chunks, 4 if quick else STREAMS[loop], told)
+                costs += await measure(loop, chunks, 2 if quick else STREAMS[loop], told)
             measured.append(costs)
     nothing = [
         Figure(tuple(1e6 * piece["nothing"] / PIECE for piece in pieces), "µs")

@@ -18,7 +18,8 @@ from harness.agents import CHAT
 from .figures import Figure, Part, Progress, Table, ratios, step
 from .rounds import added_up, interleave
 from .server_under_test import KEY, Arm, Kind, Loop, ServerUnderTest, server_under_test
-from .servers import REPLY, content_length, upstream
+from .servers import upstream
+from .stub import REPLY, content_length
 
 NAME = "turn"
 TITLE = "A proxied turn through a session server"
@@ -253,7 +254,7 @@ async def measure(
 async def run(progress: Progress, *, quick: bool = False) -> Part:
     """Measure the whole server, then the barest proxy, each on both event loops."""
     importlib.import_module("uvloop")  # the server process needs it; fail early
-    plan = dict.fromkeys(SESSIONS, 2) if quick else SESSIONS
+    plan = dict.fromkeys(SESSIONS, 1) if quick else SESSIONS
     tables: list[Table] = []
     headline = ""
     done = 0.0

@@ -43,7 +43,7 @@ class Load:
     turns: int
     workers: int
     # Long enough that a cold prompt visibly costs time, short enough that both arms of the demo
-    # end within a minute and a half on two cores.
+    # end within a minute on two cores.
     system_characters: int = 500
     user_characters: int = 80
     reply_characters: int = 8

@@ -1,7 +1,4 @@
-"""Programs as child processes: run until a block ends, or killed and run again.
-
-This file as a program is the child that ``command()`` asks for.
-"""
+"""Programs as child processes: run until a block ends, or killed and run again."""
 
 import asyncio
 import json
@@ -17,7 +14,6 @@ from contextlib import (
     asynccontextmanager,
 )
 from dataclasses import dataclass, field
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -47,7 +43,7 @@ def command(main: Callable[..., None], **arguments: object) -> tuple[str, ...]:
     that it was started in, or by ``PYTHONPATH``.
     """
     function = (main.__module__, main.__qualname__)
-    return (sys.executable, "-m", "harness.processes", *function, json.dumps(arguments))
+    return (sys.executable, "-m", "harness.child", *function, json.dumps(arguments))
 
 
 @asynccontextmanager
@@ -164,8 +160,3 @@ async def restartable(
         yield it
     finally:
         await it.kill()
-
-
-if __name__ == "__main__":
-    module, function, arguments = sys.argv[1:]
-    getattr(import_module(module), function)(**json.loads(arguments))

@@ -12,9 +12,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
+from importlib.metadata import entry_points
 from pathlib import Path
 
-#: Most tests import these. They are loaded once, because each run is forked from this process.
+from .selection import PACKAGE
+
+#: Most tests import these. They are loaded once, because each run is forked from this process. So
+#: are the plugins of pytest, except the package's own, which comes from the copy.
 _LOADED = ("pytest", "aiohttp.test_utils", "aiohttp.web", "hypothesis.strategies")
 
 _FORK = multiprocessing.get_context("fork")
@@ -44,6 +48,9 @@ class Copy:
                 shutil.copy(root / name, self._tree / name)
         for name in _LOADED:
             import_module(name)
+        for plugin in entry_points(group="pytest11"):
+            if PACKAGE not in plugin.value:
+                plugin.load()
         gc.freeze()
         # Both signals raise KeyboardInterrupt, but only while the process waits for a run.
         signal.signal(signal.SIGTERM, signal.default_int_handler)

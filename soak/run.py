@@ -23,7 +23,8 @@ from .agents import SETTLE_SECONDS, Player, Report, Tally
 from .causes import BREAKER_SECONDS, causes
 
 WORKERS = 4
-WORKER_KILLS = 40  # spread over the run
+WORKER_KILLS = 40  # spread over the run, at most
+TURNS_OF_A_KILL = 50  # a short run has fewer kills, so that its workers are also up now and then
 # The shares of the run after which each is killed. The session server survives the second half,
 # because its memory is checked there. It starts without any transcripts.
 GATEWAY_KILLS = (0.2, 0.4, 0.6)
@@ -247,8 +248,10 @@ async def kill_workers(
     outcome: Outcome, workers: Sequence[Worker], all_workers_up: asyncio.Lock
 ) -> None:
     """Kill one worker at a time, each for a share of the run."""
-    random, step = Random(outcome.load.seed), outcome.load.all_turns / WORKER_KILLS
-    for number in range(WORKER_KILLS):
+    turns = outcome.load.all_turns
+    kills = max(1, min(WORKER_KILLS, turns // TURNS_OF_A_KILL))
+    random, step = Random(outcome.load.seed), turns / kills
+    for number in range(kills):
         await outcome.tally.until((number + 0.25) * step)
         worker = random.choice(workers)
         async with all_workers_up:

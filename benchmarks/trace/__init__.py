@@ -3,7 +3,7 @@
     python -m benchmarks trace FILE ...
 
 The modules follow the path of a session: ``read`` it from a file, ``grow`` the trace to more
-sessions, ``play`` them in ``arms`` on the ``worker``s, each an ``engine`` with a ``cache``, and
+sessions, ``play`` them in ``arms`` on the ``workers``, each an ``engine`` with a ``cache``, and
 compare the tokens from the cache with the ``limit``. ``check`` compares the model with real
 engines.
 """

@@ -35,7 +35,7 @@ from .cache import BLOCK, PrefixCache, chain
 from .engine import Speed
 from .play import pinned
 from .read import Session, Turn
-from .worker import model_workers
+from .workers import model_workers
 
 TITLE = "The model of an engine, beside real ones"
 POINTS = 0.02

@@ -20,7 +20,7 @@ from harness.workers import MODEL
 from .arms import Arm, times
 from .engine import Speed
 from .read import Session
-from .worker import model_workers
+from .workers import model_workers
 
 GROUP = "header:X-Group-Id"
 CALL_SECONDS = 900  # the longest that a call may take, in wall time

@@ -1,57 +1,31 @@
-"""Workers for the real gateway: the model of an engine behind the API of a real one.
+"""A worker for the real gateway: the model of an engine behind the API of a real one.
 
 A call's prompt is the text of its messages. The body also has the model's ``reply``, which the
 trace knows. The answer comes as a whole once the engine is done. Its ``usage`` has the cached
-tokens, and its ``timings`` have the times of the engine's steps. Many workers share one process and
-are bare protocols, to leave the machine's time to the gateway.
+tokens, and its ``timings`` have the times of the engine's steps. Many workers share one process,
+which imports this file and no aiohttp, and are bare protocols, to leave the machine's time to the
+gateway.
 """
 
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import asdict
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
-from yarl import URL
-
-from aiohttp_smg_routing.testing import answer, failure, free_ports
-from benchmarks.servers import content_length
-from harness.processes import answering, command, local_url, together
-from harness.workers import MODEL, models
+from benchmarks.stub import answer, content_length
 
 from .engine import Engine, Job, Speed, TooLongError
-
-PROCESSES = 2
-CONTEXT = 10**6  # tokens; so large that only the engine refuses calls
-
-
-@asynccontextmanager
-async def model_workers(count: int, speed: Speed, scale: float) -> AsyncIterator[tuple[URL, ...]]:
-    """Run workers with cold caches until the block ends; yield their URLs.
-
-    ``scale`` is the number of the model's seconds in a second.
-    """
-    urls = tuple(map(local_url, free_ports(count)))
-    shares = [urls[first::PROCESSES] for first in range(min(PROCESSES, count))]
-    processes = (
-        answering(
-            share[-1] / "health",
-            *command(main, ports=[url.port for url in share], speed=asdict(speed), scale=scale),
-        )
-        for share in shares
-    )
-    async with together(processes):
-        yield urls
 
 
 class Worker:
     """A worker: an engine, and the connections that wait for answers."""
 
-    def __init__(self, speed: Speed, scale: float) -> None:
+    def __init__(self, speed: Speed, scale: float, models: dict[str, Any]) -> None:
         self.engine = Engine(speed)
+        self.models = models
+        self._model: str = models["data"][0]["id"]
         self._scale = scale
         self._asked: dict[int, tuple[Job, Connection]] = {}
         self._alarm: asyncio.TimerHandle | None = None
@@ -80,7 +54,7 @@ class Worker:
     def _answer(self, now: float) -> None:
         for job in self.engine.until(now):
             _, connection = self._asked.pop(id(job))
-            connection.say(completion(job, now))
+            connection.say(completion(job, now, self._model))
 
     def _set_alarm(self) -> None:
         if self._alarm:
@@ -105,17 +79,17 @@ class Worker:
             "prompt_tokens_total": engine.prompt_tokens,
             "generation_tokens_total": engine.output_tokens,
         }
-        labels = f'{{engine="0",model_name="{MODEL}"}}'
+        labels = f'{{engine="0",model_name="{self._model}"}}'
         return "".join(f"vllm:{name}{labels} {value}\n" for name, value in values.items()).encode()
 
 
-def completion(job: Job, now: float) -> bytes:
-    """Return the answer to a call, made at ``now``."""
+def completion(job: Job, now: float, model: str) -> bytes:
+    """Return the answer to a call of ``model``, made at ``now``."""
     document = {
         "id": "chatcmpl-1",
         "object": "chat.completion",
         "created": 1,
-        "model": MODEL,
+        "model": model,
         "choices": [
             {
                 "index": 0,
@@ -178,34 +152,36 @@ class Connection(asyncio.Protocol):
             try:
                 self._worker.take(body, self)
             except TooLongError as error:
-                self.say(failure(400, str(error)))
+                self.say(refusal("400 Bad Request", str(error)))
             except (LookupError, TypeError, ValueError) as error:
-                self.say(failure(400, f"no call of a trace: {error!r}"))
+                self.say(refusal("400 Bad Request", f"no call of a trace: {error!r}"))
         elif path == b"/metrics":
             self.say(answer(self._worker.metrics()))
         elif path == b"/v1/models":
-            self.say(answer(_models()))
+            self.say(answer(self._worker.models))
         elif path == b"/health":
-            self.say(answer())
+            self.say(answer(b""))
         else:
-            self.say(failure(404, "a worker of the benchmark does not have it"))
+            self.say(refusal("404 Not Found", "a worker of the benchmark does not have it"))
 
 
-def _models() -> dict[str, Any]:
-    document: dict[str, Any] = models()
-    document["data"][0]["max_model_len"] = CONTEXT
-    return document
+def refusal(status: str, message: str) -> bytes:
+    """Return an error in the form of the OpenAI API."""
+    return answer({"error": {"message": message, "type": "invalid_request_error"}}, status=status)
 
 
-def main(ports: Sequence[int], speed: dict[str, Any], scale: float) -> None:
-    """Run some of the workers in this process until it is killed."""
-    asyncio.run(_run(ports, Speed(**speed), scale))
+def main(ports: Sequence[int], speed: dict[str, Any], scale: float, models: dict[str, Any]) -> None:
+    """Run some of the workers in this process until it is killed.
+
+    ``models`` is what they answer to ``GET /v1/models``.
+    """
+    asyncio.run(_run(ports, Speed(**speed), scale, models))
 
 
-async def _run(ports: Sequence[int], speed: Speed, scale: float) -> None:
+async def _run(ports: Sequence[int], speed: Speed, scale: float, models: dict[str, Any]) -> None:
     loop = asyncio.get_running_loop()
     for port in ports:
-        worker = Worker(speed, scale)
+        worker = Worker(speed, scale, models)
         server = await loop.create_server(
             partial(Connection, worker), "127.0.0.1", port, backlog=4096
         )

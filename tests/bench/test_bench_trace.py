@@ -44,7 +44,7 @@ from benchmarks.trace.measure import (
 )
 from benchmarks.trace.play import Call, Played, Settings, chat, pause, play, refusal
 from benchmarks.trace.read import Session, TraceError, Turn, read
-from benchmarks.trace.worker import model_workers
+from benchmarks.trace.workers import model_workers
 from harness.agents import CHAT
 from harness.proc import HAS_PROC, processes_in
 from harness.processes import running
@@ -652,7 +652,7 @@ async def test_an_arm_starts_again_where_another_program_has_taken_a_port(
             given.append(free_ports(count) if given else [other.getsockname()[1]])
             return given[-1]
 
-        monkeypatch.setattr("benchmarks.trace.worker.free_ports", ports)
+        monkeypatch.setattr("benchmarks.trace.workers.free_ports", ports)
         one = Settings(1, Speed(), 100)
         played = await play(PINNED, [session("s", "a")], one, lambda: None)
     assert (len(played.calls), len(given)) == (1, 2)

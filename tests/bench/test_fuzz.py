@@ -48,9 +48,12 @@ def test_a_broken_law_is_found_and_its_input_kept(tree: Path) -> None:
     key = tree / "aiohttp_smg_routing" / "keys.py"
     whole = key.read_text()
     key.write_text(whole.replace("VALID_KEY.fullmatch(whole)", "True"))
+    main = tree / "fuzz" / "__main__.py"
+    one_target = 'TARGETS = ("key",)'  # the others take as long, and find nothing
+    main.write_text(re.sub(r"(?m)^TARGETS = .*", one_target, main.read_text()))
     run = fuzz(tree, 1)
     assert run.returncode == 1, run.stdout + run.stderr
-    assert "a law was broken: " in run.stdout
+    assert "a law was broken: key\n" in run.stdout
     [found] = tree.glob("fuzz-key-crash-*")
 
     def again() -> int:

@@ -11,15 +11,19 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from harness.processes import ROOT
+from harness.proc import processes_in
+from harness.processes import ROOT, running
 from mutants.selection import PACKAGE, TESTS, files, selected
+
+from ..waiting import until
 
 if TYPE_CHECKING:  # importing mutmut is slow, and each process collects this file
     from mutants.changes import Faults
 
 
-# The tests below notice only faults in the return statement.
-FILE = f"{PACKAGE}/keys.py"
+# TEST, below, notices only faults in the return statement.
+FILE = f"{PACKAGE}/pins.py"
+TEST, _ = selected(FILE)
 _CODE = '''\
 """A file of the package."""
 
@@ -33,7 +37,7 @@ def sign(number: int | None) -> str:
 _NOTICE = """\
 import pytest
 
-from aiohttp_smg_routing.keys import sign
+from aiohttp_smg_routing.pins import sign
 
 
 def test_sign():
@@ -56,7 +60,7 @@ def tree(tmp_path: Path) -> Path:
     names = ("__init__", "testing/__init__", "testing/pytest_plugin")  # pytest loads these
     texts = {f"{PACKAGE}/{name}.py": "" for name in names}
     texts |= dict.fromkeys(selected(FILE), "def test_nothing():\n    pass\n")
-    texts |= {FILE: _CODE, "tests/unit/test_keys.py": _NOTICE}
+    texts |= {FILE: _CODE, TEST: _NOTICE}
     for name, text in texts.items():
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (tree / name).write_text(text)
@@ -140,36 +144,31 @@ def test_a_signal_shows_what_was_tried_and_leaves_nothing(tree: Path, number: in
     assert is_clean(tree)
 
 
-def test_tests_that_take_too_long_are_stopped_with_what_they_started(tree: Path) -> None:
-    (tree / "tests/unit/test_keys.py").write_text(
-        "import subprocess, sys, time\n"
-        "from aiohttp_smg_routing.keys import sign\n"
+async def test_tests_that_take_too_long_are_stopped_with_what_they_started(tree: Path) -> None:
+    (tree / TEST).write_text(
+        "import subprocess\n"
+        "from aiohttp_smg_routing.pins import sign\n"
         "def test_sign():\n"
-        "    while sign(2) != 'positive':\n"
-        "        subprocess.Popen([sys.executable, '-c', 'input()']).wait()\n"
+        "    if sign(2) != 'positive':\n"
+        "        subprocess.Popen(['sleep', '3600']).wait()\n"
     )
     code = (
         "import sys; from pathlib import Path; from mutants import trial; "
         "trial._SECONDS_MORE = 1; copy = trial.Copy(Path('.'), Path(sys.argv[1])); "
-        f"test = 'tests/unit/test_keys.py'; copy.measure(test); "
-        f"print(copy.outcome({FILE!r}, 'def sign(number): return 0', (test,)))"
+        f"copy.measure({TEST!r}); "
+        f"print(copy.outcome({FILE!r}, 'def sign(number): return 0', ({TEST!r},)))"
     )
-    folder = tree.parent / "tmp"
-    run = subprocess.run(  # noqa: S603
-        [sys.executable, "-c", code, str(folder)],
-        cwd=tree,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
-    assert run.stdout == "timed out\n", run.stderr
+    async with running(tree, "-c", code, str(tree.parent / "tmp")) as process:
+        printed, complained = await process.communicate()
+    assert printed == b"timed out\n", complained.decode()
+    await until(lambda: processes_in(tree.parent.resolve()) == {})
 
 
 def test_tests_that_fail_without_a_mutant_end_it(tree: Path) -> None:
-    (tree / "tests/unit/test_keys.py").write_text("def test_sign():\n    assert False\n")
+    (tree / TEST).write_text("def test_sign():\n    assert False\n")
     status, printed, complained = sampled(tree, FILE)
     assert status == 1
-    assert complained.endswith("tests/unit/test_keys.py fails without a mutant.\n")
+    assert complained.endswith(f"{TEST} fails without a mutant.\n")
     assert "caught" not in printed
     assert not list((tree.parent / "tmp").iterdir())
 
@@ -182,11 +181,20 @@ def test_tests_that_fail_without_a_mutant_end_it(tree: Path) -> None:
         (["--seed=x"], "argument --seed: invalid int value: 'x'"),
     ],
 )
-def test_wrong_arguments_get_a_sentence(tree: Path, words: list[str], sentence: str) -> None:
-    status, printed, complained = sampled(tree, *words)
-    assert (status, printed) == (2, "")
-    assert sentence in complained
-    assert "Traceback" not in complained
+def test_wrong_arguments_get_a_sentence(
+    words: list[str],
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from mutants.__main__ import main
+
+    monkeypatch.setattr(sys, "argv", ["mutants", *words])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    told = capsys.readouterr()
+    assert (ended.value.code, told.out) == (2, "")
+    assert sentence in told.err
 
 
 @pytest.mark.parametrize(

@@ -5,15 +5,16 @@ import signal
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 
 import pytest
 from rich.console import Console
-from rich.progress import Progress
 
 from demo import __main__ as demo
-from harness.arms import Load, moved_sessions
+from harness.arms import PINNED, Load, moved_sessions, play
+from harness.engines import write_model
 from harness.proc import HAS_PROC, processes_in
 from harness.processes import running
 
@@ -95,14 +96,13 @@ async def test_a_missing_engine_names_what_to_install(folder: Path) -> None:
     )
 
 
-async def test_sessions_that_move_fail_the_demo() -> None:
+async def test_sessions_that_move_fail_the_demo(tmp_path: Path) -> None:
     """The measurements of the arm without the plugin don't pass as those of the arm with it."""
     console = Console(file=StringIO(), width=80)
-    arm = await demo.play_arm(
-        Load(SESSIONS, TURNS, WORKERS, system_characters=100),
-        plugin=False,
-        progress=Progress(console=console, disable=True),
-    )
+    model = tmp_path / "model.gguf"
+    write_model(model, blocks=1)
+    load = Load(SESSIONS, TURNS, WORKERS, system_characters=100)
+    arm = await play(load, replace(PINNED, plugin=False), model=model)
     moved = moved_sessions(arm.turns)
     assert moved > 0
     with console.capture() as capture:
