@@ -80,9 +80,8 @@ LACKING = (
 def test_a_missing_package_gets_a_remedy(tmp_path: Path) -> None:
     for number, code in enumerate(LACKING):
         (tmp_path / f"test_{number}.py").write_text(code)
-    argv = ("-m", "pytest", "-p", "conftest", "-p", "no:cacheprovider")
-    argv += ("--continue-on-collection-errors",)
-    done = finished(tmp_path, sys.executable, *argv)
+    options = ("-p", "conftest", "-p", "no:cacheprovider", "--continue-on-collection-errors")
+    done = finished(tmp_path, sys.executable, "-m", "pytest", *options)
     # Each failure begins with a line of underscores that names it.
     failures = re.split(r"^_{3,} .* _{3,}$", done.stdout, flags=re.MULTILINE)[1:]
     assert len(failures) == len(LACKING)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import aiohttp
 import pytest
-from aiohttp import ClientSession, TCPConnector, TraceConfig, web
+from aiohttp import BaseConnector, ClientSession, TCPConnector, TraceConfig, web
 from opentelemetry.instrumentation.aiohttp_client import AioHttpClientInstrumentor
 from pytest_aiohttp.plugin import AiohttpClient
 
@@ -427,7 +427,7 @@ class Interruption:
 class Trial(NamedTuple):
     """Work, an action of another thread meanwhile, and a check after both."""
 
-    work: Callable[[TCPConnector], Awaitable[None]]
+    work: Callable[[BaseConnector], Awaitable[None]]
     do: Callable[[], object]
     check: Callable[[], Awaitable[None]]
 
@@ -438,7 +438,7 @@ async def at_each_step(begin: Callable[[], Trial]) -> int:
     It runs in a thread of its own, because coverage traces this one.
     """
 
-    async def has_steps_beyond(step: int, connector: TCPConnector) -> bool:
+    async def has_steps_beyond(step: int, connector: BaseConnector) -> bool:
         trial = begin()
         with Interruption(step, trial.do) as interruption:
             await trial.work(connector)
@@ -478,7 +478,7 @@ async def test_a_call_is_tagged_and_counted_once_wherever_another_app_lets_go_or
             else:
                 blocks.append(theirs.instrument())
 
-        async def work(connector: TCPConnector) -> None:
+        async def work(connector: BaseConnector) -> None:
             async with ClientSession(connector=connector, connector_owner=False) as session:
                 with routing_session("s-1"):
                     async with session.post(gateway.chat):
@@ -504,7 +504,7 @@ async def test_a_near_miss_fails_no_call_wherever_the_last_app_lets_go(
     def begin() -> Trial:
         block = Routing(config).instrument()
 
-        async def work(connector: TCPConnector) -> None:
+        async def work(connector: BaseConnector) -> None:
             async with ClientSession(connector=connector, connector_owner=False) as session:
                 with routing_session("s-1"):
                     async with session.post(elsewhere.chat):
@@ -532,7 +532,7 @@ async def test_a_session_that_is_made_while_the_last_app_lets_go_has_the_hook_of
             theirs.close()
             blocks.append(routing.instrument())
 
-        async def work(_: TCPConnector) -> None:
+        async def work(_: BaseConnector) -> None:
             sessions.append(ClientSession())
 
         async def check() -> None:
