@@ -6,6 +6,7 @@ import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import trustme
@@ -117,7 +118,7 @@ class Origins:
         with the plugin.
         """
         plain_error, plain = await self.send(gateway, send, answers, **session)
-        hook = Routing(RoutingConfig(gateway.said)).trace_config()
+        hook = Routing(_config(gateway.said)).trace_config()
         with routing_session("s-1"):
             error, tagged = await self.send(gateway, send, answers, trace_configs=[hook], **session)
         assert error is plain_error
@@ -134,6 +135,11 @@ class Origins:
             else:
                 assert after == before
         return tagged
+
+
+@cache
+def _config(gateway: str) -> RoutingConfig:
+    return RoutingConfig(gateway)
 
 
 class _Loopback(TCPConnector):

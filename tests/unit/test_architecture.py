@@ -4,6 +4,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -27,8 +28,13 @@ def picture() -> dict[str, list[str]]:
     return {name: re.findall(r"`(\w+)`", imports) for name, imports in ROW.findall(table)}
 
 
-def imported(file: Path) -> Iterator[list[str]]:
-    """Yield the parts of each name that a file imports, at its top or within a function."""
+@cache
+def imported(file: Path) -> list[list[str]]:
+    """Return the parts of each name that a file imports, at its top or within a function."""
+    return list(_imported(file))
+
+
+def _imported(file: Path) -> Iterator[list[str]]:
     here = file.relative_to(ROOT).parts
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

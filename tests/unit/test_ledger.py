@@ -923,14 +923,17 @@ PREPARED = [
 ]
 
 
+LIMITED = RoutingConfig((A, B), track_sessions=3)
+
+
 def at_every_point(
     prepare: Callable[[PinLedger], Callable[[], object]], interrupt: Callable[[PinLedger], object]
 ) -> Iterator[tuple[PinLedger, PinLedger]]:
     """Yield a ledger interrupted at each point in turn, each with one that was not interrupted."""
-    undisturbed = ledger(A, B, track_sessions=3)
+    undisturbed = PinLedger(LIMITED)  # a config for each ledger would take longer than the rest
     interrupted(prepare(undisturbed), -1, gc.collect)  # Python 3.12 traces from the second run
     for at in itertools.count():
-        pins = ledger(A, B, track_sessions=3)
+        pins = PinLedger(LIMITED)
         if not interrupted(prepare(pins), at, functools.partial(interrupt, pins)):
             break
         yield pins, undisturbed

@@ -82,6 +82,16 @@ def sessions_of(registry: Any) -> dict[str, float]:
     }
 
 
+def collected(registry: CollectorRegistry) -> dict[str, float]:
+    """Return the same as ``sessions_of()``, without the text, which takes longer than the rest."""
+    return {
+        sample.labels["worker"]: sample.value
+        for family in registry.collect()
+        for sample in family.samples
+        if sample.name == "smg_routing_sessions"
+    }
+
+
 def counting(registry: CollectorRegistry, **config: Any) -> Routing:
     return Routing(RoutingConfig(A, metrics="prometheus", metrics_registry=registry, **config))
 
@@ -432,7 +442,7 @@ def test_the_ledger_may_be_entered_again_while_metrics_are_written_and_scraped(
             pins.show(True)
             play(pins, ("b", W2))
             assert is_consistent(pins)
-            assert sessions_of(registry) == pins.workers()
+            assert collected(registry) == pins.workers()
         assert at > 10
 
     watched(check)
@@ -543,7 +553,7 @@ def test_several_processes_add_up(tmp_path: Path) -> None:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
-        for _ in range(3)
+        for _ in range(2)
     ]
     try:
         for process in processes:
@@ -552,11 +562,11 @@ def test_several_processes_add_up(tmp_path: Path) -> None:
         registry = CollectorRegistry()
         MultiProcessCollector(registry, path=str(tmp_path))  # type: ignore[no-untyped-call]
         assert series(registry) == {
-            'smg_routing_calls_total{outcome="first"}': 6,
-            'smg_routing_calls_total{outcome="kept"}': 3,
+            'smg_routing_calls_total{outcome="first"}': 4,
+            'smg_routing_calls_total{outcome="kept"}': 2,
             **{f'smg_routing_calls_total{{outcome="{name}"}}': 0 for name in NOT_SEEN},
-            'smg_routing_sessions{worker="w"}': 6,
-            'smg_routing_worker_calls_total{worker="w"}': 9,
+            'smg_routing_sessions{worker="w"}': 4,
+            'smg_routing_worker_calls_total{worker="w"}': 6,
             **dict.fromkeys(COUNTERS, 0),
         }
     finally:

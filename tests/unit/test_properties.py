@@ -52,15 +52,16 @@ def test_equal_ids_have_equal_keys(session_id: str, form: Any) -> None:
 #: The sources in a pin_by, and the text between them.
 NAMES = st.lists(st.sampled_from(["session_id", "json:a", "header:b", "json:a.b"]), max_size=3)
 LITERALS = st.sampled_from(["", "/", " ", "1:", "a", "json:a", "\ud800", "\xff"])
+FOUND = st.none() | st.sampled_from(["", " ", "a", "b", "ab", "1:a", "/"]) | ANY_TEXT
+SESSIONS = st.sampled_from(["a", "b", "ab"]) | IDS
 
 
 @st.composite
 def combinations(draw: st.DrawFn) -> tuple[laws.Shared, list[str]]:
     names = draw(NAMES) or ["session_id"]
     pin_by = draw(LITERALS) + "".join(f"{{{name}}}{draw(LITERALS)}" for name in names)
-    found = st.none() | st.sampled_from(["", " ", "a", "b", "ab", "1:a", "/"]) | ANY_TEXT
-    parts = {name: draw(found) for name in names if name != "session_id"}
-    return laws.Shared(pin_by, draw(st.sampled_from(["a", "b", "ab"]) | IDS), parts), names
+    parts = {name: draw(FOUND) for name in names if name != "session_id"}
+    return laws.Shared(pin_by, draw(SESSIONS), parts), names
 
 
 @settings(LAW, max_examples=500)

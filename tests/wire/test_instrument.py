@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import aiohttp
 import pytest
-from aiohttp import ClientSession, TraceConfig, web
+from aiohttp import BaseConnector, ClientSession, TCPConnector, TraceConfig, web
 from opentelemetry.instrumentation.aiohttp_client import AioHttpClientInstrumentor
 from pytest_aiohttp.plugin import AiohttpClient
 
@@ -427,7 +427,7 @@ class Interruption:
 class Trial(NamedTuple):
     """Work, an action of another thread meanwhile, and a check after both."""
 
-    work: Callable[[], Awaitable[None]]
+    work: Callable[[BaseConnector], Awaitable[None]]
     do: Callable[[], object]
     check: Callable[[], Awaitable[None]]
 
@@ -438,17 +438,21 @@ async def at_each_step(begin: Callable[[], Trial]) -> int:
     It runs in a thread of its own, because coverage traces this one.
     """
 
-    async def has_steps_beyond(step: int) -> bool:
+    async def has_steps_beyond(step: int, connector: BaseConnector) -> bool:
         trial = begin()
         with Interruption(step, trial.do) as interruption:
-            await trial.work()
+            await trial.work(connector)
         await trial.check()
         return interruption.has_come
 
-    steps = 0
-    while await asyncio.to_thread(asyncio.run, has_steps_beyond(steps)):
-        steps += 1
-    return steps
+    async def count() -> int:
+        steps = 0
+        async with TCPConnector() as connector:  # all trials share its connections
+            while await has_steps_beyond(steps, connector):
+                steps += 1
+        return steps
+
+    return await asyncio.to_thread(asyncio.run, count())
 
 
 @pytest.mark.thorough
@@ -459,11 +463,12 @@ async def test_a_call_is_tagged_and_counted_once_wherever_another_app_lets_go_or
     gateway: Recorder, elsewhere: Recorder, order: str, what: str, gateways: str
 ) -> None:
     their_url = elsewhere.url if gateways == "two" else gateway.url
+    # Routings with on_missing = "raise" come last; the others keep their order.
+    their_config = RoutingConfig(their_url, on_missing="pass" if order == "first" else "raise")
+    our_config = RoutingConfig(gateway.url)
 
     def begin() -> Trial:
-        # Routings with on_missing = "raise" come last; the others keep their order.
-        config = RoutingConfig(their_url, on_missing="pass" if order == "first" else "raise")
-        theirs, ours = Routing(config), Routing(RoutingConfig(gateway.url))
+        theirs, ours = Routing(their_config), Routing(our_config)
         blocks = [theirs.instrument()] if what == "lets go" else []
         blocks.append(ours.instrument())
 
@@ -473,8 +478,8 @@ async def test_a_call_is_tagged_and_counted_once_wherever_another_app_lets_go_or
             else:
                 blocks.append(theirs.instrument())
 
-        async def work() -> None:
-            async with ClientSession() as session:
+        async def work(connector: BaseConnector) -> None:
+            async with ClientSession(connector=connector, connector_owner=False) as session:
                 with routing_session("s-1"):
                     async with session.post(gateway.chat):
                         pass
@@ -494,11 +499,13 @@ async def test_a_call_is_tagged_and_counted_once_wherever_another_app_lets_go_or
 async def test_a_near_miss_fails_no_call_wherever_the_last_app_lets_go(
     gateway: Recorder, elsewhere: Recorder
 ) -> None:
-    def begin() -> Trial:
-        block = Routing(RoutingConfig(gateway.url)).instrument()
+    config = RoutingConfig(gateway.url)
 
-        async def work() -> None:
-            async with ClientSession() as session:
+    def begin() -> Trial:
+        block = Routing(config).instrument()
+
+        async def work(connector: BaseConnector) -> None:
+            async with ClientSession(connector=connector, connector_owner=False) as session:
                 with routing_session("s-1"):
                     async with session.post(elsewhere.chat):
                         pass
@@ -525,7 +532,7 @@ async def test_a_session_that_is_made_while_the_last_app_lets_go_has_the_hook_of
             theirs.close()
             blocks.append(routing.instrument())
 
-        async def work() -> None:
+        async def work(_: BaseConnector) -> None:
             sessions.append(ClientSession())
 
         async def check() -> None:
