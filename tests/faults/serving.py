@@ -19,7 +19,7 @@ from harness.workers import Worker
 
 from ..waiting import soon, until
 
-SESSIONS = [f"s-{number}" for number in range(12)]
+SESSIONS = [f"s-{number}" for number in range(9)]
 
 
 def is_failure_of_the_gateway(got: Reply) -> bool:

@@ -1,42 +1,60 @@
 """Workers of the real gateway die, come back and are added, with turns in flight."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
+from itertools import product
 from pathlib import Path
 
 import pytest
 from aiohttp import ClientSession
 
-from aiohttp_smg_routing.testing import SmgGateway, smg_gateway
+from aiohttp_smg_routing.testing import Recorder, SmgGateway, smg_gateway
 from harness.agents import Reply, conversation
-from harness.workers import Worker, worker_processes
+from harness.workers import Worker, recorders, worker_processes
 
+from ..turns import assert_keys, turns_of
 from ..waiting import soon, until
-from .serving import SESSIONS, Server, assert_keys_of, is_failure_of_the_gateway, watched_server
+from .serving import (
+    SESSIONS,
+    Agents,
+    Server,
+    assert_keys_of,
+    is_failure_of_the_gateway,
+    watched_server,
+)
 
 # The gateway tries a worker again after a second instead of a minute.
 ARGS = ("--assignment-mode", "min_group", "--cb-timeout-duration-secs", "1")
 
 
-PLUGIN = pytest.mark.parametrize("plugin", [True, False], ids=["plugin", "without"])
-
-
 @asynccontextmanager
 async def behind_the_gateway(
-    workers: Sequence[Worker], policy: str = "manual", *, plugin: bool = True
+    workers: Sequence[Worker | Recorder], policy: str = "manual", *, plugin: bool = True
 ) -> AsyncIterator[tuple[Server, SmgGateway]]:
-    """Run the gateway and the session server with ``workers``; check the keys at the end."""
+    """Run the gateway and the session server with ``workers``."""
     args = ARGS if policy == "manual" else ARGS[2:]
     async with (
         smg_gateway([worker.url for worker in workers], policy=policy, args=args) as smg,
         watched_server(smg.url, plugin=plugin) as server,
     ):
         yield server, smg
+
+
+@asynccontextmanager
+async def before_processes(
+    workers: Sequence[Worker], *, plugin: bool
+) -> AsyncIterator[tuple[Server, Agents]]:
+    """Run the gateway and the session server with ``workers``; check the keys at the end."""
+    for worker in workers:
+        os.truncate(worker.file, 0)  # what they have received behind an earlier gateway
+    async with behind_the_gateway(workers, plugin=plugin) as (server, _):
+        yield server, server.agents
     assert_keys_of(workers, plugin=plugin)
 
 
-def sessions_of(server: Server, worker: Worker) -> list[str]:
+def sessions_of(server: Server, worker: Worker | Recorder) -> list[str]:
     """Return the sessions whose last answer came from this worker."""
     name = str(worker.url.origin())
     return [each for each, agent in server.agents.by_id.items() if agent.worker == name]
@@ -69,14 +87,8 @@ def assert_failures_are_the_gateways(turns: Iterable[Reply]) -> None:
     assert [got for got in turns if not (got.answered or is_failure_of_the_gateway(got))] == []
 
 
-@PLUGIN
-@pytest.mark.parametrize("stream", [False, True])
-async def test_a_worker_is_killed_and_restarted(tmp_path: Path, stream: bool, plugin: bool) -> None:
-    async with (
-        worker_processes(tmp_path, 3) as workers,
-        behind_the_gateway(workers, plugin=plugin) as (server, _),
-    ):
-        agents = server.agents
+async def kill_and_restart_one(workers: Sequence[Worker], *, plugin: bool, stream: bool) -> None:
+    async with before_processes(workers, plugin=plugin) as (server, agents):
         await agents.all_answered(1)
         dead = max(workers, key=lambda worker: len(sessions_of(server, worker)))
         before = len(list(dead.received()))
@@ -105,11 +117,17 @@ async def test_a_worker_is_killed_and_restarted(tmp_path: Path, stream: bool, pl
         assert_the_ledger_is_right(server, plugin=plugin)
 
 
-@PLUGIN
+async def test_a_worker_is_killed_and_restarted(tmp_path: Path) -> None:
+    async with worker_processes(tmp_path, 3) as workers:
+        for plugin, stream in product((True, False), (False, True)):
+            await kill_and_restart_one(workers, plugin=plugin, stream=stream)
+
+
+@pytest.mark.parametrize("plugin", [True, False], ids=["plugin", "without"])
 @pytest.mark.parametrize("policy", ["manual", "consistent_hashing"])
-async def test_a_worker_is_added(tmp_path: Path, policy: str, plugin: bool) -> None:
+async def test_a_worker_is_added(policy: str, plugin: bool) -> None:
     async with (
-        worker_processes(tmp_path, 3) as workers,
+        recorders(3) as workers,
         behind_the_gateway(workers[:2], policy, plugin=plugin) as (server, smg),
     ):
         agents, added = server.agents, workers[2]
@@ -139,10 +157,10 @@ async def test_a_worker_is_added(tmp_path: Path, policy: str, plugin: bool) -> N
         await agents.all_answered(1)
         assert any(each.startswith("new-") for each in sessions_of(server, added))
         assert_the_ledger_is_right(server, plugin=plugin)
-    assert_keys_of(workers, plugin=plugin)
+    assert_keys(turns_of(*workers), plugin=plugin)
 
 
-async def add(smg: SmgGateway, worker: Worker) -> None:
+async def add(smg: SmgGateway, worker: Recorder) -> None:
     """Add a worker to the gateway; return once the gateway considers it healthy."""
     name = str(worker.url.origin())
     async with ClientSession() as client:
@@ -155,13 +173,8 @@ async def add(smg: SmgGateway, worker: Worker) -> None:
             healthy = {each["url"] for each in known if each["is_healthy"]}
 
 
-@PLUGIN
-async def test_all_workers_are_gone_and_come_back(tmp_path: Path, plugin: bool) -> None:
-    async with (
-        worker_processes(tmp_path, 2) as workers,
-        behind_the_gateway(workers, plugin=plugin) as (server, _),
-    ):
-        agents = server.agents
+async def kill_and_restart_all(workers: Sequence[Worker], *, plugin: bool) -> None:
+    async with before_processes(workers, plugin=plugin) as (server, agents):
         await agents.all_answered(1)
         turns = [
             asyncio.create_task(agent.turn(conversation(2), hold=True))
@@ -178,3 +191,9 @@ async def test_all_workers_are_gone_and_come_back(tmp_path: Path, plugin: bool) 
         await until_all_are_answered(server, 4)
         await agents.all_answered(5)
         assert_the_ledger_is_right(server, plugin=plugin)
+
+
+async def test_all_workers_are_gone_and_come_back(tmp_path: Path) -> None:
+    async with worker_processes(tmp_path, 2) as workers:
+        for plugin in (True, False):
+            await kill_and_restart_all(workers, plugin=plugin)

@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -17,10 +17,17 @@ from aiohttp_smg_routing.testing import SmgGateway, smg_gateway
 from harness.processes import finished, together
 from harness.servers import serve, session_server
 
-from ..commands import gateway, verify
+from ..commands import LOAD, gateway, verify
 from ..verify_servers import in_background, proxy, stub_engines
 
 TOKENS = ("cached_tokens", "prompt_tokens")
+
+
+@pytest.fixture(scope="module")
+def manual() -> Iterator[SmgGateway]:
+    """Run a gateway that pins, for all tests that need no other: each run has new sessions."""
+    with in_background(gateway("manual")) as smg:
+        yield smg
 
 
 @pytest.mark.parametrize(
@@ -34,11 +41,11 @@ TOKENS = ("cached_tokens", "prompt_tokens")
 )
 def test_policy_that_routes_on_the_key_is_pinned(tmp_path: Path, launch: Sequence[str]) -> None:
     with in_background(gateway(*launch)) as smg:
-        run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url, program=True)
+        run = verify(tmp_path, smg.url, *LOAD, "--metrics", smg.metrics_url)
     assert run.status == 0, run.out
-    assert "Pinned: 120 of 120 later turns stayed on their session's worker" in run.said
-    assert run.json["arms"]["keyed"]["kept"] == 120
-    assert run.json["counters"]["pools"] == {"regular": {launch[0]: 288}}
+    assert "Pinned: 48 of 48 later turns stayed on their session's worker" in run.said
+    assert run.json["arms"]["keyed"]["kept"] == 48
+    assert run.json["counters"]["pools"] == {"regular": {launch[0]: 128}}
     assert run.causes == []
     assert run.err == ""
 
@@ -47,8 +54,8 @@ def test_policy_that_routes_on_the_key_is_pinned(tmp_path: Path, launch: Sequenc
 def test_policy_that_ignores_the_key_is_not_pinned(tmp_path: Path, policy: str) -> None:
     # With 4 workers and a fixed order of calls, round_robin would look pinned.
     with in_background(gateway(policy, workers=4)) as smg:
-        run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url)
-        unknown = verify(tmp_path, smg.url, "--metrics", smg.url / "metrics")
+        run = verify(tmp_path, smg.url, *LOAD, "--metrics", smg.metrics_url)
+        unknown = verify(tmp_path, smg.url, *LOAD, "--metrics", smg.url / "metrics")
     assert (run.status, run.causes) == (1, ["policy"]), run.out
     assert f"The gateway's policy is {policy}" in run.out
     for flag in ("--policy manual", "--policy consistent_hashing", "--routing-key-override"):
@@ -58,8 +65,8 @@ def test_policy_that_ignores_the_key_is_not_pinned(tmp_path: Path, policy: str) 
 
 def test_cache_aware_is_not_the_key_at_work(tmp_path: Path) -> None:
     with in_background(gateway("cache_aware")) as smg:
-        run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url)
-        unknown = verify(tmp_path, smg.url, "--metrics", smg.url / "metrics")
+        run = verify(tmp_path, smg.url, *LOAD, "--metrics", smg.metrics_url)
+        unknown = verify(tmp_path, smg.url, *LOAD, "--metrics", smg.url / "metrics")
     assert (run.status, run.causes) == (1, ["policy"]), run.out
     assert "by the gateway's counters, the key chose no worker" in run.said
     assert unknown.status == 2, unknown.out
@@ -68,7 +75,7 @@ def test_cache_aware_is_not_the_key_at_work(tmp_path: Path) -> None:
 
 def test_one_worker_cannot_tell(tmp_path: Path) -> None:
     with in_background(gateway("manual", workers=1)) as smg:
-        run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url)
+        run = verify(tmp_path, smg.url, *LOAD, "--metrics", smg.metrics_url)
     assert (run.status, run.causes) == (2, ["one_worker"]), run.out
 
 
@@ -111,9 +118,9 @@ def test_gateway_too_old_to_name_its_worker_is_judged_by_its_counters(
     tmp_path: Path, launch: Sequence[str], status: int, causes: list[str]
 ) -> None:
     with in_background(gateway(*launch)) as smg:
-        run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url)
-        blind = verify(tmp_path, smg.url, "--metrics", smg.url / "metrics")
-    assert run.json["arms"]["keyed"]["unknown"] == 144
+        run = verify(tmp_path, smg.url, *LOAD, "--metrics", smg.metrics_url)
+        blind = verify(tmp_path, smg.url, *LOAD, "--metrics", smg.url / "metrics")
+    assert run.json["arms"]["keyed"]["unknown"] == 64
     assert run.json["arms"]["keyed"]["kept"] is run.json["arms"]["keyed"]["kept_share"] is None
     assert re.search(r"kept on their worker +│ +unknown │ +unknown", run.out)
     assert "stayed" not in run.out
@@ -131,17 +138,16 @@ def test_old_gateway_that_hashes_the_api_key_cannot_tell(
         in_background(gateway("consistent_hashing")) as smg,
         in_background(serve(proxy(smg.url, drop=frozenset({"x-smg-routing-key"})))) as url,
     ):
-        run = verify(tmp_path, url, "--metrics", smg.metrics_url)
-    assert run.json["counters"]["branches"] == {"consistent_hashing": {"routing_key_hit": 288}}
+        run = verify(tmp_path, url, *LOAD, "--metrics", smg.metrics_url)
+    assert run.json["counters"]["branches"] == {"consistent_hashing": {"routing_key_hit": 128}}
     assert (run.status, run.causes) == (2, ["any_key", "no_worker_name"]), run.out
 
 
-def test_proxy_that_drops_the_key_is_named(tmp_path: Path) -> None:
+def test_proxy_that_drops_the_key_is_named(tmp_path: Path, manual: SmgGateway) -> None:
     with (
-        in_background(gateway("manual")) as smg,
-        in_background(serve(proxy(smg.url, drop=frozenset({"x-smg-routing-key"})))) as url,
+        in_background(serve(proxy(manual.url, drop=frozenset({"x-smg-routing-key"})))) as url,
     ):
-        run = verify(tmp_path, url, "--metrics", smg.metrics_url)
+        run = verify(tmp_path, url, *LOAD, "--metrics", manual.metrics_url)
     assert (run.status, run.causes) == (1, ["key_lost"]), run.out
 
 
@@ -172,61 +178,62 @@ def test_proxy_that_drops_the_key_is_named_where_its_own_header_routes_all_calls
         in_background(gateway("consistent_hashing")) as smg,
         in_background(serve(proxy(smg.url, drop=drop, add=add))) as url,
     ):
-        run = verify(tmp_path, url, "--metrics", smg.metrics_url)
-    assert run.json["counters"]["branches"] == {"consistent_hashing": {"implicit_key_hit": 288}}
+        run = verify(tmp_path, url, *LOAD, "--metrics", smg.metrics_url)
+    assert run.json["counters"]["branches"] == {"consistent_hashing": {"implicit_key_hit": 128}}
     assert run.status == 1, run.out
     assert "key_lost" in run.causes, run.out
 
 
-def test_session_server_with_the_plugin_is_pinned(tmp_path: Path) -> None:
+def test_session_server_with_the_plugin_is_pinned(tmp_path: Path, manual: SmgGateway) -> None:
     with (
-        in_background(gateway("manual")) as smg,
-        in_background(session_server(smg.url)) as through,
+        in_background(session_server(manual.url)) as through,
     ):
-        run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url, "--through", through.url)
+        options = (*LOAD, "--metrics", manual.metrics_url, "--through", through.url)
+        run = verify(tmp_path, manual.url, *options)
     assert (run.status, run.causes) == (0, []), run.out
-    assert run.json["counters"]["branches"] == {"manual": {"vacant": 168, "occupied_hit": 120}}
-    # Each of 168 sessions is created and deleted; a few first turns got a 404 before.
-    assert run.json["sent_for_sessions"] > 2 * 168
+    assert run.json["counters"]["branches"] == {"manual": {"vacant": 80, "occupied_hit": 48}}
+    # Each of 80 sessions is created and deleted; a few first turns got a 404 before.
+    assert run.json["sent_for_sessions"] > 2 * 80
 
 
-def test_session_server_without_the_plugin_is_not_pinned(tmp_path: Path) -> None:
+def test_session_server_without_the_plugin_is_not_pinned(
+    tmp_path: Path, manual: SmgGateway
+) -> None:
     with (
-        in_background(gateway("manual")) as smg,
-        in_background(session_server(smg.url, enabled=False)) as through,
+        in_background(session_server(manual.url, enabled=False)) as through,
     ):
         url = f"{through.url}/sessions/{{session_id}}"
-        run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url, "--through", url)
+        run = verify(tmp_path, manual.url, *LOAD, "--metrics", manual.metrics_url, "--through", url)
     assert (run.status, run.causes) == (1, ["key_lost"]), run.out
     assert "another host than the gateway of the plugin's config" in run.said
 
 
-def test_session_server_that_hides_the_worker_is_judged_by_the_counters(tmp_path: Path) -> None:
+def test_session_server_that_hides_the_worker_is_judged_by_the_counters(
+    tmp_path: Path, manual: SmgGateway
+) -> None:
     hidden = frozenset({"x-smg-routed-worker-id"})
     with (
-        in_background(gateway("manual")) as smg,
-        in_background(session_server(smg.url)) as hides,
+        in_background(session_server(manual.url)) as hides,
         in_background(serve(proxy(hides.url, drop=hidden))) as through,
     ):
-        run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url, "--through", through)
+        options = (*LOAD, "--metrics", manual.metrics_url, "--through", through)
+        run = verify(tmp_path, manual.url, *options)
     assert (run.status, run.causes) == (2, ["whose_key", "worker_hidden"]), run.out
 
 
 def test_engines_that_do_not_report_cached_tokens_are_named(tmp_path: Path) -> None:
     with in_background(gateway("manual", report=False)) as smg:
-        run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url)
+        run = verify(tmp_path, smg.url, *LOAD, "--metrics", smg.metrics_url)
     assert (run.status, run.causes) == (0, ["no_cached_tokens"]), run.out
     assert "--enable-cache-report" in run.out
 
 
-def test_keys_that_the_gateway_drops_or_shortens_are_named(tmp_path: Path) -> None:
-    with in_background(gateway("manual")) as smg:
-        long = verify(
-            tmp_path, smg.url, "--metrics", smg.metrics_url, "--session-id", "{n}" + 128 * "x"
-        )
-        tail = verify(
-            tmp_path, smg.url, "--metrics", smg.metrics_url, "--session-id", "{run}-{n}_t1"
-        )
+def test_keys_that_the_gateway_drops_or_shortens_are_named(
+    tmp_path: Path, manual: SmgGateway
+) -> None:
+    options = (*LOAD, "--metrics", manual.metrics_url, "--session-id")
+    long = verify(tmp_path, manual.url, *options, "{n}" + 128 * "x")
+    tail = verify(tmp_path, manual.url, *options, "{run}-{n}_t1")
     assert (long.status, long.causes) == (1, ["key_lost", "bad_key"]), long.out
     assert (tail.status, tail.causes) == (0, ["key_tail"]), tail.out
 
@@ -240,31 +247,29 @@ def test_ids_that_differ_in_their_tail_only_share_a_worker(tmp_path: Path) -> No
     assert run.causes[2:] in ([], ["one_sided"]), run.out
 
 
-def test_unknown_model_lists_those_that_exist(tmp_path: Path) -> None:
-    with in_background(gateway("manual")) as smg:
-        run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url, "--model", "nope")
+def test_unknown_model_lists_those_that_exist(tmp_path: Path, manual: SmgGateway) -> None:
+    run = verify(tmp_path, manual.url, "--metrics", manual.metrics_url, "--model", "nope")
     assert (run.status, run.causes) == (2, ["unknown_model", "gave_up"]), run.out
     assert "--model: stub" in run.out
 
 
 def test_gateway_without_workers_cannot_tell(tmp_path: Path) -> None:
     with in_background(gateway("manual", workers=0)) as smg:
-        run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url, "--model", "stub")
+        run = verify(tmp_path, smg.url, *LOAD, "--metrics", smg.metrics_url, "--model", "stub")
     assert (run.status, run.causes) == (2, ["unknown_model", "gave_up"]), run.out
     assert "see in GET /workers" in run.said
 
 
-def test_gateway_that_asks_for_an_api_key_gets_it(tmp_path: Path) -> None:
+def test_gateway_that_asks_for_an_api_key_gets_it(tmp_path: Path, manual: SmgGateway) -> None:
     secret = "sesame-7f3a"
     file = tmp_path / "key"
     file.write_text(f"{secret}\n")
     wrong = tmp_path / "wrong"
     wrong.write_text("sesame-0000")
     with (
-        in_background(gateway("manual")) as smg,
-        in_background(serve(proxy(smg.url, api_key=secret))) as url,
+        in_background(serve(proxy(manual.url, api_key=secret))) as url,
     ):
-        options = ("--metrics", smg.metrics_url, "--api-key-file")
+        options = (*LOAD, "--metrics", manual.metrics_url, "--api-key-file")
         refused = verify(tmp_path, url, *options, str(wrong))
         run = verify(tmp_path, url, *options, str(file))
     assert (refused.status, refused.causes) == (2, ["http_401"]), refused.out

@@ -10,7 +10,7 @@ from yarl import URL
 
 from harness.servers import session_server
 
-from ..commands import verify
+from ..commands import LOAD, verify
 from ..gateways import gateway_program
 from ..verify_servers import in_background, stub_engines
 
@@ -55,28 +55,28 @@ def test_both_kinds_of_worker_are_judged(
     tmp_path: Path, launch: Sequence[str], status: int, causes: list[str]
 ) -> None:
     with in_background(pd_gateway(*launch)) as (url, metrics):
-        run = verify(tmp_path, url, "--metrics", metrics)
+        run = verify(tmp_path, url, *LOAD, "--metrics", metrics)
     assert (run.status, run.causes) == (status, causes), run.out
-    prefill = "the key chose the prefill worker of 120 of 120 later turns"
+    prefill = "the key chose the prefill worker of 48 of 48 later turns"
     if status == 0 or causes == ["decode_policy"]:
         assert prefill in run.said
     else:
         assert "the key chose no prefill worker" in run.said
     if causes in ([], ["prefill_policy"]):
-        assert "120 of 120 later turns stayed on their session's decode worker" in run.said
+        assert "48 of 48 later turns stayed on their session's decode worker" in run.said
     else:
         assert "the key chose no decode worker" in run.said
 
 
 def test_prefill_workers_can_not_be_judged_without_counters(tmp_path: Path) -> None:
     with in_background(pd_gateway(*policies("round_robin", "manual"))) as (url, _):
-        run = verify(tmp_path, url, "--metrics", url / "metrics")
+        run = verify(tmp_path, url, *LOAD, "--metrics", url / "metrics")
     assert (run.status, run.causes) == (2, ["prefill_unknown", "no_counters"]), run.out
 
 
 def test_kind_that_has_one_worker_needs_no_policy(tmp_path: Path) -> None:
     with in_background(pd_gateway(*policies("manual", "round_robin"), decode=1)) as (url, metrics):
-        run = verify(tmp_path, url, "--metrics", metrics)
+        run = verify(tmp_path, url, *LOAD, "--metrics", metrics)
     assert run.status == 0, run.out
 
 
@@ -86,5 +86,5 @@ def test_session_server_before_both_kinds(tmp_path: Path, prefill: str, status: 
         in_background(pd_gateway(*policies(prefill, "manual"))) as (url, metrics),
         in_background(session_server(url)) as through,
     ):
-        run = verify(tmp_path, url, "--metrics", metrics, "--through", through.url)
+        run = verify(tmp_path, url, *LOAD, "--metrics", metrics, "--through", through.url)
     assert run.status == status, run.out

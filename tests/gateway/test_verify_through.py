@@ -1,7 +1,7 @@
 """``verify --through`` on the real gateway never calls a server pinned that isn't."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from uuid import uuid4
@@ -9,9 +9,10 @@ from uuid import uuid4
 import pytest
 from aiohttp import web
 
+from aiohttp_smg_routing.testing import SmgGateway
 from harness.servers import serve, session_server
 
-from ..commands import gateway, verify
+from ..commands import LOAD, gateway, verify
 from ..verify_servers import in_background, proxy
 
 NAME = "x-smg-routed-worker-id"
@@ -43,21 +44,39 @@ def own() -> Key:
     return session_of
 
 
-@pytest.mark.parametrize("policy", ["manual", "consistent_hashing"])
+@pytest.fixture(scope="module")
+def manual() -> Iterator[SmgGateway]:
+    """Run a gateway for all tests that play through it: each run has new sessions."""
+    with in_background(gateway("manual")) as smg:
+        yield smg
+
+
+@pytest.fixture(scope="module")
+def hashing() -> Iterator[SmgGateway]:
+    with in_background(gateway("consistent_hashing")) as smg:
+        yield smg
+
+
+@pytest.mark.parametrize("policy", ["manual", "hashing"])
 @pytest.mark.parametrize(
     ("key", "named", "hidden"),
     [(changing, 1, None), (rotating, 1, 2), (one_for_all, 2, 2), (own, 0, 2)],
     ids=["changing", "rotating", "one for all", "own"],
 )
 def test_counters_never_say_whose_key_it_was(
-    tmp_path: Path, policy: str, key: Callable[[], Key], named: int, hidden: int | None
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    policy: str,
+    key: Callable[[], Key],
+    named: int,
+    hidden: int | None,
 ) -> None:
+    smg: SmgGateway = request.getfixturevalue(policy)
     with (
-        in_background(gateway(policy)) as smg,
         in_background(serve(proxy(smg.url, key=key()))) as shows,
         in_background(serve(proxy(smg.url, key=key(), drop=HIDDEN))) as hides,
     ):
-        options = ("--metrics", smg.metrics_url, "--through")
+        options = (*LOAD, "--metrics", smg.metrics_url, "--through")
         seen = verify(tmp_path, smg.url, *options, shows)
         blind = verify(tmp_path, smg.url, *options, hides)
     assert seen.status == named, seen.out
@@ -74,25 +93,29 @@ def test_counters_never_say_whose_key_it_was(
 
 
 @pytest.mark.parametrize("policy", ["cache_aware", "manual"])
-def test_server_that_calls_another_gateway_is_not_pinned(tmp_path: Path, policy: str) -> None:
+def test_server_that_calls_another_gateway_is_not_pinned(
+    tmp_path: Path, manual: SmgGateway, policy: str
+) -> None:
     with (
-        in_background(gateway("manual")) as smg,
         in_background(gateway(policy)) as other,
-        in_background(session_server(smg.url, calls=other.url)) as through,
+        in_background(session_server(manual.url, calls=other.url)) as through,
     ):
-        run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url, "--through", through.url)
+        options = (*LOAD, "--metrics", manual.metrics_url, "--through", through.url)
+        run = verify(tmp_path, manual.url, *options)
     assert (run.status, run.causes) == (1, ["key_lost"]), run.out
     assert "no call of the session server reached this gateway" in run.said
     assert "another host" in run.said
 
 
-def test_metrics_of_another_gateway_are_no_proof_that_no_call_came(tmp_path: Path) -> None:
+def test_metrics_of_another_gateway_are_no_proof_that_no_call_came(
+    tmp_path: Path, manual: SmgGateway
+) -> None:
     with (
-        in_background(gateway("manual")) as smg,
         in_background(gateway("manual")) as other,
-        in_background(session_server(smg.url)) as through,
+        in_background(session_server(manual.url)) as through,
     ):
-        run = verify(tmp_path, smg.url, "--metrics", other.metrics_url, "--through", through.url)
+        options = (*LOAD, "--metrics", other.metrics_url, "--through", through.url)
+        run = verify(tmp_path, manual.url, *options)
     assert (run.status, run.causes) == (2, ["other_gateway", "keys_unseen"]), run.out
 
 
@@ -108,22 +131,23 @@ def test_session_id_in_the_prompt_is_not_the_key_at_work(tmp_path: Path) -> None
         in_background(gateway("cache_aware")) as smg,
         in_background(serve(proxy(smg.url, key=lambda request: "", body=prompted))) as through,
     ):
-        run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url, "--through", through)
-        blind = verify(tmp_path, smg.url, "--metrics", through, "--through", through)
+        run = verify(tmp_path, smg.url, *LOAD, "--metrics", smg.metrics_url, "--through", through)
+        blind = verify(tmp_path, smg.url, *LOAD, "--metrics", through, "--through", through)
     assert (run.status, run.causes) == (1, ["policy"]), run.out
     assert blind.status == 2, blind.out
 
 
-def test_counters_name_the_worker_where_one_call_is_made_at_a_time(tmp_path: Path) -> None:
-    load = ("--concurrency", "1", "--sessions", "8", "--turns", "4")
+def test_counters_name_the_worker_where_one_call_is_made_at_a_time(
+    tmp_path: Path, manual: SmgGateway
+) -> None:
     with (
-        in_background(gateway("manual")) as smg,
-        in_background(serve(proxy(smg.url, key=session_of, drop=HIDDEN))) as hides,
-        in_background(serve(proxy(smg.url, key=rotating(), drop=HIDDEN))) as rotates,
+        in_background(serve(proxy(manual.url, key=session_of, drop=HIDDEN))) as hides,
+        in_background(serve(proxy(manual.url, key=rotating(), drop=HIDDEN))) as rotates,
     ):
-        options = (*load, "--metrics", str(smg.metrics_url), "--through")
-        run = verify(tmp_path, smg.url, *options, hides)
-        other = verify(tmp_path, smg.url, *options, rotates)
+        options = ("--metrics", manual.metrics_url, "--concurrency", "1", "--turns", "4")
+        # 36 later turns, because the key at work must be more than chance; 15 show that some move.
+        run = verify(tmp_path, manual.url, *options, "--sessions", "12", "--through", hides)
+        other = verify(tmp_path, manual.url, *options, "--sessions", "5", "--through", rotates)
     assert run.status == 0, run.out
-    assert run.json["arms"]["keyed"]["kept"] == 24
+    assert run.json["arms"]["keyed"]["kept"] == 36
     assert other.status == 1, other.out

@@ -24,8 +24,9 @@ from harness.processes import CLI, ROOT, environment, local_url
 from harness.servers import serve
 from harness.workers import worker_processes
 
-from ..commands import gateway, verify, watch_once
+from ..commands import gateway, verify, watch_once, watched
 from ..metered import metered_server
+from ..verify_servers import in_background
 from ..waiting import soon
 from .loaded import POLLS, loaded_workers, report
 
@@ -99,47 +100,47 @@ async def watching(*args: str | URL) -> AsyncIterator[Watching]:
             await process.communicate()
 
 
-async def test_verdict_on_a_job_that_is_pinned_and_one_that_is_not() -> None:
-    sessions = [f"s-{number}" for number in range(12)]
+@asynccontextmanager
+async def job(policy: str, *args: str) -> AsyncIterator[tuple[URL, URL]]:
+    """Run a gateway and a session server; yield the URLs of their metrics."""
     async with loaded_workers(3) as workers:
         urls = [worker.recorder.url for worker in workers]
-        args = ("--assignment-mode", "min_group")
         async with (
-            smg_gateway(urls, policy="manual", args=args) as smg,
+            smg_gateway(urls, policy=policy, args=args) as smg,
             metered_server(smg.url) as server,
         ):
-            status, seen = await watch_once(smg.metrics_url, server.url)
-            assert (status, causes(seen)) == (2, ["no_calls"])
-            await play(server.url, sessions, turns=5)
-            status, seen = await watch_once(smg.metrics_url, server.url)
-            assert (status, seen["verdict"], causes(seen)) == (0, "pinned", ["idle"])
-            manual = seen["gateway"]["total"]["branches"]["manual"]
-            assert manual == {"vacant": 12, "occupied_hit": 48}
-            assert seen["server"]["total"]["kept"] == 48
-            assert sum(seen["server"]["active_sessions"].values()) == 12
-            assert sum(worker["calls"] for worker in seen["gateway"]["workers"].values()) == 60
-            status, alone = await watch_once(smg.metrics_url)
-            assert (status, alone["server"]) == (0, None)
-        async with (
-            smg_gateway(urls, policy="consistent_hashing") as smg,
-            metered_server(smg.url) as server,
-        ):
-            await play(server.url, sessions, turns=5)
-            status, seen = await watch_once(smg.metrics_url, server.url)
-            assert (status, seen["verdict"]) == (0, "pinned")
-            # A new key for each call would look the same to the gateway.
-            status, alone = await watch_once(smg.metrics_url)
-            assert (status, alone["verdict"]) == (2, "could not tell")
-            assert "the key chose the worker of 60 of 60 calls" in alone["sentence"]
-            assert "give the metrics URL of a session server" in alone["sentence"]
-        async with (
-            smg_gateway(urls, policy="random") as smg,
-            metered_server(smg.url) as server,
-        ):
-            await play(server.url, sessions, turns=5)
-            status, seen = await watch_once(smg.metrics_url, server.url)
-            assert (status, seen["verdict"]) == (1, "not pinned")
-            assert "policy" in causes(seen)
+            yield smg.metrics_url, server.url
+
+
+def test_verdict_on_a_job_that_is_pinned_and_one_that_is_not() -> None:
+    sessions = [f"s-{number}" for number in range(12)]
+    with in_background(job("manual", "--assignment-mode", "min_group")) as (metrics, server):
+        status, seen = watched(metrics, server)
+        assert (status, causes(seen)) == (2, ["no_calls"])
+        asyncio.run(play(server, sessions, turns=5))
+        status, seen = watched(metrics, server)
+        assert (status, seen["verdict"], causes(seen)) == (0, "pinned", ["idle"])
+        manual = seen["gateway"]["total"]["branches"]["manual"]
+        assert manual == {"vacant": 12, "occupied_hit": 48}
+        assert seen["server"]["total"]["kept"] == 48
+        assert sum(seen["server"]["active_sessions"].values()) == 12
+        assert sum(worker["calls"] for worker in seen["gateway"]["workers"].values()) == 60
+        status, alone = watched(metrics)
+        assert (status, alone["server"]) == (0, None)
+    with in_background(job("consistent_hashing")) as (metrics, server):
+        asyncio.run(play(server, sessions, turns=5))
+        status, seen = watched(metrics, server)
+        assert (status, seen["verdict"]) == (0, "pinned")
+        # A new key for each call would look the same to the gateway.
+        status, alone = watched(metrics)
+        assert (status, alone["verdict"]) == (2, "could not tell")
+        assert "the key chose the worker of 60 of 60 calls" in alone["sentence"]
+        assert "give the metrics URL of a session server" in alone["sentence"]
+    with in_background(job("random")) as (metrics, server):
+        asyncio.run(play(server, sessions, turns=5))
+        status, seen = watched(metrics, server)
+        assert (status, seen["verdict"]) == (1, "not pinned")
+        assert "policy" in causes(seen)
 
 
 async def test_gateway_that_the_session_server_does_not_call_is_said_to_be_another_one() -> None:
@@ -243,6 +244,7 @@ async def test_block_on_the_page_is_one_that_the_command_prints() -> None:
             ended = asyncio.ensure_future(soon(process.communicate()))
             while not ended.done():
                 await play(server.url, sessions)
+                await asyncio.wait({ended}, timeout=0.1)
             out, _ = await ended
     assert process.returncode == 0
     assert shape(out.decode()) == shape(block)
@@ -313,10 +315,9 @@ async def test_endpoint_that_hangs_holds_up_neither_the_picture_nor_a_signal(
     assert b": the gateway has not answered yet." in left
 
 
-async def test_a_gateway_is_pinned_after_verify_has_proven_it(tmp_path: Path) -> None:
-    async with gateway("manual") as smg:
-        metrics = ("--metrics", smg.metrics_url)
-        run = await asyncio.to_thread(verify, tmp_path, smg.url, *metrics, program=True)
+def test_a_gateway_is_pinned_after_verify_has_proven_it(tmp_path: Path) -> None:
+    with in_background(gateway("manual")) as smg:
+        run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url)
         assert run.status == 0, run.out
-        status, seen = await watch_once(smg.metrics_url)
+        status, seen = watched(smg.metrics_url)
     assert (status, causes(seen)) == (0, ["idle"]), seen["sentence"]

@@ -6,24 +6,26 @@ import itertools
 import random
 import secrets
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from aiohttp import web
-from pytest_aiohttp.plugin import AiohttpClient
+from aiohttp import ClientSession, web
 from yarl import URL
 
 from aiohttp_smg_routing import ROUTING, PinSummary, setup
 from aiohttp_smg_routing.testing import SmgGateway
-from harness.agents import WORKER_HEADER
+from harness.agents import CHAT, WORKER_HEADER
 from harness.proxies import proxy_server
+from harness.servers import serve
 
-from ..commands import verify
+from ..commands import LOAD, verify
 from ..series import samples_of
+from ..turns import forget
+from ..verify_servers import in_background
 from .launch import FACTS, HEADER, is_pinned, launched, random_turn, served_by_prompt
 
-SESSIONS = [f"s-{number}" for number in range(24)]
+SESSIONS = [f"s-{number}" for number in range(16)]
 TURNS = 4
 CALLS = len(SESSIONS) * TURNS
 
@@ -39,19 +41,19 @@ def router_server(upstream: URL, **config: object) -> web.Application:
     return app
 
 
-async def play(aiohttp_client: AiohttpClient, gateway: SmgGateway) -> PinSummary:
+async def play(gateway: SmgGateway) -> PinSummary:
     """Play the sessions through a session server with the plugin; return the ledger's summary."""
     app = router_server(gateway.url)
-    client = await aiohttp_client(app)
+    async with serve(app) as server, ClientSession() as client:
 
-    async def one(session_id: str) -> None:
-        path = f"/sessions/{session_id}/v1/chat/completions"
-        async with client.post(path, json=random_turn(session_id)) as response:
-            assert response.status == 200, await response.text()
+        async def one(session_id: str) -> None:
+            url = server / "sessions" / session_id / CHAT
+            async with client.post(url, json=random_turn(session_id)) as response:
+                assert response.status == 200, await response.text()
 
-    for _ in range(TURNS):  # in random order, so that round_robin doesn't look pinned
-        await asyncio.gather(*map(one, random.sample(SESSIONS, len(SESSIONS))))
-    return app[ROUTING].pins.summary()
+        for _ in range(TURNS):  # in random order, so that round_robin doesn't look pinned
+            await asyncio.gather(*map(one, random.sample(SESSIONS, len(SESSIONS))))
+        return app[ROUTING].pins.summary()
 
 
 async def choices(gateway: SmgGateway) -> Counter[str]:
@@ -64,10 +66,10 @@ async def choices(gateway: SmgGateway) -> Counter[str]:
     return found
 
 
-async def verified(folder: Path, gateway: SmgGateway, *options: str) -> int:
+def verified(folder: Path, gateway: SmgGateway, *options: str | URL) -> int:
     """Run ``verify`` on the gateway; return its exit status."""
-    named = ("--metrics", str(gateway.metrics_url), "--header", HEADER, *options)
-    run = await asyncio.to_thread(verify, folder, gateway.url, *named, program=True)
+    named = ("--metrics", gateway.metrics_url, "--header", HEADER)
+    run = verify(folder, gateway.url, *LOAD, *named, *options)
     if run.json["arms"]["keyed"]["kept"] is None:  # the turns' workers are unknown
         assert "stayed" not in run.out + run.err
     return run.status
@@ -84,11 +86,9 @@ def by_key(gateway: SmgGateway) -> dict[bytes, list[URL]]:
 
 
 @pytest.mark.parametrize("launch", sorted({*FACTS["launch it with"], *FACTS["policies that pin"]}))
-async def test_policy_pins_each_session(
-    aiohttp_client: AiohttpClient, tmp_path: Path, launch: str
-) -> None:
-    async with launched(launch) as gateway:
-        summary = await play(aiohttp_client, gateway)
+def test_policy_pins_each_session(tmp_path: Path, launch: str) -> None:
+    with in_background(launched(launch)) as gateway:
+        summary = asyncio.run(play(gateway))
         assert is_pinned(served_by_prompt(gateway.workers))
         assert is_pinned(by_key(gateway))
         assert {name: len(urls) for name, urls in by_key(gateway).items()} == {
@@ -99,29 +99,40 @@ async def test_policy_pins_each_session(
             assert summary == PinSummary(first=first, kept=CALLS - first, sessions=first)
         else:
             assert summary == PinSummary(unknown=CALLS, sessions=len(SESSIONS))
-        assert await choices(gateway) == {launch.split()[0]: CALLS}
-        for worker in gateway.workers:
-            worker.calls.clear()
-        status = await verified(tmp_path, gateway)
+        assert asyncio.run(choices(gateway)) == {launch.split()[0]: CALLS}
+        forget(*gateway.workers)
+        status = verified(tmp_path, gateway)
         assert is_pinned(by_key(gateway))
     assert [str(status)] == FACTS["`verify`, pinning policy"]
 
 
 @pytest.mark.parametrize("launch", FACTS["policies that do not"])
-async def test_policy_does_not_pin(
-    aiohttp_client: AiohttpClient, tmp_path: Path, launch: str
-) -> None:
-    async with launched(launch) as gateway:
-        summary = await play(aiohttp_client, gateway)
+def test_policy_does_not_pin(tmp_path: Path, launch: str) -> None:
+    with in_background(launched(launch)) as gateway:
+        summary = asyncio.run(play(gateway))
         assert not is_pinned(served_by_prompt(gateway.workers))
         if FACTS["names its worker in"]:
             later = summary.kept + summary.moved
             assert (summary.first, later) == (len(SESSIONS), CALLS - len(SESSIONS))
         else:
             assert summary == PinSummary(unknown=CALLS, sessions=len(SESSIONS))
-        assert await choices(gateway) == {launch: CALLS}
-        status = await verified(tmp_path, gateway)
+        assert asyncio.run(choices(gateway)) == {launch: CALLS}
+        status = verified(tmp_path, gateway)
     assert str(status) in FACTS["`verify`, other policy"]
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[SmgGateway]:
+    """Run a gateway that pins, for the tests of session servers: each run has new sessions."""
+    with in_background(launched(FACTS["policies that pin"][0])) as gateway:
+        yield gateway
+
+
+@pytest.fixture
+def pinning(shared: SmgGateway) -> SmgGateway:
+    """Return a gateway that pins, whose workers have received nothing."""
+    forget(*shared.workers)
+    return shared
 
 
 @pytest.mark.parametrize(
@@ -132,19 +143,13 @@ async def test_policy_does_not_pin(
         (False, [], None),
     ],
 )
-async def test_verify_through_a_session_server(
-    aiohttp_client: AiohttpClient,
-    tmp_path: Path,
-    enabled: bool,
-    options: list[str],
-    column: str | None,
+def test_verify_through_a_session_server(
+    pinning: SmgGateway, tmp_path: Path, enabled: bool, options: list[str], column: str | None
 ) -> None:
-    async with launched(FACTS["policies that pin"][0]) as gateway:
-        client = await aiohttp_client(router_server(gateway.url, enabled=enabled))
-        server = str(client.make_url("/")).rstrip("/")
-        status = await verified(tmp_path, gateway, "--through", server, *options)
-        assert bool(by_key(gateway)) is enabled
-        assert not enabled or is_pinned(by_key(gateway))
+    with in_background(serve(router_server(pinning.url, enabled=enabled))) as server:
+        status = verified(tmp_path, pinning, "--through", server, *options)
+    assert bool(by_key(pinning)) is enabled
+    assert not enabled or is_pinned(by_key(pinning))
     assert [str(status)] == (FACTS[column] if column else ["1"])
 
 
@@ -156,12 +161,10 @@ OTHER_KEYS: dict[str, Callable[[], str]] = {
 
 
 @pytest.mark.parametrize("key", OTHER_KEYS)
-async def test_verify_says_pinned_of_no_session_server_that_sends_other_keys_than_the_sessions(
-    aiohttp_client: AiohttpClient, tmp_path: Path, key: str
+def test_verify_says_pinned_of_no_session_server_that_sends_other_keys_than_the_sessions(
+    pinning: SmgGateway, tmp_path: Path, key: str
 ) -> None:
-    async with launched(FACTS["policies that pin"][0]) as gateway:
-        app = router_server(gateway.url, session_id=lambda request: OTHER_KEYS[key]())
-        client = await aiohttp_client(app)
-        server = str(client.make_url("/")).rstrip("/")
-        assert await verified(tmp_path, gateway, "--through", server) != 0
-        assert any(call.values(HEADER) for worker in gateway.workers for call in worker.calls)
+    app = router_server(pinning.url, session_id=lambda request: OTHER_KEYS[key]())
+    with in_background(serve(app)) as server:
+        assert verified(tmp_path, pinning, "--through", server) != 0
+    assert any(call.values(HEADER) for worker in pinning.workers for call in worker.calls)

@@ -9,7 +9,8 @@ from aiohttp_smg_routing import Routing, RoutingConfig, routing_session
 from aiohttp_smg_routing.testing import SmgGateway
 from harness.agents import CHAT
 
-from ..commands import watch_once
+from ..commands import watched
+from ..verify_servers import in_background
 from .launch import FACTS, HEADER, PACKAGE, launched, random_turn
 
 SESSIONS = [f"s-{number}" for number in range(12)]
@@ -35,13 +36,13 @@ async def play(gateway: SmgGateway) -> None:
 @pytest.mark.parametrize(
     ("launch", "expected"), [(PINNING, FACTS[PINNED]), ("round_robin", FACTS[NOT_PINNED])]
 )
-async def test_what_watch_says(launch: str, expected: list[str]) -> None:
-    async with launched(launch) as gateway:
-        status, seen = await watch_once(gateway.metrics_url)
+def test_what_watch_says(launch: str, expected: list[str]) -> None:
+    with in_background(launched(launch)) as gateway:
+        status, seen = watched(gateway.metrics_url)
         assert (status, seen["sentence"]) == (2, "Could not tell: the gateway has routed no call.")
         assert seen["gateway"]["kind"] == PACKAGE
-        await play(gateway)
-        status, seen = await watch_once(gateway.metrics_url)
+        asyncio.run(play(gateway))
+        status, seen = watched(gateway.metrics_url)
     assert [str(status)] == expected, seen
     policy = launch.split()[0]
     assert seen["gateway"]["total"]["pools"] == {"regular": {policy: 60}}

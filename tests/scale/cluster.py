@@ -1,4 +1,4 @@
-"""Three session servers, two real gateways and four workers, and helpers to see who got what."""
+"""Session servers for two real gateways and four workers, and helpers to see who got what."""
 
 import asyncio
 import os
@@ -15,11 +15,13 @@ from yarl import URL
 from aiohttp_smg_routing.testing import Recorder, SmgGateway, free_port
 from harness.agents import CHAT, chat
 from harness.processes import answering, local_url, together
+from harness.proxies import pinned_server
+from harness.servers import serve
 
 from ..turns import assert_keys, served, turns_of
 
 SERVERS, WORKERS = 3, 4
-SESSIONS = [f"s-{number}" for number in range(96)]
+SESSIONS = [f"s-{number}" for number in range(48)]
 AT_A_TIME = 15  # odd: an even number in lockstep would keep each session on one of two gateways
 
 
@@ -29,14 +31,17 @@ async def kill(gateway: SmgGateway) -> None:
 
 
 @asynccontextmanager
-async def server_processes(*told: URL) -> AsyncIterator[list[URL]]:
-    """Run the session servers as processes; assign them the URLs in ``told`` in turn."""
-    async with together(map(server_process, islice(cycle(told), SERVERS))) as started:
+async def session_servers(*told: URL, count: int = SERVERS) -> AsyncIterator[list[URL]]:
+    """Run session servers in this process; assign them the URLs in ``told`` in turn."""
+    assigned = islice(cycle(told), count)
+    apps = [pinned_server(gateway, session_id="json:user") for gateway in assigned]
+    async with together(map(serve, apps)) as started:
         yield started
 
 
 @asynccontextmanager
 async def server_process(gateway: URL, port: int | None = None) -> AsyncIterator[URL]:
+    """Run one session server as a process."""
     url = local_url(port or free_port())
     argv = (sys.executable, "-m", "tests.recipes.pinned", str(gateway), "asyncio", str(url.port))
     async with answering(url, *argv):

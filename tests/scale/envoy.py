@@ -33,4 +33,4 @@ async def envoy(folder: Path, *gateways: URL, hashing: bool = True) -> AsyncIter
     # writes its log every ten seconds.
     argv = (program, "-c", str(folder / "envoy.yaml"), "--disable-hot-restart")
     async with answering(url, *argv, "--file-flush-interval-msec", "100"):
-        yield Front(url, log)
+        yield Front(url, log, in_turn=False)

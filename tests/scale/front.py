@@ -24,6 +24,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
 class Front:
     url: URL
     log: Path
+    in_turn: bool
+    """Whether calls without a key come to the gateways in turn."""
 
     async def gateways(self, turns: int) -> Mapping[str, Sequence[URL]]:
         """Wait for ``turns`` turns; return the gateways that answered each session, in order."""

@@ -49,4 +49,4 @@ async def nginx(folder: Path, *gateways: URL, hashing: bool = True) -> AsyncIter
     (folder / "smg.conf").write_text(conf)
     argv = (program("nginx", "nginx"), "-p", f"{folder}/", "-c", "nginx.conf", "-e", "stderr")
     async with answering(url, *argv):
-        yield Front(url, log)
+        yield Front(url, log, in_turn=True)

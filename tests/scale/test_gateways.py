@@ -13,6 +13,7 @@ from harness.workers import recorders
 
 from ..gateways import gateways
 from .cluster import (
+    SERVERS,
     SESSIONS,
     WORKERS,
     branches,
@@ -21,20 +22,21 @@ from .cluster import (
     play,
     served_with_keys,
     server_process,
-    server_processes,
+    session_servers,
 )
 from .front import Balancer, before_gateways
 
-TURNS = 4
+TURNS = 3  # one through each server
 
 
 async def test_consistent_hashing_any_server_and_any_gateway_find_the_worker() -> None:
     async with (
         recorders(WORKERS) as behind,
         gateways(behind, behind, policy="consistent_hashing") as (first, second),
-        server_processes(first.url, second.url) as servers,
+        session_servers(first.url, second.url, count=SERVERS - 1) as servers,
+        server_process(first.url) as other,  # Python's hash() is another one there
     ):
-        await play(servers, TURNS)
+        await play([*servers, other], TURNS)
         assert on_one_worker(behind, TURNS)
         counts = [+await gateway.branches() for gateway in (first, second)]
         assert [set(count) for count in counts] == [{"routing_key_hit"}] * 2  # both got calls
@@ -46,7 +48,7 @@ async def test_manual_behind_a_hash_of_the_key_keeps_a_session_on_one_gateway_an
 ) -> None:
     async with (
         before_gateways(balancer, tmp_path, "manual") as (behind, both, front),
-        server_processes(front.url) as servers,
+        session_servers(front.url) as servers,
     ):
         await play(servers, TURNS)
         assert on_one_worker(behind, TURNS)
@@ -61,7 +63,7 @@ async def test_manual_on_two_gateways_splits_sessions_when_each_server_has_its_o
     async with (
         recorders(WORKERS) as behind,
         gateways(behind, behind, policy="manual") as both,
-        server_processes(*(gateway.url for gateway in both)) as servers,
+        session_servers(*(gateway.url for gateway in both)) as servers,
     ):
         await play(servers, TURNS)
         assert not on_one_worker(behind, TURNS)
@@ -71,8 +73,11 @@ async def test_manual_on_two_gateways_splits_sessions_when_each_server_has_its_o
 
 
 def assert_split(sessions: int) -> None:
-    """On average three in four split: the other gateway picks one of four workers at random."""
-    assert len(SESSIONS) / 2 < sessions < len(SESSIONS)
+    """On average three in four split: the other gateway picks one of four workers at random.
+
+    The chance that all do is 1 in a million. Behind a balancer some sessions see only one gateway.
+    """
+    assert len(SESSIONS) / 8 < sessions < len(SESSIONS)
 
 
 async def test_manual_on_two_gateways_splits_sessions_behind_round_robin(
@@ -80,7 +85,7 @@ async def test_manual_on_two_gateways_splits_sessions_behind_round_robin(
 ) -> None:
     async with (
         before_gateways(balancer, tmp_path, "manual", hashing=False) as (behind, _, front),
-        server_processes(front.url) as servers,
+        session_servers(front.url) as servers,
     ):
         await play(servers, TURNS)
         assert not on_one_worker(behind, TURNS)
@@ -93,13 +98,15 @@ async def test_a_session_server_that_is_killed_and_starts_again_moves_nothing(po
     async with (
         recorders(WORKERS) as behind,
         smg_gateway([worker.url for worker in behind], policy=policy) as gateway,
-        server_processes(gateway.url) as servers,
+        session_servers(gateway.url, count=SERVERS - 1) as others,
+        server_process(gateway.url) as killed,
     ):
+        servers = [killed, *others]
         await play(servers, TURNS)
-        pid = await pid_of(servers[0])
+        pid = await pid_of(killed)
         os.kill(pid, signal.SIGKILL)
-        await asyncio.wait_for(until_refused(servers[0]), 30)
-        async with server_process(gateway.url, servers[0].port) as again:
-            assert (again, await pid_of(again) != pid) == (servers[0], True)
+        await asyncio.wait_for(until_refused(killed), 30)
+        async with server_process(gateway.url, killed.port) as again:
+            assert (again, await pid_of(again) != pid) == (killed, True)
             await play(servers, TURNS)
         assert on_one_worker(behind, 2 * TURNS)

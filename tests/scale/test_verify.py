@@ -10,7 +10,7 @@ from yarl import URL
 from harness.proxies import pinned_server
 from harness.servers import serve
 
-from ..commands import verify
+from ..commands import LOAD, verify
 from ..gateways import gateways
 from ..verify_servers import in_background, proxy, stub_engines
 from .cluster import WORKERS
@@ -38,7 +38,7 @@ def test_verify_names_the_replicas_unless_the_balancer_hashes_the_key(
     tmp_path: Path, balancer: Balancer, hashing: bool, status: int, causes: list[str]
 ) -> None:
     with in_background(behind(balancer, tmp_path, hashing=hashing)) as (front, metrics):
-        run = verify(tmp_path, front, "--metrics", metrics)
+        run = verify(tmp_path, front, *LOAD, "--metrics", metrics)
     assert (run.status, run.causes) == (status, causes), run.out
 
 
@@ -57,5 +57,5 @@ def test_verify_names_the_replicas_when_each_session_server_has_a_gateway_of_its
             yield first.url, first.metrics_url, front
 
     with in_background(servers()) as (first, metrics, front):
-        run = verify(tmp_path, first, "--metrics", metrics, "--through", front)
+        run = verify(tmp_path, first, *LOAD, "--metrics", metrics, "--through", front)
     assert (run.status, run.causes) == (2, ["replicas", "worker_hidden"]), run.out
