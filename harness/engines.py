@@ -112,12 +112,11 @@ def write_model(path: Path, *, seed: int = 7, blocks: int = _BLOCKS) -> None:
         # A block of Q8_0 is a scale and 32 signed bytes. Drawn as bytes, all matrices together
         # take a sixth of the time that floats take to be drawn and quantized.
         shape = rows, columns // _BLOCK
-        blocks = np.empty(shape, [("scale", "<f2"), ("weights", np.int8, _BLOCK)])
-        blocks["scale"] = 1 / (_DEVIATION * columns**0.5)
-        blocks["weights"] = random.integers(-127, 128, (*shape, _BLOCK), np.int8)
-        blocks[list(silent)] = 0
-        data = blocks.view(np.uint8)
-        writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+        drawn = np.empty(shape, [("scale", "<f2"), ("weights", np.int8, _BLOCK)])
+        drawn["scale"] = 1 / (_DEVIATION * columns**0.5)
+        drawn["weights"] = random.integers(-127, 128, (*shape, _BLOCK), np.int8)
+        drawn[list(silent)] = 0
+        writer.add_tensor(name, drawn.view(np.uint8), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
 
     def norm(name: str) -> None:
         writer.add_tensor(name, np.ones(_WIDTH, np.float32))

@@ -1,6 +1,5 @@
 """The commands ``verify``, ``watch`` and ``run``, and what they left."""
 
-import asyncio
 import json
 import os
 import subprocess
@@ -58,45 +57,36 @@ def verify(folder: Path, gateway: URL, *options: str | URL, program: bool = Fals
     """
     file = folder / "seen.json"
     arguments = ["verify", *map(str, (gateway, *options)), "--json", str(file)]
-    if program:
-        done = finished(folder, str(SCRIPT), *arguments, stdin=subprocess.DEVNULL, timeout=120)
-        status, out, err = done.returncode, done.stdout, done.stderr
-    else:
-        status, out, err = _called(arguments)
+    status, out, err = _ran(folder, arguments, seconds=120, program=program)
     assert file.exists(), err
     run = Run(status, out, err, json.loads(file.read_text("utf-8")))
     assert run.json["exit_status"] == run.status
     return run
 
 
-def _called(arguments: Sequence[str]) -> tuple[int, str, str]:
-    """Call the command line in this process; return its exit status and what it printed."""
-    with redirect_stdout(StringIO()) as stdout, redirect_stderr(StringIO()) as stderr:
-        [script] = entry_points(group="console_scripts", name=NAME)
-        status = script.load()(arguments)
-    return status, stdout.getvalue(), stderr.getvalue()
+def watch_once(*arguments: str | URL, program: bool = False) -> tuple[int, dict[str, Any]]:
+    """Run ``watch --once``; return its exit status and its JSON document.
 
-
-def watched(*arguments: str | URL) -> tuple[int, dict[str, Any]]:
-    """Run ``watch --once`` in this process; return its exit status and its JSON document.
-
-    Only the main thread can run it.
+    In this process only the main thread can run it, as ``verify``.
     """
-    status, out, err = _called(_once(*arguments))
+    options = ["watch", *map(str, arguments), "--once", "--json", "--interval", "0.1"]
+    status, out, err = _ran(ROOT, options, seconds=PATIENCE_SECONDS, program=program)
     assert err == ""
     return status, json.loads(out)
 
 
-def _once(*arguments: str | URL) -> list[str]:
-    return ["watch", *map(str, arguments), "--once", "--json", "--interval", "0.1"]
-
-
-async def watch_once(*arguments: str | URL) -> tuple[int, dict[str, Any]]:
-    """Run ``watch --once`` as a program; return its exit status and its JSON document."""
-    argv = (*CLI, *_once(*arguments))
-    done = await asyncio.to_thread(finished, ROOT, *argv, timeout=PATIENCE_SECONDS)
-    assert done.stderr == ""
-    return done.returncode, json.loads(done.stdout)
+def _ran(
+    folder: Path, arguments: Sequence[str], *, seconds: float, program: bool
+) -> tuple[int, str, str]:
+    """Run the command line; return its exit status and what it printed."""
+    if program:
+        argv = (str(SCRIPT), *arguments)
+        done = finished(folder, *argv, stdin=subprocess.DEVNULL, timeout=seconds)
+        return done.returncode, done.stdout, done.stderr
+    with redirect_stdout(StringIO()) as stdout, redirect_stderr(StringIO()) as stderr:
+        [script] = entry_points(group="console_scripts", name=NAME)
+        status = script.load()(arguments)
+    return status, stdout.getvalue(), stderr.getvalue()
 
 
 RUN = (*CLI, "run")

@@ -234,7 +234,7 @@ async def bad_calls(client: ClientSession, server: URL, unmatched: URL) -> None:
 
 
 async def assert_watch_says_the_same(asking: Asking, smg: SmgGateway, server: URL) -> None:
-    _, seen = await watch_once(smg.metrics_url, server)
+    _, seen = await asyncio.to_thread(watch_once, smg.metrics_url, server, program=True)
     of_gateway = f'instance="127.0.0.1:{smg.metrics_url.port}"'
     of_server = f'instance="127.0.0.1:{server.port}"'
 

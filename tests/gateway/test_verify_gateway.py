@@ -6,7 +6,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -21,13 +21,6 @@ from ..commands import LOAD, gateway, verify
 from ..verify_servers import in_background, proxy, stub_engines
 
 TOKENS = ("cached_tokens", "prompt_tokens")
-
-
-@pytest.fixture(scope="module")
-def manual() -> Iterator[SmgGateway]:
-    """Run a gateway that pins, for all tests that need no other: each run has new sessions."""
-    with in_background(gateway("manual")) as smg:
-        yield smg
 
 
 @pytest.mark.parametrize(
@@ -144,9 +137,7 @@ def test_old_gateway_that_hashes_the_api_key_cannot_tell(
 
 
 def test_proxy_that_drops_the_key_is_named(tmp_path: Path, manual: SmgGateway) -> None:
-    with (
-        in_background(serve(proxy(manual.url, drop=frozenset({"x-smg-routing-key"})))) as url,
-    ):
+    with in_background(serve(proxy(manual.url, drop=frozenset({"x-smg-routing-key"})))) as url:
         run = verify(tmp_path, url, *LOAD, "--metrics", manual.metrics_url)
     assert (run.status, run.causes) == (1, ["key_lost"]), run.out
 
@@ -185,9 +176,7 @@ def test_proxy_that_drops_the_key_is_named_where_its_own_header_routes_all_calls
 
 
 def test_session_server_with_the_plugin_is_pinned(tmp_path: Path, manual: SmgGateway) -> None:
-    with (
-        in_background(session_server(manual.url)) as through,
-    ):
+    with in_background(session_server(manual.url)) as through:
         options = (*LOAD, "--metrics", manual.metrics_url, "--through", through.url)
         run = verify(tmp_path, manual.url, *options)
     assert (run.status, run.causes) == (0, []), run.out
@@ -199,9 +188,7 @@ def test_session_server_with_the_plugin_is_pinned(tmp_path: Path, manual: SmgGat
 def test_session_server_without_the_plugin_is_not_pinned(
     tmp_path: Path, manual: SmgGateway
 ) -> None:
-    with (
-        in_background(session_server(manual.url, enabled=False)) as through,
-    ):
+    with in_background(session_server(manual.url, enabled=False)) as through:
         url = f"{through.url}/sessions/{{session_id}}"
         run = verify(tmp_path, manual.url, *LOAD, "--metrics", manual.metrics_url, "--through", url)
     assert (run.status, run.causes) == (1, ["key_lost"]), run.out
@@ -266,9 +253,7 @@ def test_gateway_that_asks_for_an_api_key_gets_it(tmp_path: Path, manual: SmgGat
     file.write_text(f"{secret}\n")
     wrong = tmp_path / "wrong"
     wrong.write_text("sesame-0000")
-    with (
-        in_background(serve(proxy(manual.url, api_key=secret))) as url,
-    ):
+    with in_background(serve(proxy(manual.url, api_key=secret))) as url:
         options = (*LOAD, "--metrics", manual.metrics_url, "--api-key-file")
         refused = verify(tmp_path, url, *options, str(wrong))
         run = verify(tmp_path, url, *options, str(file))

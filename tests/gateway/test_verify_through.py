@@ -45,13 +45,6 @@ def own() -> Key:
 
 
 @pytest.fixture(scope="module")
-def manual() -> Iterator[SmgGateway]:
-    """Run a gateway for all tests that play through it: each run has new sessions."""
-    with in_background(gateway("manual")) as smg:
-        yield smg
-
-
-@pytest.fixture(scope="module")
 def hashing() -> Iterator[SmgGateway]:
     with in_background(gateway("consistent_hashing")) as smg:
         yield smg

@@ -24,7 +24,7 @@ from harness.processes import CLI, ROOT, environment, local_url
 from harness.servers import serve
 from harness.workers import worker_processes
 
-from ..commands import gateway, verify, watch_once, watched
+from ..commands import gateway, verify, watch_once
 from ..metered import metered_server
 from ..verify_servers import in_background
 from ..waiting import soon
@@ -115,30 +115,30 @@ async def job(policy: str, *args: str) -> AsyncIterator[tuple[URL, URL]]:
 def test_verdict_on_a_job_that_is_pinned_and_one_that_is_not() -> None:
     sessions = [f"s-{number}" for number in range(12)]
     with in_background(job("manual", "--assignment-mode", "min_group")) as (metrics, server):
-        status, seen = watched(metrics, server)
+        status, seen = watch_once(metrics, server)
         assert (status, causes(seen)) == (2, ["no_calls"])
         asyncio.run(play(server, sessions, turns=5))
-        status, seen = watched(metrics, server)
+        status, seen = watch_once(metrics, server)
         assert (status, seen["verdict"], causes(seen)) == (0, "pinned", ["idle"])
         manual = seen["gateway"]["total"]["branches"]["manual"]
         assert manual == {"vacant": 12, "occupied_hit": 48}
         assert seen["server"]["total"]["kept"] == 48
         assert sum(seen["server"]["active_sessions"].values()) == 12
         assert sum(worker["calls"] for worker in seen["gateway"]["workers"].values()) == 60
-        status, alone = watched(metrics)
+        status, alone = watch_once(metrics)
         assert (status, alone["server"]) == (0, None)
     with in_background(job("consistent_hashing")) as (metrics, server):
         asyncio.run(play(server, sessions, turns=5))
-        status, seen = watched(metrics, server)
+        status, seen = watch_once(metrics, server)
         assert (status, seen["verdict"]) == (0, "pinned")
         # A new key for each call would look the same to the gateway.
-        status, alone = watched(metrics)
+        status, alone = watch_once(metrics)
         assert (status, alone["verdict"]) == (2, "could not tell")
         assert "the key chose the worker of 60 of 60 calls" in alone["sentence"]
         assert "give the metrics URL of a session server" in alone["sentence"]
     with in_background(job("random")) as (metrics, server):
         asyncio.run(play(server, sessions, turns=5))
-        status, seen = watched(metrics, server)
+        status, seen = watch_once(metrics, server)
         assert (status, seen["verdict"]) == (1, "not pinned")
         assert "policy" in causes(seen)
 
@@ -262,7 +262,7 @@ async def test_overloaded_workers_and_the_engines_own_figures_are_shown() -> Non
         ):
             await workers[0].report(kv_usage=0.95)
             await play(server.url, [f"s-{number}" for number in range(12)], turns=2)
-            _, seen = await watch_once(smg.metrics_url)
+            _, seen = await asyncio.to_thread(watch_once, smg.metrics_url, program=True)
     assert "overloaded" in causes(seen)
     one, other = (seen["gateway"]["workers"][str(url.origin())] for url in urls)
     assert (one["token_usage"], other["token_usage"]) == (0.95, 0.1)
@@ -319,5 +319,5 @@ def test_a_gateway_is_pinned_after_verify_has_proven_it(tmp_path: Path) -> None:
     with in_background(gateway("manual")) as smg:
         run = verify(tmp_path, smg.url, "--metrics", smg.metrics_url)
         assert run.status == 0, run.out
-        status, seen = watched(smg.metrics_url)
+        status, seen = watch_once(smg.metrics_url)
     assert (status, causes(seen)) == (0, ["idle"]), seen["sentence"]

@@ -9,7 +9,7 @@ from aiohttp_smg_routing import Routing, RoutingConfig, routing_session
 from aiohttp_smg_routing.testing import SmgGateway
 from harness.agents import CHAT
 
-from ..commands import watched
+from ..commands import watch_once
 from ..verify_servers import in_background
 from .launch import FACTS, HEADER, PACKAGE, launched, random_turn
 
@@ -38,11 +38,11 @@ async def play(gateway: SmgGateway) -> None:
 )
 def test_what_watch_says(launch: str, expected: list[str]) -> None:
     with in_background(launched(launch)) as gateway:
-        status, seen = watched(gateway.metrics_url)
+        status, seen = watch_once(gateway.metrics_url)
         assert (status, seen["sentence"]) == (2, "Could not tell: the gateway has routed no call.")
         assert seen["gateway"]["kind"] == PACKAGE
         asyncio.run(play(gateway))
-        status, seen = watched(gateway.metrics_url)
+        status, seen = watch_once(gateway.metrics_url)
     assert [str(status)] == expected, seen
     policy = launch.split()[0]
     assert seen["gateway"]["total"]["pools"] == {"regular": {policy: 60}}
