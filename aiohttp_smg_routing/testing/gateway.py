@@ -125,7 +125,18 @@ async def smg_gateway(
         )
     program = (sys.executable, "-m", "smg", "launch", "--disable-tokenizer-autoload")
     arguments = ("--policy", policy, "--log-level", "warn", *_protection(args), *args)
-    async with run_gateway(program, workers, arguments, port) as gateway:
+    async with AsyncExitStack() as stack:
+        try:
+            gateway = await stack.enter_async_context(
+                run_gateway(program, workers, arguments, port)
+            )
+        except RuntimeError:
+            if _version() != (1, 9):
+                raise
+            # Rarely, SMG 1.9 fails to register a worker, and tries no more (docs/gateways.md).
+            gateway = await stack.enter_async_context(
+                run_gateway(program, workers, arguments, port)
+            )
         if _version() == (1, 10) and policy in ("consistent_hashing", "prefix_hash"):
             await asyncio.wait_for(_rebuild_hash_ring(gateway.url), START_SECONDS)
         yield gateway

@@ -1,6 +1,7 @@
 import sys
 from dataclasses import replace
 from importlib.machinery import BuiltinImporter
+from pathlib import Path
 
 import pytest
 from aiohttp import ClientSession
@@ -91,6 +92,39 @@ async def test_a_worker_is_changed_so_that_smg_1_10_builds_its_hash_ring_again(
     labels = [{*worker["labels"]} for worker in workers]
     assert ["hash_ring" in its for its in labels].count(True) == is_changed
     assert all("model_path" in its for its in labels), "a label was lost"
+
+
+@pytest.mark.parametrize(("release", "starts"), [("1.9.0", 2), ("1.10.0", 1)])
+async def test_a_gateway_of_smg_1_9_that_does_not_start_is_started_again(
+    smg_gateway: StartSmgGateway,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    release: str,
+    starts: int,
+) -> None:
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\necho started >> {tmp_path}/starts\nexit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setattr("aiohttp_smg_routing.testing.gateway.version", lambda _: release)
+    monkeypatch.setattr(sys, "executable", str(program))
+    with pytest.raises(RuntimeError, match="did not start"):
+        await smg_gateway(1, policy="manual")
+    assert (tmp_path / "starts").read_text() == "started\n" * starts
+
+
+async def test_the_second_start_of_smg_1_9_is_a_whole_gateway(
+    smg_gateway: StartSmgGateway, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program = tmp_path / "python"
+    program.write_text(
+        f'#!/bin/sh\nmkdir {tmp_path}/started && exit 1\nexec {sys.executable} "$@"\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr("aiohttp_smg_routing.testing.gateway.version", lambda _: "1.9.0")
+    monkeypatch.setattr(sys, "executable", str(program))
+    smg = await smg_gateway(2, policy="manual")
+    assert len(smg.workers) == 2
+    assert (tmp_path / "started").is_dir()
 
 
 async def test_another_gateway_on_the_port_is_not_taken_for_the_one_that_starts(
