@@ -1,10 +1,8 @@
-"""The repository around the package: one harness, and examples that a user can copy."""
+"""The harness, and what a contributor meets first."""
 
-import ast
 import re
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,23 +13,6 @@ from harness.processes import ROOT, finished, running
 from harness.sse import Completion, read_completion
 
 from ..stopping import assert_stopped, until_it_says
-
-PACKAGE = "aiohttp_smg_routing"
-FOLDERS = ("benchmarks", "demo", "examples", "fuzz", "harness", "mutants", "soak", "tests")
-FILES = [file for name in FOLDERS for file in sorted((ROOT / name).rglob("*.py"))]
-FILES.append(ROOT / "conftest.py")
-
-
-def imports(file: Path) -> Iterator[list[str]]:
-    """Yield the parts of each name that a file imports."""
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            for alias in node.names:
-                yield alias.name.split(".")
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            for alias in node.names:
-                yield [*str(node.module).split("."), alias.name]
-
 
 PROGRAM = """
 import asyncio, sys
@@ -86,30 +67,6 @@ def test_a_missing_package_gets_a_remedy(tmp_path: Path) -> None:
     failures = re.split(r"^_{3,} .* _{3,}$", done.stdout, flags=re.MULTILINE)[1:]
     assert len(failures) == len(LACKING)
     assert [it for it in failures if "pip install -e . --group test" not in it] == []
-
-
-def test_no_file_edits_the_path_of_imports() -> None:
-    editing = re.compile(r"sys\.path(?:\.\w+\(|\[|\s*\+?=[^=])")
-    found = [
-        str(file.relative_to(ROOT)) for file in FILES if editing.search(file.read_text("utf-8"))
-    ]
-    assert found == []
-
-
-def test_no_file_imports_what_is_private_in_the_package() -> None:
-    private = {
-        (file.name, ".".join(parts))
-        for file in FILES
-        for parts in imports(file)
-        if parts[0] == PACKAGE and any(re.fullmatch(r"_[^_].*", part) for part in parts)
-    }
-    assert private == set()
-
-
-def test_an_example_needs_no_file_of_the_checkout() -> None:
-    ours = {*FOLDERS, "conftest"}
-    needed = {parts[0] for file in (ROOT / "examples").glob("*.py") for parts in imports(file)}
-    assert needed & ours == set()
 
 
 def test_importing_the_engines_imports_nothing_that_their_extra_brings() -> None:
