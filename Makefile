@@ -67,8 +67,7 @@ soak: $(VENV)/demo.installed ## 10,000 sessions while workers, the gateway and t
 # On a machine without Debian's packages the tests say which program is missing.
 programs: | $(BIN)/python
 	-@.ci/debian nginx nginx
-	-@.ci/debian prometheus promtool
-	-@.ci/debian prometheus prometheus
+	-@.ci/debian prometheus promtool prometheus
 
 # Three for each processor, because a test mostly waits for a gateway or a worker to start.
 JOBS ?= $(shell expr 3 '*' $$(nproc 2> /dev/null || echo 2))
