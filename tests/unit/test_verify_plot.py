@@ -54,6 +54,7 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     return drawn
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("workers", [2, 3, 8, 16])
 def test_each_worker_has_a_colour_of_its_own(tmp_path: Path, workers: int) -> None:
     seen = played(workers)
@@ -91,6 +92,7 @@ def test_arm_with_the_key_is_above_and_the_curves_are_beside(
     assert panels["Time to first token, median"].get_xlabel() == "turn"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("workers", [3, 30, 100])
 def test_the_names_of_the_workers_stand_below_all_else(
     tmp_path: Path, figures: list[Figure], workers: int
@@ -119,6 +121,7 @@ def test_svg_is_the_same_each_time(tmp_path: Path) -> None:
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("sessions", "turns", "workers"), [(1, 2, 2), (200, 40, 30)])
 def test_png_of_any_size_opens(tmp_path: Path, sessions: int, turns: int, workers: int) -> None:
     seen = played(workers, sessions, turns)

@@ -551,6 +551,7 @@ async def test_a_session_that_is_made_while_the_last_app_lets_go_has_the_hook_of
     assert await at_each_step(begin) > 5
 
 
+@pytest.mark.thorough
 async def test_calls_in_threads_are_tagged_while_other_apps_come_and_let_go(
     gateway: Recorder, elsewhere: Recorder
 ) -> None:
