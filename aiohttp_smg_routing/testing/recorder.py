@@ -134,7 +134,8 @@ def _reset_where_an_answer_says_so(writer: asyncio.StreamWriter) -> Iterator[Non
         yield
     except ConnectionResetError:
         linger = struct.pack("ii", True, 0)  # an RST, and no FIN
-        with suppress(OSError):  # closed already if the caller reset it
+        # If the caller reset it, it is closed already, and uvloop then gives no socket.
+        with suppress(OSError, AttributeError):
             writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         writer.transport.abort()
 
@@ -145,7 +146,7 @@ async def recording_gateway(port: int = 0) -> AsyncIterator[Recorder]:
 
     It takes any call, records it in ``calls``, and answers with a chat completion unless told
     otherwise. It pins nothing: ``smg_gateway()`` does. If an answer raises an error, the end of the
-    block raises it.
+    block raises it. Raises ``OSError`` if the port is taken.
 
     >>> async with recording_gateway() as gateway:
     ...     response = await session.post(gateway.chat, json=turn)

@@ -1,4 +1,6 @@
 import asyncio
+import socket
+import struct
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import suppress
 
@@ -255,6 +257,18 @@ async def test_a_connection_is_reset_where_the_answer_says_so(
     writer.close()
     with suppress(ConnectionResetError):
         await writer.wait_closed()
+
+
+async def test_a_caller_that_resets_its_connection_is_no_error(client: ClientSession) -> None:
+    async with recording_gateway() as gateway:
+        for _ in range(10):
+            _, writer = await asyncio.open_connection(gateway.url.host, gateway.url.port)
+            writer.write(b"POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\n")
+            await post(client, gateway)  # by now the gateway waits for the body
+            at_once = struct.pack("ii", True, 0)
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
+            writer.transport.abort()
+            await post(client, gateway)  # by now the gateway has seen the reset
 
 
 async def test_an_error_in_an_answer_is_raised_at_the_end(client: ClientSession) -> None:
