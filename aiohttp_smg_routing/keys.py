@@ -5,7 +5,7 @@ import hmac
 import operator
 import re
 from collections.abc import Iterable
-from typing import Literal, SupportsIndex
+from typing import Literal, SupportsIndex, get_args
 from uuid import UUID
 
 from .gateway import VALID_KEY
@@ -59,12 +59,13 @@ def routing_key(
     With ``key="session_id"``, an id is its own key if it has 1 to 128 bytes of visible ASCII, with
     the prefix: most versions of SMG silently drop other keys. Any other id is digested: its key is
     ``sha256-`` and 64 hexadecimal digits. An id that looks like such a digest is digested too, so
-    that no two ids share a key. ``key="digest"`` digests every id. A ``secret`` makes the digest an
-    HMAC-SHA256. The key begins with ``prefix``: up to 52 visible ASCII characters, none by default.
-    An id has the same key on every machine and in every process.
+    that no two ids share a key. ``key="digest"`` digests every id. A ``secret`` makes each digest
+    an HMAC-SHA256, but an id that is its own key stays readable. The key begins with ``prefix``: up
+    to 52 visible ASCII characters, none by default. An id has the same key on every machine and in
+    every process.
 
-    Raises ``ValueError`` for an empty or blank id and for a wrong prefix, ``TypeError`` for an id
-    that is no text, integer or ``UUID``.
+    Raises ``ValueError`` if the id is None, empty or blank, and for a wrong ``key``, ``secret`` or
+    ``prefix``; ``TypeError`` for an id that is no text, integer or ``UUID``.
 
     >>> routing_key("task-7")
     'task-7'
@@ -74,6 +75,10 @@ def routing_key(
     text = as_session_id(session_id)
     if text is None:
         raise ValueError(f"a session id must not be empty or blank: {session_id!r}")
+    if key not in get_args(KeyForm):
+        raise ValueError(f"key is 'session_id' or 'digest', not {key!r}")
+    if secret is not None and not secret:
+        raise ValueError("secret is an empty text: give it one character or more, or None")
     try:
         prefix = as_prefix(prefix)
     except ValueError as error:

@@ -119,8 +119,8 @@ def test_integers_and_uuids_count_as_ids(session_id: int | UUID | Index, key: st
     assert routing_key(session_id) == key
 
 
-@pytest.mark.parametrize("blank", ["", " ", "\t\n", "\u00a0"])
-def test_empty_and_blank_ids_count_as_none(blank: str) -> None:
+@pytest.mark.parametrize("blank", [None, "", " ", "\t\n", "\u00a0"])
+def test_empty_and_blank_ids_count_as_none(blank: Any) -> None:
     assert as_session_id(blank) is None
     with block(blank):
         assert current_session_id() is None
@@ -163,6 +163,18 @@ def test_a_prefix_begins_the_key_and_keeps_it_one_that_the_gateway_takes(
 def test_a_prefix_that_no_key_can_begin_with_is_refused(prefix: Any) -> None:
     with pytest.raises(ValueError, match="is not a text of up to 52 visible ASCII characters"):
         routing_key("s-1", prefix=prefix)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"key": "sha256"}, "key is 'session_id' or 'digest', not 'sha256'"),
+        ({"key": "digest", "secret": ""}, "secret is an empty text: give it one character or more"),
+    ],
+)
+def test_a_form_that_no_config_could_have_is_refused(wrong: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        routing_key("s-1", **wrong)
 
 
 MODEL = "{session_id}/{json:model}"
