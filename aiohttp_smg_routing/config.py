@@ -168,7 +168,7 @@ class RoutingConfig:
         """
         if not isinstance(mapping, Mapping):
             raise ConfigError(  # it may hold a secret, so only its type is shown
-                [("config", f"is a {type(mapping).__name__}, not a RoutingConfig or a mapping")]
+                [("config", f"is a {type(mapping).__name__}: pass the table of options")]
             )
         if table := values.table_in(mapping):
             raise ConfigError([("config", f"is the whole file: pass its table, config{table}")])

@@ -135,7 +135,8 @@ def in_session(coroutine: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
     """Return a coroutine that runs ``coroutine`` in the session of the calling code.
 
     Use it for queues and job schedulers, which run the coroutine in another context. The coroutine
-    keeps the session after the request has ended. If it is wrapped only then, its calls are late.
+    keeps the session after the request has ended. If you call this only after the request has
+    ended, the coroutine's calls are late.
     Raises ``TypeError`` for anything but a coroutine.
 
     >>> await queue.put(in_session(play_turn()))

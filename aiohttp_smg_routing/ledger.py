@@ -44,9 +44,10 @@ class PinLedger:
     """Which worker answered which session of an app: ``app[ROUTING].pins``.
 
     It keeps the ``track_sessions`` sessions that called last. Any thread, finalizer or
-    signal handler may use it at any point. ``count()``, ``answered()``, ``show()`` are internal.
+    signal handler may use it at any point.
     """
 
+    # Not public: count(), answered(), show(), news and worker_header.
     def __init__(self, config: RoutingConfig, metrics: Metrics | None = None) -> None:
         self._is_on = config.enabled and config.track_sessions > 0
         self.worker_header: istr = istr(config.worker_header)

@@ -66,7 +66,8 @@ class Routing:
         """Return the hook, for a ``ClientSession`` that you make.
 
         It puts the key of the running code's session on each call to the gateway, and decides anew
-        at each hop of a redirect. It must be the last hook that changes headers.
+        at each hop of a redirect. It must be the last hook that changes headers. If ``enabled`` is
+        false, the hook does nothing.
 
         >>> session = ClientSession(trace_configs=[routing.trace_config()])
         """
@@ -113,7 +114,7 @@ class Routing:
         """Return the hook as ``event_hooks`` for a client of httpx or httpx2, sync or async.
 
         An assignment to ``client.event_hooks`` takes the hook off, and a call that raises is not
-        counted. ``instrument()`` has neither limit.
+        counted. ``instrument()`` has neither limit. If ``enabled`` is false, there are no hooks.
 
         >>> event_hooks = routing.httpx_hooks()  # httpx.AsyncClient(event_hooks=event_hooks)
         """
@@ -125,7 +126,7 @@ class Routing:
     def explain(self, method: str, url: str | URL) -> str:
         """Return a sentence: the call carries a key, or why it does not and what to change.
 
-        Raises ``ValueError`` for a text that is not a URL.
+        Raises ``ValueError`` for a text that is not a URL, ``TypeError`` for no text.
 
         >>> routing.explain("GET", "http://10.0.0.1:30000/v1/chat/completions")
         'GET http://10.0.0.1:30000/v1/chat/completions goes out without a key: only a POST carries
@@ -134,7 +135,10 @@ class Routing:
         return self._rules.explain(method, URL(url))
 
     def end(self, session_id: SessionId) -> None:
-        """Forget a session that is over. Raises ``TypeError`` for an id of a wrong type.
+        """Forget a session that is over, as ``pins.end()`` does.
+
+        Raises ``TypeError`` for an id that is no text, integer, ``UUID`` or None. None and a blank
+        id are no session.
 
         >>> routing.end("s-17")
         """
@@ -151,7 +155,8 @@ def setup(app: web.Application, config: RoutingConfig | Mapping[str, Any]) -> Ro
     It adds the middleware, innermost of those that ``app`` has now. When the app starts, it puts
     the hook on each ``ClientSession`` that ``client_session`` names, or with ``instrument`` on all
     that are made while the app runs, and logs where the hook is. The hooks come off when the app
-    is cleaned up. If ``enabled`` is false, nothing is installed.
+    is cleaned up. If ``enabled`` is false, nothing is installed. Returns the ``Routing``, which is
+    also ``app[ROUTING]``.
 
     Raises ``ConfigError`` with every fault of the config (at start-up for a ``client_session`` that
     is not there), ``RuntimeError`` if ``app`` is set up already or frozen, ``TypeError`` if it is
@@ -163,7 +168,7 @@ def setup(app: web.Application, config: RoutingConfig | Mapping[str, Any]) -> Ro
     if not isinstance(app, web.Application):
         raise TypeError(f"setup(app, config) takes the app first, not a {type(app).__name__}")
     if ROUTING in app:
-        raise RuntimeError("this app is set up already: one setup() takes several gateways")
+        raise RuntimeError("this app is set up already: call setup() once, with every gateway")
     if app.on_startup.frozen:
         raise RuntimeError(
             "this app is frozen: call setup() where the app is made, before it is started (and not "

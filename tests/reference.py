@@ -20,11 +20,12 @@ from aiohttp.test_utils import TestClient, TestServer
 
 import aiohttp_smg_routing
 from aiohttp_smg_routing import ROUTING, testing
+from aiohttp_smg_routing import run as server_run
 from aiohttp_smg_routing.testing import completion, recording_gateway
 from harness.processes import ROOT
 
 PACKAGE = ROOT / "aiohttp_smg_routing"
-PUBLIC = (*aiohttp_smg_routing.__all__, *testing.__all__)
+PUBLIC = (*aiohttp_smg_routing.__all__, *testing.__all__, *server_run.__all__)
 #: The public names whose examples need the real gateway.
 ON_A_GATEWAY = ("SmgGateway", "smg_gateway", "StartSmgGateway")
 #: An entry on the page: a directive, its name, its options, and any text after them.
@@ -47,7 +48,7 @@ def page() -> dict[str, str]:
 def texts() -> dict[str, str]:
     """Return the docstring of each public name, and of each member as ``Class.member``."""
     found: dict[str, str] = {}
-    for folder in (PACKAGE, PACKAGE / "testing"):
+    for folder in (PACKAGE, PACKAGE / "testing", PACKAGE / "run"):
         module = ast.parse((folder / "__init__.py").read_text(encoding="utf-8"))
         for node in module.body:
             if isinstance(node, ast.ImportFrom) and node.module is not None:
@@ -172,6 +173,7 @@ async def run(text: str, **names: Any) -> None:
                 "ClientSession": ClientSession,
                 "app": app,
                 "handler": logging.StreamHandler(),
+                "install": server_run.install,
                 "logging": logging,
                 "play_turn": play_turn,
                 "queue": queue,

@@ -39,14 +39,17 @@ def install(config: str = "", *, is_child: bool = False, has_children: bool = Fa
     """Put the plugin on every app that this process serves from now on.
 
     ``config`` is a TOML file with a table ``[smg_routing]``, or ``package.module:NAME``. If it
-    is empty, the environment variables ``SMG_ROUTING_*`` are the options. They are read when an app
-    starts. ``instrument`` is true unless the config sets it. An app that calls ``setup()`` itself,
-    or has a sub-app that does, is left as it is. A process that ends without an app logs that,
-    unless ``is_child`` is true. ``has_children`` says that its child processes have the plugin.
+    is empty, as it is by default, the environment variables ``SMG_ROUTING_*`` are the options. They
+    are read when an app starts, and a wrong config stops that app with ``ConfigError``.
+    ``instrument`` is true unless the config sets it. An app that calls ``setup()`` itself, or has a
+    sub-app that does, is left as it is. A process that ends without an app logs that, unless
+    ``is_child`` is true. ``has_children`` says that its child processes have the plugin. Both are
+    false by default.
 
-    Call it before the server makes its app; ``aiohttp-smg-routing run`` does so.
+    Call it before the server makes its app. ``aiohttp-smg-routing run`` does so. Ray's
+    ``worker_process_setup_hook`` can.
 
-    >>> ray.init(runtime_env={"worker_process_setup_hook": install})
+    >>> runtime_env = {"worker_process_setup_hook": install}  # ray.init(runtime_env=runtime_env)
     """
     seen = _Seen()
     compat.wrap_runner(partial(_started, seen, config))

@@ -42,7 +42,9 @@ def _named(source: str) -> Any:
     try:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise ConfigError([("config", f"{source} is not there: {error}")]) from error
+        raise ConfigError(
+            [("config", f"{source} is not there: {error}; check the name, or set PYTHONPATH")]
+        ) from error
 
 
 def _is_at(module: str, file: str) -> bool:

@@ -32,8 +32,9 @@ def answer(
 ) -> bytes:
     """Return a whole HTTP answer. A ``body`` that is not bytes goes out as JSON.
 
-    By default the body is empty and the status is 200. Raises ``TypeError`` if JSON can't express
-    the body.
+    By default the body is empty and the status is 200. ``headers`` come after ``Content-Length``,
+    and replace it or ``Content-Type`` if they name it; by default there are no others. Raises
+    ``TypeError`` if JSON can't express the body.
 
     >>> recorder.answer_with(answer({"error": "busy"}, status=503, headers={"Retry-After": "1"}))
     """
@@ -43,7 +44,9 @@ def answer(
 
 
 def failure(status: int = 503, message: str = "no worker is available") -> bytes:
-    """Return an error in the form of the OpenAI API, by default with status 503.
+    """Return an error in the form of the OpenAI API.
+
+    By default the status is 503 and the message "no worker is available".
 
     >>> recorder.answer_with(failure(429, "too many requests"))
     """
@@ -61,7 +64,7 @@ def redirect(location: str | URL, status: int = 307) -> bytes:
 
 
 def completion(text: str = "ok", *, model: str = MODEL, worker: str | None = None) -> bytes:
-    """Return a chat completion that says ``text``, by default "ok".
+    """Return a chat completion that says ``text``, by default "ok", of the model "stub" by default.
 
     If ``worker`` is given, the answer names it in ``X-SMG-Routed-Worker-Id``, as SMG 1.10 and newer
     do for HTTP workers (``docs/gateways.md``).
@@ -78,6 +81,8 @@ def completion(text: str = "ok", *, model: str = MODEL, worker: str | None = Non
 
 async def stream(*texts: str, model: str = MODEL) -> AsyncGenerator[bytes, None]:
     """Yield a streamed chat completion, each of the ``texts`` in a chunk of its own.
+
+    By default the model is "stub".
 
     >>> recorder.answer_with(stream("some", "pieces"))
     """

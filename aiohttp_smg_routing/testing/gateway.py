@@ -113,7 +113,7 @@ async def smg_gateway(
     newer turn it on, and it moves the sessions of a worker whose KV cache is 80 % full.
 
     Raises ``ModuleNotFoundError`` if the gateway is not installed, ``RuntimeError`` with the end of
-    its output if it does not start within 60 seconds.
+    its output if it does not start within 60 seconds. SMG 1.9 is then started once more.
 
     >>> async with smg_gateway(3, policy="manual") as smg:
     ...     await smg.branches()

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import random
+import shlex
 import signal
 import socket
 import tempfile
@@ -75,7 +76,10 @@ def free_ports(count: int) -> list[int]:
     for _ in range(len(_given) - _MAX_GIVEN):  # a process may open only so many files
         socket.close(_given.popleft())
     if len(free) < count:
-        raise OSError(f"only {len(free)} of {count} ports are free")
+        raise OSError(
+            f"only {len(free)} of {count} ports of 127.0.0.1 are free: ask for fewer, or end the "
+            "programs that hold them"
+        )
     return free
 
 
@@ -110,7 +114,10 @@ async def child_process(
             except (ChildProcessError, asyncio.TimeoutError) as error:
                 output.seek(0)
                 tail = output.read()[-4000:].decode(errors="replace")
-                raise RuntimeError(f"{argv} did not start: {error!r}\n{tail}") from error
+                how = str(error) or f"it was not ready within {START_SECONDS} seconds"
+                raise RuntimeError(
+                    f"{shlex.join(argv)} did not start: {how}. The end of its output:\n{tail}"
+                ) from error
             yield process
         finally:
             if process.returncode is None:

@@ -18,7 +18,7 @@ FOLDERS = sorted(file.parent.name for file in PACKAGE.glob("*/__init__.py"))
 FOLDERS_OUTSIDE = ("benchmarks", "demo", "examples", "fuzz", "harness", "mutants", "soak", "tests")
 OUTSIDE = [file for name in FOLDERS_OUTSIDE for file in (ROOT / name).rglob("*.py")]
 OUTSIDE.append(ROOT / "conftest.py")
-PUBLIC = (PACKAGE.name, f"{PACKAGE.name}.testing")
+PUBLIC = (PACKAGE.name, f"{PACKAGE.name}.testing", f"{PACKAGE.name}.run")
 ROW = re.compile(r"^\| `(\w+)` \| .+ \| (.+) \|$", re.MULTILINE)
 # aiohttp, its dependencies, and the package that the extra ``metrics`` installs.
 ALLOWED = {"aiohttp", "multidict", "yarl", "prometheus_client", PACKAGE.name}

@@ -608,7 +608,11 @@ def test_swapped_arguments_of_setup_say_which_comes_first(config: Any) -> None:
         ("gateway", [], "is required: the URL of the gateway, such as 'http://10.0.0.1:30000'"),
         ("gateway", "http://[]@", ABSOLUTE),
         ("gateway", "http://http://h:1", f"'http://http://h:1' {ABSOLUTE}"),
-        ("enabled", "perhaps", "'perhaps' is not true or false"),
+        (
+            "enabled",
+            "perhaps",
+            "'perhaps' is not true or false",
+        ),
         ("enabled", 1, "1 is not true or false"),
         ("session_id", "", "is empty: name at least one"),
         ("session_id", "headers:X", "'headers:X' is not a source: use 'match_info:NAME', "),
@@ -736,7 +740,7 @@ def test_config_error_comes_whole_out_of_another_process() -> None:
 
 @pytest.mark.parametrize("config", [None, "http://gateway", [("gateway", GATEWAY)], 5])
 def test_a_config_of_another_type_is_a_config_error(config: Any) -> None:
-    problem = f"config: is a {type(config).__name__}, not a RoutingConfig or a mapping"
+    problem = f"config: is a {type(config).__name__}: pass the table of options"
     with pytest.raises(ConfigError, match=problem):
         Routing(config)
 

@@ -108,9 +108,7 @@ def test_a_wrong_config_stops_the_app_at_setup_and_leaves_it_as_it_was() -> None
 def test_setup_is_called_once() -> None:
     app = web.Application()
     setup(app, {"gateway": "http://one"})
-    with pytest.raises(
-        RuntimeError, match="set up already: one setup\\(\\) takes several gateways"
-    ):
+    with pytest.raises(RuntimeError, match=r"set up already: call setup\(\) once"):
         setup(app, {"gateway": "http://two"})
 
 
