@@ -110,7 +110,7 @@ def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Name it, too, if a test or its fixture does."""
+    """Name the remedy also if a test or its fixture needs one."""
     report = yield
     return _with_remedy(report)
 

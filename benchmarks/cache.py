@@ -147,8 +147,8 @@ def in_short(scene: Scene, rounds: Sequence[Round]) -> str:
     most = median(allowed_share(arms[scene.name, PIN].turns) for arms in rounds)
     pinned, others = (median(cached(scene, policy, rounds)) for policy in (PIN, RANDOM))
     return (
-        f"Pinned sessions took {pinned:.1%} of their later prompt tokens from the KV cache. Their"
-        f" transcripts allow {most:.1%}. With the policy `{RANDOM}` they took {others:.1%}."
+        f"Pinned sessions took {pinned:.1%} of their later prompt tokens from the KV cache (the"
+        f" most possible: {most:.1%}). With the policy `{RANDOM}` they took {others:.1%}."
     ).replace("%", " %")
 
 

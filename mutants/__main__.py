@@ -109,7 +109,8 @@ def main() -> int:
     survived = sum(count for (_, outcome), count in counts.items() if outcome == "survived")
     share = 100 * (tried - survived) / tried
     print(f"{as_markdown(counts)}\n")
-    print(f"{share:.1f} % are caught; one that takes too long is. Seed {given.seed}, {commit}.")
+    caught = f"{share:.1f} % are caught, those that exceed the time limit included."
+    print(f"{caught} Seed {given.seed}, {commit}.")
     if tried < len(mutants):
         return 130
     return 1 if given.at_least is not None and share < given.at_least else 0

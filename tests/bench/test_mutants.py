@@ -57,7 +57,7 @@ def tree(tmp_path: Path) -> Path:
     """Make a repository whose package is one file."""
     tree = tmp_path / "tree"
     shutil.copytree(ROOT / "mutants", tree / "mutants", ignore=shutil.ignore_patterns("*.pyc"))
-    names = ("__init__", "testing/__init__", "testing/pytest_plugin")  # pytest loads these
+    names = ("__init__", "testing/__init__")
     texts = {f"{PACKAGE}/{name}.py": "" for name in names}
     texts |= dict.fromkeys(selected(FILE), "def test_nothing():\n    pass\n")
     texts |= {FILE: _CODE, TEST: _NOTICE}
