@@ -1,11 +1,15 @@
 """Calls whose body is the id of the session that they belong to."""
 
 from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 
 from aiohttp import ClientSession, web
 
 from aiohttp_smg_routing.testing import Recorder
 from harness.proxies import CLIENT, pinned_server
+
+if TYPE_CHECKING:
+    from .turns import Client
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -26,6 +30,20 @@ async def post(session: ClientSession, wire: Recorder, session_id: str = "") -> 
 async def call(request: web.Request, wire: Recorder) -> None:
     """Call the gateway from a handler, in the session of its request."""
     await post(request.config_dict[CLIENT], wire, request.match_info["session_id"])
+
+
+async def in_handler(request: web.Request, wire: Recorder) -> web.StreamResponse:
+    """Handle a turn with one call."""
+    await call(request, wire)
+    return web.Response()
+
+
+async def three_turns(client: "Client", session_id: str) -> None:
+    """Play three turns of a session, one after the other, on connections that are kept alive."""
+    for _ in range(3):
+        async with client.post(f"/{session_id}") as response:
+            assert response.status == 200
+            await response.read()
 
 
 def assert_no_crosstalk(wire: Recorder, calls: int) -> None:

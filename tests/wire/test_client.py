@@ -49,12 +49,6 @@ async def hooked(gateway: Recorder) -> AsyncIterator[ClientSession]:
         yield session
 
 
-@pytest.fixture
-async def plain() -> AsyncIterator[ClientSession]:
-    async with ClientSession() as session:
-        yield session
-
-
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -207,11 +201,11 @@ UNTAGGED: dict[str, Caller] = {
 
 
 async def assert_unchanged(
-    wire: Recorder, hooked: ClientSession, plain: ClientSession, call: Caller
+    wire: Recorder, hooked: ClientSession, outgoing: ClientSession, call: Caller
 ) -> None:
     """Assert that the plugin changes no byte of a call."""
     seen = []
-    for session in (plain, hooked):
+    for session in (outgoing, hooked):
         response = await call(session, wire)
         if response is not None:
             response.release()  # type: ignore[attr-defined]
@@ -224,46 +218,46 @@ async def assert_unchanged(
 
 @pytest.mark.parametrize("call", UNTAGGED.values(), ids=UNTAGGED)
 async def test_other_calls_to_the_gateway_leave_byte_for_byte_as_without_the_plugin(
-    gateway: Recorder, hooked: ClientSession, plain: ClientSession, call: Caller
+    gateway: Recorder, hooked: ClientSession, outgoing: ClientSession, call: Caller
 ) -> None:
     with routing_session("s-1"):
-        await assert_unchanged(gateway, hooked, plain, call)
+        await assert_unchanged(gateway, hooked, outgoing, call)
 
 
 async def test_calls_to_other_hosts_leave_byte_for_byte_as_without_the_plugin(
-    elsewhere: Recorder, hooked: ClientSession, plain: ClientSession
+    elsewhere: Recorder, hooked: ClientSession, outgoing: ClientSession
 ) -> None:
     with routing_session("s-1"):
         await assert_unchanged(
             elsewhere,
             hooked,
-            plain,
+            outgoing,
             lambda session, wire: session.post(wire.chat, json={}, headers=SMUGGLED),
         )
 
 
 async def test_calls_without_a_session_leave_byte_for_byte_as_without_the_plugin(
-    gateway: Recorder, hooked: ClientSession, plain: ClientSession
+    gateway: Recorder, hooked: ClientSession, outgoing: ClientSession
 ) -> None:
     await assert_unchanged(
         gateway,
         hooked,
-        plain,
+        outgoing,
         lambda session, wire: session.post(wire.chat, json={}, headers=SMUGGLED),
     )
 
 
 @pytest.mark.parametrize("call", [*UNTAGGED.values(), lambda s, w: s.post(w.chat, json={})])
 async def test_it_does_nothing_where_it_is_not_enabled(
-    gateway: Recorder, plain: ClientSession, call: Caller
+    gateway: Recorder, outgoing: ClientSession, call: Caller
 ) -> None:
     config = RoutingConfig(gateway.url, enabled=False, on_missing="raise")
     async with with_hook(config) as session:
-        Routing(config).attach(plain)
-        assert plain.trace_configs == []
+        Routing(config).attach(outgoing)
+        assert outgoing.trace_configs == []
         with routing_session("s-1"):
-            await assert_unchanged(gateway, session, plain, call)
-        await assert_unchanged(gateway, session, plain, call)
+            await assert_unchanged(gateway, session, outgoing, call)
+        await assert_unchanged(gateway, session, outgoing, call)
 
 
 async def test_key_does_not_follow_a_redirect_off_the_gateway(
@@ -394,11 +388,11 @@ async def test_a_call_that_is_redirected_to_the_gateway_gets_the_key_there_only(
 
 @pytest.mark.parametrize("location", ["http://[", "ftp://x/", "http://h:99999/"])
 async def test_a_redirect_that_aiohttp_refuses_fails_as_without_the_plugin(
-    gateway: Recorder, hooked: ClientSession, plain: ClientSession, location: str
+    gateway: Recorder, hooked: ClientSession, outgoing: ClientSession, location: str
 ) -> None:
     gateway.answer = lambda call: redirect(location)
     raised = []
-    for session in (plain, hooked):
+    for session in (outgoing, hooked):
         with routing_session("s-1"), pytest.raises((ClientError, ValueError)) as caught:
             await session.post(gateway.chat, json={})
         raised.append((type(caught.value), str(caught.value)))

@@ -30,7 +30,15 @@ from aiohttp_smg_routing import (
 from aiohttp_smg_routing.testing import Recorder, completion
 from harness.proxies import CLIENT, pinned_server, proxy_server
 
-from ..crosstalk import Handler, assert_no_crosstalk, call, post, server_with
+from ..crosstalk import (
+    Handler,
+    assert_no_crosstalk,
+    call,
+    in_handler,
+    post,
+    server_with,
+    three_turns,
+)
 from ..turns import said
 
 
@@ -340,11 +348,6 @@ async def with_a_time_limit(request: web.Request, handler: Handler) -> web.Strea
     return await asyncio.wait_for(run_in_another_task(request, handler), 60)
 
 
-async def in_handler(request: web.Request, wire: Recorder) -> web.StreamResponse:
-    await call(request, wire)
-    return web.Response()
-
-
 async def in_task(request: web.Request, wire: Recorder) -> web.StreamResponse:
     await asyncio.gather(*(asyncio.create_task(call(request, wire)) for _ in range(2)))
     return web.Response()
@@ -504,13 +507,7 @@ async def test_what_belongs_to_the_request_is_not_late(
     app.router.add_post("/{session_id}", handle)
     client = await aiohttp_client(app)
 
-    async def turns(session: int) -> None:
-        for _ in range(3):  # on a connection that is kept alive
-            async with client.post(f"/s-{session}") as response:
-                assert response.status == 200
-                await response.read()
-
-    await asyncio.gather(*map(turns, range(4)))
+    await asyncio.gather(*(three_turns(client, f"s-{number}") for number in range(4)))
     assert_no_crosstalk(gateway, calls * 12)
     assert app[ROUTING].pins.summary().late == 0
     assert said(caplog) == []

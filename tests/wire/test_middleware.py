@@ -17,15 +17,10 @@ from aiohttp_smg_routing import Routing, RoutingConfig, current_session_id, rout
 from aiohttp_smg_routing.testing import Recorder
 from harness.proxies import CLIENT, pinned_server
 
-from ..crosstalk import Handler, assert_no_crosstalk, call, server_with
+from ..crosstalk import Handler, assert_no_crosstalk, call, in_handler, server_with, three_turns
 
 if TYPE_CHECKING:
     from pytest_aiohttp.plugin import AiohttpServer  # since 1.1, which needs aiohttp 3.11
-
-
-async def in_handler(request: web.Request, wire: Recorder) -> web.StreamResponse:
-    await call(request, wire)
-    return web.Response()
 
 
 async def in_gather(request: web.Request, wire: Recorder) -> web.StreamResponse:
@@ -116,13 +111,7 @@ async def test_call_carries_the_session_of_its_request(
     app.router.add_post("/{session_id}", partial(handler, wire=gateway))
     client = await aiohttp_client(app)
 
-    async def turns(session: int) -> None:
-        for _ in range(3):
-            async with client.post(f"/s-{session}") as response:
-                assert response.status == 200
-                await response.read()
-
-    await asyncio.gather(*map(turns, range(20)))
+    await asyncio.gather(*(three_turns(client, f"s-{number}") for number in range(20)))
     assert_no_crosstalk(gateway, calls * 60)
 
 
