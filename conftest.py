@@ -23,7 +23,7 @@ COVERING = ("tests/unit/", "tests/wire/", "tests/gateway/test_testing_")
 SDKS = (
     *("tests/recipes/test_agents.py", "tests/recipes/test_canned.py"),
     *("tests/recipes/test_litellm.py", "tests/recipes/test_messages.py"),
-    "tests/recipes/test_openai.py",
+    *("tests/recipes/test_openai.py", "docs/recipes.md"),
 )
 
 MEASURING = pytest.StashKey[Any]()
