@@ -12,7 +12,7 @@ from yarl import URL
 
 from . import values
 from .gateway import CHAT_COMPLETIONS, ROUTED_WORKER_HEADER, ROUTING_KEY_HEADER
-from .keys import KeyForm, SessionId, as_prefix, routing_key, session_key, shared_key
+from .keys import KeyForm, SessionId, as_prefix, as_secret, routing_key, session_key, shared_key
 from .log import say
 from .pins import Move
 from .sources import JSON_MAX_SIZE, SESSION_ID, PinBy, Source
@@ -85,7 +85,7 @@ class RoutingConfig:
     """``session_id``: the id is the key if the gateway takes it, otherwise its digest is.
     ``digest``: always a digest. Default: ``session_id``."""
 
-    secret: str | None = option(values.secret, None, hidden="any")
+    secret: str | None = option(as_secret, None, hidden="any")
     """The secret of the digest (HMAC-SHA256), for ids that are credentials. It needs
     ``key = "digest"`` or ``pin_by``. Default: none."""
 

@@ -47,6 +47,13 @@ def as_prefix(value: object) -> str:
     raise ValueError(f"is not a text of up to {LONGEST_PREFIX} visible ASCII characters, no spaces")
 
 
+def as_secret(value: object) -> str | None:
+    """Return ``value`` if it can be a secret, or is None; ``ValueError`` says what can."""
+    if value is None or (isinstance(value, str) and value):
+        return value
+    raise ValueError("is not a text of one character or more")
+
+
 def routing_key(
     session_id: SessionId,
     *,
@@ -77,8 +84,10 @@ def routing_key(
         raise ValueError(f"a session id must not be empty or blank: {session_id!r}")
     if key not in get_args(KeyForm):
         raise ValueError(f"key is 'session_id' or 'digest', not {key!r}")
-    if secret is not None and not secret:
-        raise ValueError("secret is an empty text: give it one character or more, or None")
+    try:
+        secret = as_secret(secret)
+    except ValueError as error:  # the value may be a secret, so it is not shown
+        raise ValueError(f"secret {error}") from None
     try:
         prefix = as_prefix(prefix)
     except ValueError as error:

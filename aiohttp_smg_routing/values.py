@@ -16,7 +16,7 @@ from aiohttp import web
 from yarl import URL
 
 from .gateway import CHAT_COMPLETIONS, ROUTING_KEY_HEADER, is_header_name
-from .keys import as_session_id
+from .keys import as_secret, as_session_id
 from .sources import SESSION_ID, PinBy, Source, reader
 
 _BOOLS = {
@@ -76,7 +76,7 @@ def option(
     """Return the field of an option. An error shows no value that has a character of ``hidden``."""
     return field(
         metadata={"option": Option(parse, default, several, hidden)},
-        repr=parse is not secret,
+        repr=parse is not as_secret,
     )
 
 
@@ -149,13 +149,6 @@ def count(value: Any) -> int:
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63:
         return value
     raise ValueError("is not a whole number of 0 or more")
-
-
-def secret(value: Any) -> str | None:
-    """Return a secret."""
-    if value is None or (isinstance(value, str) and value):
-        return value
-    raise ValueError("is not a text of one character or more")
 
 
 def session_id(value: Any) -> str:

@@ -169,7 +169,8 @@ def test_a_prefix_that_no_key_can_begin_with_is_refused(prefix: Any) -> None:
     ("wrong", "said"),
     [
         ({"key": "sha256"}, "key is 'session_id' or 'digest', not 'sha256'"),
-        ({"key": "digest", "secret": ""}, "secret is an empty text: give it one character or more"),
+        ({"key": "digest", "secret": ""}, "secret is not a text of one character or more"),
+        ({"key": "digest", "secret": b"k"}, "secret is not a text of one character or more"),
     ],
 )
 def test_a_form_that_no_config_could_have_is_refused(wrong: Any, said: str) -> None:
