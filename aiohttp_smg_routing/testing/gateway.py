@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, Protocol
@@ -125,18 +126,15 @@ async def smg_gateway(
         )
     program = (sys.executable, "-m", "smg", "launch", "--disable-tokenizer-autoload")
     arguments = ("--policy", policy, "--log-level", "warn", *_protection(args), *args)
+    start = partial(run_gateway, program, workers, arguments, port)
     async with AsyncExitStack() as stack:
         try:
-            gateway = await stack.enter_async_context(
-                run_gateway(program, workers, arguments, port)
-            )
+            gateway = await stack.enter_async_context(start())
         except RuntimeError:
             if _version() != (1, 9):
                 raise
             # Rarely, SMG 1.9 fails to register a worker, and tries no more (docs/gateways.md).
-            gateway = await stack.enter_async_context(
-                run_gateway(program, workers, arguments, port)
-            )
+            gateway = await stack.enter_async_context(start())
         if _version() == (1, 10) and policy in ("consistent_hashing", "prefix_hash"):
             await asyncio.wait_for(_rebuild_hash_ring(gateway.url), START_SECONDS)
         yield gateway
