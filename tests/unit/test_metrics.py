@@ -423,7 +423,7 @@ def test_the_ledger_may_be_entered_again_while_metrics_are_written_and_scraped(
 ) -> None:
     def check() -> None:
         # -1 interrupts nothing, because Python 3.12 traces code from the second run.
-        for at in count(-1, 13):  # one point in 13, because prometheus-client has many
+        for at in count(-1, 7):  # one point in seven, because prometheus-client has many
             registry = CollectorRegistry()
             pins = counting(registry).pins
             if not interrupted(prepare(pins, registry), at, partial(enter, pins)):
