@@ -34,6 +34,7 @@ BLOCK = re.compile(
     re.escape(BEGIN) + r"([^;\n]+)(?:; section: ([^\n]+?))? -->\n(.*?)" + re.escape(END), re.DOTALL
 )
 IMAGES = Path("docs/images")
+LAST = "python -m benchmarks.trace.summary"  # it reads a page that other commands write
 SHOWN = ("CPU", "system", "Python", "aiohttp", "smg")
 
 
@@ -160,7 +161,8 @@ def find(chosen: Sequence[Path]) -> dict[str, list[Path]]:
     wanted = dict.fromkeys(each for page in chosen or named for each in named[page])
     for command in wanted:
         program(command)
-    return {each: [page for page in named if each in named[page]] for each in wanted}
+    ordered = sorted(wanted, key=lambda command: command == LAST)
+    return {each: [page for page in named if each in named[page]] for each in ordered}
 
 
 def failures(found: dict[str, list[Path]]) -> Iterator[str]:
