@@ -8,7 +8,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from itertools import cycle
 from statistics import median
-from typing import cast
 
 from yarl import URL
 
@@ -19,7 +18,7 @@ from .counting import calls_into_plugin
 from .figures import Figure, Part, Progress, Table, ratios, step
 from .rounds import interleave, on_one_cpu
 from .server_under_test import SSE, Arm, Loop, ServerUnderTest, barest_app, server_under_test
-from .stub import content_length
+from .stub import Requests
 from .turn import Connection, connected
 
 NAME = "stream"
@@ -56,29 +55,21 @@ _NOTES = (
 )
 
 
-class Engine(asyncio.Protocol):
+class Engine(Requests):
     """The engine behind the session server; it streams an answer, chunk by chunk on request."""
 
     def __init__(self, chats: Mapping[str, "Chat"]) -> None:
+        super().__init__()
         self._chats = chats
-        self._request = b""
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep the transport."""
-        self._transport = cast("asyncio.Transport", transport)
-
-    def data_received(self, data: bytes) -> None:
-        """Begin the stream once the request is complete; its body names the agent."""
-        self._request += data
-        head, end, body = self._request.partition(b"\r\n\r\n")
-        if end and len(body) == content_length(head):
-            self._request = b""
-            self._transport.write(_HEAD)
-            self._chats[json.loads(body)["user"]].begun(self)
+    def request(self, head: bytes, body: bytes) -> None:
+        """Begin the stream; the body names the agent."""
+        self.transport.write(_HEAD)
+        self._chats[json.loads(body)["user"]].begun(self)
 
     def send(self, chunk: bytes) -> None:
         """Send a chunk."""
-        self._transport.write(chunk)
+        self.transport.write(chunk)
 
 
 class Chat(Connection):

@@ -34,33 +34,57 @@ def content_length(head: bytes) -> int:
     return int(length[1]) if length else 0
 
 
-class _Worker(asyncio.Protocol):
-    """A keep-alive connection to a worker that does as little work as possible."""
+class Requests(asyncio.Protocol):
+    """A keep-alive connection to a worker; a subclass answers each ``request``."""
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+        self._needed = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep the transport."""
+        self.transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass
+
+    def data_received(self, data: bytes) -> None:
+        """Pass on each request that is complete."""
+        self._buffer += data
+        while len(self._buffer) >= self._needed:
+            end = self._buffer.find(b"\r\n\r\n")
+            if end < 0:
+                return
+            head = bytes(self._buffer[:end])
+            self._needed = end + 4 + content_length(head)
+            if len(self._buffer) >= self._needed:
+                body = bytes(self._buffer[end + 4 : self._needed])
+                del self._buffer[: self._needed]
+                self._needed = 0
+                self.request(head, body)
+
+    def request(self, head: bytes, body: bytes) -> None:
+        """Take a request."""
+        raise NotImplementedError
+
+
+class _Worker(Requests):
+    """A connection to a worker that does as little work as possible."""
 
     def __init__(
         self, received: Counter[tuple[int, str, str | None]] | None, models: object
     ) -> None:
+        super().__init__()
         self._received = received
         self._models = models
-        self._buffer = b""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep the transport, and the answer that names this worker."""
-        self._transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass
-        self._port: int = self._transport.get_extra_info("sockname")[1]
+        """Keep the answer that names this worker."""
+        super().connection_made(transport)
+        self._port: int = self.transport.get_extra_info("sockname")[1]
         worker = f"x-smg-routed-worker-id: http://127.0.0.1:{self._port}\r\n"
         self._completion = answer(_COMPLETION, worker)
 
-    def data_received(self, data: bytes) -> None:
-        """Answer each request that is complete."""
-        self._buffer += data
-        while (end := self._buffer.find(b"\r\n\r\n")) >= 0:
-            head = self._buffer[:end]
-            end += 4 + content_length(head)
-            if len(self._buffer) < end:
-                return
-            body, self._buffer = self._buffer[len(head) + 4 : end], self._buffer[end:]
-            self._transport.write(self._answer_to(head, body))
+    def request(self, head: bytes, body: bytes) -> None:
+        """Answer at once."""
+        self.transport.write(self._answer_to(head, body))
 
     def _answer_to(self, head: bytes, body: bytes) -> bytes:
         if head.startswith(b"POST"):

@@ -12,9 +12,9 @@ import json
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
-from benchmarks.stub import answer, content_length
+from benchmarks.stub import Requests, answer
 
 from .engine import Engine, Job, Speed, TooLongError
 
@@ -114,39 +114,20 @@ def completion(job: Job, now: float, model: str) -> bytes:
     return answer(document)
 
 
-class Connection(asyncio.Protocol):
-    """A keep-alive connection to a worker that takes one call at a time."""
+class Connection(Requests):
+    """A connection to a worker."""
 
     def __init__(self, worker: Worker) -> None:
+        super().__init__()
         self._worker = worker
-        self._buffer = bytearray()
-        self._needed = 0
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Keep the transport."""
-        self._transport = cast("asyncio.Transport", transport)  # uvloop's is no subclass
 
     def say(self, content: bytes) -> None:
         """Send an answer, if the client is still connected."""
-        if not self._transport.is_closing():
-            self._transport.write(content)
+        if not self.transport.is_closing():
+            self.transport.write(content)
 
-    def data_received(self, data: bytes) -> None:
-        """Process each complete request."""
-        self._buffer += data
-        while len(self._buffer) >= self._needed:
-            end = self._buffer.find(b"\r\n\r\n")
-            if end < 0:
-                return
-            head = bytes(self._buffer[:end])
-            self._needed = end + 4 + content_length(head)
-            if len(self._buffer) >= self._needed:
-                body = bytes(self._buffer[end + 4 : self._needed])
-                del self._buffer[: self._needed]
-                self._needed = 0
-                self._request(head, body)
-
-    def _request(self, head: bytes, body: bytes) -> None:
+    def request(self, head: bytes, body: bytes) -> None:
+        """Take a call, or answer what the gateway polls."""
         method, path, *_ = head.split(b" ", 2)
         if method == b"POST" and path == b"/v1/chat/completions":
             try:

@@ -1,5 +1,6 @@
 """The gateway of this environment, and what ``docs/gateways.md`` says about it."""
 
+import asyncio
 import re
 import secrets
 import sys
@@ -10,10 +11,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from aiohttp import ClientSession
 from yarl import URL
 
+from aiohttp_smg_routing import Routing, RoutingConfig, routing_session
 from aiohttp_smg_routing.testing import Recorder, SmgGateway
-from harness.agents import CHAT_PATH
+from harness.agents import CHAT, CHAT_PATH
 from harness.workers import recorders
 
 from ..gateways import gateway_program, worker_urls
@@ -73,6 +76,27 @@ async def launched(launch: str, workers: int = 3) -> AsyncIterator[SmgGateway]:
         gateway_program(*program, *worker_urls(started), workers=started) as gateway,
     ):
         yield gateway
+
+
+async def play(
+    gateway: SmgGateway,
+    sessions: Sequence[str],
+    turns: int,
+    header: str = HEADER,
+    **fields: object,
+) -> None:
+    """Play turns of all sessions at once, with the hook on the client."""
+    routing = Routing(RoutingConfig(gateway.url, header=header))
+    async with ClientSession(trace_configs=[routing.trace_config()]) as client:
+
+        async def one(session_id: str) -> None:
+            with routing_session(session_id):
+                for _ in range(turns):
+                    body = {**random_turn(session_id), **fields}
+                    async with client.post(gateway.url / CHAT, json=body) as response:
+                        assert response.status == 200
+
+        await asyncio.gather(*map(one, sessions))
 
 
 def prompt(session: object) -> str:

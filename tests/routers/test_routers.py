@@ -41,7 +41,7 @@ def router_server(upstream: URL, **config: object) -> web.Application:
     return app
 
 
-async def play(gateway: SmgGateway) -> PinSummary:
+async def play_on_a_server(gateway: SmgGateway) -> PinSummary:
     """Play the sessions through a session server with the plugin; return the ledger's summary."""
     app = router_server(gateway.url)
     async with serve(app) as server, ClientSession() as client:
@@ -88,7 +88,7 @@ def by_key(gateway: SmgGateway) -> dict[bytes, list[URL]]:
 @pytest.mark.parametrize("launch", sorted({*FACTS["launch it with"], *FACTS["policies that pin"]}))
 def test_policy_pins_each_session(tmp_path: Path, launch: str) -> None:
     with in_background(launched(launch)) as gateway:
-        summary = asyncio.run(play(gateway))
+        summary = asyncio.run(play_on_a_server(gateway))
         assert is_pinned(served_by_prompt(gateway.workers))
         assert is_pinned(by_key(gateway))
         assert {name: len(urls) for name, urls in by_key(gateway).items()} == {
@@ -109,7 +109,7 @@ def test_policy_pins_each_session(tmp_path: Path, launch: str) -> None:
 @pytest.mark.parametrize("launch", FACTS["policies that do not"])
 def test_policy_does_not_pin(tmp_path: Path, launch: str) -> None:
     with in_background(launched(launch)) as gateway:
-        summary = asyncio.run(play(gateway))
+        summary = asyncio.run(play_on_a_server(gateway))
         assert not is_pinned(served_by_prompt(gateway.workers))
         if FACTS["names its worker in"]:
             later = summary.kept + summary.moved

@@ -10,26 +10,14 @@ import pytest
 from aiohttp import ClientSession
 from yarl import URL
 
-from aiohttp_smg_routing import ROUTING_KEY_HEADER, Routing, RoutingConfig, routing_session
-from aiohttp_smg_routing.testing import SmgGateway
+from aiohttp_smg_routing import ROUTING_KEY_HEADER
 from harness.agents import CHAT
 
 from ..commands import verify
-from .launch import HEADER, is_pinned, launched, random_turn, served_by_prompt
+from .launch import HEADER, is_pinned, launched, play, random_turn, served_by_prompt
 
 POLICIES = ["consistent_hash", "sticky_least_loaded"]
 SESSIONS = [f"s-{number}" for number in range(24)]
-
-
-async def play(gateway: SmgGateway, header: str, **extra: object) -> None:
-    """Play four turns of each session, with the plugin's key in ``header``."""
-    routing = Routing(RoutingConfig(gateway.url, header=header))
-    url = gateway.url / CHAT
-    async with ClientSession(trace_configs=[routing.trace_config()]) as session:
-        for _, name in itertools.product(range(4), SESSIONS):
-            with routing_session(name):
-                async with session.post(url, json={**random_turn(name), **extra}) as response:
-                    assert response.status == 200
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -37,7 +25,7 @@ async def test_with_the_default_header_every_session_is_on_one_worker(
     tmp_path: Path, policy: str
 ) -> None:
     async with launched(policy) as gateway:
-        await play(gateway, ROUTING_KEY_HEADER)
+        await play(gateway, SESSIONS, 4, ROUTING_KEY_HEADER)
         workers = {url for urls in served_by_prompt(gateway.workers).values() for url in urls}
         options = ("--metrics", gateway.metrics_url)
         run = await asyncio.to_thread(verify, tmp_path, gateway.url, *options, program=True)
@@ -71,7 +59,7 @@ async def test_without_its_header_others_choose_the_worker(policy: str, name: st
 @pytest.mark.parametrize("policy", POLICIES)
 async def test_a_session_id_in_the_body_does_not_outrank_the_header(policy: str) -> None:
     async with launched(policy) as gateway:
-        await play(gateway, HEADER, session_params={"session_id": "the same for all"})
+        await play(gateway, SESSIONS, 4, session_params={"session_id": "the same for all"})
         assert is_pinned(served_by_prompt(gateway.workers))
 
 

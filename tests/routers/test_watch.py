@@ -3,34 +3,14 @@
 import asyncio
 
 import pytest
-from aiohttp import ClientSession
-
-from aiohttp_smg_routing import Routing, RoutingConfig, routing_session
-from aiohttp_smg_routing.testing import SmgGateway
-from harness.agents import CHAT
 
 from ..commands import watch_once
 from ..verify_servers import in_background
-from .launch import FACTS, HEADER, PACKAGE, launched, random_turn
+from .launch import FACTS, PACKAGE, launched, play
 
 SESSIONS = [f"s-{number}" for number in range(12)]
 [PINNING] = FACTS["launch it with"]
 PINNED, NOT_PINNED = "`watch`, pinning policy", "`watch`, other policy"
-
-
-async def play(gateway: SmgGateway) -> None:
-    """Play five turns of each session, with the hook on the client."""
-    routing = Routing(RoutingConfig(gateway.url, header=HEADER))
-    async with ClientSession(trace_configs=[routing.trace_config()]) as client:
-
-        async def one(session_id: str) -> None:
-            with routing_session(session_id):
-                for _ in range(5):
-                    body = random_turn(session_id)
-                    async with client.post(gateway.url / CHAT, json=body) as response:
-                        assert response.status == 200
-
-        await asyncio.gather(*map(one, SESSIONS))
 
 
 @pytest.mark.parametrize(
@@ -41,7 +21,7 @@ def test_what_watch_says(launch: str, expected: list[str]) -> None:
         status, seen = watch_once(gateway.metrics_url)
         assert (status, seen["sentence"]) == (2, "Could not tell: the gateway has routed no call.")
         assert seen["gateway"]["kind"] == PACKAGE
-        asyncio.run(play(gateway))
+        asyncio.run(play(gateway, SESSIONS, 5))
         status, seen = watch_once(gateway.metrics_url)
     assert [str(status)] == expected, seen
     policy = launch.split()[0]
