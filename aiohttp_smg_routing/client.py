@@ -21,7 +21,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from . import compat
-from .ledger import Call
+from .ledger import PendingCall
 from .log import say
 from .rules import Rules
 
@@ -94,7 +94,7 @@ class Hook(TraceConfig):
         hop = _next_hop(session, params.method, params.url, params.response, params.headers)
         if hop is None:
             return
-        call: Call | None = context.call
+        call: PendingCall | None = context.call
         if call:
             params.headers.popall(call.header, None)
         await self._start(session, context, hop)
@@ -104,7 +104,7 @@ class Hook(TraceConfig):
     async def _end(
         self, session: ClientSession, context: SimpleNamespace, params: TraceRequestEndParams
     ) -> None:
-        call: Call | None = context.call
+        call: PendingCall | None = context.call
         # Cleared, so that an error in a later hook does not count as a second outcome.
         context.call = None
         if call:

@@ -15,7 +15,7 @@ from yarl import URL
 
 from . import client, compat
 from .context import current_scope
-from .ledger import Call
+from .ledger import PendingCall
 from .log import say
 from .rules import Rules
 
@@ -31,7 +31,7 @@ class _Hop(client.Sending):
     def __init__(self, hook: "HttpxHook", request: Any, url: URL) -> None:
         super().__init__(url)
         self.hook, self.request, self.scope = hook, weakref.ref(request), current_scope()
-        self.call: Call | None = None  # until its outcome is counted
+        self.call: PendingCall | None = None  # until its outcome is counted
         self.header = ""  # the one that carries the key
 
     def end(self, response: Any) -> None:
@@ -146,7 +146,7 @@ class _Done:
 _DONE = _Done()
 
 
-def _with_key(rules: Rules, gateway: str, method: str, url: URL, request: Any) -> Call:
+def _with_key(rules: Rules, gateway: str, method: str, url: URL, request: Any) -> PendingCall:
     headers = CIMultiDict(
         (name.decode("latin-1"), value.decode("latin-1")) for name, value in request.headers.raw
     )

@@ -23,7 +23,7 @@ _MOST_PINS = 64  # of one session
 _HINT = "the policy may ignore the key (see verify), or a worker is overloaded or gone"
 
 
-class Call:
+class PendingCall:
     """A call under way: what it carries, and which worker its session had when it began."""
 
     __slots__ = ("__weakref__", "gateway", "header", "key", "ledger", "row", "session", "worker")
@@ -51,7 +51,8 @@ class PinLedger:
     def __init__(self, config: RoutingConfig, metrics: Metrics | None = None) -> None:
         self._is_on = config.enabled and config.track_sessions > 0
         self.worker_header: istr = istr(config.worker_header)
-        self._beginning: WeakValueDictionary[int, Call] = WeakValueDictionary()  # without rows
+        # Those that have no row yet.
+        self._beginning: WeakValueDictionary[int, PendingCall] = WeakValueDictionary()
         self.news: News = News(logger := logging.getLogger(__name__))
         self._config, self._metrics, self._gateways = config, metrics, Gateways(config.gateway)
         self._rows: OrderedDict[str, tuple[Row, ...]] = OrderedDict()
@@ -105,7 +106,7 @@ class PinLedger:
             self._catch_up()
             self.news.tell()
 
-    def answered(self, call: Call, status: int, headers: Mapping[str, str]) -> None:
+    def answered(self, call: PendingCall, status: int, headers: Mapping[str, str]) -> None:
         """Enter the answer to a call: how it went, and which worker its headers name."""
         if status >= 400 or not (call.header and self._is_on):
             self.count("failed" if status >= 400 else "untagged")
@@ -137,7 +138,7 @@ class PinLedger:
         self._moves_log.flush()
         self.news.tell()
 
-    def _row_of(self, call: Call) -> Row | None:
+    def _row_of(self, call: PendingCall) -> Row | None:
         """Return the row of a call's pin, if there is one."""
         if self._waiting:  # its session may have ended in the meantime
             self._catch_up()
@@ -197,7 +198,7 @@ class PinLedger:
             if self._is_shown:
                 self._to_metrics("pinned", worker, change)
 
-    def _answered(self, call: Call, worker: str | None) -> None:
+    def _answered(self, call: PendingCall, worker: str | None) -> None:
         if worker is not None:
             worker = worker.encode("utf-8", "backslashreplace").decode()  # it may not be UTF-8
             if len(self._gateways.group) > 1 and self._gateways.named(call.gateway, worker):
@@ -213,7 +214,7 @@ class PinLedger:
         outcome: Outcome = "first" if was is None else "kept" if worker == was else "moved"
         self._count("unknown" if worker is None else outcome, worker)
 
-    def _entered(self, call: Call) -> Row:
+    def _entered(self, call: PendingCall) -> Row:
         """Enter the row of a pin at its first answer."""
         row = Row(call.session, self._gateways.group[call.gateway], call.key)
         there = self._rows.get(row.session, ())

@@ -17,7 +17,7 @@ from .gateway import (
     keep_past_proxies,
     origin,
 )
-from .ledger import Call, PinLedger
+from .ledger import PendingCall, PinLedger
 from .log import Capped, Once, running_code, say
 from .sources import named_sources
 
@@ -72,7 +72,7 @@ class Rules(Owner):
         except ValueError:  # aiohttp is about to refuse this encoded URL
             return None
 
-    def begin(self, gateway: str, method: str, url: URL, headers: CIMultiDict[str]) -> Call:
+    def begin(self, gateway: str, method: str, url: URL, headers: CIMultiDict[str]) -> PendingCall:
         """Put the key on the ``headers`` of a call to ``gateway``, if the call has a session.
 
         Raises ``MissingSessionError`` if the config asks for it.
@@ -86,7 +86,7 @@ class Rules(Owner):
             name, key = owner._name_and_key(scope)
         if not key or scope is None:
             owner._note_missing(method, url, scope)
-            return Call(owner.pins, "", "", gateway, "")
+            return PendingCall(owner.pins, "", "", gateway, "")
         if scope.task is not None:
             task = scope.task()  # nearly always it still runs
             if (task is None or task.done()) and scope.is_late():
@@ -106,7 +106,7 @@ class Rules(Owner):
             keep_past_proxies(headers, header)
         if logger.isEnabledFor(logging.DEBUG):
             say(logger, logging.DEBUG, "%s carries the key of %s", _shown(method, url), name)
-        return Call(owner.pins, header, name, gateway, key)
+        return PendingCall(owner.pins, header, name, gateway, key)
 
     def _whose(self, method: str, url: URL) -> "tuple[Rules, Scope | None]":
         """Return whose rules decide, and the innermost scope whose session may go there, or None.

@@ -1,6 +1,6 @@
 """Calls whose body is the id of the session that they belong to."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING
 
 from aiohttp import ClientSession, web
@@ -36,6 +36,27 @@ async def in_handler(request: web.Request, wire: Recorder) -> web.StreamResponse
     """Handle a turn with one call."""
     await call(request, wire)
     return web.Response()
+
+
+async def two_chunks(request: web.Request, wire: Recorder) -> AsyncIterator[bytes]:
+    """Yield two chunks of a body, with a call for each."""
+    for _ in range(2):
+        await call(request, wire)
+        yield b"chunk"
+
+
+async def in_streamed_body(request: web.Request, wire: Recorder) -> web.StreamResponse:
+    """Handle a turn with a body that makes two calls when the handler has returned."""
+    return web.Response(body=two_chunks(request, wire))
+
+
+async def in_streamed_response(request: web.Request, wire: Recorder) -> web.StreamResponse:
+    """Handle a turn with two calls after the answer has begun."""
+    response = web.StreamResponse()
+    await response.prepare(request)
+    async for chunk in two_chunks(request, wire):
+        await response.write(chunk)
+    return response
 
 
 async def three_turns(client: "Client", session_id: str) -> None:

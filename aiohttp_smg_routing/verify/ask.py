@@ -22,7 +22,7 @@ from .facts import (
     TROUBLES,
     WORKER_CALLS,
 )
-from .seen import Counters, Load
+from .seen import Counters, GatewayLoad
 
 
 async def models(client: Client, gateway: URL) -> tuple[str, ...]:
@@ -70,7 +70,7 @@ def _serves(worker: Mapping[str, object], model: str) -> bool:
     return worker.get("model_id", model) in (model, "unknown")
 
 
-async def read_metrics(client: Client, metrics: URL) -> tuple[Counters, Load]:
+async def read_metrics(client: Client, metrics: URL) -> tuple[Counters, GatewayLoad]:
     """Return the gateway's counters as they are now, and its kind and load.
 
     Raises ``CallError``, and ``ValueError``.
@@ -95,7 +95,7 @@ def samples_of(client: Client, text: str) -> list[Sample]:
         raise ValueError(f"{said}: {error}" if str(error) else said) from error
 
 
-def counted(samples: Iterable[Sample]) -> tuple[Counters, Load]:
+def counted(samples: Iterable[Sample]) -> tuple[Counters, GatewayLoad]:
     """Return the counters of a gateway's page, and its kind and load. Raises ``ValueError``."""
     pools: defaultdict[str, Counter[str]] = defaultdict(Counter)
     branches: defaultdict[str, Counter[str]] = defaultdict(Counter)
@@ -128,7 +128,7 @@ def counted(samples: Iterable[Sample]) -> tuple[Counters, Load]:
         raise ValueError("the answer is not an SMG gateway's metrics")
     return (
         Counters(_plain(pools), _plain(branches), dict(workers), troubles),
-        Load(kind, LOAD_POLLS in names, overloaded, usage, circuits),
+        GatewayLoad(kind, LOAD_POLLS in names, overloaded, usage, circuits),
     )
 
 

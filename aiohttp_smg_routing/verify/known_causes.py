@@ -4,7 +4,7 @@ from yarl import URL
 
 from .cause import Cause
 from .facts import POLICY_ADVICE, REPLICAS_ADVICE
-from .seen import Kind, Load
+from .seen import GatewayLoad, Kind
 
 WORKER_ADVICE = "See GET /workers and the logs of the workers that are not healthy."
 SERVER_ADVICE = (
@@ -161,7 +161,7 @@ def key_changes(keys: int, calls: str, guess: str = "") -> Cause:
     )
 
 
-def overloaded(load: Load) -> Cause:
+def overloaded(load: GatewayLoad) -> Cause:
     """Return the cause for a gateway that leaves workers out."""
     fullest = max(load.kv_usage.values(), default=0.0)
     return Cause(
@@ -175,7 +175,7 @@ def overloaded(load: Load) -> Cause:
     )
 
 
-def protection_off(load: Load) -> str:
+def protection_off(load: GatewayLoad) -> str:
     """Say how to launch the gateway so that it leaves no worker out."""
     if load.can_protect:
         return "Launch the gateway with --disable-worker-overload-protection"

@@ -135,7 +135,7 @@ class Counters:
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class GatewayLoad:
     """What the gateway's metrics say about its kind and its workers' load."""
 
     kind: Kind | None = None
@@ -170,7 +170,7 @@ class Seen:
     """How much a few earlier calls without a key raised the counters."""
     no_counters: str = ""
     """Why there are no counters."""
-    load: Load = field(default_factory=Load)
+    load: GatewayLoad = field(default_factory=GatewayLoad)
     failure: Failure | None = None
     """Why the run could not start."""
     stopped: Literal["", "time_limit", "failures"] = ""

@@ -75,11 +75,11 @@ class Endpoint(Generic[P]):
             # A page of hundreds of workers takes a moment: the picture goes on meanwhile.
             page = await asyncio.to_thread(self._parse, text)
         except CallError as error:
-            self._failed(error.failure.reason)
+            self.failed(error.failure.reason)
         except ValueError as error:
-            self._failed(self._client.clean(str(error)))
+            self.failed(self._client.clean(str(error)))
         else:
-            self._add(asyncio.get_running_loop().time(), page)
+            self.add(asyncio.get_running_loop().time(), page)
 
     async def keep_looking(self, interval: float) -> None:
         """Look every ``interval`` seconds, until it is cancelled."""
@@ -93,10 +93,12 @@ class Endpoint(Generic[P]):
             raise ValueError(f"the page has a line of more than {_LONGEST_LINE // 2**10} KiB")
         return self._read(samples_of(self._client, text))
 
-    def _failed(self, error: str) -> None:
+    def failed(self, error: str) -> None:
+        """Note that there is no page now, and since when."""
         self.seen = replace(self.seen, error=error, since=self.seen.since or datetime.now())
 
-    def _add(self, now: float, page: P) -> None:
+    def add(self, now: float, page: P) -> None:
+        """Add the page of time ``now``, in seconds; forget pages that are too old to compare."""
         pages = self._pages
         if pages and self._shrank(pages[-1][1], page):
             restarts = self.seen.restarts + 1

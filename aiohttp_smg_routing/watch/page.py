@@ -11,7 +11,7 @@ from prometheus_client.samples import Sample
 
 from ..verify.ask import counted, shrank
 from ..verify.facts import CIRCUITS, OPEN
-from ..verify.seen import Counters, Load
+from ..verify.seen import Counters, GatewayLoad
 
 Circuit = Literal["closed", "open", "half open"]
 
@@ -61,7 +61,7 @@ class Gateway:
     """A gateway's page. Counts are since it started."""
 
     counters: Counters
-    load: Load
+    load: GatewayLoad
     workers: Mapping[str, Worker] = field(default_factory=dict)
     pool_sizes: Mapping[str, int] = field(default_factory=dict)
     """How many workers of each kind it has."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from aiohttp_smg_routing import PinLedger, Routing, RoutingConfig
-from aiohttp_smg_routing.ledger import Call as Begun
+from aiohttp_smg_routing.ledger import PendingCall
 from aiohttp_smg_routing.testing import Call, completion
 
 A_HANG = 120  # seconds until a test that hangs fails
@@ -23,13 +23,13 @@ def ledger(*gateways: str, **config: Any) -> PinLedger:
 
 def begun(
     pins: PinLedger, session_id: str, *, gateway: str | None = None, key: str | None = None
-) -> Begun:
+) -> PendingCall:
     """Start a call as the hook does, by default to the first gateway."""
     gateway = gateway or next(iter(pins._gateways.group))
-    return Begun(pins, "X-SMG-Routing-Key", session_id, gateway, key or session_id)
+    return PendingCall(pins, "X-SMG-Routing-Key", session_id, gateway, key or session_id)
 
 
-def answered(call: Begun, worker: str | None) -> None:
+def answered(call: PendingCall, worker: str | None) -> None:
     """Give a call its answer, which may name a worker."""
     headers = {} if worker is None else {"X-SMG-Routed-Worker-Id": worker}
     call.ledger.answered(call, 200, headers)

@@ -16,6 +16,7 @@ from aiohttp import web
 from yarl import URL
 
 from aiohttp_smg_routing import ConfigError, Routing, RoutingConfig, setup
+from aiohttp_smg_routing.rules import Rules
 from harness.agents import CHAT_PATH
 
 GATEWAY = "http://10.0.0.1:30000"
@@ -29,7 +30,7 @@ def faults(**values: Any) -> dict[str, str]:
 
 
 def is_tagged(config: RoutingConfig, method: str, url: URL) -> bool:
-    return Routing(config)._rules.gateway_of(method, url) is not None
+    return Rules(config, Routing(config).pins).gateway_of(method, url) is not None
 
 
 def values_of(config: RoutingConfig) -> dict[str, Any]:

@@ -526,10 +526,10 @@ def test_several_processes_add_up(tmp_path: Path) -> None:
     code = """
         import sys
         from aiohttp_smg_routing import Routing
-        from aiohttp_smg_routing.ledger import Call
+        from aiohttp_smg_routing.ledger import PendingCall
         pins = Routing({"gateway": "http://g", "metrics": "prometheus"}).pins
         for name in ("s-1", "s-2", "s-2"):
-            call = Call(pins, "X-SMG-Routing-Key", name, "http://g", name)
+            call = PendingCall(pins, "X-SMG-Routing-Key", name, "http://g", name)
             pins.answered(call, 200, {"X-SMG-Routed-Worker-Id": "w"})
         print("ready", flush=True)
         sys.stdin.read()
@@ -571,10 +571,10 @@ def test_where_prometheus_client_can_remove_no_series_a_worker_that_is_gone_has_
         from prometheus_client import CollectorRegistry, generate_latest
         from prometheus_client.multiprocess import MultiProcessCollector
         from aiohttp_smg_routing import Routing
-        from aiohttp_smg_routing.ledger import Call
+        from aiohttp_smg_routing.ledger import PendingCall
         pins = Routing({"gateway": "http://g", "metrics": "prometheus"}).pins
         for worker in ("w-1", "w-1", "w-2"):
-            call = Call(pins, "X-SMG-Routing-Key", "s", "http://g", "s")
+            call = PendingCall(pins, "X-SMG-Routing-Key", "s", "http://g", "s")
             pins.answered(call, 200, {"X-SMG-Routed-Worker-Id": worker})
         registry = CollectorRegistry()
         MultiProcessCollector(registry)

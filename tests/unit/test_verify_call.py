@@ -13,7 +13,7 @@ from yarl import URL
 from aiohttp_smg_routing.testing import free_port
 from aiohttp_smg_routing.verify import ask, call
 from aiohttp_smg_routing.verify.call import CallError, Client, Reply
-from aiohttp_smg_routing.verify.seen import Counters, Failure, Load, Plan, Seen, Turn
+from aiohttp_smg_routing.verify.seen import Counters, Failure, GatewayLoad, Plan, Seen, Turn
 from harness.agents import CHAT
 from harness.processes import local_url
 from harness.servers import serve
@@ -97,7 +97,7 @@ async def test_what_is_not_told_is_none(client: Client, usage: object) -> None:
     [
         Reply("", None, None, None, None),
         *(Failure("refused", URL()), Turn("keyed", 1, 1, "first"), Seen(Plan(URL(), URL()))),
-        *(Plan(URL(), URL()), Counters(), Load()),
+        *(Plan(URL(), URL()), Counters(), GatewayLoad()),
     ],
     ids=lambda it: type(it).__name__,
 )

@@ -19,7 +19,7 @@ from aiohttp_smg_routing.verify.seen import (
     Answer,
     Counters,
     Failure,
-    Load,
+    GatewayLoad,
     Outcome,
     Plan,
     Seen,
@@ -182,7 +182,7 @@ def on_one_worker(counters: Counters | None) -> Seen:
 def of_five(counters: Counters = MANUAL, probe: Counters | None = None) -> Seen:
     """Return a run on an SMG before 1.12 that reached three of five workers."""
     its = seen(counters=counters, probe=probe)
-    return replace(its, workers={"regular": 5}, load=Load("smg"))
+    return replace(its, workers={"regular": 5}, load=GatewayLoad("smg"))
 
 
 def unnamed(
@@ -342,7 +342,7 @@ CASES = {
         ["any_key", "keys_unseen"],
     ),
     "hashed by SMG 1.12, which loses no worker": (
-        replace(of_five(counters=HASHING), load=Load("smg", True, kv_usage={"w": 0.9})),
+        replace(of_five(counters=HASHING), load=GatewayLoad("smg", True, kv_usage={"w": 0.9})),
         0,
         [],
     ),
@@ -350,7 +350,7 @@ CASES = {
         replace(
             seen(on_w0("keyed"), on_w0("control"), HASHING),
             workers={"regular": 5},
-            load=Load("smg"),
+            load=GatewayLoad("smg"),
         ),
         2,
         ["shared_key", "left_out"],
@@ -366,12 +366,12 @@ CASES = {
         [],
     ),
     "hashed, while workers were overloaded": (
-        replace(of_five(counters=HASHING), load=Load("smg", overloaded=2)),
+        replace(of_five(counters=HASHING), load=GatewayLoad("smg", overloaded=2)),
         0,
         ["overloaded"],
     ),
     "hashed, while a circuit is open": (
-        replace(of_five(counters=HASHING), load=Load("smg", circuits=2)),
+        replace(of_five(counters=HASHING), load=GatewayLoad("smg", circuits=2)),
         0,
         ["circuit_open"],
     ),
@@ -619,7 +619,7 @@ CASES = {
         ["whose_key", "no_worker_name"],
     ),
     "the server of an SMG hides the worker": (
-        replace(unnamed(MANUAL, plan=THROUGH), load=Load("smg")),
+        replace(unnamed(MANUAL, plan=THROUGH), load=GatewayLoad("smg")),
         2,
         ["whose_key", "worker_hidden"],
     ),
@@ -675,7 +675,7 @@ CASES = {
         ["replicas", "keys_unseen"],
     ),
     "by counters, hashing, while a worker is left out": (
-        replace(unnamed(HASHING), load=Load("smg", True, 1, {"a": 0.95})),
+        replace(unnamed(HASHING), load=GatewayLoad("smg", True, 1, {"a": 0.95})),
         2,
         ["no_worker_name", "overloaded"],
     ),
@@ -752,7 +752,7 @@ CASES = {
     "overloaded": (
         replace(
             seen(arm("keyed", 40), counters=counted("manual", no_healthy_workers=288)),
-            load=Load("smg", True, 3, {"a": 0.95}),
+            load=GatewayLoad("smg", True, 3, {"a": 0.95}),
         ),
         1,
         ["overloaded"],
@@ -760,13 +760,13 @@ CASES = {
     "overloaded, by a gateway told so": (
         replace(
             seen(arm("keyed", 40), counters=counted("manual", no_healthy_workers=288)),
-            load=Load("smg", False, 3, {"a": 0.95}),
+            load=GatewayLoad("smg", False, 3, {"a": 0.95}),
         ),
         1,
         ["overloaded"],
     ),
     "one worker overloaded": (
-        replace(seen(), load=Load("smg", True, 1, {"a": 0.95, "b": 0.1})),
+        replace(seen(), load=GatewayLoad("smg", True, 1, {"a": 0.95, "b": 0.1})),
         0,
         ["overloaded"],
     ),
@@ -776,12 +776,12 @@ CASES = {
         ["no_healthy_workers"],
     ),
     "who knows whether workers are protected": (
-        replace(seen(), load=Load("smg", True, 0, {"a": 0.1})),
+        replace(seen(), load=GatewayLoad("smg", True, 0, {"a": 0.1})),
         0,
         ["overload_protection"],
     ),
     "workers are not protected": (
-        replace(seen(), load=Load("smg", True, 0, {"a": 0.95})),
+        replace(seen(), load=GatewayLoad("smg", True, 0, {"a": 0.95})),
         0,
         [],
     ),
@@ -941,7 +941,7 @@ def test_advice_fits_what_was_seen(what: str, name: str, words: str) -> None:
 def test_a_pool_that_is_not_pinned_is_told_the_policies_of_its_gateway(
     kind: Literal["smg", "sglang-router", "vllm-router"] | None, policies: str
 ) -> None:
-    causes = judge(replace(CASES["prefill not pinned"][0], load=Load(kind)), 0.99).causes
+    causes = judge(replace(CASES["prefill not pinned"][0], load=GatewayLoad(kind)), 0.99).causes
     [cause] = [cause for cause in causes if cause.name == "prefill_policy"]
     assert cause.advice.endswith(f"--prefill-policy {policies}.")
 
@@ -960,7 +960,7 @@ def test_advice_names_no_flag_that_the_gateway_rejects(
     only_there = ("hash", "prefix", "override", "overload", "protected", "tail")
     if any(word in what for word in only_there) or "policies" in what or "any call" in what:
         return  # these gateways have no such state
-    seen_there = replace(CASES[what][0], load=Load(kind))
+    seen_there = replace(CASES[what][0], load=GatewayLoad(kind))
     rejected = [*SMG_ONLY, *(["policy manual"] if kind == "vllm-router" else [])]
     for cause in judge(seen_there, 0.99).causes:
         assert not any(flag in cause.advice for flag in rejected), cause
@@ -1063,7 +1063,7 @@ def test_gateway_that_calls_its_model_unknown_wants_its_name() -> None:
 def test_sessions_are_spread_by_what_the_gateway_has(
     kind: Literal["smg", "sglang-router", "vllm-router"], words: str
 ) -> None:
-    verdict = judge(replace(on_one_worker(MANUAL), load=Load(kind)), 0.99)
+    verdict = judge(replace(on_one_worker(MANUAL), load=GatewayLoad(kind)), 0.99)
     [cause] = [cause for cause in verdict.causes if cause.name == "one_sided"]
     assert words in cause.advice
 

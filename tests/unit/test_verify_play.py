@@ -15,7 +15,7 @@ from aiohttp_smg_routing.verify import ask, call
 from aiohttp_smg_routing.verify.call import CallError, Client
 from aiohttp_smg_routing.verify.judge import judge
 from aiohttp_smg_routing.verify.play import Play
-from aiohttp_smg_routing.verify.seen import ARMS, Counters, Load, Plan, Turn
+from aiohttp_smg_routing.verify.seen import ARMS, Counters, GatewayLoad, Plan, Turn
 from aiohttp_smg_routing.verify.summary import summarise
 from harness.processes import local_url
 from harness.servers import serve
@@ -619,7 +619,7 @@ async def test_names_that_a_server_gives_are_printable_and_hold_no_key() -> None
     assert counters == Counters({"regular": {" ***": 1}}, {"manual": {" ***": 1}})
 
 
-async def metrics_of(text: str) -> tuple[Counters, Load]:
+async def metrics_of(text: str) -> tuple[Counters, GatewayLoad]:
     async def metrics(request: web.Request) -> web.Response:
         return web.Response(text=text)
 
@@ -662,26 +662,26 @@ other 1
 @pytest.mark.parametrize(
     ("text", "load"),
     [
-        ("smg_tokio_workers 2\n", Load("smg")),
-        ("smg_tokio_workers 2\nsmg_engine_load_polls_total 2\n", Load("smg", True)),
+        ("smg_tokio_workers 2\n", GatewayLoad("smg")),
+        ("smg_tokio_workers 2\nsmg_engine_load_polls_total 2\n", GatewayLoad("smg", True)),
         (
             "smg_tokio_workers 2\nsmg_engine_load_polls_total 2\n"
             'smg_workers_overloaded{model="a"} 1\nsmg_workers_overloaded{model="b"} 1\n'
             'smg_engine_token_usage{worker="w",dp_rank="0"} 0.9\n'
             'smg_engine_token_usage{worker="w",dp_rank="1"} 0.5\n',
-            Load("smg", True, 2, {"w": 0.9}),
+            GatewayLoad("smg", True, 2, {"w": 0.9}),
         ),
         (
             "smg_tokio_workers 2\n"
             'smg_worker_cb_state{worker="a"} 1\nsmg_worker_cb_state{worker="b"} 1\n'
             'smg_worker_cb_state{worker="c"} 2\nsmg_worker_cb_state{worker="d"} 0\n',
-            Load("smg", circuits=2),
+            GatewayLoad("smg", circuits=2),
         ),
-        ("smg_worker_selection_total 1\n", Load("sglang-router")),
-        ("vllm_router_requests_total 1\n", Load("vllm-router")),
+        ("smg_worker_selection_total 1\n", GatewayLoad("sglang-router")),
+        ("vllm_router_requests_total 1\n", GatewayLoad("vllm-router")),
     ],
 )
-async def test_metrics_tell_which_gateway_it_is_and_its_load(text: str, load: Load) -> None:
+async def test_metrics_tell_which_gateway_it_is_and_its_load(text: str, load: GatewayLoad) -> None:
     assert (await metrics_of(text))[1] == load
 
 

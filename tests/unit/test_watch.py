@@ -956,7 +956,7 @@ def test_figures_of_now_are_of_the_last_ten_seconds_or_of_one_interval() -> None
     endpoint = Endpoint(CLIENT, GATEWAY, read_gateway, gateway_shrank)
     seconds = []
     for at in (0, 4, 8, 12, 16, 60):
-        endpoint._add(at, gateway_of(PINNED))
+        endpoint.add(at, gateway_of(PINNED))
         seconds.append(endpoint.seen.seconds)
     assert seconds == [0, 4, 8, 12, 12, 44]
     assert [Look(GATEWAY, seconds=it).span for it in (44.4, 0.3)] == ["last 44 s", "last 0.3 s"]
@@ -964,11 +964,11 @@ def test_figures_of_now_are_of_the_last_ten_seconds_or_of_one_interval() -> None
 
 def test_endpoint_says_since_when_there_is_no_page() -> None:
     endpoint = Endpoint(CLIENT, GATEWAY, read_gateway, gateway_shrank)
-    endpoint._failed("it answers 500")
+    endpoint.failed("it answers 500")
     since = endpoint.seen.since
-    endpoint._failed("it answers 503")
+    endpoint.failed("it answers 503")
     assert (endpoint.seen.error, endpoint.seen.since) == ("it answers 503", since)
-    endpoint._add(1, gateway_of(PINNED))
+    endpoint.add(1, gateway_of(PINNED))
     assert (endpoint.seen.error, endpoint.seen.since) == ("", None)
 
 

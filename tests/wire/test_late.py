@@ -35,9 +35,12 @@ from ..crosstalk import (
     assert_no_crosstalk,
     call,
     in_handler,
+    in_streamed_body,
+    in_streamed_response,
     post,
     server_with,
     three_turns,
+    two_chunks,
 )
 from ..turns import said
 
@@ -353,16 +356,6 @@ async def in_task(request: web.Request, wire: Recorder) -> web.StreamResponse:
     return web.Response()
 
 
-async def two_chunks(request: web.Request, wire: Recorder) -> AsyncIterator[bytes]:
-    for _ in range(2):
-        await call(request, wire)
-        yield b"chunk"
-
-
-async def in_streamed_body(request: web.Request, wire: Recorder) -> web.StreamResponse:
-    return web.Response(body=two_chunks(request, wire))
-
-
 async def in_multipart_body(request: web.Request, wire: Recorder) -> web.StreamResponse:
     parts = MultipartWriter("mixed")
     parts.append(two_chunks(request, wire))
@@ -393,15 +386,6 @@ async def in_block_around_a_yield(request: web.Request, wire: Recorder) -> web.S
         await call(request, wire)
 
     return web.Response(body=body())
-
-
-async def in_streamed_response(request: web.Request, wire: Recorder) -> web.StreamResponse:
-    response = web.StreamResponse()
-    await response.prepare(request)
-    for _ in range(2):
-        await call(request, wire)
-        await response.write(b"chunk")
-    return response
 
 
 async def after_preparing_in_a_task(request: web.Request, wire: Recorder) -> web.StreamResponse:

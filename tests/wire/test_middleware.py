@@ -17,7 +17,16 @@ from aiohttp_smg_routing import Routing, RoutingConfig, current_session_id, rout
 from aiohttp_smg_routing.testing import Recorder
 from harness.proxies import CLIENT, pinned_server
 
-from ..crosstalk import Handler, assert_no_crosstalk, call, in_handler, server_with, three_turns
+from ..crosstalk import (
+    Handler,
+    assert_no_crosstalk,
+    call,
+    in_handler,
+    in_streamed_body,
+    in_streamed_response,
+    server_with,
+    three_turns,
+)
 
 if TYPE_CHECKING:
     from pytest_aiohttp.plugin import AiohttpServer  # since 1.1, which needs aiohttp 3.11
@@ -47,15 +56,6 @@ async def in_thread(request: web.Request, wire: Recorder) -> web.StreamResponse:
     return web.Response()
 
 
-async def in_streamed_body(request: web.Request, wire: Recorder) -> web.StreamResponse:
-    async def body() -> AsyncIterator[bytes]:
-        for _ in range(3):
-            await call(request, wire)
-            yield b"chunk"
-
-    return web.Response(body=body())
-
-
 async def in_block_that_is_open_before_the_body(
     request: web.Request, wire: Recorder
 ) -> web.StreamResponse:
@@ -77,14 +77,6 @@ async def in_block_that_is_open_before_the_body(
     return web.Response(body=body())
 
 
-async def in_streamed_response(request: web.Request, wire: Recorder) -> web.StreamResponse:
-    response = web.StreamResponse()
-    await response.prepare(request)
-    await call(request, wire)
-    await response.write(b"chunk")
-    return response
-
-
 async def in_shield(request: web.Request, wire: Recorder) -> web.StreamResponse:
     await asyncio.shield(asyncio.create_task(call(request, wire)))
     return web.Response()
@@ -94,9 +86,9 @@ HANDLERS: dict[str, tuple[Any, int]] = {
     "handler": (in_handler, 1),
     "gather": (in_gather, 3),
     "to_thread": (in_thread, 1),
-    "streamed body": (in_streamed_body, 3),
+    "streamed body": (in_streamed_body, 2),
     "open block": (in_block_that_is_open_before_the_body, 3),
-    "streamed response": (in_streamed_response, 1),
+    "streamed response": (in_streamed_response, 2),
     "shield": (in_shield, 1),
 }
 if sys.version_info >= (3, 11):
