@@ -18,7 +18,7 @@ from .ledger import PinLedger
 from .pins import Move, PinSummary, SessionPin
 from .plugin import ROUTING, Routing, setup
 from .rules import MissingSessionError
-from .sources import peek_json
+from .sources import PinBy, peek_json
 
 __version__ = "0.1.0"
 
@@ -28,6 +28,7 @@ __all__ = (
     "ConfigError",
     "MissingSessionError",
     "Move",
+    "PinBy",
     "PinLedger",
     "PinSummary",
     "Routing",

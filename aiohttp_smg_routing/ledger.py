@@ -79,7 +79,8 @@ class PinLedger:
     def calls(self, within: float = 600) -> dict[str, int]:
         """Return how many calls in sessions each worker answered in the last ``within`` seconds.
 
-        It counts in steps of ten seconds. Raises ``ValueError`` unless it is 0 to 600, the default.
+        It counts in steps of ten seconds. ``within`` is 0 to 600, the default; otherwise it raises
+        ``ValueError``.
         """
         self._catch_up()
         return self._workers.calls(within)

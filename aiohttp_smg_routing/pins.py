@@ -18,7 +18,7 @@ _MOST_WORKERS = 1000  # counted apart in a step: a wrong header could name a new
 
 @dataclass(frozen=True, slots=True)
 class PinSummary:
-    """How many calls to the gateway had each outcome, and what was counted beside it.
+    """How many calls to the gateway had each outcome, and three further counts.
 
     Each call has one of the first six outcomes. All but ``sessions`` count from the set-up on.
 
@@ -48,7 +48,7 @@ class SessionPin(NamedTuple):
     """
 
     session: str  #: The session's name: its id or its digest, with the ``prefix``.
-    gateway: str  #: The gateway's URL. Gateways that share workers count under the first one's.
+    gateway: str  #: The gateway's URL: of gateways that share workers, that of the first.
     key: str  #: The routing key. It equals ``session`` unless ``pin_by`` is set.
     worker: str | None  #: The session's worker, as the gateway names it. None if it named none.
     turns: int  #: How many of the session's calls were answered.

@@ -34,7 +34,7 @@ _OF_AN_APP = {
 
 
 class Routing:
-    """A config, its ledger, and the two halves that use them. ``setup()`` joins it to an app.
+    """A config, its ledger, the middleware and the hook. ``setup()`` joins it to an app.
 
     Without an app, ``instrument``, ``client_session`` and ``hide_worker_ids`` of the config have no
     effect, and a log line says so. Raises ``ConfigError`` with every fault of the config.
@@ -152,11 +152,11 @@ ROUTING = web.AppKey("ROUTING", Routing)
 def setup(app: web.Application, config: RoutingConfig | Mapping[str, Any]) -> Routing:
     """Pin each session of ``app`` to one worker behind the gateway.
 
-    It adds the middleware, innermost of those that ``app`` has now. When the app starts, it puts
-    the hook on each ``ClientSession`` that ``client_session`` names, or with ``instrument`` on all
-    that are made while the app runs, and logs where the hook is. The hooks come off when the app
-    is cleaned up. If ``enabled`` is false, nothing is installed. Returns the ``Routing``, which is
-    also ``app[ROUTING]``.
+    It appends the middleware, so that it runs after those that ``app`` has already. When the app
+    starts, it puts the hook on each ``ClientSession`` that ``client_session`` names, or with
+    ``instrument`` on all that are made while the app runs, and logs where the hook is. The hooks
+    come off when the app is cleaned up. If ``enabled`` is false, nothing is installed. Returns the
+    ``Routing``, which is also ``app[ROUTING]``.
 
     Raises ``ConfigError`` with every fault of the config (at start-up for a ``client_session`` that
     is not there), ``RuntimeError`` if ``app`` is set up already or frozen, ``TypeError`` if it is

@@ -108,10 +108,14 @@ def named_sources(sources: Iterable[Source]) -> str:
 
 
 class PinBy(NamedTuple):
-    """What shares a worker: the ``pin_by`` text, and the sources in its braces."""
+    """What shares a worker: the ``pin_by`` of a config, as ``RoutingConfig`` keeps it.
 
-    template: str
-    sources: tuple[str, ...]
+    >>> RoutingConfig("http://10.0.0.1:30000", pin_by="{session_id}/{json:model}").pin_by
+    PinBy(template='{session_id}/{json:model}', sources=('session_id', 'json:model'))
+    """
+
+    template: str  #: The text of the option.
+    sources: tuple[str, ...]  #: The sources in its braces.
 
     @property
     def is_session(self) -> bool:

@@ -42,7 +42,6 @@ OTHERS = r"(aiohttp|asyncio|collections|contextlib|logging|os|pathlib|typing|uui
 nitpick_ignore_regex = [("py:.*", OTHERS)]
 nitpick_ignore = [  # private names in the annotations of public ones
     ("py:class", "aiohttp_smg_routing.context.T"),
-    ("py:class", "aiohttp_smg_routing.sources.PinBy"),
 ]
 
 

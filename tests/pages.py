@@ -130,13 +130,11 @@ class Page:
         """Run ``smg launch`` with a recorder in place of each worker that the line names."""
         end = words.index("--worker-urls")
         smg = str(Path(sysconfig.get_path("scripts"), "smg"))
-        # The recorders have no tokenizer to fetch.
-        program = (smg, *words[:end], "--disable-tokenizer-autoload")
         enter = self._programs.enter_async_context
         workers = await enter(recorders(len(words) - end - 1))
         port = int(self._ports["30000"])
         self.smg = await enter(
-            gateway_program(*program, *worker_urls(workers), workers=workers, port=port)
+            gateway_program(smg, *words[:end], *worker_urls(workers), workers=workers, port=port)
         )
 
     async def start(self, name: str) -> None:

@@ -64,7 +64,7 @@ def redirect(location: str | URL, status: int = 307) -> bytes:
 
 
 def completion(text: str = "ok", *, model: str = MODEL, worker: str | None = None) -> bytes:
-    """Return a chat completion that says ``text``, by default "ok", of the model "stub" by default.
+    """Return a chat completion with the ``text`` "ok" and the model "stub" unless given.
 
     If ``worker`` is given, the answer names it in ``X-SMG-Routed-Worker-Id``, as SMG 1.10 and newer
     do for HTTP workers (``docs/gateways.md``).
@@ -82,7 +82,7 @@ def completion(text: str = "ok", *, model: str = MODEL, worker: str | None = Non
 async def stream(*texts: str, model: str = MODEL) -> AsyncGenerator[bytes, None]:
     """Yield a streamed chat completion, each of the ``texts`` in a chunk of its own.
 
-    By default the model is "stub".
+    The model is "stub" unless given.
 
     >>> recorder.answer_with(stream("some", "pieces"))
     """

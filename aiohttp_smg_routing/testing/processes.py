@@ -89,7 +89,7 @@ async def child_process(
 ) -> AsyncIterator[asyncio.subprocess.Process]:
     """Run ``argv`` until the block ends; enter the block once ``ready()`` is true.
 
-    A connection that ``ready()`` is refused counts as false. A Ctrl-C in the terminal reaches this
+    A refused connection in ``ready()`` counts as false. A Ctrl-C in the terminal reaches this
     process alone, which then kills the child. Raises ``OSError`` if the program can't be run, and
     ``RuntimeError`` with the end of the child's output if the child exits early or is not ready
     within 60 seconds.

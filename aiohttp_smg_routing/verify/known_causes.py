@@ -171,7 +171,7 @@ def overloaded(load: GatewayLoad) -> Cause:
         f"{fullest:.0%}): sessions that are pinned there move, and come back when the load "
         "falls. If all workers are overloaded, it follows no pin.",
         f"Run fewer sessions at a time, or add workers. {protection_off(load)} if sessions must "
-        "stay: then they wait for their own worker, and a rollout may end later.",
+        "stay: then they wait for their own worker, and the job may end later.",
     )
 
 

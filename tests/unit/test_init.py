@@ -18,6 +18,7 @@ def test_public_names() -> None:
         "ConfigError",
         "MissingSessionError",
         "Move",
+        "PinBy",
         "PinLedger",
         "PinSummary",
         "Routing",

@@ -1199,7 +1199,7 @@ def test_a_signal_handler_may_end_and_read_sessions() -> None:
         import faulthandler, signal
         from collections import Counter
         from aiohttp_smg_routing import Routing
-        from aiohttp_smg_routing.ledger import Call
+        from aiohttp_smg_routing.ledger import PendingCall
 
         faulthandler.dump_traceback_later(60, exit=True)
         pins = Routing({"gateway": "http://g"}).pins
@@ -1217,7 +1217,7 @@ def test_a_signal_handler_may_end_and_read_sessions() -> None:
         while handled < 2000:
             turns += 1
             session = f"s-{turns % 5}"
-            call = Call(pins, "X-SMG-Routing-Key", session, "http://g", session)
+            call = PendingCall(pins, "X-SMG-Routing-Key", session, "http://g", session)
             pins.answered(call, 200, {"X-SMG-Routed-Worker-Id": f"w-{turns % 3}"})
             pins.sessions()
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -17,7 +17,7 @@ from yarl import URL
 from aiohttp_smg_routing.__main__ import main
 from aiohttp_smg_routing.testing import free_port
 from aiohttp_smg_routing.watch import cli
-from harness.processes import local_url
+from harness.processes import ROOT, local_url
 from harness.servers import serve
 
 from ..commands import broken_pipe
@@ -129,6 +129,19 @@ def test_help_shows_the_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     out = words(capsys)
     assert "[default: 1 on a terminal, else 5]" in out
     assert "[default: 0.99; 0<x<=1]" in out
+
+
+@pytest.mark.parametrize("command", ["verify", "watch"])
+def test_its_page_has_the_options_of_a_command(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, "--help"]) == 0
+    options = capsys.readouterr().out.partition("Options:\n")[2].split()
+    page = (ROOT / "docs" / f"{command}.md").read_text("utf-8")
+    assert (
+        page.partition("## Options\n")[2].partition("```text\n")[2].split()[: len(options)]
+        == options
+    )
 
 
 def test_nobody_at_the_url(capsys: pytest.CaptureFixture[str]) -> None:
