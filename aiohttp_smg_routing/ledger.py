@@ -119,7 +119,7 @@ class PinLedger:
                 is_plain = not (self._waiting or self._metrics or now >= self._workers.until)
                 is_kept = row and worker == call.worker == row.worker
                 if row and worker and is_kept and is_plain and is_outer:  # nearly every turn
-                    row.turns, row.answered = row.turns + 1, now
+                    row.calls, row.answered = row.calls + 1, now
                     self._rows.move_to_end(row.session)
                     self._workers.lately[worker] += 1
                     self._counts["kept"] += 1
@@ -209,7 +209,7 @@ class PinLedger:
         if not row.is_over:
             if worker is not None and worker not in (was, row.worker):
                 self._move(row, sys.intern(worker))
-            row.turns, row.answered = row.turns + 1, time.monotonic()
+            row.calls, row.answered = row.calls + 1, time.monotonic()
             self._rows.move_to_end(row.session)
         row.first = row.first or worker
         outcome: Outcome = "first" if was is None else "kept" if worker == was else "moved"
@@ -230,8 +230,8 @@ class PinLedger:
             row.first = worker
         else:
             row.moves += 1
-            move = Move(row.session, row.worker, worker, row.turns)
-            message = "session %s moved from %s to %s after %d turns"
+            move = Move(row.session, row.worker, worker, row.calls)
+            message = "session %s moved from %s to %s after call %d"
             self.news.add("the log", partial(self._moves_log.warn, message, *astuple(move)))
             if self._config.on_move:
                 self.news.add("on_move", partial(self._config.on_move, move))

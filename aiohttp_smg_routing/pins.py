@@ -44,14 +44,14 @@ class SessionPin(NamedTuple):
 
     >>> routing.pins.of("s-17")
     [SessionPin(session='s-17', gateway='http://10.0.0.1:30000', key='s-17',
-    worker='http://10.0.0.2:8000', turns=6, moves=0)]
+    worker='http://10.0.0.2:8000', calls=6, moves=0)]
     """
 
     session: str  #: The session's name: its id or its digest, with the ``prefix``.
     gateway: str  #: The gateway's URL: of gateways that share workers, that of the first.
     key: str  #: The routing key. It equals ``session`` unless ``pin_by`` is set.
     worker: str | None  #: The session's worker, as the gateway names it. None if it named none.
-    turns: int  #: How many of the session's calls were answered.
+    calls: int  #: How many of the session's calls were answered.
     moves: int  #: How often the session moved to another worker.
 
 
@@ -60,14 +60,14 @@ class Move:
     """A session's calls went to one worker, and now go to another.
 
     >>> def on_move(move):
-    ...     print(move.session, move.from_worker, move.to_worker, move.turns)
+    ...     print(move.session, move.from_worker, move.to_worker, move.calls)
     >>> routing = Routing({"gateway": "http://10.0.0.1:30000", "on_move": on_move})
     """
 
     session: str  #: The session's name: its id or its digest, with the ``prefix``.
     from_worker: str  #: The worker that had the session, as the gateway names it.
     to_worker: str  #: The worker that has it now.
-    turns: int  #: How many of the session's calls were answered before this one.
+    calls: int  #: How many of the session's calls were answered before this one.
 
 
 @dataclass(slots=True, eq=False)
@@ -79,7 +79,7 @@ class Row:
     key: str
     first: str | None = None  # the worker of its first answer
     worker: str | None = None
-    turns: int = 0
+    calls: int = 0
     moves: int = 0
     answered: float = 0.0  # the time.monotonic() of its last answer
     is_over: bool = False  # the session has ended, or the ledger dropped it
@@ -87,7 +87,7 @@ class Row:
 
     def absorb(self, other: "Row") -> None:
         """Take in another row, because the gateways of both now count as one."""
-        self.turns, self.moves = self.turns + other.turns, self.moves + other.moves
+        self.calls, self.moves = self.calls + other.calls, self.moves + other.moves
         self.answered = max(self.answered, other.answered)
         if self.worker is None:
             self.first, self.worker = other.first, other.worker
@@ -102,7 +102,7 @@ class Row:
 
     def pin(self) -> SessionPin:
         """Return the row as users see it."""
-        return SessionPin(self.session, self.gateway, self.key, self.worker, self.turns, self.moves)
+        return SessionPin(self.session, self.gateway, self.key, self.worker, self.calls, self.moves)
 
 
 class Workers:

@@ -151,7 +151,7 @@ class Pin:
 
     first: str | None = None
     worker: str | None = None
-    turns: int = 0
+    calls: int = 0
     moves: int = 0
     is_over: bool = False
 
@@ -185,10 +185,10 @@ class Reference:
             return
         if worker is not None and outcome != "kept" and worker != pin.worker:
             if pin.worker is not None:
-                self.moves.append(Move(session, pin.worker, worker, pin.turns))
+                self.moves.append(Move(session, pin.worker, worker, pin.calls))
                 pin.moves += 1
             pin.worker = worker
-        pin.turns += 1
+        pin.calls += 1
 
     def end(self, session: str) -> None:
         for place in [place for place in self.pins if place[0] == session]:
@@ -196,9 +196,9 @@ class Reference:
 
     def rows(self) -> set[SessionPin]:
         return {
-            SessionPin(session, A, key, pin.worker, pin.turns, pin.moves)
+            SessionPin(session, A, key, pin.worker, pin.calls, pin.moves)
             for (session, key), pin in self.pins.items()
-            if pin.turns
+            if pin.calls
         }
 
 
@@ -437,7 +437,7 @@ def test_a_pin_that_was_read_stays_as_it_was() -> None:
     before, [pin] = pins.sessions(), pins.of("a")
     play(pins, ("a", W1))
     before.clear()
-    assert (pin.turns, pin_of(pins, "a").turns) == (2, 3)
+    assert (pin.calls, pin_of(pins, "a").calls) == (2, 3)
 
 
 def test_the_end_of_a_session_drops_it_and_keeps_the_counts() -> None:
@@ -481,7 +481,7 @@ def test_a_session_that_begins_anew_is_tracked_though_an_old_call_is_under_way()
     answered(old.pop(), W1)
     assert pins.of("a") == [SessionPin("a", A, "a", W2, 1, 0)]
     play(pins, ("a", W2))
-    assert pin_of(pins, "a").turns == 2
+    assert pin_of(pins, "a").calls == 2
 
 
 def test_the_end_drops_every_pin_of_the_session_and_no_other() -> None:
@@ -509,7 +509,7 @@ def test_pins_are_kept_apart_between_gateways_that_have_workers_of_their_own() -
         play(pins, (session, W1), gateway=A)
         play(pins, (session, W2), gateway=B)
     assert pins.summary() == PinSummary(first=6, kept=42, sessions=3)
-    assert [(pin.gateway, pin.worker, pin.turns) for pin in pins.of("a")] == [
+    assert [(pin.gateway, pin.worker, pin.calls) for pin in pins.of("a")] == [
         (A, W1, 8),
         (B, W2, 8),
     ]
@@ -526,7 +526,7 @@ def test_a_session_that_is_split_between_two_gateways_of_the_same_workers_shows(
         play(pins, ("a", W1), ("b", W2), gateway=A)
         play(pins, ("a", W2), ("b", W2), gateway=B)
     assert pins.summary() == PinSummary(first=2, moved=1 + 20, kept=1 + 20, sessions=2)
-    assert pin_of(pins, "a").turns == 22
+    assert pin_of(pins, "a").calls == 22
     assert pin_of(pins, "b").moves == 0
 
 
@@ -535,9 +535,9 @@ def test_only_gateways_that_named_a_worker_in_common_count_as_one() -> None:
     for gateway, worker in ((A, W1), (B, W2), (C, W3)):
         play(pins, ("a", worker), gateway=gateway)
     play(pins, ("b", W3), gateway=A)
-    assert [(pin.worker, pin.turns) for pin in pins.of("a")] == [(W1, 2), (W2, 1)]
+    assert [(pin.worker, pin.calls) for pin in pins.of("a")] == [(W1, 2), (W2, 1)]
     play(pins, ("b", W2), gateway=C)
-    assert [pin.turns for pin in pins.of("a")] == [3]
+    assert [pin.calls for pin in pins.of("a")] == [3]
     assert sum(pins.workers().values()) == 2
 
 
@@ -553,8 +553,8 @@ def test_gateways_count_as_one_in_whatever_order_they_show_it(
         play(pins, ("a", worker), gateway=gateway)
     for gateway in (A, B, C):
         play(pins, ("b", W1), gateway=gateway)
-    assert pin_of(pins, "a").turns == 4
-    assert pin_of(pins, "b").turns == 3
+    assert pin_of(pins, "a").calls == 4
+    assert pin_of(pins, "b").calls == 3
     assert pins.workers().keys() <= {W1, W2}
 
 
@@ -572,7 +572,7 @@ def test_a_call_that_began_at_a_pin_of_its_own_is_judged_by_that_and_counts_in_t
     assert (before.first, before.kept) == (3, 1)
     answered(under_way, worker)
     assert getattr(pins.summary(), outcome) == getattr(before, outcome) + 1
-    assert [(pin.worker, pin.turns) for pin in pins.of("a")] == [(is_at, 3)]
+    assert [(pin.worker, pin.calls) for pin in pins.of("a")] == [(is_at, 3)]
 
 
 def test_calls_that_began_before_their_gateways_counted_as_one_have_one_row() -> None:
@@ -650,7 +650,7 @@ def test_sessions_that_pin_several_models_have_a_row_for_each() -> None:
         answered(begun(pins, "a", key="digest-of-x"), W1)
         answered(begun(pins, "a", key="digest-of-y"), W2)
     assert pins.summary() == PinSummary(first=2, kept=6, sessions=1)
-    assert [(pin.key, pin.worker, pin.turns) for pin in pins.of("a")] == [
+    assert [(pin.key, pin.worker, pin.calls) for pin in pins.of("a")] == [
         ("digest-of-x", W1, 4),
         ("digest-of-y", W2, 4),
     ]
@@ -694,7 +694,7 @@ async def test_samples_of_a_group_are_rows_of_their_own_on_the_worker_of_the_gro
         async with client.post(path, json={}, headers={"X-Group-Id": "g"}):
             pass
     pins = app[ROUTING].pins
-    assert [(pin.session, pin.turns) for pin in pins.sessions()] == [("s-2", 1), ("s-1", 2)]
+    assert [(pin.session, pin.calls) for pin in pins.sessions()] == [("s-2", 1), ("s-1", 2)]
     assert len({pin.key for pin in pins.sessions()}) == 1
     assert pins.summary() == PinSummary(first=2, kept=1, sessions=2)
 
@@ -1068,7 +1068,7 @@ def ended_while_another_thread_begins_its_work(at: int) -> bool:
     if other.ident is not None:
         other.join()
         play(pins, ("a", W1))
-        assert [(pin.session, pin.turns) for pin in pins.sessions()] == [("a", 3)]
+        assert [(pin.session, pin.calls) for pin in pins.sessions()] == [("a", 3)]
     return was_interrupted
 
 
@@ -1093,7 +1093,7 @@ def test_a_session_may_be_ended_at_any_point(
             if number % 2:
                 assert pins.of("a") == []
             play(pins, ("a", W3))  # the session that ended left nothing
-            assert [(pin.worker, pin.turns) for pin in pins.of("a")] == [(W3, 1)]
+            assert [(pin.worker, pin.calls) for pin in pins.of("a")] == [(W3, 1)]
             assert calls_of(pins) == calls_of(undisturbed) + 1
             assert is_consistent(pins)
 
@@ -1122,7 +1122,7 @@ def test_a_turn_may_be_entered_at_any_point(
     def check() -> None:
         for pins, undisturbed in at_every_point(prepare, lambda pins: play(pins, ("e", W3))):
             assert calls_of(pins) == calls_of(undisturbed) + 1
-            assert pin_of(pins, "e").turns == 1
+            assert pin_of(pins, "e").calls == 1
             assert is_consistent(pins)
 
     watched(check)
@@ -1145,7 +1145,7 @@ def test_a_turn_that_is_kept_may_be_entered_at_any_point(
         answer = lambda pins: answered(under_way[0], W3)  # noqa: E731
         for pins, undisturbed in at_every_point(prepare_both, answer):
             assert calls_of(pins) == calls_of(undisturbed) + 1
-            assert pin_of(pins, "e").turns == 2
+            assert pin_of(pins, "e").calls == 2
             assert is_consistent(pins)
 
     watched(check)
@@ -1242,7 +1242,7 @@ def test_a_move_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     play(pins, *[("s-17", W1)] * 5, ("s-17", W2), ("s-17", W2))
     [record] = caplog.records
     assert record.levelno == logging.WARNING
-    assert record.getMessage() == f"session s-17 moved from {W1} to {W2} after 5 turns"
+    assert record.getMessage() == f"session s-17 moved from {W1} to {W2} after call 5"
 
 
 def moves_of(pins: PinLedger, count: int) -> None:
@@ -1382,7 +1382,7 @@ async def test_on_move_that_raises_fails_no_turn_and_is_logged_once(
     error: type[BaseException],
 ) -> None:
     def broken(move: Move) -> None:
-        raise error(f"in turn {move.turns}")
+        raise error(f"after call {move.calls}")
 
     app = pinned_server(gateway.url, on_move=broken)
     client = await aiohttp_client(app)
@@ -1393,7 +1393,7 @@ async def test_on_move_that_raises_fails_no_turn_and_is_logged_once(
     assert one_by_one(caplog) == 2
     [record] = [record for record in caplog.records if record.exc_info]
     assert "on_move" in record.getMessage()
-    assert f"{error.__name__}: in turn 1" in caplog.text
+    assert f"{error.__name__}: after call 1" in caplog.text
 
 
 class Async:
