@@ -1,8 +1,10 @@
 """The fixtures in a project that installs this package."""
 
-import subprocess
-import sys
 from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Any
+
+from ..fresh import pytest_on
 
 TEST = """
 import aiohttp
@@ -41,16 +43,8 @@ filterwarnings = error
 """
 
 
-PYTEST = ("-m", "pytest")
-
-
-def run(
-    folder: Path, turns: int, *args: str, program: tuple[str, ...] = PYTEST
-) -> subprocess.CompletedProcess[str]:
-    (folder / "test_it.py").write_text(TEST.replace("TURNS", str(turns)))
-    (folder / "pytest.ini").write_text(INI)
-    argv = [sys.executable, *program, "-p", "no:cacheprovider", *args]
-    return subprocess.run(argv, capture_output=True, text=True, cwd=folder, check=False)  # noqa: S603
+def run(folder: Path, turns: int, *args: str, **options: Any) -> "CompletedProcess[str]":
+    return pytest_on(folder, TEST.replace("TURNS", str(turns)), *args, ini=INI, **options)
 
 
 def test_they_are_there_in_any_project(tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 import ast
 import asyncio
 import inspect
-import subprocess
-import sys
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -22,6 +20,8 @@ from pytest_aiohttp.plugin import AiohttpClient
 import aiohttp_smg_routing
 from aiohttp_smg_routing import compat
 from aiohttp_smg_routing.testing import Recorder
+
+from ..fresh import python
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # aiohttp discourages subclasses
@@ -134,7 +134,7 @@ async def main():
 
 asyncio.run(main())
 """
-    subprocess.run([sys.executable, "-X", "dev", "-W", "error", "-c", code], check=True)  # noqa: S603
+    python(code, "-X", "dev", "-W", "error")
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@ import logging
 import os
 import pickle
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -18,6 +17,8 @@ from yarl import URL
 from aiohttp_smg_routing import ConfigError, Routing, RoutingConfig, setup
 from aiohttp_smg_routing.rules import Rules
 from harness.agents import CHAT_PATH
+
+from ..fresh import python
 
 GATEWAY = "http://10.0.0.1:30000"
 ABSOLUTE = "is not an absolute http(s) URL"
@@ -454,13 +455,7 @@ def test_help_shows_nothing_of_the_environment() -> None:
         "names = [name for name in r.__all__ if not isinstance(vars(r)[name], str)];"
         "print(*(pydoc.render_doc(vars(r)[name]) for name in names))"
     )
-    shown = subprocess.run(  # noqa: S603
-        [sys.executable, "-c", code],
-        env={**os.environ, "SMG_ROUTING_SECRET": "hush-1", "A_TOKEN": "hush-2"},
-        check=True,
-        capture_output=True,
-        text=True,
-    ).stdout
+    shown = python(code, env={**os.environ, "SMG_ROUTING_SECRET": "hush-1", "A_TOKEN": "hush-2"})
     assert "from_env" in shown
     assert "hush" not in shown
 

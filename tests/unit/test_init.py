@@ -1,14 +1,8 @@
-import subprocess
 import sys
 
 import aiohttp_smg_routing
 
-
-def run(code: str) -> str:
-    """Return what a fresh Python prints that has imported only the core."""
-    return subprocess.run(  # noqa: S603
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True
-    ).stdout
+from ..fresh import python
 
 
 def test_public_names() -> None:
@@ -37,7 +31,7 @@ def test_public_names() -> None:
 
 
 def test_core_imports_aiohttp_multidict_yarl_and_the_standard_library_alone() -> None:
-    printed = run(
+    printed = python(
         "import sys, aiohttp.web; before = set(sys.modules); import aiohttp_smg_routing;"
         "print(*{name.partition('.')[0] for name in set(sys.modules) - before})"
     )
@@ -46,7 +40,7 @@ def test_core_imports_aiohttp_multidict_yarl_and_the_standard_library_alone() ->
 
 def test_a_server_without_metrics_needs_no_extra() -> None:
     """An app is set up, started and cleaned up with the packages of the extras hidden."""
-    printed = run(
+    printed = python(
         """
 import asyncio, sys
 for name in ("prometheus_client", "aiohttp_session", "click", "rich", "matplotlib", "pytest"):
@@ -69,7 +63,7 @@ asyncio.run(main())
 
 
 def test_without_metrics_nothing_is_registered() -> None:
-    printed = run(
+    printed = python(
         """
 import asyncio, prometheus_client as it
 from aiohttp import web

@@ -1,5 +1,3 @@
-import subprocess
-import sys
 from typing import Any
 from uuid import UUID
 
@@ -10,6 +8,8 @@ from aiohttp_smg_routing import routing_session as block
 from aiohttp_smg_routing.gateway import VALID_KEY
 from aiohttp_smg_routing.keys import as_session_id
 from fuzz.laws import CHAT_URL, ROUTING_HEADERS, Shared, sent
+
+from ..fresh import python
 
 VISIBLE_ASCII = "".join(map(chr, range(0x21, 0x7F)))
 
@@ -64,16 +64,7 @@ def test_digest_is_the_sha256_of_the_utf8_text() -> None:
 
 def test_key_is_the_same_in_every_process() -> None:
     code = "import aiohttp_smg_routing as r; print(r.routing_key('Ω 1', key='digest', secret='k'))"
-    printed = {
-        subprocess.run(  # noqa: S603
-            [sys.executable, "-c", code],
-            env={"PYTHONHASHSEED": seed},
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout.strip()
-        for seed in ("1", "2")
-    }
+    printed = {python(code, env={"PYTHONHASHSEED": seed}).strip() for seed in ("1", "2")}
     assert printed == {routing_key("Ω 1", key="digest", secret="k")}
 
 

@@ -6,9 +6,7 @@ import gc
 import itertools
 import logging
 import random
-import subprocess
 import sys
-import textwrap
 import threading
 import tracemalloc
 from collections import Counter
@@ -43,6 +41,7 @@ from aiohttp_smg_routing.log import A_RUN, LOGGED_A_MINUTE
 from aiohttp_smg_routing.testing import Call, Recorder, answer, completion, redirect
 from harness.proxies import CLIENT, naive_proxy, pinned_server
 
+from ..fresh import python
 from ..inputs import LAW
 from .ledgers import (
     A_HANG,
@@ -1225,9 +1224,7 @@ def test_a_signal_handler_may_end_and_read_sessions() -> None:
         assert summary.first + summary.kept + summary.moved == turns, summary
         assert pins.workers() == Counter(pin.worker for pin in pins.sessions())
     """
-    argv = [sys.executable, "-c", textwrap.dedent(program)]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False)  # noqa: S603
-    assert done.returncode == 0, done.stderr
+    python(program)
 
 
 # Moves are reported to the log and to on_move.

@@ -35,6 +35,7 @@ from aiohttp_smg_routing import (
 from aiohttp_smg_routing.testing import Recorder, answer
 from harness.proxies import CLIENT, naive_proxy, pinned_server
 
+from ..fresh import python
 from .ledgers import (
     W1,
     W2,
@@ -464,13 +465,7 @@ def test_scrapes_in_another_thread_see_whole_numbers(registry: CollectorRegistry
 
 # Processes.
 
-
-def run(program: str, **env: str) -> str:
-    """Run a program in a process where warnings are errors; return what it prints."""
-    argv = [sys.executable, "-W", "error", "-c", textwrap.dedent(program)]
-    done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)  # noqa: S603
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+STRICT = ("-W", "error")
 
 
 SERVE = """
@@ -506,7 +501,7 @@ def test_without_metrics_nothing_is_registered_and_prometheus_client_is_not_impo
         import prometheus_client
         print("smg_routing" in prometheus_client.generate_latest().decode())
     """
-    assert run(textwrap.dedent(SERVE) + textwrap.dedent(look)) == "[]\nFalse\n"
+    assert python(textwrap.dedent(SERVE) + textwrap.dedent(look), *STRICT, env={}) == "[]\nFalse\n"
 
 
 def test_without_metrics_no_extra_is_needed() -> None:
@@ -514,7 +509,7 @@ def test_without_metrics_no_extra_is_needed() -> None:
         import sys
         sys.modules["prometheus_client"] = None  # to import it is an ImportError
     """
-    assert run(textwrap.dedent(block) + textwrap.dedent(SERVE)) == ""
+    assert python(textwrap.dedent(block) + textwrap.dedent(SERVE), *STRICT, env={}) == ""
 
 
 def test_a_disabled_config_registers_nothing(registry: CollectorRegistry) -> None:
@@ -580,7 +575,7 @@ def test_where_prometheus_client_can_remove_no_series_a_worker_that_is_gone_has_
         MultiProcessCollector(registry)
         print(generate_latest(registry).decode())
     """
-    printed = run(code, PROMETHEUS_MULTIPROC_DIR=str(tmp_path))
+    printed = python(code, *STRICT, env={"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)})
     lines = [line for line in printed.splitlines() if "worker=" in line]
     assert sorted(lines) == [
         'smg_routing_sessions{worker="w-1"} 0.0',

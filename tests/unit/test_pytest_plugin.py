@@ -1,10 +1,10 @@
 """The fixtures cost pytest little in a project that only has this package installed."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from ..fresh import pytest_on
 
 TEST = """
 import sys
@@ -29,28 +29,20 @@ sys.exit(pytest.main(sys.argv[1:]))
 """
 
 
-def run(folder: Path, test: str, *args: str, program: tuple[str, ...] = ("-m", "pytest")) -> str:
-    (folder / "test_it.py").write_text(test)
-    (folder / "pytest.ini").touch()  # otherwise pytest searches the folders above
-    argv = [sys.executable, *program, "-p", "no:cacheprovider", *args]
-    done = subprocess.run(argv, capture_output=True, text=True, cwd=folder, check=False)  # noqa: S603
-    return done.stdout + done.stderr
-
-
 @pytest.mark.thorough
 def test_a_run_that_asks_for_no_fixture_imports_neither_the_package_nor_aiohttp(
     tmp_path: Path,
 ) -> None:
-    assert "1 passed" in run(tmp_path, TEST, *ASYNCIO)
+    assert "1 passed" in pytest_on(tmp_path, TEST, *ASYNCIO).stdout
 
 
 def test_the_fixtures_are_there_with_pytest_asyncio_alone(tmp_path: Path) -> None:
-    assert "1 passed" in run(tmp_path, USE, *ASYNCIO)
+    assert "1 passed" in pytest_on(tmp_path, USE, *ASYNCIO).stdout
 
 
 @pytest.mark.thorough
 def test_a_pytest_asyncio_that_is_too_old_breaks_no_other_test(tmp_path: Path) -> None:
     options = ("-p", "no:aiohttp", "-p", "no:asyncio")
-    printed = run(tmp_path, TEST + USE, *options, program=("-c", OLD))
+    printed = pytest_on(tmp_path, TEST + USE, *options, program=("-c", OLD)).stdout
     assert "1 passed" in printed
     assert "fixture 'recording_gateway' not found" in printed

@@ -24,6 +24,7 @@ from harness.processes import CLI, local_url
 from harness.servers import serve
 
 from ..commands import broken_pipe
+from ..fresh import python
 from ..verify_servers import Handler, fake_gateway, in_background, proxy, stream
 
 SECRET = "sesame-7f3a"
@@ -516,7 +517,4 @@ def test_core_does_not_import_the_command() -> None:
         "print([name for name in sys.modules if 'verify' in name"
         " or name.split('.')[0] in ('click', 'matplotlib', 'rich')])"
     )
-    done = subprocess.run(  # noqa: S603
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    )
-    assert done.stdout == "[]\n"
+    assert python(code) == "[]\n"
