@@ -16,6 +16,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 
 import aiohttp_smg_routing
+from harness.markdown import head, row
 
 TEXT = 'The quick brown fox said "hello" to the lazy dog.\n' * 20
 SIZES = (1, 4, 16)  # MiB
@@ -65,8 +66,7 @@ async def cost(work: Callable[[], Awaitable[object]], rounds: int) -> float:
 async def main(quick: bool) -> None:
     """Measure each size with each source."""
     rounds = 1 if quick else ROUNDS
-    print("| body | id from a header | id from the body | `json.loads` of the body |")
-    print("| --- | ---: | ---: | ---: |")
+    print(head("body", "id from a header", "id from the body", "`json.loads` of the body"))
     for mib in SIZES[:1] if quick else SIZES:
         sent = body(mib)
 
@@ -77,7 +77,7 @@ async def main(quick: bool) -> None:
             *[await post(source, sent, rounds) for source in SOURCES],
             await cost(parse, rounds),
         ]
-        print(f"| {mib} MiB | {' | '.join(f'{each:.1f} ms' for each in costs)} |", flush=True)
+        print(row(f"{mib} MiB", *(f"{each:.1f} ms" for each in costs)), flush=True)
 
 
 if __name__ == "__main__":

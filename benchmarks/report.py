@@ -3,10 +3,11 @@
 import json
 import os
 import platform
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
+from itertools import starmap
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -16,6 +17,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from harness import tables
+from harness.markdown import head, row
 
 from .figures import Figure, Part, Table, Verdict
 
@@ -42,10 +44,10 @@ class Results:
         """Each figure with a limit, and its place in the tables."""
         for part in self.parts:
             for table in part.tables:
-                for row in table.rows:
-                    for column, cell in zip(table.columns, row, strict=True):
+                for cells in table.rows:
+                    for column, cell in zip(table.columns, cells, strict=True):
                         if isinstance(cell, Figure) and limit(cell):
-                            yield f"{part.name}: {row[0]}, {column}", cell
+                            yield f"{part.name}: {cells[0]}, {column}", cell
 
     def with_verdict(self, verdict: Verdict) -> list[str]:
         """Return the places of the figures with that verdict."""
@@ -117,8 +119,8 @@ def _print(console: Console, text: str) -> None:
 
 def _rich(table: Table) -> RichTable:
     shown = tables.table(*table.columns)
-    for row in table.rows:
-        shown.add_row(*map(_rich_cell, row))
+    for cells in table.rows:
+        shown.add_row(*map(_rich_cell, cells))
     return shown
 
 
@@ -162,20 +164,15 @@ def markdown(results: Results) -> str:
             blocks += [f"**{table.title}**", "\n".join(_markdown_lines(table))]
         blocks += part.notes
     blocks += ["## How it was measured", *conclusion(results)]
-    rows = results.machine.items()
-    blocks.append("\n".join([_markdown_row(("", "")), "| --- | --- |", *map(_markdown_row, rows)]))
+    machine_rows = starmap(row, results.machine.items())
+    blocks.append("\n".join([row("", ""), row("---", "---"), *machine_rows]))
     return "\n\n".join(blocks) + "\n"
 
 
 def _markdown_lines(table: Table) -> Iterator[str]:
-    yield _markdown_row(table.columns)
-    yield _markdown_row(["---", *["---:"] * (len(table.columns) - 1)])
-    for row in table.rows:
-        yield _markdown_row(map(_markdown_cell, row))
-
-
-def _markdown_row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |"
+    yield head(*table.columns)
+    for cells in table.rows:
+        yield row(*map(_markdown_cell, cells))
 
 
 def _markdown_cell(cell: str | Figure) -> str:
@@ -204,7 +201,7 @@ def write_json(results: Results, file: Path) -> None:
 
 
 def _json_rows(table: Table) -> Sequence[Sequence[Any]]:
-    return [[_json_cell(cell) for cell in row] for row in table.rows]
+    return [[_json_cell(cell) for cell in cells] for cells in table.rows]
 
 
 def _json_cell(cell: str | Figure) -> Any:

@@ -19,6 +19,7 @@ from yarl import URL
 from aiohttp_smg_routing import ROUTING_KEY_HEADER
 from aiohttp_smg_routing.testing import SmgGateway, smg_gateway
 from harness.agents import CHAT, WORKER_HEADER
+from harness.markdown import head, row
 from harness.proc import memory as memory_of
 
 from .report import machine
@@ -88,7 +89,10 @@ async def memory(urls: Sequence[URL], step: int) -> None:
     heading("Memory", f"{calls[-1]:,} calls under `manual`", "bytes each", "slope", "for 10⁶")
     for what, held in (("new keys of 36 bytes", pinned), ("keys that it knows", known)):
         each, slope = (held[-1] - held[0]) / calls[-1], linear_regression(calls, held).slope
-        row(what, f"{each:.0f}", f"{slope:.0f}", f"{each * MILLION / 2**20:.0f} MiB")
+        print(
+            row(what, f"{each:.0f}", f"{slope:.0f}", f"{each * MILLION / 2**20:.0f} MiB"),
+            flush=True,
+        )
     counted = ", ".join(f"{count:,} `{branch}`" for branch, count in branches.items())
     print(
         f"\nThe gateway held {known[0] / 2**20:.0f} MiB with {step:,} keys. It counted {counted}."
@@ -105,8 +109,9 @@ async def spread(
                 found = await play([gateway], names(sessions), at_once=at_once)
             counts = sorted(Counter(found.values()).values())
             how, fullest = " ".join((policy, *args[1:])), counts[-1] * len(urls) / sessions
-            row(f"`{how}`", f"{sessions:,}", f"{at_once}", f"{counts[0]:,} to {counts[-1]:,}",
-                f"{fullest:.2f}")  # fmt: skip
+            spread_of = f"{counts[0]:,} to {counts[-1]:,}"
+            cells = (f"`{how}`", f"{sessions:,}", f"{at_once}", spread_of, f"{fullest:.2f}")
+            print(row(*cells), flush=True)
 
 
 async def split(urls: Sequence[URL], sessions: int) -> None:
@@ -120,7 +125,7 @@ async def split(urls: Sequence[URL], sessions: int) -> None:
             keys = names(sessions)
             turns = [await play(both if turn % 2 else both[::-1], keys) for turn in range(TURNS)]
         several = sum(len({turn[key] for turn in turns}) > 1 for key in keys)
-        row(f"`{policy}`", f"{several:,}")
+        print(row(f"`{policy}`", f"{several:,}"), flush=True)
 
 
 async def restarts(urls: Sequence[URL], sessions: int) -> None:
@@ -150,19 +155,13 @@ async def restarts(urls: Sequence[URL], sessions: int) -> None:
                 f", of those {gone:,} had been on that worker" if len(workers) < len(urls) else ""
             )
             cells.append(f"{moved:,}{those}")
-        row(what, *cells)
+        print(row(what, *cells), flush=True)
 
 
 def heading(title: str, *columns: str) -> None:
     """Print a heading, and the head of its table."""
     print(f"\n## {title}\n")
-    row(*columns)
-    row("---", *["---:"] * (len(columns) - 1))
-
-
-def row(*cells: str) -> None:
-    """Print a row of a table."""
-    print(f"| {' | '.join(cells)} |", flush=True)
+    print(head(*columns), flush=True)
 
 
 async def main(quick: bool) -> None:

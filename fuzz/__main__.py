@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from harness.markdown import head, row
+
 TARGETS = ("key", "matcher", "config")
 
 
@@ -19,9 +21,9 @@ def main() -> int:
     seconds = int(sys.argv[1]) if len(sys.argv) > 1 else 60
     tried = {target: fuzz(target, seconds) for target in TARGETS}
     broken = [target for target, (holds, _) in tried.items() if not holds]
-    print("| target | seconds | inputs |\n| --- | ---: | ---: |")
+    print(head("target", "seconds", "inputs"))
     for target, (_, inputs) in tried.items():
-        print(f"| {target} | {seconds} | {inputs:,} |")
+        print(row(target, str(seconds), f"{inputs:,}"))
     print()
     print(f"a law was broken: {', '.join(broken)}" if broken else "no law was broken")
     return 1 if broken else 0

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from harness.markdown import head, row
+
 from .selection import files, selected
 
 try:
@@ -80,15 +82,12 @@ def tell(text: str) -> None:
 
 def as_markdown(counts: Counter[tuple[str, str]]) -> str:
     """Return a row for each file, in Markdown."""
-    lines = [
-        "| file | mutants | caught | timed out | survived |",
-        "| --- | --- | --- | --- | --- |",
-    ]
     outcomes = ("caught", "timed out", "survived")
+    lines = [head("file", "mutants", *outcomes)]
     tried = sorted({file for file, _ in counts})
     for name, its in [*((f"`{file}`", [file]) for file in tried), ("all", tried)]:
-        row = [sum(counts[file, outcome] for file in its) for outcome in outcomes]
-        lines.append(f"| {name} | {sum(row)} | {' | '.join(map(str, row))} |")
+        of_each = [sum(counts[file, outcome] for file in its) for outcome in outcomes]
+        lines.append(row(name, *map(str, (sum(of_each), *of_each))))
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ python -m benchmarks.trace.summary
 import re
 from collections.abc import Iterator
 
+from harness.markdown import head, row
 from harness.processes import ROOT
 
 PAGE = ROOT / "docs/traces.md"
@@ -28,8 +29,7 @@ def rows(page: str) -> Iterator[str]:
     for line in [*page.splitlines(), "# end"]:
         if line.startswith(("#", "**Room ")):
             if any(arm in found for arm in ARMS):
-                row = " | ".join(found.get(arm, "-") for arm in ARMS)
-                yield f"| {link(heading)}: {room} | {row} |"
+                yield row(f"{link(heading)}: {room}", *(found.get(arm, "-") for arm in ARMS))
             found = {}
         if line.startswith("#"):
             heading = line.lstrip("# ")
@@ -53,9 +53,7 @@ def median(cell: str) -> str:
 
 def main() -> None:
     """Print the table."""
-    print(f"|  | {' | '.join(ARMS)} |\n| --- |{' ---: |' * len(ARMS)}")
-    for row in rows(PAGE.read_text("utf-8")):
-        print(row)
+    print(head("", *ARMS), *rows(PAGE.read_text("utf-8")), sep="\n")
 
 
 if __name__ == "__main__":
