@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import fmean, median
 
 from benchmarks.figures import Figure, Part, Progress, Table, Unit, ratios, shuffled
-from harness.arms import PINNED, Arm, Load, Policy, Turn, play
+from harness.arms import PINNED, Load, Played, Policy, Turn, play
 from harness.engines import write_model
 
 NAME = "cache"
@@ -55,7 +55,7 @@ POLICIES = {
     ROUND_ROBIN: Policy("round_robin"),
     RANDOM: Policy("random"),
 }
-FIRST_TOKEN: dict[str, Callable[[Arm], float]] = {
+FIRST_TOKEN: dict[str, Callable[[Played], float]] = {
     "p50": lambda arm: arm.first_token(50),
     "mean": lambda arm: fmean(turn.first_token_seconds for turn in arm.later_turns),
     "p95": lambda arm: arm.first_token(95),
@@ -125,7 +125,7 @@ def allowed_share(turns: Iterable[Turn]) -> float:
     return allowed / prompts
 
 
-Round = Mapping[tuple[str, str], Arm]
+Round = Mapping[tuple[str, str], Played]
 """The arms of a round, by scene name and policy name."""
 
 
@@ -161,7 +161,7 @@ async def play_rounds(
     done = 0
     rounds: list[Round] = []
     for number in range(1, count + 1):
-        results: dict[tuple[str, str], Arm] = {}
+        results: dict[tuple[str, str], Played] = {}
         for name in shuffled(list(arms)):
             scene, policy = arms[name]
             state = f"round {number} of {count}: {name}"
@@ -181,7 +181,7 @@ async def play_rounds(
 
 def comparison(scene: Scene, rounds: Sequence[Round]) -> Table:
     """Return one scene's table, a row for each policy."""
-    columns: dict[str, tuple[Unit, Callable[[Arm], float]]] = {
+    columns: dict[str, tuple[Unit, Callable[[Played], float]]] = {
         "prompt tokens from the cache": ("share", lambda arm: arm.cached_share),
         "the most allowed": ("share", lambda arm: allowed_share(arm.turns)),
         **{f"first token, {name}": ("s", seconds) for name, seconds in FIRST_TOKEN.items()},
@@ -205,7 +205,7 @@ def reach(played: Sequence[Scene], rounds: Sequence[Round]) -> Table:
         limit = None if scene.load.shared_prompt else LEAST_OF_ALLOWED
         return Figure(shares, "ratio", at_least=limit)
 
-    def of_random(scene: Scene, seconds: Callable[[Arm], float]) -> Figure:
+    def of_random(scene: Scene, seconds: Callable[[Played], float]) -> Figure:
         limit = None if scene.load.shared_prompt else MOST_OF_RANDOM
         costs = [
             {policy: seconds(arms[scene.name, policy]) for policy in (PIN, RANDOM)}

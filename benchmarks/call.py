@@ -54,7 +54,7 @@ LEDGER = "the hook with the ledger"
 HAND_MIDDLEWARE = "by hand: a client middleware"
 OTEL = "OpenTelemetry's client instrumentation"
 
-Arm = Callable[[], Awaitable[float]]
+Work = Callable[[], Awaitable[float]]
 Call = Callable[[ClientSession, URL, Mapping[str, str]], Awaitable[None]]
 
 
@@ -96,7 +96,7 @@ async def run(progress: Progress, *, quick: bool = False) -> Part:
     )
 
 
-async def _arms(stack: AsyncExitStack, gateway: URL, call: Call) -> dict[str, Arm]:
+async def _arms(stack: AsyncExitStack, gateway: URL, call: Call) -> dict[str, Work]:
     routings = {
         HOOK: Routing(RoutingConfig(gateway, track_sessions=0)),
         LEDGER: Routing(RoutingConfig(gateway)),
@@ -112,7 +112,7 @@ async def _arms(stack: AsyncExitStack, gateway: URL, call: Call) -> dict[str, Ar
         OTEL: {"trace_configs": [instrumentation]},
     }
     client = await stack.enter_async_context(ClientSession())
-    arms: dict[str, Arm] = {}
+    arms: dict[str, Work] = {}
     for name, of_session in options.items():
         session = await stack.enter_async_context(ClientSession(**of_session))
         headers = dict(HEADERS)

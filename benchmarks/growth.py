@@ -17,7 +17,7 @@ from harness.agents import CHAT
 from harness.hook import Calls
 from harness.servers import serve
 
-from .call import Arm, post
+from .call import Work, post
 from .counting import calls_into_plugin
 from .figures import Figure, Part, Progress, Table, ratios, step
 from .rounds import interleave
@@ -117,7 +117,7 @@ async def _known(
 ) -> list[dict[str, float]]:
     """Return the CPU seconds of a call, for ledgers that know so many sessions."""
     async with AsyncExitStack() as stack:
-        arms: dict[str, Arm] = {}
+        arms: dict[str, Work] = {}
         for number in known:
             ids = _ids(number)
             hook = _known_to(gateway, ids, [str(gateway)], 1).trace_config()
@@ -174,7 +174,7 @@ async def _disabled(
     """Return the CPU seconds of a turn, for agent and session server together."""
     async with AsyncExitStack() as stack:
         agent = await stack.enter_async_context(ClientSession())
-        arms: dict[str, Arm] = {}
+        arms: dict[str, Work] = {}
         for arm in ("without", "disabled"):
             url = await stack.enter_async_context(serve(_app(gateway, arm))) / "sessions/s-1"
             arms[arm] = partial(_turns, agent, url)

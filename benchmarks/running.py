@@ -25,7 +25,7 @@ REFRESH_SECONDS = 0.2
 WIDTH = 100  # characters of a line in a file
 
 Measure = Callable[[Progress], Awaitable[Part]]
-Load = Callable[[], tuple[str, Measure]]
+LoadPart = Callable[[], tuple[str, Measure]]
 """Returns the title of a part, and the function that measures it."""
 
 
@@ -40,7 +40,7 @@ class Draw(Protocol):
 class Run:
     """A run of the benchmark: its parts, and their results so far."""
 
-    loads: Mapping[str, Load]
+    loads: Mapping[str, LoadPart]
     """The parts by name. A part is loaded when it begins."""
 
     quick: bool

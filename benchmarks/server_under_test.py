@@ -26,7 +26,7 @@ from harness.servers import serve
 
 Loop = Literal["asyncio", "uvloop"]
 Kind = Literal["whole", "barest"]
-Arm = Literal[
+ArmName = Literal[
     "nothing",  # no key
     "by hand",  # the barest proxy sets headers=; for the whole server the agent sends the key
     "floor",  # by hand, with a middleware and a TraceConfig that do nothing
@@ -43,7 +43,7 @@ _CLIENT = web.AppKey("client_session", aiohttp.ClientSession)
 class ServerUnderTest:
     """A session server in another process, with the URL of each arm."""
 
-    urls: dict[Arm, URL]
+    urls: dict[ArmName, URL]
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
 
@@ -55,7 +55,7 @@ class ServerUnderTest:
 
 @asynccontextmanager
 async def server_under_test(
-    gateway: URL, arms: Sequence[Arm], *, kind: Kind = "barest", loop: Loop = "asyncio"
+    gateway: URL, arms: Sequence[ArmName], *, kind: Kind = "barest", loop: Loop = "asyncio"
 ) -> AsyncIterator[ServerUnderTest]:
     """Run a session server with all ``arms``; enter the block once they listen.
 
@@ -83,7 +83,7 @@ async def server_under_test(
             writer.close()
 
 
-def whole_app(gateway: URL, arm: Arm) -> web.Application:
+def whole_app(gateway: URL, arm: ArmName) -> web.Application:
     """Return the session server of ``examples/``; it passes on the key that an agent sends."""
     plugin = {
         "enabled": arm == "plugin",
@@ -104,7 +104,7 @@ def whole_app(gateway: URL, arm: Arm) -> web.Application:
     return app
 
 
-def barest_app(gateway: URL, arm: Arm) -> web.Application:
+def barest_app(gateway: URL, arm: ArmName) -> web.Application:
     """Return a proxy that passes on bodies without parsing or keeping them."""
     chat = gateway / CHAT
     by_hand = arm in ("by hand", "floor")
@@ -166,7 +166,7 @@ class _Control(asyncio.Protocol):
         self._transport.write(f"{time.process_time():.9f}\n".encode())
 
 
-async def _run(gateway: str, ports: dict[Arm, int], control: int, kind: Kind) -> None:
+async def _run(gateway: str, ports: dict[ArmName, int], control: int, kind: Kind) -> None:
     app = whole_app if kind == "whole" else barest_app
     async with AsyncExitStack() as stack:
         for arm, port in ports.items():
@@ -179,7 +179,7 @@ async def _run(gateway: str, ports: dict[Arm, int], control: int, kind: Kind) ->
         await server.serve_forever()  # until it is killed
 
 
-def main(loop: Loop, gateway: str, ports: dict[Arm, int], control: int, kind: Kind) -> None:
+def main(loop: Loop, gateway: str, ports: dict[ArmName, int], control: int, kind: Kind) -> None:
     """Run the session server in this process until it is killed."""
     if loop == "uvloop":
         import uvloop

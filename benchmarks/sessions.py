@@ -14,7 +14,7 @@ from aiohttp_smg_routing.testing import SmgGateway, smg_gateway
 
 from .figures import Figure, Part, Progress, Table, Unit, ratios, step
 from .rounds import interleave
-from .server_under_test import Arm, server_under_test
+from .server_under_test import ArmName, server_under_test
 from .servers import Counted, Workers, stub_workers
 from .turn import Caller, connected
 
@@ -22,8 +22,8 @@ NAME = "sessions"
 TITLE = "Many sessions on the real gateway"
 
 LIMIT = 0.97
-OTHERS: tuple[Arm, ...] = ("nothing", "by hand")
-ARMS: tuple[Arm, ...] = ("plugin", *OTHERS)
+OTHERS: tuple[ArmName, ...] = ("nothing", "by hand")
+ARMS: tuple[ArmName, ...] = ("plugin", *OTHERS)
 TURNS, WORKERS, AT_ONCE = 5, 4, 64
 # A block is one session of each agent. A round has BLOCKS blocks of the plugin's arm and one of
 # each other arm. With the warm-up round, the plugin's arm plays 10,368 sessions.
@@ -47,7 +47,7 @@ _NOTES = (
 class Play:
     """An arm: its agents, the number of sessions played, and the gateway's branch counts."""
 
-    arm: Arm
+    arm: ArmName
     agents: Sequence[Caller]
     sessions: int = 0
     branches: Counter[str] = field(default_factory=Counter)
@@ -88,10 +88,10 @@ class Bench:
 
     workers: Workers
     gateway: SmgGateway
-    plays: Mapping[Arm, Play]
+    plays: Mapping[ArmName, Play]
     counted: Counter[str]
 
-    async def block(self, arm: Arm) -> float:
+    async def block(self, arm: ArmName) -> float:
         """Play a block of an arm, and add the gateway's counts to it."""
         cost = await self.plays[arm].block()
         counted = await self.gateway.branches()
@@ -139,7 +139,7 @@ async def run(progress: Progress, *, quick: bool = False) -> Part:
 def speed(costs: Sequence[Mapping[str, float]]) -> Table:
     """Return each arm's turns per second, and the plugin's as a multiple of it."""
 
-    def rate(arm: Arm) -> Figure:
+    def rate(arm: ArmName) -> Figure:
         return Figure(tuple(1 / cost[arm] for cost in costs), "turns/s")
 
     rows: list[tuple[str | Figure, ...]] = [("plugin", rate("plugin"), "1")]
@@ -150,7 +150,7 @@ def speed(costs: Sequence[Mapping[str, float]]) -> Table:
     return Table("Turns per second", ("", "turns/s", "plugin / this"), tuple(rows))
 
 
-def pins(plays: Mapping[Arm, Play], received: Sequence[Counted]) -> Table:
+def pins(plays: Mapping[ArmName, Play], received: Sequence[Counted]) -> Table:
     """Return what the workers received and the gateway counted; the plugin's must be perfect."""
     workers: defaultdict[str, set[int]] = defaultdict(set)
     turns: Counter[str] = Counter()

@@ -17,7 +17,7 @@ from harness.servers import serve
 from .counting import calls_into_plugin
 from .figures import Figure, Part, Progress, Table, ratios, step
 from .rounds import interleave, on_one_cpu
-from .server_under_test import SSE, Arm, Loop, ServerUnderTest, barest_app, server_under_test
+from .server_under_test import SSE, ArmName, Loop, ServerUnderTest, barest_app, server_under_test
 from .stub import Requests
 from .turn import Connection, connected
 
@@ -32,7 +32,7 @@ SERVERS = 3
 # Streams of each arm on each server; the faster loop has time for more.
 STREAMS: Mapping[Loop, int] = {"asyncio": 20, "uvloop": 42}
 LOOPS = tuple(STREAMS)
-ARMS: tuple[Arm, ...] = ("nothing", "plugin")
+ARMS: tuple[ArmName, ...] = ("nothing", "plugin")
 
 _DELTA = {"choices": [{"index": 0, "delta": {"content": " word"}, "finish_reason": None}]}
 _EVENT = b"data: " + json.dumps({"id": "chatcmpl-1", "model": "stub", **_DELTA}).encode() + b"\n\n"

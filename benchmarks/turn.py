@@ -17,7 +17,7 @@ from harness.agents import CHAT
 
 from .figures import Figure, Part, Progress, Table, ratios, step
 from .rounds import added_up, interleave
-from .server_under_test import KEY, Arm, Kind, Loop, ServerUnderTest, server_under_test
+from .server_under_test import KEY, ArmName, Kind, Loop, ServerUnderTest, server_under_test
 from .servers import upstream
 from .stub import REPLY, content_length
 
@@ -28,7 +28,7 @@ LIMIT = 1.05
 OVER_THE_FLOOR: Mapping[Loop, float] = {"asyncio": 1.04, "uvloop": 1.05}  # the whole server
 PRECISION = 0.1
 LOOPS = tuple(OVER_THE_FLOOR)
-ARMS: Mapping[Kind, tuple[Arm, ...]] = {
+ARMS: Mapping[Kind, tuple[ArmName, ...]] = {
     "whole": ("by hand", "floor", "plugin"),
     "barest": ("by hand", "floor", "plugin"),
 }
@@ -186,7 +186,7 @@ def _text(characters: int) -> str:
 class Play:
     """An arm: its agents, each at the same turn of its own session."""
 
-    arm: Arm
+    arm: ArmName
     kind: Kind
     server: ServerUnderTest
     agents: Sequence[Caller]

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 
-from harness.arms import PINNED, Arm, Load, Turn, moved_sessions, play
+from harness.arms import PINNED, Load, Played, Turn, moved_sessions, play
 from harness.stopping import exit_status
 
 try:
@@ -25,7 +25,7 @@ except ModuleNotFoundError as error:
     sys.exit(f"{error}: pip install -e . --group demo")
 
 
-async def play_arm(load: Load, *, plugin: bool, progress: Progress) -> Arm:
+async def play_arm(load: Load, *, plugin: bool, progress: Progress) -> Played:
     """Play ``load`` with the plugin or without it, and show how far it has come."""
     name = f"plugin {'on' if plugin else 'off'}"
     total = load.sessions * load.turns
@@ -47,7 +47,7 @@ async def play_arm(load: Load, *, plugin: bool, progress: Progress) -> Arm:
     return await play(load, replace(PINNED, plugin=plugin), started=started, played=played)
 
 
-def report(console: Console, on: Arm, off: Arm) -> int:
+def report(console: Console, on: Played, off: Played) -> int:
     """Print what both arms measured and what it shows; return the demo's exit status."""
     console.print()
     console.print(comparison(on, off))
@@ -62,11 +62,11 @@ def report(console: Console, on: Arm, off: Arm) -> int:
     return 0
 
 
-def comparison(on: Arm, off: Arm) -> Table:
+def comparison(on: Played, off: Played) -> Table:
     """Return the table, a column for each arm."""
     table = tables.table("", "plugin on", "plugin off")
 
-    def row(name: str, value: Callable[[Arm], object], *, end_section: bool = False) -> None:
+    def row(name: str, value: Callable[[Played], object], *, end_section: bool = False) -> None:
         table.add_row(name, str(value(on)), str(value(off)), end_section=end_section)
 
     row("sessions", lambda arm: arm.sessions)
@@ -86,7 +86,7 @@ def comparison(on: Arm, off: Arm) -> Table:
     return table
 
 
-def faults(arm: Arm) -> list[str]:
+def faults(arm: Played) -> list[str]:
     """Return, in plain words, why not every session of ``arm`` was pinned."""
     found = []
     moved = moved_sessions(arm.turns)

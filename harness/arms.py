@@ -87,7 +87,7 @@ class Turn:
 
 
 @dataclass(frozen=True, slots=True)
-class Arm:
+class Played:
     """All turns of one load, the gateway's count of each policy branch, and the wall time."""
 
     turns: tuple[Turn, ...]
@@ -143,7 +143,7 @@ async def play(
     model: Path | None = None,
     started: Callable[[], None] = lambda: None,
     played: Callable[[Turn], None] = lambda _: None,
-) -> Arm:
+) -> Played:
     """Play ``load`` through fresh processes, so that no arm finds another one's warm cache.
 
     ``slots`` is the number of conversations that one engine holds, an even share by
@@ -174,7 +174,7 @@ async def play(
             )
         )
         seconds = time.perf_counter() - begin
-        return Arm(tuple(turns), await gateway.branches(), seconds)
+        return Played(tuple(turns), await gateway.branches(), seconds)
 
 
 async def play_session(agent: Agent, load: Load, seed: int, played: Callable[[Turn], None]) -> None:

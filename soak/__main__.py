@@ -9,7 +9,7 @@ from typing import Any
 
 from harness.stopping import exit_status
 
-from .run import GATEWAY_KILLS, SERVER_KILLS, WORKER_KILLS, Load, Outcome, soak
+from .run import GATEWAY_KILLS, SERVER_KILLS, WORKER_KILLS, Load, Result, soak
 
 try:
     from rich.box import MARKDOWN
@@ -23,14 +23,14 @@ DEBUG_SHARE = 10  # PYTHONASYNCIODEBUG=1 makes turns several times slower, so it
 MIB = 2**20
 
 
-async def run(loads: list[Load], console: Console) -> list[Outcome]:
+async def run(loads: list[Load], console: Console) -> list[Result]:
     """Play the loads one after the other. A terminal gets a bar for each."""
     outcomes = []
     with tables.bars(console) as bars:
         for load in loads:
             bar = bars.add_task(name(load), total=load.all_turns)
 
-            def show(outcome: Outcome, bar: Any = bar) -> None:
+            def show(outcome: Result, bar: Any = bar) -> None:
                 bars.update(bar, completed=outcome.tally.played)
 
             outcomes.append(await soak(load, show))
@@ -42,7 +42,7 @@ def name(load: Load) -> str:
     return "PYTHONASYNCIODEBUG=1" if load.debug else "soak"
 
 
-def row_values(outcome: Outcome) -> dict[str, Any]:
+def row_values(outcome: Result) -> dict[str, Any]:
     """Return the values of a load for the table and the file."""
     turns, load = outcome.tally.turns, outcome.load
     at_first, at_last = outcome.descriptors or (None, None)
@@ -76,7 +76,7 @@ def row_values(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def report(console: Console, outcomes: list[Outcome]) -> int:
+def report(console: Console, outcomes: list[Result]) -> int:
     """Print the outcomes of the loads; return the exit status."""
     table = tables.table("", *(name(outcome.load) for outcome in outcomes), box=MARKDOWN)
     columns = [row_values(outcome) for outcome in outcomes]
@@ -92,7 +92,7 @@ def report(console: Console, outcomes: list[Outcome]) -> int:
     return failed
 
 
-def write_json(file: Path, outcomes: list[Outcome]) -> None:
+def write_json(file: Path, outcomes: list[Result]) -> None:
     """Write the outcomes of the loads to a file."""
     documents = [
         {

@@ -75,7 +75,7 @@ class Load:
 
 
 @dataclass(slots=True)
-class Outcome:
+class Result:
     """The outcome of a load."""
 
     load: Load
@@ -149,9 +149,9 @@ class Outcome:
         return [text for text, is_broken in checks.items() if is_broken]
 
 
-async def soak(load: Load, progress: Callable[[Outcome], None]) -> Outcome:
+async def soak(load: Load, progress: Callable[[Result], None]) -> Result:
     """Play a load while each server is killed in turn; call ``progress`` now and then."""
-    outcome = Outcome(load)
+    outcome = Result(load)
     ports = free_ports(2)
     gateway_url, server_url = map(local_url, ports)
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
@@ -245,7 +245,7 @@ async def alongside(work: Awaitable[None], *others: Awaitable[None]) -> None:
 
 
 async def kill_workers(
-    outcome: Outcome, workers: Sequence[Worker], all_workers_up: asyncio.Lock
+    outcome: Result, workers: Sequence[Worker], all_workers_up: asyncio.Lock
 ) -> None:
     """Kill one worker at a time, each for a share of the run."""
     turns = outcome.load.all_turns
@@ -261,7 +261,7 @@ async def kill_workers(
 
 
 async def kill_gateway(
-    outcome: Outcome, gateway: Restartable[Any], all_workers_up: asyncio.Lock
+    outcome: Result, gateway: Restartable[Any], all_workers_up: asyncio.Lock
 ) -> None:
     """Kill the gateway now and then, and restart it with an empty sticky map."""
     for share in GATEWAY_KILLS:
@@ -278,7 +278,7 @@ async def kill_gateway(
             await gateway.start()
 
 
-async def kill_server(outcome: Outcome, server: Restartable[SessionServer]) -> None:
+async def kill_server(outcome: Result, server: Restartable[SessionServer]) -> None:
     """Kill the session server now and then, and restart it without any session."""
     for share in SERVER_KILLS:
         await outcome.tally.until(share * outcome.load.all_turns)
@@ -287,7 +287,7 @@ async def kill_server(outcome: Outcome, server: Restartable[SessionServer]) -> N
 
 
 async def watch(
-    outcome: Outcome, server: Restartable[SessionServer], progress: Callable[[Outcome], None]
+    outcome: Result, server: Restartable[SessionServer], progress: Callable[[Result], None]
 ) -> None:
     """Sample the session server's memory, and report the progress of the load."""
     for number in range(SAMPLES):
@@ -307,7 +307,7 @@ async def descriptors_left(server: SessionServer, at_first: int) -> int:
     return left
 
 
-def compare_keys(outcome: Outcome, workers: Sequence[Worker]) -> None:
+def compare_keys(outcome: Result, workers: Sequence[Worker]) -> None:
     """Compare each key that a worker received with the session that the body names."""
     for worker in workers:
         for turn in worker.received():

@@ -17,7 +17,7 @@ from yarl import URL
 from aiohttp_smg_routing.testing import SmgGateway, smg_gateway
 from harness.processes import CLI, ROOT, finished
 
-from .verify_servers import stub_engines
+from .verify_servers import caching_workers
 from .waiting import PATIENCE_SECONDS
 
 NAME = "aiohttp-smg-routing"
@@ -113,7 +113,7 @@ async def gateway(
 ) -> AsyncIterator[SmgGateway]:
     """Run the gateway before workers that stream; ``report``: they tell their cached tokens."""
     async with (
-        stub_engines(workers, report=report) as urls,
+        caching_workers(workers, report=report) as urls,
         smg_gateway(urls, policy=policy, args=args) as smg,
     ):
         yield smg

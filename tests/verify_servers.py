@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from itertools import accumulate, cycle
@@ -17,15 +17,15 @@ from harness.processes import together
 from harness.servers import serve
 from harness.workers import MODEL
 
+from .crosstalk import Handler
+
 CLIENT = web.AppKey("client", ClientSession)
 
 T = TypeVar("T")
 
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-
 
 @asynccontextmanager
-async def stub_engines(
+async def caching_workers(
     count: int, *, report: bool = True, kv_usage: Sequence[float] = ()
 ) -> AsyncIterator[list[URL]]:
     """Run workers that stream; with ``report`` their usage has the cached tokens.

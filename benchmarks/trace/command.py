@@ -11,7 +11,7 @@ import click
 
 from benchmarks import MISSING
 from benchmarks.options import FILE, Range, output_file, picture_file
-from benchmarks.running import Load, Measure, Run
+from benchmarks.running import LoadPart, Measure, Run
 from benchmarks.running import measure as run_measure
 
 from .arms import FURTHER, FURTHER_GROUPED, GROUPED, MAIN, arms
@@ -170,7 +170,7 @@ def main(
         sessions, workers, scale = QUICK_SESSIONS, QUICK_WORKERS, QUICK_SCALE
     speed = replace(SPEED, prefill=prefill, running=running, stalls=prefill_stalls)
     settings = Settings(workers, speed, scale, at_once or 0, pause)
-    loads: dict[str, Load] = {"check": partial(_check, quick)} if check else {}
+    loads: dict[str, LoadPart] = {"check": partial(_check, quick)} if check else {}
     for file, recorded in traces:
         grown = grow(sample(recorded, samples) if samples else recorded, sessions)
         known = list(arms(grown, every=every or bool(only)))

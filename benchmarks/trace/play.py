@@ -180,7 +180,7 @@ async def call(
         return type(error).__name__
     seconds = time.monotonic() - sent
     if response.status != 200:
-        return refusal(response.status, content)
+        return reason(response.status, content)
     document = json.loads(content)
     timings, usage = document["timings"], document["usage"]
     return {
@@ -194,7 +194,7 @@ async def call(
     }
 
 
-def refusal(status: int, content: bytes) -> str:
+def reason(status: int, content: bytes) -> str:
     """Return the name to count a refused call by: the status and the gateway's error code."""
     try:
         code = json.loads(content)["error"]["code"]

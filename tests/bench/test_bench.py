@@ -32,7 +32,7 @@ from benchmarks.figures import Figure, Part, Progress, Table, Verdict, ratios
 from benchmarks.picture import draw, panels
 from benchmarks.report import Results, markdown, show, write_json
 from benchmarks.rounds import added_up, interleave, on_one_cpu
-from benchmarks.server_under_test import KEY, Arm, Kind, Loop, server_under_test
+from benchmarks.server_under_test import KEY, ArmName, Kind, Loop, server_under_test
 from benchmarks.servers import Counted, stub_workers, upstream
 from benchmarks.sessions import TURNS, Play, pins
 from benchmarks.stream import PIECE, Chat, calls_of_a_stream, with_their_share
@@ -173,7 +173,7 @@ def test_a_piece_of_a_stream_has_its_share_of_the_beginning() -> None:
 
 
 async def test_the_arms_send_the_key_that_they_say() -> None:
-    arms: tuple[Arm, ...] = get_args(Arm)
+    arms: tuple[ArmName, ...] = get_args(ArmName)
     async with stub_workers(1) as workers, server_under_test(workers.urls[0], arms) as server:
         for arm, url in server.urls.items():
             agent = Caller()

@@ -42,7 +42,7 @@ from benchmarks.trace.measure import (
     of_machine,
     set_limits,
 )
-from benchmarks.trace.play import Call, Played, Settings, chat, pause, play, refusal
+from benchmarks.trace.play import Call, Played, Settings, chat, pause, play, reason
 from benchmarks.trace.read import Session, TraceError, Turn, read
 from benchmarks.trace.workers import model_workers
 from harness.agents import CHAT
@@ -669,7 +669,7 @@ async def test_an_arm_starts_again_where_another_program_has_taken_a_port(
 def test_a_refusal_is_counted_by_its_status_and_the_code_of_the_gateway(
     content: bytes, counted: str
 ) -> None:
-    assert refusal(503, content) == counted
+    assert reason(503, content) == counted
 
 
 def test_the_check_fails_where_the_model_is_off_or_arms_change_places() -> None:

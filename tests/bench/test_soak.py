@@ -23,7 +23,7 @@ from harness.workers import Worker
 from soak import agents, run
 from soak.agents import ErrorKind, Player, Report, Tally
 from soak.causes import causes
-from soak.run import Load, Outcome, alongside, compare_keys, descriptors_left
+from soak.run import Load, Result, alongside, compare_keys, descriptors_left
 
 from ..stopping import assert_stopped
 
@@ -66,14 +66,14 @@ async def test_a_soak_that_is_stopped_leaves_nothing_behind(folder: Path) -> Non
         await assert_stopped(process, signal.SIGTERM, 143)
 
 
-def nothing_but_outages(outcome: Outcome) -> None:
+def nothing_but_outages(outcome: Result) -> None:
     outcome.tally.turns.clear()
     outcome.tally.turns["reported"] = outcome.causes["gateway"] = outcome.load.all_turns
 
 
-def whole() -> Outcome:
+def whole() -> Result:
     """Return an outcome that breaks no promise."""
-    outcome = Outcome(Load(sessions=50, turns=2, at_a_time=2, seed=1), exit_status=0)
+    outcome = Result(Load(sessions=50, turns=2, at_a_time=2, seed=1), exit_status=0)
     outcome.tally.turns.update({"answered": 98, "reported": 1, "hung up": 1})
     outcome.received = 100
     outcome.kills.update({"worker": 1, "gateway": 1, "session server": 1})
@@ -105,7 +105,7 @@ def test_an_outcome_that_breaks_no_promise_passes() -> None:
         (lambda it: nothing_but_outages(it), "only 0 turns were answered"),
     ],
 )
-def test_a_broken_promise_is_a_failure(broken: Callable[[Outcome], Any], failure: str) -> None:
+def test_a_broken_promise_is_a_failure(broken: Callable[[Result], Any], failure: str) -> None:
     outcome = whole()
     broken(outcome)
     [told] = outcome.failures()
@@ -115,7 +115,7 @@ def test_a_broken_promise_is_a_failure(broken: Callable[[Outcome], Any], failure
 def test_a_ledger_that_forgets_nothing_is_seen_in_a_full_run() -> None:
     ledger_row = 303  # bytes, by docs/performance.md
     memory = [2**26 + session * ledger_row for session in range(10_000)]
-    outcome = Outcome(Load(sessions=10_000, turns=10, at_a_time=256, seed=1), memory=memory)
+    outcome = Result(Load(sessions=10_000, turns=10, at_a_time=256, seed=1), memory=memory)
     assert "the memory grew by 0.7 MiB over the second half" in outcome.failures()
 
 
@@ -124,7 +124,7 @@ def test_a_wrong_key_is_found_in_what_a_worker_received(tmp_path: Path, keys: li
     file = tmp_path / "received"
     lines = [["s-1", "turn 0", ["s-1"], None, 0], ["s-1", "turn 1", keys, "503", 1]]
     file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    outcome = Outcome(Load(1, 1, 1, 1))
+    outcome = Result(Load(1, 1, 1, 1))
     compare_keys(outcome, [Worker(1, file)])
     assert outcome.wrong_keys == [f"s-1 came with {keys}"]
     assert (outcome.received, outcome.faults["503"]) == (2, 1)
@@ -139,7 +139,7 @@ def test_a_complaint_is_found_in_a_log(tmp_path: Path) -> None:
 @pytest.mark.parametrize("agents", [32, 1])
 async def test_an_outage_ends_when_the_agents_that_are_left_have_met_it(agents: int) -> None:
     load = Load(sessions=200, turns=5, at_a_time=32, seed=1)
-    outcome = Outcome(load)
+    outcome = Result(load)
     outcome.tally.turns["answered"] = load.all_turns - agents * load.turns
 
     @asynccontextmanager

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from aiohttp import ClientSession, web
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry
 from yarl import URL
 
 from aiohttp_smg_routing.testing import SmgGateway, free_port, smg_gateway
@@ -23,6 +23,7 @@ from harness.proxies import CLIENT, pinned_server
 from harness.servers import serve
 
 from ..commands import watch_once
+from ..metered import metrics_of
 from ..monitoring import ALERTS, DASHBOARD, DOCS, OUTCOMES, expressions
 from ..programs import program
 from ..smg import names_workers
@@ -39,7 +40,7 @@ SILENT = {
 
 
 @asynccontextmanager
-async def metered(
+async def faulty_server(
     gateway: URL, *, other: URL | None = None, **config: object
 ) -> AsyncIterator[URL]:
     """Run a session server with its own metrics that also calls an ``other`` gateway."""
@@ -47,10 +48,6 @@ async def metered(
     app = pinned_server(gateway, metrics="prometheus", metrics_registry=registry, **config)
     ended = asyncio.Event()
     tasks = []
-
-    async def metrics(request: web.Request) -> web.Response:
-        headers = {"Content-Type": CONTENT_TYPE_LATEST}
-        return web.Response(body=generate_latest(registry), headers=headers)
 
     async def elsewhere(request: web.Request) -> web.Response:
         url = (other or gateway) / CHAT
@@ -71,7 +68,7 @@ async def metered(
         await asyncio.gather(*tasks)
         return web.Response()
 
-    app.router.add_get("/metrics", metrics)
+    app.router.add_get("/metrics", metrics_of(registry))
     app.router.add_post("/elsewhere/{session_id}", elsewhere)
     app.router.add_post("/late/{session_id}", late)
     app.router.add_post("/wait", wait_for_late)
@@ -179,10 +176,10 @@ async def test_every_query_of_the_dashboard_and_the_alerts_finds_something(tmp_p
             await enter(smg_gateway(2, policy="consistent_hashing")),
             await enter(smg_gateway(2, policy="cache_aware", args=("--routing-key-override",))),
         ]
-        server = await enter(metered(manual.url))
-        wrong_header = await enter(metered(manual.url, header="X-Lost"))
-        unnamed = await enter(metered(override.url, worker_header="X-Unnamed"))
-        unmatched = await enter(metered(URL("http://127.0.0.1:9"), other=manual.url))
+        server = await enter(faulty_server(manual.url))
+        wrong_header = await enter(faulty_server(manual.url, header="X-Lost"))
+        unnamed = await enter(faulty_server(override.url, worker_header="X-Unnamed"))
+        unmatched = await enter(faulty_server(URL("http://127.0.0.1:9"), other=manual.url))
         client = await enter(ClientSession())
         jobs = {
             "servers": [server],

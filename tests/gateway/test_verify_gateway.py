@@ -18,7 +18,7 @@ from harness.processes import finished, together
 from harness.servers import serve, session_server
 
 from ..commands import LOAD, gateway, verify
-from ..verify_servers import in_background, proxy, stub_engines
+from ..verify_servers import caching_workers, in_background, proxy
 
 TOKENS = ("cached_tokens", "prompt_tokens")
 
@@ -146,7 +146,7 @@ def test_replicas_that_do_not_share_their_pins_are_seen(tmp_path: Path) -> None:
     @asynccontextmanager
     async def replicas() -> AsyncIterator[tuple[URL, SmgGateway]]:
         async with (
-            stub_engines(3) as urls,
+            caching_workers(3) as urls,
             together(smg_gateway(urls, policy="manual") for _ in range(2)) as (first, second),
             serve(proxy(first.url, second.url)) as url,
         ):

@@ -11,7 +11,7 @@ from aiohttp import ClientSession
 from aiohttp_smg_routing.testing import SmgGateway, smg_gateway
 
 from ..commands import Run, verify
-from ..verify_servers import in_background, stub_engines
+from ..verify_servers import caching_workers, in_background
 
 ON, OFF = ("--worker-overload-protection",), ("--disable-worker-overload-protection",)
 
@@ -21,7 +21,7 @@ async def loaded(kv_usage: Sequence[float], *args: str) -> AsyncIterator[SmgGate
     """Run the gateway with workers whose KV caches are so full; yield once it knows that."""
     args = ("--load-monitor-interval", "1", *args)
     async with (
-        stub_engines(len(kv_usage), kv_usage=kv_usage) as urls,
+        caching_workers(len(kv_usage), kv_usage=kv_usage) as urls,
         smg_gateway(urls, policy="manual", args=args) as smg,
         ClientSession() as session,
     ):

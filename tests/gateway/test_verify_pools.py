@@ -12,7 +12,7 @@ from harness.servers import session_server
 
 from ..commands import LOAD, verify
 from ..gateways import gateway_program
-from ..verify_servers import in_background, stub_engines
+from ..verify_servers import caching_workers, in_background
 
 
 @asynccontextmanager
@@ -20,7 +20,7 @@ async def pd_gateway(
     *args: str, prefill: int = 3, decode: int = 3
 ) -> AsyncIterator[tuple[URL, URL]]:
     """Run the gateway with prefill and decode workers; yield the URLs of it and of its metrics."""
-    async with stub_engines(prefill + decode) as urls:
+    async with caching_workers(prefill + decode) as urls:
         kinds = ["--prefill"] * prefill + ["--decode"] * decode
         pairs = zip(kinds, map(str, urls), strict=True)
         async with gateway_program(

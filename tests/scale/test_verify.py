@@ -12,7 +12,7 @@ from harness.servers import serve
 
 from ..commands import LOAD, verify
 from ..gateways import gateways
-from ..verify_servers import in_background, proxy, stub_engines
+from ..verify_servers import caching_workers, in_background, proxy
 from .cluster import WORKERS
 from .front import Balancer
 
@@ -22,7 +22,7 @@ async def behind(
     balancer: Balancer, folder: Path, *, hashing: bool
 ) -> AsyncIterator[tuple[URL, URL]]:
     async with (
-        stub_engines(WORKERS) as urls,
+        caching_workers(WORKERS) as urls,
         gateways(urls, urls, policy="manual") as (first, second),
         balancer(folder, first.url, second.url, hashing=hashing) as front,
     ):
@@ -48,7 +48,7 @@ def test_verify_names_the_replicas_when_each_session_server_has_a_gateway_of_its
     @asynccontextmanager
     async def servers() -> AsyncIterator[tuple[URL, URL, URL]]:
         async with (
-            stub_engines(WORKERS) as urls,
+            caching_workers(WORKERS) as urls,
             gateways(urls, urls, policy="manual") as (first, second),
             serve(pinned_server(first.url)) as one,
             serve(pinned_server(second.url)) as other,

@@ -24,8 +24,9 @@ from harness.processes import CLI, local_url
 from harness.servers import serve
 
 from ..commands import broken_pipe
+from ..crosstalk import Handler
 from ..fresh import python
-from ..verify_servers import Handler, fake_gateway, in_background, proxy, stream
+from ..verify_servers import fake_gateway, in_background, proxy, stream
 
 SECRET = "sesame-7f3a"
 USAGE: dict[str, object] = {"prompt_tokens": 10, "prompt_tokens_details": {"cached_tokens": 9}}

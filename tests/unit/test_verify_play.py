@@ -21,7 +21,8 @@ from harness.processes import local_url
 from harness.servers import serve
 
 from ..clock import let_pass
-from ..verify_servers import Handler, engine, fake_gateway, models, stream
+from ..crosstalk import Handler
+from ..verify_servers import engine, fake_gateway, models, stream
 
 METRICS = URL("http://127.0.0.1:1/metrics")
 USAGE: dict[str, object] = {"prompt_tokens": 1}
