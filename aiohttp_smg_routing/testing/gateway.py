@@ -136,7 +136,13 @@ async def smg_gateway(
             # Rarely, SMG 1.9 fails to register a worker, and tries no more (docs/gateways.md).
             gateway = await stack.enter_async_context(start())
         if _version() == (1, 10) and policy in ("consistent_hashing", "prefix_hash"):
-            await asyncio.wait_for(_rebuild_hash_ring(gateway.url), START_SECONDS)
+            try:
+                await asyncio.wait_for(_rebuild_hash_ring(gateway.url), START_SECONDS)
+            except asyncio.TimeoutError:
+                message = (
+                    "SMG 1.10 did not build its hash ring again in time: use SMG 1.11 or newer"
+                )
+                raise RuntimeError(message) from None
         yield gateway
 
 

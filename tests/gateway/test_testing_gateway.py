@@ -94,6 +94,15 @@ async def test_a_worker_is_changed_so_that_smg_1_10_builds_its_hash_ring_again(
     assert all("model_path" in its for its in labels), "a label was lost"
 
 
+async def test_a_hash_ring_that_is_not_built_again_in_time_is_an_error_with_a_remedy(
+    smg_gateway: StartSmgGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("aiohttp_smg_routing.testing.gateway.version", lambda _: "1.10.1")
+    monkeypatch.setattr("aiohttp_smg_routing.testing.gateway.START_SECONDS", 0)
+    with pytest.raises(RuntimeError, match=r"hash ring .*: use SMG 1\.11 or newer"):
+        await smg_gateway(2, policy="consistent_hashing")
+
+
 @pytest.mark.parametrize(("release", "starts"), [("1.9.0", 2), ("1.10.0", 1)])
 async def test_a_gateway_of_smg_1_9_that_does_not_start_is_started_again(
     smg_gateway: StartSmgGateway,
