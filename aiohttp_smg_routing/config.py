@@ -79,7 +79,7 @@ class RoutingConfig:
 
     worker_header: str = option(values.header_name, str(ROUTED_WORKER_HEADER))
     """The header of the gateway's answer that names the worker. Default:
-    ``X-SMG-Routed-Worker-Id``, which SMG sends since 1.10."""
+    ``X-SMG-Routed-Worker-Id``, which SMG sends since 1.10 (``docs/gateways.md``)."""
 
     key: KeyForm = option(values.one_of(get_args(KeyForm)), "session_id", hidden="any")
     """``session_id``: the id is the key if the gateway takes it, otherwise its digest is.

@@ -139,9 +139,7 @@ async def smg_gateway(
             try:
                 await asyncio.wait_for(_rebuild_hash_ring(gateway.url), START_SECONDS)
             except asyncio.TimeoutError:
-                message = (
-                    "SMG 1.10 did not build its hash ring again in time: use SMG 1.11 or newer"
-                )
+                message = "SMG 1.10 did not build its hash ring again: use SMG 1.11 or newer"
                 raise RuntimeError(message) from None
         yield gateway
 
