@@ -65,11 +65,11 @@ def routing_key(
 
     With ``key="session_id"``, an id is its own key if it has 1 to 128 bytes of visible ASCII, with
     the prefix: most versions of SMG silently drop other keys (``docs/gateways.md``). Any other id
-    is digested: its key is ``sha256-`` and 64 hexadecimal digits. An id that looks like such a digest is digested too, so
-    that no two ids share a key. ``key="digest"`` digests every id. A ``secret`` makes each digest
-    an HMAC-SHA256, but an id that is its own key stays readable. The key begins with ``prefix``: up
-    to 52 visible ASCII characters, none by default. An id has the same key on every machine and in
-    every process.
+    is digested: its key is ``sha256-`` and 64 hexadecimal digits. An id that looks like such a
+    digest is digested too, so that no two ids share a key. ``key="digest"`` digests every id. A
+    ``secret`` makes each digest an HMAC-SHA256, but an id that is its own key stays readable. The
+    key begins with ``prefix``: up to 52 visible ASCII characters, none by default. An id has the
+    same key on every machine and in every process.
 
     Raises ``ValueError`` if the id is None, empty or blank, and for a wrong ``key``, ``secret`` or
     ``prefix``; ``TypeError`` for an id that is no text, integer or ``UUID``.
