@@ -133,7 +133,7 @@ def _sessions(axes: Axes, seen: Seen, arm: Arm, workers: Sequence[str], row: flo
     moves = sum(turn.outcome == "moved" for turns in rows for turn in turns)
     if any(turn.worker for turns in rows for turn in turns):
         axes.set_title(f"{moves} moves", loc="right", color=FAINT, pad=6)
-    axes.set_ylabel(f"{len(rows)} transcripts")
+    axes.set_ylabel(f"{len(rows)} conversations")
     axes.set_yticks([])
     ticks = range(1, seen.plan.turns + 1, -(-seen.plan.turns // 20))
     axes.set_xticks([number - 0.5 for number in ticks], [str(number) for number in ticks])

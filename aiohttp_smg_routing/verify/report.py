@@ -138,7 +138,7 @@ def _seconds(seconds: float | None) -> str:
 
 
 _ROWS: dict[str, Callable[[Summary], str]] = {
-    "transcripts": lambda arm: str(arm.sessions),
+    "conversations": lambda arm: str(arm.sessions),
     "turns answered": lambda arm: str(arm.answered),
     "workers": lambda arm: str(len(arm.workers) or "unknown"),
     "later turns kept on their worker": _kept,
@@ -191,7 +191,7 @@ def write_json(seen: Seen, verdict: Verdict, status: int, file: Path) -> None:
 def _figures(summary: Summary) -> dict[str, Any]:
     return {
         **{name: summary.outcomes[name] if _known(summary, name) else None for name in _OUTCOMES},
-        "transcripts": summary.sessions,
+        "conversations": summary.sessions,
         "kept_share": summary.kept_share,
         "cached_share": summary.cached_share,
         "first_token_p50_seconds": summary.first_token_p50,

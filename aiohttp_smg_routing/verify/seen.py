@@ -51,7 +51,7 @@ class Plan:
     session_id: str = "verify-{run}-{n}"
     """The id of session ``n``; it is the key as well."""
     run: str = ""
-    """A text unique to this run, which also makes its transcripts unique."""
+    """A text unique to this run, which also makes its conversations unique."""
 
     @property
     def planned(self) -> int:

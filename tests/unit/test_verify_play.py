@@ -59,7 +59,7 @@ async def test_both_arms_play_the_same_load_in_one_schedule() -> None:
     assert len(set(orders)) == 4
 
 
-async def test_transcripts_grow_and_no_two_sessions_begin_alike() -> None:
+async def test_conversations_grow_and_no_two_sessions_begin_alike() -> None:
     calls: list[tuple[str | None, dict[str, Any]]] = []
     async with serve(fake_gateway(recorder(calls))) as url:
         plan = Plan(url, METRICS, sessions=5, turns=3, max_tokens=7)
@@ -72,10 +72,10 @@ async def test_transcripts_grow_and_no_two_sessions_begin_alike() -> None:
         assert body["max_tokens"] == 7
         sessions[body["messages"][0]["content"]].append(body["messages"])
     assert len({opening[:20] for opening in sessions}) == len(sessions) == 20
-    for transcripts in sessions.values():
-        assert [len(messages) for messages in transcripts] == [1, 3, 5]
-        assert all(later[: len(early)] == early for early, later in pairwise(transcripts))
-        assert transcripts[-1][1] == {"role": "assistant", "content": "ok"}
+    for conversations in sessions.values():
+        assert [len(messages) for messages in conversations] == [1, 3, 5]
+        assert all(later[: len(early)] == early for early, later in pairwise(conversations))
+        assert conversations[-1][1] == {"role": "assistant", "content": "ok"}
 
 
 async def test_no_more_calls_at_a_time_than_allowed() -> None:
