@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextvars import copy_context
+from functools import partial
 from typing import Any
 
 import pytest
@@ -65,6 +66,11 @@ class Late:
     def start(self, work: Coroutine[Any, Any, None]) -> None:
         """Start a task, which must wait for ``go_on``."""
         self.tasks.append(asyncio.create_task(work))
+
+    async def call(self, request: web.Request, wire: Recorder) -> None:
+        """Wait for ``go_on``, then call the gateway in the session of the request."""
+        await self.go_on.wait()
+        await call(request, wire)
 
     async def finish(self) -> None:
         """Let all tasks go on and finish."""
@@ -785,12 +791,8 @@ async def test_a_request_under_a_time_limit_ends_when_its_answer_is_sent(
 ) -> None:
     late = Late()
 
-    async def straggler(request: web.Request) -> None:
-        await late.go_on.wait()
-        await call(request, gateway)
-
     async def handler(request: web.Request) -> web.Response:
-        late.start(straggler(request))
+        late.start(late.call(request, gateway))
         return web.Response()
 
     app = pinned_server(gateway.url)
@@ -950,12 +952,8 @@ async def test_in_session_names_the_session_of_an_outer_app(
 ) -> None:
     late = Late()
 
-    async def job(request: web.Request) -> None:
-        await late.go_on.wait()
-        await call(request, gateway)
-
     async def handler(request: web.Request) -> web.Response:
-        late.start(in_session(job(request)))
+        late.start(in_session(late.call(request, gateway)))
         return web.Response()
 
     app = nested(gateway, handler)
@@ -1019,12 +1017,8 @@ async def test_a_middleware_alone_tells_late_code_from_other_code_too(
     late = Late()
     routing = Routing(RoutingConfig(gateway.url))
 
-    async def straggler(request: web.Request) -> None:
-        await late.go_on.wait()
-        await call(request, gateway)
-
     async def handler(request: web.Request) -> web.StreamResponse:
-        late.start(straggler(request))
+        late.start(late.call(request, gateway))
         return await in_streamed_body(request, gateway)
 
     app = proxy_server(gateway.url)
@@ -1052,11 +1046,7 @@ async def jobs(
     late = Late()
 
     async def handler(request: web.Request) -> web.Response:
-        async def job() -> None:
-            await late.go_on.wait()
-            await call(request, gateway)
-
-        late.start(start(job))
+        late.start(start(partial(late.call, request, gateway)))
         return web.Response(status=202)
 
     app = server_with(handler, gateway, on_missing="raise")
@@ -1149,13 +1139,9 @@ async def test_a_task_that_is_made_within_a_block_has_its_session_named(
 ) -> None:
     late = Late()
 
-    async def job(request: web.Request) -> None:
-        await late.go_on.wait()
-        await call(request, gateway)
-
     async def handler(request: web.Request) -> web.Response:
         with routing_session(request.match_info["session_id"]):
-            late.start(job(request))
+            late.start(late.call(request, gateway))
         return web.Response()
 
     app = server_with(handler, gateway, on_late="raise")
