@@ -1,4 +1,4 @@
-"""Print all tables of docs/traces.md as one: a row for each of them, a column for each main arm.
+"""Print all tables of docs/traces.md as one: a row for each of them, a column for each main policy.
 
 python -m benchmarks.trace.summary
 """
@@ -10,34 +10,41 @@ from harness.markdown import head, row
 from harness.processes import ROOT
 
 PAGE = ROOT / "docs/traces.md"
-ARMS = (
-    "manual min_group",
-    "manual min_group, overload protection",
-    "consistent_hashing",
-    "cache_aware, no key",
-    "power_of_two, no key",
-    "random, no key",
-    "manual min_group, group key",
-)
+COLUMNS = {  # each with its arms, of which the first that a table has counts
+    "min_group": ("manual min_group",),
+    "min_group, overload protection": ("manual min_group, overload protection",),
+    "consistent_hashing": ("consistent_hashing",),
+    "cache_aware, no key": ("cache_aware, no key",),
+    "power_of_two or random, no key": ("power_of_two, no key", "random, no key"),
+    "min_group, group key": ("manual min_group, group key",),
+}
 OF_THE_LIMIT, ALL_DONE = 2, 5  # the columns of a table
 
 
 def rows(page: str) -> Iterator[str]:
-    """Yield a row for each table that has one of the arms."""
-    heading, room = "", ""
-    found: dict[str, str] = {}
-    for line in [*page.splitlines(), "# end"]:
-        if line.startswith(("#", "**Room ")):
-            if any(arm in found for arm in ARMS):
-                yield row(f"{link(heading)}: {room}", *(found.get(arm, "-") for arm in ARMS))
-            found = {}
+    """Yield a row for each table that has an arm of a column."""
+    for name, played in tables(page).items():
+        cells = (
+            next((played[arm] for arm in arms if arm in played), "") for arms in COLUMNS.values()
+        )
+        if any(found := [*cells]):
+            yield row(name, *(cell or "-" for cell in found))
+
+
+def tables(page: str) -> dict[str, dict[str, str]]:
+    """Return the two figures of each arm, by the section and the room of its table."""
+    found: dict[str, dict[str, str]] = {}
+    section = name = ""
+    for line in page.splitlines():
         if line.startswith("#"):
-            heading = line.lstrip("# ")
+            section = name = link(line.lstrip("# "))
         elif line.startswith("**Room "):
             room = line.lstrip("*").partition(" of the sessions:")[0].partition(" sessions:")[0]
-            room = room[0].lower() + room[1:]
+            name = f"{section}: {room[0].lower()}{room[1:]}"
         elif line.startswith("| ") and len(cells := line.strip("| ").split(" | ")) > ALL_DONE:
-            found[cells[0]] = f"{median(cells[OF_THE_LIMIT])} in {median(cells[ALL_DONE])}"
+            figures = median(cells[OF_THE_LIMIT]), median(cells[ALL_DONE])
+            found.setdefault(name, {})[cells[0]] = "<br>".join(figures)
+    return found
 
 
 def link(heading: str) -> str:
@@ -53,7 +60,7 @@ def median(cell: str) -> str:
 
 def main() -> None:
     """Print the table."""
-    print(head("", *ARMS), *rows(PAGE.read_text("utf-8")), sep="\n")
+    print(head("", *COLUMNS), *rows(PAGE.read_text("utf-8")), sep="\n")
 
 
 if __name__ == "__main__":
