@@ -14,7 +14,7 @@ from yarl import URL
 ROUTING_KEY_HEADER: Final = istr("X-SMG-Routing-Key")
 """The request header that SMG's policies ``manual`` and ``consistent_hashing`` route on.
 
-The other policies ignore it. If a call has it twice, the gateway takes the first one. Measured on
+Most other policies ignore it. If a call has it twice, the gateway takes the first. Measured on
 SMG 1.9 to 1.13: ``docs/gateways.md``.
 
 >>> headers = {ROUTING_KEY_HEADER: routing_key("s-17")}

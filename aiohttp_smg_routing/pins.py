@@ -48,7 +48,7 @@ class SessionPin(NamedTuple):
     """
 
     session: str  #: The session's name: its id or its digest, with the ``prefix``.
-    gateway: str  #: The gateway's URL: of gateways that share workers, that of the first.
+    gateway: str  #: The gateway's URL. If gateways share workers, the URL of the first.
     key: str  #: The routing key. It equals ``session`` unless ``pin_by`` is set.
     worker: str | None  #: The session's worker, as the gateway names it. None if it named none.
     calls: int  #: How many of the session's calls were answered.

@@ -77,7 +77,7 @@ class Routing:
         return client.Hook(self._rules)
 
     def attach(self, session: ClientSession) -> None:
-        """Put the hook on a session that exists already, unless it has the hook.
+        """Put the hook on a ``ClientSession`` that exists already, unless it has the hook.
 
         A mock stays as it is, and a log line says so. Raises ``TypeError`` for anything else.
 

@@ -112,6 +112,8 @@ class PinBy(NamedTuple):
 
     >>> RoutingConfig("http://10.0.0.1:30000", pin_by="{session_id}/{json:model}").pin_by
     PinBy(template='{session_id}/{json:model}', sources=('session_id', 'json:model'))
+    >>> RoutingConfig("http://10.0.0.1:30000").pin_by.is_session
+    True
     """
 
     template: str  #: The text of the option.
