@@ -50,6 +50,27 @@ async def test_block_takes_it_back_after_an_error() -> None:
     assert current_session_id() is None
 
 
+async def test_a_block_keeps_the_parts_of_a_block_of_the_same_session_unless_it_has_its_own(
+    gateway: Recorder,
+) -> None:
+    routing = Routing({"gateway": str(gateway.url), "pin_by": "{session_id}/{json:model}"})
+    async with ClientSession(trace_configs=[routing.trace_config()]) as session:
+
+        async def key(session_id: str, **parts: str) -> bytes:
+            with routing_session(session_id, {f"json:{name}": it for name, it in parts.items()}):
+                async with session.post(gateway.chat):
+                    [key] = gateway.last.keys
+                    return key
+
+        alone, other = await key("s-1"), await key("s-2")
+        judge, actor = await key("s-1", model="judge"), await key("s-1", model="actor")
+        assert len({alone, other, judge, actor}) == 4
+        with routing_session("s-1", {"json:model": "judge"}):
+            assert await key("s-1") == judge
+            assert await key("s-1", model="actor") == actor
+            assert await key("s-2") == other
+
+
 def test_block_takes_ints_uuids_and_none() -> None:
     with routing_session(7):
         assert current_session_id() == "7"

@@ -92,6 +92,14 @@ def test_arm_with_the_key_is_above_and_the_curves_are_beside(
     assert panels["Time to first token, median"].get_xlabel() == "turn"
 
 
+def test_ticks_are_whole_turns(tmp_path: Path, figures: list[Figure]) -> None:
+    seen = played(3, turns=2)
+    draw(seen, judge(seen, 0.9), tmp_path / "pins.svg")
+    panels = {axes.get_title(loc="left"): axes for axes in figures[0].axes}
+    ticks = panels["Time to first token, median"].get_xticks()
+    assert all(float(tick).is_integer() for tick in ticks)
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("workers", [3, 30, 100])
 def test_the_names_of_the_workers_stand_below_all_else(

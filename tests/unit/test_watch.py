@@ -715,6 +715,12 @@ def test_session_server_that_saw_too_few_turns_now_leaves_the_verdict_to_the_gat
     )
 
 
+@pytest.mark.parametrize(("calls", "when"), [(9, "since the gateway"), (10, "in the last 10 s")])
+def test_ten_later_calls_are_enough_for_a_verdict_on_now(calls: int, when: str) -> None:
+    before, after = (smg({"vacant": 5, "occupied_hit": hits}) for hits in (500, 500 + calls))
+    assert when in judge(view(before, after), 0.99).sentence
+
+
 def test_old_turns_of_a_session_server_that_does_not_answer_tell_nothing_of_a_hash() -> None:
     idle, hashed = (smg({"routing_key_hit": n}, policy="consistent_hashing") for n in (0, 100))
     page, noon = server_of(server_page(kept=500)), datetime(2026, 1, 1, 12, 0, 0)
@@ -959,6 +965,10 @@ def test_figures_of_now_are_of_the_last_ten_seconds_or_of_one_interval() -> None
         endpoint.add(at, gateway_of(PINNED))
         seconds.append(endpoint.seen.seconds)
     assert seconds == [0, 4, 8, 12, 12, 44]
+    at_their_end = Endpoint(CLIENT, GATEWAY, read_gateway, gateway_shrank)
+    for at in (0, 5, 15):
+        at_their_end.add(at, gateway_of(PINNED))
+    assert at_their_end.seen.seconds == 10
     assert [Look(GATEWAY, seconds=it).span for it in (44.4, 0.3)] == ["last 44 s", "last 0.3 s"]
 
 

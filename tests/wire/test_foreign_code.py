@@ -348,7 +348,7 @@ def test_a_mock_in_attach_is_skipped_with_a_line(
 
 @pytest.mark.parametrize("value", [None, {}, "session", ClientSession, object(), web.Application])
 async def test_what_is_no_client_session_and_no_mock_is_an_error_that_says_what_to_do(
-    value: Any,
+    caplog: pytest.LogCaptureFixture, value: Any
 ) -> None:
     remedy = r"trace_configs=\[routing\.trace_config\(\)\]"
     with pytest.raises(TypeError, match=rf"attach\(\) takes an aiohttp\.ClientSession.*{remedy}"):
@@ -360,6 +360,7 @@ async def test_what_is_no_client_session_and_no_mock_is_an_error_that_says_what_
     with pytest.raises(ConfigError, match="'client' does not name one ClientSession of this app"):
         await runner.setup()
     await runner.cleanup()
+    assert said(caplog) == []
 
 
 # Other hooks
