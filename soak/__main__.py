@@ -25,16 +25,16 @@ MIB = 2**20
 
 async def run(loads: list[Load], console: Console) -> list[Result]:
     """Play the loads one after the other. A terminal gets a bar for each."""
-    outcomes = []
+    results = []
     with tables.bars(console) as bars:
         for load in loads:
             bar = bars.add_task(name(load), total=load.all_turns)
 
-            def show(outcome: Result, bar: Any = bar) -> None:
-                bars.update(bar, completed=outcome.tally.played)
+            def show(result: Result, bar: Any = bar) -> None:
+                bars.update(bar, completed=result.tally.played)
 
-            outcomes.append(await soak(load, show))
-    return outcomes
+            results.append(await soak(load, show))
+    return results
 
 
 def name(load: Load) -> str:
@@ -42,33 +42,33 @@ def name(load: Load) -> str:
     return "PYTHONASYNCIODEBUG=1" if load.debug else "soak"
 
 
-def row_values(outcome: Result) -> dict[str, Any]:
+def row_values(result: Result) -> dict[str, Any]:
     """Return the values of a load for the table and the file."""
-    turns, load = outcome.tally.turns, outcome.load
-    at_first, at_last = outcome.descriptors or (None, None)
-    half, end = outcome.memory_of_quarter(3), outcome.memory_of_quarter(4)
+    turns, load = result.tally.turns, result.load
+    at_first, at_last = result.descriptors or (None, None)
+    half, end = result.memory_of_quarter(3), result.memory_of_quarter(4)
     return {
         "sessions": load.sessions,
         "turns": load.all_turns,
-        "turns in flight, at most": outcome.tally.most_in_flight,
-        "turns per second": round(load.all_turns / outcome.seconds, 1),
-        "seconds": round(outcome.seconds, 1),
-        "fault: workers killed and restarted": outcome.kills["worker"],
-        "fault: gateway killed and restarted": outcome.kills["gateway"],
-        "fault: session server killed and restarted": outcome.kills["session server"],
-        "fault: 503 of a worker": outcome.faults["503"],
-        "fault: answers cut off": outcome.faults["cut off"],
+        "turns in flight, at most": result.tally.most_in_flight,
+        "turns per second": round(load.all_turns / result.seconds, 1),
+        "seconds": round(result.seconds, 1),
+        "fault: workers killed and restarted": result.kills["worker"],
+        "fault: gateway killed and restarted": result.kills["gateway"],
+        "fault: session server killed and restarted": result.kills["session server"],
+        "fault: 503 of a worker": result.faults["503"],
+        "fault: answers cut off": result.faults["cut off"],
         "fault: agents that hung up": turns["hung up"],
         "turns answered": turns["answered"],
         "turns reported to the agent as an error": turns["reported"],
-        "- as the session server was killed": outcome.causes["session server"],
-        "- as the gateway was down": outcome.causes["gateway"],
-        "- as workers failed or were down": outcome.causes["workers"],
-        "- for no fault": len(outcome.unexplained),
+        "- as the session server was killed": result.causes["session server"],
+        "- as the gateway was down": result.causes["gateway"],
+        "- as workers failed or were down": result.causes["workers"],
+        "- for no fault": len(result.unexplained),
         "lost": turns["lost"],
-        "transcripts that are wrong": len(outcome.tally.wrong),
-        "turns that workers received": outcome.received,
-        "crosstalk": len(outcome.wrong_keys) + turns["crosstalk"],
+        "transcripts that are wrong": len(result.tally.wrong),
+        "turns that workers received": result.received,
+        "crosstalk": len(result.wrong_keys) + turns["crosstalk"],
         "memory after half, MiB": None if half is None else round(half / MIB, 1),
         "memory at the end, MiB": None if end is None else round(end / MIB, 1),
         "descriptors before the first turn": at_first,
@@ -76,44 +76,44 @@ def row_values(outcome: Result) -> dict[str, Any]:
     }
 
 
-def report(console: Console, outcomes: list[Result]) -> int:
-    """Print the outcomes of the loads; return the exit status."""
-    table = tables.table("", *(name(outcome.load) for outcome in outcomes), box=MARKDOWN)
-    columns = [row_values(outcome) for outcome in outcomes]
+def report(console: Console, results: list[Result]) -> int:
+    """Print the results of the loads; return the exit status."""
+    table = tables.table("", *(name(result.load) for result in results), box=MARKDOWN)
+    columns = [row_values(result) for result in results]
     for label in columns[0]:
         values = (column[label] for column in columns)
         table.add_row(label, *(f"{value:,}" if value is not None else "-" for value in values))
     console.print(table)
     failed = 0
-    for outcome in outcomes:
-        for failure in outcome.failures():
-            console.print(f"{name(outcome.load)}: {failure}", soft_wrap=True)
+    for result in results:
+        for failure in result.failures():
+            console.print(f"{name(result.load)}: {failure}", soft_wrap=True)
             failed = 1
     return failed
 
 
-def write_json(file: Path, outcomes: list[Result]) -> None:
-    """Write the outcomes of the loads to a file."""
+def write_json(file: Path, results: list[Result]) -> None:
+    """Write the results of the loads to a file."""
     documents = [
         {
-            "name": name(outcome.load),
-            "load": asdict(outcome.load),
-            "figures": row_values(outcome),
-            "reported as": outcome.tally.reported_as,
-            "failures": outcome.failures(),
-            "memory in bytes": outcome.memory,
+            "name": name(result.load),
+            "load": asdict(result.load),
+            "figures": row_values(result),
+            "reported as": result.tally.reported_as,
+            "failures": result.failures(),
+            "memory in bytes": result.memory,
         }
-        for outcome in outcomes
+        for result in results
     ]
     file.write_text(json.dumps(documents, indent=1) + "\n", encoding="utf-8")
 
 
 async def play(loads: list[Load], console: Console, file: Path | None) -> int:
-    """Play the loads and report their outcomes; return the exit status."""
-    outcomes = await run(loads, console)
+    """Play the loads and report their results; return the exit status."""
+    results = await run(loads, console)
     if file:
-        write_json(file, outcomes)
-    return report(console, outcomes)
+        write_json(file, results)
+    return report(console, results)
 
 
 def main() -> int:

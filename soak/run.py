@@ -76,7 +76,7 @@ class Load:
 
 @dataclass(slots=True)
 class Result:
-    """The outcome of a load."""
+    """The result of a load."""
 
     load: Load
     tally: Tally = field(default_factory=Tally)
@@ -151,7 +151,7 @@ class Result:
 
 async def soak(load: Load, progress: Callable[[Result], None]) -> Result:
     """Play a load while each server is killed in turn; call ``progress`` now and then."""
-    outcome = Result(load)
+    result = Result(load)
     ports = free_ports(2)
     gateway_url, server_url = map(local_url, ports)
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
@@ -180,27 +180,27 @@ async def soak(load: Load, progress: Callable[[Result], None]) -> Result:
             all_workers_up = asyncio.Lock()
             begin = asyncio.get_running_loop().time()
             await alongside(
-                in_time(play(load, gateway, server, outcome.tally), outcome.tally),
-                kill_workers(outcome, workers, all_workers_up),
-                kill_gateway(outcome, gateway, all_workers_up),
-                kill_server(outcome, server),
-                watch(outcome, server, progress),
+                in_time(play(load, gateway, server, result.tally), result.tally),
+                kill_workers(result, workers, all_workers_up),
+                kill_gateway(result, gateway, all_workers_up),
+                kill_server(result, server),
+                watch(result, server, progress),
             )
-            outcome.seconds = asyncio.get_running_loop().time() - begin
-            outcome.kills["worker"] = sum(worker.process.kills for worker in workers)
-            outcome.kills["gateway"], outcome.kills["session server"] = gateway.kills, server.kills
-            compare_keys(outcome, workers)
-            outcome.causes, outcome.unexplained = causes(
-                outcome.tally.reports, server, gateway, workers
+            result.seconds = asyncio.get_running_loop().time() - begin
+            result.kills["worker"] = sum(worker.process.kills for worker in workers)
+            result.kills["gateway"], result.kills["session server"] = gateway.kills, server.kills
+            compare_keys(result, workers)
+            result.causes, result.unexplained = causes(
+                result.tally.reports, server, gateway, workers
             )
             # This ends the connections that the session server keeps for later turns.
             await gateway.kill()
             if at_first is not None:
                 at_last = await descriptors_left(server.running, at_first)
-                outcome.descriptors = at_first, at_last
-            outcome.exit_status = await server.running.stop()
-            outcome.complaints = complaints(server.running.log)
-    return outcome
+                result.descriptors = at_first, at_last
+            result.exit_status = await server.running.stop()
+            result.complaints = complaints(server.running.log)
+    return result
 
 
 async def in_time(work: Coroutine[Any, Any, None], tally: Tally) -> None:
@@ -245,56 +245,56 @@ async def alongside(work: Awaitable[None], *others: Awaitable[None]) -> None:
 
 
 async def kill_workers(
-    outcome: Result, workers: Sequence[Worker], all_workers_up: asyncio.Lock
+    result: Result, workers: Sequence[Worker], all_workers_up: asyncio.Lock
 ) -> None:
     """Kill one worker at a time, each for a share of the run."""
-    turns = outcome.load.all_turns
+    turns = result.load.all_turns
     kills = max(1, min(WORKER_KILLS, turns // TURNS_OF_A_KILL))
-    random, step = Random(outcome.load.seed), turns / kills
+    random, step = Random(result.load.seed), turns / kills
     for number in range(kills):
-        await outcome.tally.until((number + 0.25) * step)
+        await result.tally.until((number + 0.25) * step)
         worker = random.choice(workers)
         async with all_workers_up:
             await worker.kill()
-            await outcome.tally.until((number + 0.75) * step)
+            await result.tally.until((number + 0.75) * step)
             await worker.start()
 
 
 async def kill_gateway(
-    outcome: Result, gateway: Restartable[Any], all_workers_up: asyncio.Lock
+    result: Result, gateway: Restartable[Any], all_workers_up: asyncio.Lock
 ) -> None:
     """Kill the gateway now and then, and restart it with an empty sticky map."""
     for share in GATEWAY_KILLS:
-        await outcome.tally.until(share * outcome.load.all_turns)
+        await result.tally.until(share * result.load.all_turns)
         async with all_workers_up:  # a new gateway waits half a minute for a worker that is down
             # An agent that meets the outage waits for its end: each may play one turn in it. So
             # count the turns that end while the gateway dies, too, and expect no more turns than
             # there are agents who have one left.
-            load, played = outcome.load, outcome.tally.played
+            load, played = result.load, result.tally.played
             agents_left = (load.all_turns - played) / load.turns
             met = min(load.at_a_time / 2, OUTAGE_SHARE * load.all_turns, agents_left)
             await gateway.kill()
-            await outcome.tally.until(played + met)
+            await result.tally.until(played + met)
             await gateway.start()
 
 
-async def kill_server(outcome: Result, server: Restartable[SessionServer]) -> None:
+async def kill_server(result: Result, server: Restartable[SessionServer]) -> None:
     """Kill the session server now and then, and restart it without any session."""
     for share in SERVER_KILLS:
-        await outcome.tally.until(share * outcome.load.all_turns)
+        await result.tally.until(share * result.load.all_turns)
         await server.kill()
         await server.start()
 
 
 async def watch(
-    outcome: Result, server: Restartable[SessionServer], progress: Callable[[Result], None]
+    result: Result, server: Restartable[SessionServer], progress: Callable[[Result], None]
 ) -> None:
     """Sample the session server's memory, and report the progress of the load."""
     for number in range(SAMPLES):
-        await outcome.tally.until(number / SAMPLES * outcome.load.all_turns)
+        await result.tally.until(number / SAMPLES * result.load.all_turns)
         if memory := server.running.memory():  # 0 while it is dying
-            outcome.memory.append(memory)
-        progress(outcome)
+            result.memory.append(memory)
+        progress(result)
 
 
 async def descriptors_left(server: SessionServer, at_first: int) -> int:
@@ -307,11 +307,11 @@ async def descriptors_left(server: SessionServer, at_first: int) -> int:
     return left
 
 
-def compare_keys(outcome: Result, workers: Sequence[Worker]) -> None:
+def compare_keys(result: Result, workers: Sequence[Worker]) -> None:
     """Compare each key that a worker received with the session that the body names."""
     for worker in workers:
         for turn in worker.received():
-            outcome.received += 1
-            outcome.faults[turn.fault or "none"] += 1
+            result.received += 1
+            result.faults[turn.fault or "none"] += 1
             if turn.keys != [turn.user]:
-                outcome.wrong_keys.append(f"{turn.user} came with {turn.keys}")
+                result.wrong_keys.append(f"{turn.user} came with {turn.keys}")

@@ -25,11 +25,11 @@ OF_THE_LIMIT, ALL_DONE = 2, 5  # the columns of a table
 def rows(page: str) -> Iterator[str]:
     """Yield a row for each table that has an arm of a column."""
     for name, played in tables(page).items():
-        cells = (
-            next((played[arm] for arm in arms if arm in played), "") for arms in COLUMNS.values()
-        )
-        if any(found := [*cells]):
-            yield row(name, *(cell or "-" for cell in found))
+        cells = [
+            next((played[arm] for arm in arms if arm in played), "-") for arms in COLUMNS.values()
+        ]
+        if {*cells} != {"-"}:
+            yield row(name, *cells)
 
 
 def tables(page: str) -> dict[str, dict[str, str]]:

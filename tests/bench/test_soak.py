@@ -66,23 +66,23 @@ async def test_a_soak_that_is_stopped_leaves_nothing_behind(folder: Path) -> Non
         await assert_stopped(process, signal.SIGTERM, 143)
 
 
-def nothing_but_outages(outcome: Result) -> None:
-    outcome.tally.turns.clear()
-    outcome.tally.turns["reported"] = outcome.causes["gateway"] = outcome.load.all_turns
+def nothing_but_outages(result: Result) -> None:
+    result.tally.turns.clear()
+    result.tally.turns["reported"] = result.causes["gateway"] = result.load.all_turns
 
 
 def whole() -> Result:
-    """Return an outcome that breaks no promise."""
-    outcome = Result(Load(sessions=50, turns=2, at_a_time=2, seed=1), exit_status=0)
-    outcome.tally.turns.update({"answered": 98, "reported": 1, "hung up": 1})
-    outcome.received = 100
-    outcome.kills.update({"worker": 1, "gateway": 1, "session server": 1})
-    outcome.descriptors = 7, 7
-    outcome.memory = [2**26] * 8
-    return outcome
+    """Return a result that breaks no promise."""
+    result = Result(Load(sessions=50, turns=2, at_a_time=2, seed=1), exit_status=0)
+    result.tally.turns.update({"answered": 98, "reported": 1, "hung up": 1})
+    result.received = 100
+    result.kills.update({"worker": 1, "gateway": 1, "session server": 1})
+    result.descriptors = 7, 7
+    result.memory = [2**26] * 8
+    return result
 
 
-def test_an_outcome_that_breaks_no_promise_passes() -> None:
+def test_a_result_that_breaks_no_promise_passes() -> None:
     assert whole().failures() == []
 
 
@@ -106,17 +106,17 @@ def test_an_outcome_that_breaks_no_promise_passes() -> None:
     ],
 )
 def test_a_broken_promise_is_a_failure(broken: Callable[[Result], Any], failure: str) -> None:
-    outcome = whole()
-    broken(outcome)
-    [told] = outcome.failures()
+    result = whole()
+    broken(result)
+    [told] = result.failures()
     assert failure in told
 
 
 def test_a_ledger_that_forgets_nothing_is_seen_in_a_full_run() -> None:
     ledger_row = 303  # bytes, by docs/performance.md
     memory = [2**26 + session * ledger_row for session in range(10_000)]
-    outcome = Result(Load(sessions=10_000, turns=10, at_a_time=256, seed=1), memory=memory)
-    assert "the memory grew by 0.7 MiB over the second half" in outcome.failures()
+    result = Result(Load(sessions=10_000, turns=10, at_a_time=256, seed=1), memory=memory)
+    assert "the memory grew by 0.7 MiB over the second half" in result.failures()
 
 
 @pytest.mark.parametrize("keys", [[], ["s-2"], ["s-1", "s-1"]])
@@ -124,10 +124,10 @@ def test_a_wrong_key_is_found_in_what_a_worker_received(tmp_path: Path, keys: li
     file = tmp_path / "received"
     lines = [["s-1", "turn 0", ["s-1"], None, 0], ["s-1", "turn 1", keys, "503", 1]]
     file.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-    outcome = Result(Load(1, 1, 1, 1))
-    compare_keys(outcome, [Worker(1, file)])
-    assert outcome.wrong_keys == [f"s-1 came with {keys}"]
-    assert (outcome.received, outcome.faults["503"]) == (2, 1)
+    result = Result(Load(1, 1, 1, 1))
+    compare_keys(result, [Worker(1, file)])
+    assert result.wrong_keys == [f"s-1 came with {keys}"]
+    assert (result.received, result.faults["503"]) == (2, 1)
 
 
 def test_a_complaint_is_found_in_a_log(tmp_path: Path) -> None:
@@ -139,17 +139,17 @@ def test_a_complaint_is_found_in_a_log(tmp_path: Path) -> None:
 @pytest.mark.parametrize("agents", [32, 1])
 async def test_an_outage_ends_when_the_agents_that_are_left_have_met_it(agents: int) -> None:
     load = Load(sessions=200, turns=5, at_a_time=32, seed=1)
-    outcome = Result(load)
-    outcome.tally.turns["answered"] = load.all_turns - agents * load.turns
+    result = Result(load)
+    result.tally.turns["answered"] = load.all_turns - agents * load.turns
 
     @asynccontextmanager
     async def dying() -> AsyncIterator[None]:
         yield
         for _ in range(agents):  # each waits for the gateway's return now
-            outcome.tally.end("reported")
+            result.tally.end("reported")
 
     async with restartable(URL(), dying) as gateway:
-        await asyncio.wait_for(run.kill_gateway(outcome, gateway, asyncio.Lock()), 30)
+        await asyncio.wait_for(run.kill_gateway(result, gateway, asyncio.Lock()), 30)
         assert gateway.kills == len(run.GATEWAY_KILLS)
 
 

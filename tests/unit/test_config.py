@@ -604,11 +604,7 @@ def test_swapped_arguments_of_setup_say_which_comes_first(config: Any) -> None:
         ("gateway", [], "is required: the URL of the gateway, such as 'http://10.0.0.1:30000'"),
         ("gateway", "http://[]@", ABSOLUTE),
         ("gateway", "http://http://h:1", f"'http://http://h:1' {ABSOLUTE}"),
-        (
-            "enabled",
-            "perhaps",
-            "'perhaps' is not true or false",
-        ),
+        ("enabled", "perhaps", "'perhaps' is not true or false"),
         ("enabled", 1, "1 is not true or false"),
         ("session_id", "", "is empty: name at least one"),
         ("session_id", "headers:X", "'headers:X' is not a source: use 'match_info:NAME', "),
