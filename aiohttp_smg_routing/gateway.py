@@ -71,7 +71,10 @@ def origin(url: URL) -> str:
 
 
 def host_of(url: URL) -> str:
-    """Return the host of a URL, or an empty text if it can't be read."""
+    """Return the host of a URL in lower case, or an empty text if it can't be read.
+
+    yarl leaves capitals in some hosts that are not ASCII, and in any URL that is encoded already.
+    """
     try:
         return (url.raw_host or "").lower()
     except ValueError:  # an encoded URL is read only now: aiohttp is about to refuse it
@@ -105,7 +108,7 @@ def _differing(url: URL, gateway: URL, path: str) -> list[tuple[str, str, str]]:
     path = gateway.raw_path.rstrip("/") + path
     parts = (
         ("scheme", url.scheme, gateway.scheme, f"the gateway's is {gateway.scheme}"),
-        ("host", url.raw_host, gateway.raw_host, f"the gateway is {gateway.raw_host}"),
+        ("host", host_of(url), host_of(gateway), f"the gateway is {host_of(gateway)}"),
         ("port", url.port, gateway.port, f"the gateway's is {gateway.port}"),
         ("path", url.raw_path, path, f"the gateway's is {path}"),
     )
@@ -113,7 +116,7 @@ def _differing(url: URL, gateway: URL, path: str) -> list[tuple[str, str, str]]:
 
 
 def _is_loopback(url: URL) -> bool:
-    host = url.raw_host or ""
+    host = host_of(url)
     return host in ("localhost", "::1", "0.0.0.0") or host.startswith("127.")  # noqa: S104
 
 

@@ -50,10 +50,10 @@ class Rules(Owner):
             (hdrs.METH_POST, url.scheme, url.raw_authority, path): str(url) for url, path in places
         }
         self._normalized = {
-            (url.scheme, url.raw_host, url.port, path): str(url) for url, path in places
+            (url.scheme, host_of(url), url.port, path): str(url) for url, path in places
         }
         self._paths = frozenset(path for _, path in places)
-        self._hosts = frozenset(url.raw_host for url, _ in places)
+        self._hosts = frozenset(host_of(url) for url, _ in places)
         names = [path.lower().split("/")[1:] for path in config.paths]
         self._tails = tuple("/" + "/".join(its[1:] or its) for its in names)  # without "/v1"
         self._has_tagged, self._once, self._runs = False, Once(), Counter[str]()

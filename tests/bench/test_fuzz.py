@@ -1,4 +1,4 @@
-"""The fuzzer runs for a few seconds, and finds a law that is broken."""
+"""The fuzzer runs, and finds a law that is broken."""
 
 import platform
 import re
@@ -34,13 +34,14 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_no_law_is_broken_in_a_few_seconds_and_no_file_is_left(tree: Path) -> None:
-    run = fuzz(tree, 1)
+def test_the_first_inputs_break_no_law_and_no_file_is_left(tree: Path) -> None:
+    """``make fuzz`` goes on with others, which would not be the same in each run of the tests."""
+    run = fuzz(tree, 0)
     assert run.returncode == 0, run.stdout + run.stderr
     assert run.stdout.endswith("no law was broken\n")
     tried = re.findall(r"number_of_executed_units: *(\d+)", run.stderr)
     assert len(tried) == 3
-    assert min(map(int, tried)) > 0
+    assert min(map(int, tried)) > 50
     assert {path.name for path in tree.iterdir()} == {"aiohttp_smg_routing", "fuzz"}
 
 

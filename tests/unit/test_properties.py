@@ -144,6 +144,7 @@ MAPPINGS = st.fixed_dictionaries(
 @example({"gateway": "http://gw", "paths": "/a/.."}, True)
 @example({"gateway": "http://gw", "paths": "/\t//x"}, True)
 @example({"gateway": "http://gw", "paths": "/\udc80"}, True)
+@example({"gateway": "http://GW.☃.example"}, False)
 @example({"gateway": f"http://gw/{laws.HIDDEN}@gw"}, False)
 @example({"gateway": f"http://u@{laws.HIDDEN}/@gw"}, False)
 @example({"gateway": f"http://u:{laws.HIDDEN}@gw"}, False)

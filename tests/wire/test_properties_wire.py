@@ -67,6 +67,7 @@ GATEWAYS = st.sampled_from(
         GatewayUrl("http://gw.example/base/", "gw.example", 80, "/base/v1/chat/completions"),
         GatewayUrl("http://gw.example/b c%2F", "gw.example", 80, "/b%20c%2F/v1/chat/completions"),
         GatewayUrl("http://bücher.example:8080", "xn--bcher-kva.example", 8080),
+        GatewayUrl("http://GW.☃.example:8080", "gw.xn--n3h.example", 8080),
         GatewayUrl("http://[::1]:8080", "::1", 8080),
         GatewayUrl("http://127.0.0.1:8080", "127.0.0.1", 8080),
         GatewayUrl("https://gw.example", "gw.example", 443, scheme="https"),
@@ -76,7 +77,13 @@ GATEWAYS = st.sampled_from(
 )
 HOSTS = [
     *("GW.Example", "gw.example.", "gw.example..", "gw%2eexample", "gw.example.evil", "evil.gw"),
-    *("bücher.example", "BÜCHER.example", "xn--bcher-kva.example", "XN--BCHER-KVA.example"),
+    *(
+        "bücher.example",
+        "BÜCHER.example",
+        "xn--bcher-kva.example",
+        "XN--BCHER-KVA.example",
+        "gw.☃.example",
+    ),
     *("[::1]", "[0:0::1]", "[::ffff:127.0.0.1]", "127.0.0.1", "127.1", "2130706433", "gw。example"),
 ]
 PATHS = [
