@@ -19,8 +19,11 @@ POLL_SECONDS = 0.05
 START_SECONDS = 60
 
 
-def _own_ports(file: Path = Path("/proc/sys/net/ipv4/ip_local_port_range")) -> range:
-    # Documentation/networking/ip-sysctl.rst of Linux; other systems begin at 32768 or above.
+def own_ports(file: Path = Path("/proc/sys/net/ipv4/ip_local_port_range")) -> range:
+    """Return the ports that the system gives to nobody on its own.
+
+    Documentation/networking/ip-sysctl.rst of Linux; other systems begin at 32768 or above.
+    """
     try:
         first = int(file.read_text().split()[0])
     except OSError:
@@ -28,7 +31,7 @@ def _own_ports(file: Path = Path("/proc/sys/net/ipv4/ip_local_port_range")) -> r
     return range(10_000, first)
 
 
-_OWN_PORTS = _own_ports()
+OWN_PORTS = own_ports()
 _random = random.SystemRandom()  # processes with one seed must not choose the same ports
 
 # A port that was given is free until its program listens. Until then, a UDP socket of the same
@@ -57,9 +60,9 @@ def free_ports(count: int) -> list[int]:
     >>> port, metrics_port = free_ports(2)
     """
     ports: Iterable[int] = repeat(0, 100 * count)  # 0 is any port: the system's range has them all
-    if _OWN_PORTS:
-        begin = _random.randrange(len(_OWN_PORTS))
-        ports = chain(_OWN_PORTS[begin:], _OWN_PORTS[:begin])
+    if OWN_PORTS:
+        begin = _random.randrange(len(OWN_PORTS))
+        ports = chain(OWN_PORTS[begin:], OWN_PORTS[:begin])
     free: list[int] = []
     for port in ports:
         if len(free) == count:

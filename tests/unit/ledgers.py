@@ -22,10 +22,9 @@ def ledger(*gateways: str, **config: Any) -> PinLedger:
 
 
 def begun(
-    pins: PinLedger, session_id: str, *, gateway: str | None = None, key: str | None = None
+    pins: PinLedger, session_id: str, *, gateway: str = A, key: str | None = None
 ) -> PendingCall:
-    """Start a call as the hook does, by default to the first gateway."""
-    gateway = gateway or next(iter(pins._gateways.group))
+    """Start a call to a gateway as the hook does."""
     return PendingCall(pins, "X-SMG-Routing-Key", session_id, gateway, key or session_id)
 
 
@@ -35,7 +34,7 @@ def answered(call: PendingCall, worker: str | None) -> None:
     call.ledger.answered(call, 200, headers)
 
 
-def play(pins: PinLedger, *turns: tuple[str, str | None], gateway: str | None = None) -> None:
+def play(pins: PinLedger, *turns: tuple[str, str | None], gateway: str = A) -> None:
     """Play turns one after the other; each is a session and the worker that answers."""
     for session_id, worker in turns:
         answered(begun(pins, session_id, gateway=gateway), worker)

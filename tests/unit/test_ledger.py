@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from prometheus_client import CollectorRegistry
 from pytest_aiohttp.plugin import AiohttpClient
+from yarl import URL
 
 from aiohttp_smg_routing import (
     ROUTING,
@@ -1311,9 +1312,9 @@ def test_moves_that_the_cap_held_back_are_logged_at_the_next_move_where_no_loop_
 
 
 async def test_moves_that_the_cap_held_back_are_logged_when_the_app_ends(
-    gateway: Recorder, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
+    aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
 ) -> None:
-    app = pinned_server(gateway.url)
+    app = pinned_server(URL(A))
     client = await aiohttp_client(app)
     moves_of(app[ROUTING].pins, LOGGED_A_MINUTE + 2)
     assert held_back(caplog) == []

@@ -21,6 +21,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 from pytest_aiohttp.plugin import AiohttpClient
+from yarl import URL
 
 from aiohttp_smg_routing import (
     ROUTING,
@@ -86,14 +87,14 @@ def counting(registry: CollectorRegistry, **config: Any) -> Routing:
     return Routing(RoutingConfig(A, metrics="prometheus", metrics_registry=registry, **config))
 
 
-def counted_server(gateway: Recorder, registry: Any, **config: Any) -> web.Application:
-    return pinned_server(gateway.url, metrics="prometheus", metrics_registry=registry, **config)
+def counted_server(gateway: URL, registry: Any, **config: Any) -> web.Application:
+    return pinned_server(gateway, metrics="prometheus", metrics_registry=registry, **config)
 
 
 async def test_metrics_say_what_the_ledger_says(
     gateway: Recorder, aiohttp_client: AiohttpClient, registry: CollectorRegistry
 ) -> None:
-    app = counted_server(gateway, registry)
+    app = counted_server(gateway.url, registry)
 
     async def near_miss(request: web.Request) -> web.Response:
         async with request.app[CLIENT].post(gateway.url / "v2/chat/completions"):
@@ -137,7 +138,7 @@ async def test_metrics_say_what_the_ledger_says(
 async def test_a_call_that_on_missing_stops_is_counted_as_missing(
     gateway: Recorder, aiohttp_client: AiohttpClient, registry: CollectorRegistry
 ) -> None:
-    app = counted_server(gateway, registry, on_missing="raise")
+    app = counted_server(gateway.url, registry, on_missing="raise")
     client = await aiohttp_client(app)
     async with client.post("/v1/chat/completions") as response:
         assert response.status == 500
@@ -153,7 +154,7 @@ async def test_a_call_after_its_request_has_ended_is_counted_as_late_beside_its_
     on_late: str,
     called: int,
 ) -> None:
-    app, ended, jobs = counted_server(gateway, registry, on_late=on_late), asyncio.Event(), []
+    app, ended, jobs = counted_server(gateway.url, registry, on_late=on_late), asyncio.Event(), []
 
     async def job() -> None:
         await ended.wait()
@@ -187,7 +188,7 @@ async def test_metrics_that_fail_fail_no_call_and_are_logged_once(
     def broken(*_: object) -> None:
         raise OSError("no space left")  # as on a full disk, in multi-process mode
 
-    app = counted_server(gateway, registry)
+    app = counted_server(gateway.url, registry)
     client = await aiohttp_client(app)
     for metric, method in ((Counter, "inc"), (prometheus_client.Gauge, "set")):
         monkeypatch.setattr(metric, method, broken)
@@ -220,9 +221,9 @@ def test_a_registry_that_has_other_metrics_of_these_names_is_a_fault_of_the_conf
 
 
 async def test_the_sessions_of_an_app_that_has_ended_are_no_longer_there(
-    gateway: Recorder, aiohttp_client: AiohttpClient, registry: CollectorRegistry
+    aiohttp_client: AiohttpClient, registry: CollectorRegistry
 ) -> None:
-    app = counted_server(gateway, registry)
+    app = counted_server(URL(A), registry)
     client = await aiohttp_client(app)
     pins = app[ROUTING].pins
     play(pins, ("a", W1), ("b", W1), ("c", None))
@@ -296,9 +297,9 @@ def clear(registry: Any) -> None:
 
 @pytest.mark.parametrize("empty", [unregister, clear])
 async def test_metrics_are_back_on_a_registry_that_was_emptied(
-    gateway: Recorder, registry: CollectorRegistry, empty: Callable[[Any], None]
+    registry: CollectorRegistry, empty: Callable[[Any], None]
 ) -> None:
-    app = counted_server(gateway, registry)
+    app = counted_server(URL(A), registry)
     play(app[ROUTING].pins, ("a", W1))
     empty(registry)
     assert series(registry) == {}
@@ -325,7 +326,7 @@ def test_the_default_registry_is_that_of_prometheus_client() -> None:
 async def test_a_worker_id_that_is_not_utf_8_fails_neither_a_turn_nor_a_scrape(
     gateway: Recorder, aiohttp_client: AiohttpClient, registry: CollectorRegistry
 ) -> None:
-    app = counted_server(gateway, registry)
+    app = counted_server(gateway.url, registry)
     client = await aiohttp_client(app)
     ids = [b"w\xff\xfe", b"w\xff", "wörker".encode(), b'a"quoted\\one']
     for number, worker in enumerate(ids):

@@ -17,8 +17,10 @@ from pytest_aiohttp.plugin import AiohttpClient
 
 from aiohttp_smg_routing import ROUTING, ConfigError, RoutingConfig, plugin, setup
 from aiohttp_smg_routing.__main__ import main
-from aiohttp_smg_routing.run import apps, config, install
+from aiohttp_smg_routing.run import config, install
 from aiohttp_smg_routing.testing import Recorder
+
+from ..fresh import python
 
 URL = "http://10.0.0.1:30000"
 MAPPING: dict[str, object] = {"gateway": URL, "prefix": "job/"}
@@ -42,11 +44,11 @@ def _signals() -> Iterator[None]:
 
 
 @pytest.fixture
-def installed() -> Iterator[None]:
-    """Undo what ``install()`` does to the process."""
+def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Undo what ``install()`` does to the process, which does not say how it ended."""
+    monkeypatch.setattr(atexit, "register", lambda *_: None)
     yield
     del web.AppRunner.setup
-    atexit.unregister(apps._ended)
 
 
 def write(folder: Path, text: str) -> str:
@@ -218,18 +220,6 @@ async def test_a_frozen_app_is_served_as_it_is_and_named(
     assert "frozen before it is served" in caplog.text
 
 
-def test_a_process_says_that_it_served_no_app_unless_it_or_a_fork_may_have(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    seen = apps._Seen()
-    apps._ended(seen, apps._NO_APP)
-    assert "served no aiohttp app" in caplog.text
-    caplog.clear()
-    seen.has_forked = True
-    apps._ended(seen, apps._NO_APP)
-    assert caplog.text == ""
-
-
 @pytest.mark.usefixtures("installed")
 async def test_the_start_up_line_is_printed_where_logging_would_drop_it(
     aiohttp_client: AiohttpClient,
@@ -248,15 +238,21 @@ async def test_the_start_up_line_is_printed_where_logging_would_drop_it(
     assert plugin.logger.level == logging.NOTSET
 
 
-@pytest.mark.usefixtures("installed")
-def test_one_of_many_processes_says_nothing_when_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    registered: list[object] = []
-    monkeypatch.setattr(atexit, "register", lambda *given: registered.append(given[2]))
-    install(is_child=True)
-    assert registered == []
-    install()
-    install(has_children=True)
-    assert registered == [apps._NO_APP, apps._NO_APP_HERE]
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("", "if a process that this one starts serves it, add --children"),
+        ("has_children=True", "this process served no aiohttp app itself"),
+        ("is_child=True", ""),
+    ],
+)
+def test_a_process_that_ends_without_an_app_says_so_unless_it_is_one_of_many(
+    given: str, said: str
+) -> None:
+    code = f"from aiohttp_smg_routing.run import install; install({given})"
+    printed = python(f"import sys; sys.stderr = sys.stdout; {code}")
+    assert said in printed
+    assert len(printed.splitlines()) == bool(said)
 
 
 # The command

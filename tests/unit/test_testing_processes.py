@@ -87,7 +87,7 @@ def test_nobody_who_asks_for_any_port_gets_a_free_port() -> None:
 def test_a_port_that_somebody_has_is_not_free(monkeypatch: pytest.MonkeyPatch) -> None:
     port = free_port()
     free_ports(processes._MAX_GIVEN)  # after so many a port may be reused
-    monkeypatch.setattr(processes, "_OWN_PORTS", [port])
+    monkeypatch.setattr(processes, "OWN_PORTS", [port])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", port))
         with pytest.raises(OSError, match=r"only 0 of 1 ports of 127\.0\.0\.1 are free"):
@@ -97,12 +97,12 @@ def test_a_port_that_somebody_has_is_not_free(monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_port_is_given_once_while_its_process_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     ports = free_ports(20)
-    monkeypatch.setattr(processes, "_OWN_PORTS", ports)
+    monkeypatch.setattr(processes, "OWN_PORTS", ports)
     with pytest.raises(OSError, match="only 0 of 1"):
         free_ports(1)
     asks = (
         "from aiohttp_smg_routing.testing import free_ports, processes\n"
-        f"processes._OWN_PORTS = {ports}\n"
+        f"processes.OWN_PORTS = {ports}\n"
         "print(free_ports(1))"
     )
     asking = subprocess.run(  # noqa: S603  # our own Python
@@ -120,9 +120,9 @@ def test_a_given_port_is_for_whoever_listens_on_it() -> None:
 def test_where_the_system_gives_every_port_it_gives_the_free_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(processes, "_OWN_PORTS", range(0))
+    monkeypatch.setattr(processes, "OWN_PORTS", range(0))
     assert len(set(free_ports(5))) == 5
 
 
 def test_where_the_system_does_not_say_what_it_gives_the_free_ones_are_low(tmp_path: Path) -> None:
-    assert processes._own_ports(tmp_path / "none") == range(10_000, 32768)
+    assert processes.own_ports(tmp_path / "none") == range(10_000, 32768)
