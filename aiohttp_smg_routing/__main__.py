@@ -33,14 +33,19 @@ def _run(argv: Sequence[str]) -> int:
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         print(
-            f"This command needs {', '.join(missing)}: pip install 'aiohttp_smg_routing[verify]'",
+            f"Commands other than run need {', '.join(missing)}: "
+            "pip install 'aiohttp_smg_routing[verify]'",
             file=sys.stderr,
         )
         return _USAGE
+    import click
+
+    from .run.command import SUMMARY
     from .verify.cli import cli, run
     from .watch.cli import watch
 
     cli.add_command(watch)
+    cli.add_command(click.Command("run", help=SUMMARY))  # for the help: it has its own main()
     return run(argv)
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from ..config import ConfigError
 from .config import is_name, load
 
+SUMMARY = "Run an aiohttp server as it is, with the plugin on every app that it serves."
+
 _USAGE = 64  # EX_USAGE of sysexits.h
 _NO_PROGRAM, _NOT_FOUND = 126, 127  # what a shell returns
 _SITE = Path(__file__).parent / "site"
@@ -23,9 +25,8 @@ def main(argv: Sequence[str]) -> int:
     """Become the server that ``argv`` names; return an exit status if that fails."""
     parser = argparse.ArgumentParser(
         prog="aiohttp-smg-routing run",
-        description="Run an aiohttp server as it is, with the plugin on every app that it serves.",
+        description=SUMMARY,
         usage="%(prog)s [--config FILE.toml|MODULE:NAME] [--children] -- COMMAND ...",
-        exit_on_error=True,
     )
     parser.add_argument(
         "--config",
@@ -38,7 +39,10 @@ def main(argv: Sequence[str]) -> int:
         "--children", action="store_true", help="on the apps of the processes that it starts, too"
     )
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND ...")
-    given = parser.parse_args(argv)
+    try:
+        given = parser.parse_args(argv)
+    except SystemExit as end:  # argparse has printed why, or the help
+        return _USAGE if end.code else 0
     command = given.command[1:] if given.command[:1] == ["--"] else given.command
     config = given.config
     try:

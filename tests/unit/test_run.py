@@ -258,6 +258,12 @@ def test_a_process_that_ends_without_an_app_says_so_unless_it_is_one_of_many(
 # The command
 
 
+def test_an_option_that_it_does_not_know_is_64(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--bad", "--", "true"]) == 64
+    assert "unrecognized arguments: --bad" in capsys.readouterr().err
+    assert main(["run", "--help"]) == 0
+
+
 class BecameError(Exception):
     """Raised in place of ``os.execve()``."""
 

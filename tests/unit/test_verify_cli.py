@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -254,7 +255,7 @@ def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_help_is_0(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([flag]) == 0
-    assert "verify" in capsys.readouterr().out
+    assert re.findall(r"(?m)^  (\w+)  ", capsys.readouterr().out) == ["run", "verify", "watch"]
     assert main(["verify", flag]) == 0
     out = capsys.readouterr().out
     assert "SMG_API_KEY" in out
@@ -501,7 +502,8 @@ def test_without_the_extra_the_command_says_what_to_install(
     monkeypatch.setattr(sys, "argv", ["aiohttp-smg-routing", "verify", "http://10.0.0.1"])
     assert main() == 64
     assert capsys.readouterr().err == (
-        f"This command needs {', '.join(names)}: pip install 'aiohttp_smg_routing[verify]'\n"
+        f"Commands other than run need {', '.join(names)}: "
+        "pip install 'aiohttp_smg_routing[verify]'\n"
     )
     assert main(["--version"]) == 0  # needs no other package
 
