@@ -152,7 +152,7 @@ class Page:
         await self._programs.enter_async_context(program)
 
     async def play_on_server(self, *, sessions: int, turns: int) -> None:
-        """Play through the program and the real gateway, every other turn streamed."""
+        """Play sessions up to that turn, every other turn streamed; assert that all are pinned."""
         names = [f"s-{number}" for number in range(1, sessions + 1)]
         for number in range(turns):
             for session_id in names:
@@ -163,11 +163,20 @@ class Page:
             self.smg.assert_pinned(session_id, turns=turns)
 
     async def curl(self, words: Sequence[str]) -> None:
-        """Send the turn that ``curl URL -H HEADER -d BODY`` sends to the program."""
+        """Send the turns that ``curl URL -H HEADER -d BODY`` sends to the program.
+
+        The URL may have curl's ranges, such as ``[1-5]``.
+        """
         url, *options = words
         assert options[::2] == ["-H", "-d"], options
         assert options[1] == "Content-Type: application/json"
-        await self._turn(url.removeprefix(SERVER), json.loads(options[3]) | {"model": "stub"})
+        body = json.loads(options[3]) | {"model": "stub"}
+        texts = [url.removeprefix(SERVER)]
+        while found := re.search(r"\[(\d+)-(\d+)\]", texts[0]):
+            numbers = range(int(found[1]), int(found[2]) + 1)
+            texts = [text.replace(found[0], str(it)) for text in texts for it in numbers]
+        for path in texts:
+            await self._turn(path, body)
 
     async def _turn(self, path: str, body: Mapping[str, Any]) -> None:
         async with self._session.post(self._server.join(URL(path)), json=body) as answer:
