@@ -185,10 +185,10 @@ def is_to_be_sent(response: object) -> "TypeGuard[web.Response]":
 
 
 def storage_name(key: object) -> str:
-    """Return the name of an ``AppKey`` or ``RequestKey`` with its module; a text stays as it is."""
+    """Return the name of an ``AppKey`` or ``RequestKey`` with its module; a string stays as it is."""
     return key if isinstance(key, str) else getattr(key, "_name", "")
 
 
 def request_key(name: str, kind: type) -> Any:
-    """Return a key of a request's storage: a text if aiohttp is older than 3.14."""
+    """Return a key of a request's storage: a string if aiohttp is older than 3.14."""
     return getattr(web, "RequestKey", lambda name, _: name)(name, kind)

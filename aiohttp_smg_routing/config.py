@@ -39,7 +39,7 @@ class ConfigError(ValueError):
 class RoutingConfig:
     """Which calls carry a key, which session's key it is, and what the ledger keeps.
 
-    Each option also takes a text, except ``on_move`` and ``metrics_registry``. Write a boolean as
+    Each option except ``on_move`` and ``metrics_registry`` also takes a string. Write a boolean as
     ``true``, ``yes``, ``on`` or ``1``, or as ``false``, ``no``, ``off`` or ``0``. Separate several
     values by commas. Raises ``ConfigError`` with every fault.
 
@@ -57,7 +57,7 @@ class RoutingConfig:
     session_id: tuple[Source, ...] = option(values.source, "match_info:session_id", several=True)
     """Where the session id is in the inbound request. The first source that has one counts:
     ``match_info:NAME``, ``header:NAME`` (``header:Authorization`` gives the bearer token),
-    ``query:NAME``, ``cookie:NAME``, ``json:PATH`` (a text or an integer in the JSON body, such as
+    ``query:NAME``, ``cookie:NAME``, ``json:PATH`` (a string or an integer in the JSON body, such as
     ``json:metadata.session_id``; the handler can still read the body), ``request:NAME`` (stored by
     an earlier middleware), or a function, sync or async. Default: ``match_info:session_id``."""
 
@@ -66,7 +66,7 @@ class RoutingConfig:
     pin all anonymous callers to one worker. The next source is asked. Default: none."""
 
     pin_by: PinBy = option(values.pin_by, "{session_id}")
-    """What shares a worker, if not the session alone: a text with sources in braces, such as
+    """What shares a worker, if not the session alone: a string with sources in braces, such as
     ``{session_id}/{json:model}`` or ``{header:X-Group-Id}``. The sources read the inbound
     request. If one finds nothing, the session alone is pinned. Default: ``{session_id}``."""
 
@@ -102,7 +102,7 @@ class RoutingConfig:
     with the key, ``warn`` (the default) also logs it, ``raise`` raises ``MissingSessionError``."""
 
     client_session: tuple[str | web.AppKey[Any], ...] = option(values.app_key, (), several=True)
-    """The app keys of the ``ClientSession`` objects that get the hook at start-up. A text names a
+    """The app keys of the ``ClientSession`` objects that get the hook at start-up. A string names a
     string key, or a ``web.AppKey`` with or without its module. Default: none."""
 
     instrument: bool = option(values.boolean, False)

@@ -158,7 +158,7 @@ class routing_session:  # noqa: N801 - used like a function, as contextlib.suppr
 
     Put it around the code that consumes a generator, not around a ``yield``: code that runs between
     two values would be in this session. Raises ``RuntimeError`` if it is used for a second block,
-    ``TypeError`` for an id that is not a text, integer or ``UUID``.
+    ``TypeError`` unless the id is a string, integer, ``UUID`` or None.
 
     >>> with routing_session("rollout-7"):
     ...     response = await session.post("http://10.0.0.1:30000/v1/chat/completions", json=turn)

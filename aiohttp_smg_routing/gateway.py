@@ -63,7 +63,7 @@ def _without(line: str, name: str) -> str:
 
 
 def origin(url: URL) -> str:
-    """Return the scheme, host and port of a URL, or an empty text if they can't be read."""
+    """Return the scheme, host and port of a URL, or an empty string if they can't be read."""
     try:
         return str(url.origin())
     except ValueError:
@@ -71,7 +71,7 @@ def origin(url: URL) -> str:
 
 
 def host_of(url: URL) -> str:
-    """Return the host of a URL in lower case, or an empty text if it can't be read.
+    """Return the host of a URL in lower case, or an empty string if it can't be read.
 
     yarl leaves capitals in some hosts that are not ASCII, and in any URL that is encoded already.
     """

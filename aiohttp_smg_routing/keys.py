@@ -23,9 +23,9 @@ _SHORTEST_DIGEST = len("sha256-") + 64
 
 
 def as_session_id(value: object) -> str | None:
-    """Return ``value`` as the text of a session id, or None if it is None, empty or blank.
+    """Return ``value`` as a session id, or None if it is None, empty or blank.
 
-    Raises ``TypeError`` unless it is a text, an integer or a ``UUID``.
+    Raises ``TypeError`` unless it is a string, an integer, a ``UUID`` or None.
     """
     if isinstance(value, str):
         return str.__str__(value) if value.strip() else None
@@ -44,14 +44,16 @@ def as_prefix(value: object) -> str:
         return ""
     if isinstance(value, str) and len(value) <= LONGEST_PREFIX and VALID_KEY.fullmatch(value):
         return value
-    raise ValueError(f"is not a text of up to {LONGEST_PREFIX} visible ASCII characters, no spaces")
+    raise ValueError(
+        f"is not a string of up to {LONGEST_PREFIX} visible ASCII characters, no spaces"
+    )
 
 
 def as_secret(value: object) -> str | None:
     """Return ``value`` if it can be a secret, or is None; ``ValueError`` says what can."""
     if value is None or (isinstance(value, str) and value):
         return value
-    raise ValueError("is not a text of one character or more")
+    raise ValueError("is not a string of one character or more")
 
 
 def routing_key(
@@ -72,7 +74,7 @@ def routing_key(
     same key on every machine and in every process.
 
     Raises ``ValueError`` if the id is None, empty or blank, and for a wrong ``key``, ``secret`` or
-    ``prefix``; ``TypeError`` for an id that is no text, integer or ``UUID``.
+    ``prefix``; ``TypeError`` unless the id is a string, integer, ``UUID`` or None.
 
     >>> routing_key("task-7")
     'task-7'

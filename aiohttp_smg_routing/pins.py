@@ -28,8 +28,8 @@ class PinSummary:
     """
 
     first: int = 0  #: Calls that showed a session on a worker for the first time.
-    kept: int = 0  #: Calls that came to the worker that the session had when the call started.
-    moved: int = 0  #: Calls that came to another worker.
+    kept: int = 0  #: Calls that went to the worker that the session had when the call started.
+    moved: int = 0  #: Calls that went to another worker.
     unknown: int = 0  #: Answers that named no worker, such as those of SMG before 1.10.
     untagged: int = 0  #: Calls that were answered and had no session.
     failed: int = 0  #: Calls that raised, or were answered with a status of 400 or more.

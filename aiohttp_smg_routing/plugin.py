@@ -126,7 +126,7 @@ class Routing:
     def explain(self, method: str, url: str | URL) -> str:
         """Return a sentence: the call carries a key, or why it does not and what to change.
 
-        Raises ``ValueError`` for a text that is not a URL, ``TypeError`` for no text.
+        Raises ``ValueError`` if ``url`` is not a URL, ``TypeError`` if it is not a string.
 
         >>> routing.explain("GET", "http://10.0.0.1:30000/v1/chat/completions")
         'GET http://10.0.0.1:30000/v1/chat/completions goes out without a key: only a POST carries
@@ -137,7 +137,7 @@ class Routing:
     def end(self, session_id: SessionId) -> None:
         """Forget a session that is over, as ``pins.end()`` does.
 
-        Raises ``TypeError`` for an id that is no text, integer, ``UUID`` or None. None and a blank
+        Raises ``TypeError`` unless the id is a string, integer, ``UUID`` or None. None and a blank
         id are no session.
 
         >>> routing.end("s-17")

@@ -17,7 +17,7 @@ from .log import Once, say
 
 logger: logging.Logger = logging.getLogger(__name__)
 
-#: Where to find a session id: a text such as ``"header:X-Session-Id"``, or a function.
+#: Where to find a session id: a string such as ``"header:X-Session-Id"``, or a function.
 Source = str | Callable[[web.Request], SessionId | Awaitable[SessionId | None] | None]
 
 #: The name in ``pin_by`` that stands for the session id, and is no source.
@@ -58,7 +58,7 @@ def _route_variable(name: str) -> Reader:
 
 
 def _stored(name: str) -> Reader:
-    """Read what an earlier middleware stored, under a text or a ``RequestKey`` of that name."""
+    """Read what an earlier middleware stored, under a string or a ``RequestKey`` of that name."""
     return lambda request: next((request[key] for key in request if is_named(key, name)), None)
 
 

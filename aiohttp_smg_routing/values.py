@@ -30,7 +30,7 @@ _PATH = re.compile(r"/[^/?#][^?#]*")
 
 
 def several(value: Any) -> tuple[Any, ...]:
-    """Return the items of a list or tuple, the parts of a text between commas, or a lone value."""
+    """Return the items of a list or tuple, the parts of a string between commas, or a lone value."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)
@@ -135,7 +135,7 @@ def header_name(value: Any) -> str:
 
 
 def boolean(value: Any) -> bool:
-    """Return a boolean, also from a text such as ``yes`` or ``off``."""
+    """Return a boolean, also from a string such as ``yes`` or ``off``."""
     said = _BOOLS.get(value.strip().lower()) if isinstance(value, str) else value
     if isinstance(said, bool):
         return said
@@ -143,7 +143,7 @@ def boolean(value: Any) -> bool:
 
 
 def count(value: Any) -> int:
-    """Return a whole number of 0 or more, also from a text."""
+    """Return a whole number of 0 or more, also from a string."""
     if isinstance(value, str) and re.fullmatch(r"\s*[0-9]{1,18}\s*", value):
         value = int(value)
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63:
@@ -152,13 +152,13 @@ def count(value: Any) -> int:
 
 
 def session_id(value: Any) -> str:
-    """Return the text of a session id."""
+    """Return a session id as a string."""
     try:
         if (text := as_session_id(value)) is not None:
             return text
     except TypeError:
         pass
-    raise ValueError("is not a session id: a text that is not blank, or a number")
+    raise ValueError("is not a session id: a string that is not blank, or an integer")
 
 
 def source(value: Any) -> Source:
@@ -172,7 +172,7 @@ def pin_by(value: Any) -> PinBy:
     if isinstance(value, PinBy):
         return value
     if not isinstance(value, str):
-        raise ValueError("is not a text such as '{session_id}/{json:model}'")
+        raise ValueError("is not a string such as '{session_id}/{json:model}'")
     names = tuple(re.findall(r"{([^{}]*)}", value))
     if not names or set(re.sub(r"{[^{}]*}", "", value)) & set("{}"):
         raise ValueError("has no source in braces, such as '{session_id}/{json:model}'")
@@ -191,7 +191,7 @@ def app_key(value: Any) -> str | web.AppKey[Any]:
         raise ValueError("is not an app key: for every ClientSession write instrument = true")
     if isinstance(value, (str, web.AppKey)):
         return value
-    raise ValueError("is not an app key: a text or a web.AppKey")
+    raise ValueError("is not an app key: a string or a web.AppKey")
 
 
 def one_of(choices: tuple[str, ...]) -> Callable[[Any], str]:

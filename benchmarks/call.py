@@ -1,4 +1,4 @@
-"""Parts 1 and 3: the cost of an outgoing call, with each way to put the key on it."""
+"""The cost of an outgoing call, with each way to put the key on it."""
 
 import json
 import time
@@ -176,7 +176,7 @@ def _costs(title: str, rounds: list[dict[str, float]], names: Iterable[str]) -> 
 def _promises(rounds: list[dict[str, float]]) -> Table:
     share = tuple((costs[LEDGER] - costs[FLOOR]) / (costs[OTEL] - costs[FLOOR]) for costs in rounds)
     return Table(
-        "What is promised of it",
+        "Limits",
         ("", "ratio of each round"),
         (
             (

@@ -1,4 +1,4 @@
-"""Part 5: the cost of a turn and a session with a million known sessions, or while disabled."""
+"""The cost of a turn and a session with a million known sessions, or while disabled."""
 
 import gc
 import random

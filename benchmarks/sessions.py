@@ -1,4 +1,4 @@
-"""Part 7: ten thousand sessions through the real gateway, with and without the plugin."""
+"""Ten thousand sessions through the real gateway, with and without the plugin."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Part 4: a streamed answer of 2,000 chunks with and without the plugin; no work per chunk."""
+"""A streamed answer of 2,000 chunks with and without the plugin; no work per chunk."""
 
 import asyncio
 import importlib

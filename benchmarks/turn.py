@@ -1,4 +1,4 @@
-"""Part 2: a turn through a whole session server, with the plugin and with a header by hand."""
+"""A turn through a whole session server, with the plugin and with a header by hand."""
 
 import asyncio
 import importlib
@@ -304,7 +304,7 @@ def costs(kind: Kind, measured: Sequence[Sequence[dict[str, float]]]) -> Table:
             for loop, rounds in zip(LOOPS, measured, strict=True)
         )
         rows.append((f"{arm} / {base}", *figures))
-    titles = {"whole": "A whole session server", "barest": "The barest proxy there could be"}
+    titles = {"whole": "A whole session server", "barest": "A minimal proxy"}
     return Table(f"{titles[kind]}, CPU time", ("", *LOOPS), tuple(rows))
 
 

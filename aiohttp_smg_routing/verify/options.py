@@ -66,7 +66,7 @@ def through(ctx: click.Context, param: click.Parameter, value: str | None) -> st
 
 
 def header_name(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
-    """Refuse a text that can't be the name of a header."""
+    """Refuse a string that can't be the name of a header."""
     if value is None or is_header_name(value):
         return value
     raise click.BadParameter("it can't be the name of a header.")

@@ -44,7 +44,7 @@ def _decide(view: View, basis: Basis, found: set[str], min_kept: float) -> tuple
 
 
 def _nothing(view: View, found: set[str]) -> str:
-    """Return why there is nothing to judge, or an empty text."""
+    """Return why there is nothing to judge, or an empty string."""
     if view.gateway.page is None:
         return (
             "the gateway's metrics could not be read"
@@ -59,7 +59,7 @@ def _nothing(view: View, found: set[str]) -> str:
 
 
 def _unsure(counters: Counters, kept: Share, found: set[str], *, is_told: bool) -> str:
-    """Return why it is unknown whether sessions stay, or an empty text; ``{}`` is the counts."""
+    """Return why it is unknown whether sessions stay, or an empty string; ``{}`` is the counts."""
     if not is_told:
         return "the gateway's counters do not tell whether a key chose the worker"
     if found & {"shared_key", "key_changes", "replicas", "other_gateway"}:

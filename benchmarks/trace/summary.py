@@ -59,9 +59,19 @@ def median(cell: str) -> str:
     return re.sub(r" \(.*\)", "", cell)
 
 
+def measured(page: str) -> str:
+    """Say at which commits the page's tables were measured, and on which days."""
+    found = re.findall(
+        r"^\*`python -m benchmarks trace .*; commit (\w+); (\S+) ", page, re.MULTILINE
+    )
+    commits = ", ".join(f"{commit} ({day})" for commit, day in dict.fromkeys(found))
+    return f"The tables were measured at these commits: {commits}."
+
+
 def main() -> None:
-    """Print the table."""
-    print(head("", *COLUMNS), *rows(PAGE.read_text("utf-8")), sep="\n")
+    """Print the table, and of which commits it is."""
+    page = PAGE.read_text("utf-8")
+    print(head("", *COLUMNS), *rows(page), "", measured(page), sep="\n")
 
 
 if __name__ == "__main__":

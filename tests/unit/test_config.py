@@ -510,9 +510,9 @@ def test_a_variable_that_is_nearly_an_option_is_a_fault(name: str) -> None:
 @pytest.mark.parametrize("others", [{}, {"key": "digest"}, {"pin_by": "{header:X}"}])
 def test_an_empty_secret_is_a_fault(others: dict[str, str]) -> None:
     """A template may leave the variable empty; anybody could then guess the keys."""
-    assert faults(secret="", **others) == {"secret": "is not a text of one character or more"}
+    assert faults(secret="", **others) == {"secret": "is not a string of one character or more"}
     environ = {f"SMG_ROUTING_{name.upper()}": text for name, text in others.items()}
-    with pytest.raises(ConfigError, match="SMG_ROUTING_SECRET: is not a text of one character"):
+    with pytest.raises(ConfigError, match="SMG_ROUTING_SECRET: is not a string of one character"):
         RoutingConfig.from_env(
             environ={"SMG_ROUTING_GATEWAY": GATEWAY, "SMG_ROUTING_SECRET": "", **environ}
         )
@@ -617,7 +617,7 @@ def test_swapped_arguments_of_setup_say_which_comes_first(config: Any) -> None:
         ("session_id", "query: sid", "'query: sid' is not a source: use 'match_info:NAME', "),
         ("session_id", "match_info:{id}", "has braces: write the name of the route's variable wi"),
         ("pin_by", "{match_info: id}", "has {match_info: id} in it, which is not a source"),
-        ("ignore_ids", ["a", " "], "' ' is not a session id: a text that is not blank, or"),
+        ("ignore_ids", ["a", " "], "' ' is not a session id: a string that is not blank, or"),
         ("ignore_ids", [None], "None is not a session id"),
         ("ignore_ids", [True], "True is not a session id"),
         ("pin_by", "", "'' has no source in braces, such as '{session_id}/{json:model}'"),
@@ -628,9 +628,9 @@ def test_swapped_arguments_of_setup_say_which_comes_first(config: Any) -> None:
         ("pin_by", "{session_id}/{model}", "has {model} in it, which is not a source: use"),
         ("pin_by", "{header:a b}", "has {header:a b} in it, which does not name a header"),
         ("pin_by", "{json:a..b}", "has {json:a..b} in it, which has an empty name in its path"),
-        ("pin_by", 5, "5 is not a text such as '{session_id}/{json:model}'"),
-        ("pin_by", ["{session_id}"], "a list is not a text such as"),
-        ("pin_by", None, "None is not a text such as"),
+        ("pin_by", 5, "5 is not a string such as '{session_id}/{json:model}'"),
+        ("pin_by", ["{session_id}"], "a list is not a string such as"),
+        ("pin_by", None, "None is not a string such as"),
         ("paths", [], "is empty: name at least one path"),
         ("paths", {"a": "b"}, "a dict is not a path such as"),
         ("paths", "v1/chat", "'v1/chat' is not a path such as '/v1/chat/completions'"),
@@ -638,7 +638,7 @@ def test_swapped_arguments_of_setup_say_which_comes_first(config: Any) -> None:
         ("paths", "/a?b", "'/a?b' is not a path"),
         ("paths", "/a/..", "'/a/..' is not a path"),
         ("paths", ["/a", 5], "5 is not a path"),
-        ("prefix", "a b", "'a b' is not a text of up to 52 visible ASCII characters"),
+        ("prefix", "a b", "'a b' is not a string of up to 52 visible ASCII characters"),
         ("header", "X Key", "'X Key' is not a header name such as 'X-SMG-Routing-Key'"),
         ("header", "X-Key\r\n", "is not a header name"),
         ("worker_header", "X Worker", "'X Worker' is not a header name"),
@@ -648,7 +648,7 @@ def test_swapped_arguments_of_setup_say_which_comes_first(config: Any) -> None:
         ("secret", "s", "needs key = 'digest' or pin_by, and there is neither"),
         ("on_missing", "ignore", "'ignore' is not one of 'pass', 'warn', 'raise'"),
         ("on_late", True, "True is not one of 'pass', 'warn', 'raise'"),
-        ("client_session", [5], "5 is not an app key: a text or a web.AppKey"),
+        ("client_session", [5], "5 is not an app key: a string or a web.AppKey"),
         ("instrument", "some", "'some' is not true or false"),
         ("json_max_size", "16 MiB", "'16 MiB' is not a whole number of 0 or more"),
         ("json_max_size", -1, "-1 is not a whole number of 0 or more"),
@@ -698,7 +698,7 @@ def test_a_function_that_nobody_would_await_is_a_fault(on_move: object) -> None:
 @pytest.mark.parametrize("secret", [12345, "", ["hush"]])
 def test_a_fault_never_shows_the_secret(secret: Any) -> None:
     [(name, text)] = faults(key="digest", secret=secret).items()
-    assert (name, text) == ("secret", "is not a text of one character or more")
+    assert (name, text) == ("secret", "is not a string of one character or more")
 
 
 def test_repr_never_shows_the_secret_or_credentials() -> None:

@@ -152,7 +152,7 @@ def test_a_prefix_begins_the_key_and_keeps_it_one_that_the_gateway_takes(
 
 @pytest.mark.parametrize("prefix", [" ", "a b", "é", "a\n", "~" * 53, 7, None])
 def test_a_prefix_that_no_key_can_begin_with_is_refused(prefix: Any) -> None:
-    with pytest.raises(ValueError, match="is not a text of up to 52 visible ASCII characters"):
+    with pytest.raises(ValueError, match="is not a string of up to 52 visible ASCII characters"):
         routing_key("s-1", prefix=prefix)
 
 
@@ -160,8 +160,8 @@ def test_a_prefix_that_no_key_can_begin_with_is_refused(prefix: Any) -> None:
     ("wrong", "said"),
     [
         ({"key": "sha256"}, "key is 'session_id' or 'digest', not 'sha256'"),
-        ({"key": "digest", "secret": ""}, "secret is not a text of one character or more"),
-        ({"key": "digest", "secret": b"k"}, "secret is not a text of one character or more"),
+        ({"key": "digest", "secret": ""}, "secret is not a string of one character or more"),
+        ({"key": "digest", "secret": b"k"}, "secret is not a string of one character or more"),
     ],
 )
 def test_a_form_that_no_config_could_have_is_refused(wrong: Any, said: str) -> None:
