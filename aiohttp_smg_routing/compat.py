@@ -185,7 +185,7 @@ def is_to_be_sent(response: object) -> "TypeGuard[web.Response]":
 
 
 def storage_name(key: object) -> str:
-    """Return the name of an ``AppKey`` or ``RequestKey`` with its module; a string stays as it is."""
+    """Return the name of an ``AppKey`` or ``RequestKey`` with its module, and a string as it is."""
     return key if isinstance(key, str) else getattr(key, "_name", "")
 
 

@@ -30,7 +30,7 @@ _PATH = re.compile(r"/[^/?#][^?#]*")
 
 
 def several(value: Any) -> tuple[Any, ...]:
-    """Return the items of a list or tuple, the parts of a string between commas, or a lone value."""
+    """Return the items of a list or tuple, the parts of a string between commas, or one value."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
     return tuple(value) if isinstance(value, (list, tuple)) else (value,)

@@ -1,6 +1,6 @@
 """Fuzz each target for some seconds: ``python -m fuzz SECONDS``, by default 60.
 
-Each run begins with the same inputs, and goes on with others. 0 seconds try the first ones only.
+Each run begins with the same inputs, and goes on with new ones. 0 seconds try the first only.
 If a law is broken the exit status is 1. The input is then shown, and kept in a file that
 ``python -m fuzz.run TARGET FILE`` tries again.
 """
@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from harness.markdown import head, row
 
 TARGETS = ("key", "matcher", "config")
+FIRST = 1000  #: The number of inputs that each run of a target begins with.
 
 
 def main() -> int:
@@ -35,7 +36,7 @@ def fuzz(target: str, seconds: int) -> tuple[bool, int]:
     inputs, chosen = 0, random.Random(target)  # noqa: S311
     with TemporaryDirectory() as corpus:
         # Long inputs to begin with, because short inputs seldom fill more than one field.
-        for number in range(64):
+        for number in range(FIRST):
             Path(corpus, str(number)).write_bytes(chosen.randbytes(1024))
         command = [sys.executable, "-m", "fuzz.run", target, corpus]
         limit = f"-max_total_time={seconds}" if seconds else "-runs=0"
