@@ -49,6 +49,7 @@ from harness.workers import recorders
 
 from .commands import verify
 from .gateways import gateway_program, worker_urls
+from .turns import answered
 
 tomllib = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 sys.modules["tomllib"] = tomllib  # Python 3.10 has no tomllib
@@ -108,9 +109,7 @@ class Page:
         async with client_of(app) as client:
             for _ in range(turns):
                 for session_id in sessions:
-                    async with client.post(**call(session_id)) as response:
-                        assert response.status == 200, await response.text()
-                        await response.read()
+                    await answered(client, **call(session_id))
         for session_id in sessions:
             routing = app.get(aiohttp_smg_routing.ROUTING)  # a sub-app may have it
             config = routing.config if routing else None

@@ -1,9 +1,10 @@
 """Helpers to play turns, and to see where they arrived and what the plugin has logged."""
 
+import asyncio
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from aiohttp import ClientSession, web
@@ -21,11 +22,37 @@ if TYPE_CHECKING:
     Client = TestClient[web.Request, web.Application]  # generic since aiohttp 3.11
 
 
-async def turn(client: "Client", session_id: str, turns: int = 1, **fields: object) -> None:
+async def answered(client: "Client | ClientSession", path: str | URL, **how: Any) -> None:
+    """Call ``path`` by POST; assert that the call is answered, and read the answer."""
+    async with client.post(path, **how) as response:
+        assert response.status == 200, await response.text()
+        await response.read()
+
+
+async def turn(
+    client: "Client | ClientSession", session_id: str, turns: int = 1, **fields: object
+) -> None:
     """Play turn number ``turns`` of a session; assert that it is answered."""
     body = chat(session_id, turns, **fields)
-    async with client.post(f"/sessions/{session_id}/{CHAT}", json=body) as response:
-        assert response.status == 200, await response.text()
+    await answered(client, f"/sessions/{session_id}/{CHAT}", json=body)
+
+
+async def play_sessions(
+    client: "Client | ClientSession", sessions: Iterable[str], turns: int = 1
+) -> None:
+    """Play turns of sessions through a session server, each session at its own pace."""
+
+    async def session(session_id: str) -> None:
+        for number in range(1, turns + 1):
+            await turn(client, session_id, number)
+
+    await asyncio.gather(*map(session, sessions))
+
+
+async def play_sessions_at(server: URL, sessions: Iterable[str], turns: int = 1) -> None:
+    """Play them through the session server at this URL."""
+    async with ClientSession(server) as client:
+        await play_sessions(client, sessions, turns)
 
 
 async def keys(

@@ -1,18 +1,16 @@
 """Pins on the real SMG gateway, as its workers and its own counters show them."""
 
-import asyncio
-
 import pytest
 from aiohttp import ClientSession, TCPConnector
 from pytest_aiohttp.plugin import AiohttpClient
 
 from aiohttp_smg_routing import Routing, RoutingConfig, routing_session
 from aiohttp_smg_routing.testing import SmgGateway, StartSmgGateway
-from harness.agents import chat
+from harness.agents import CHAT, chat
 from harness.proxies import pinned_server
 
 from ..smg import SMG
-from ..turns import assert_keys, served, turn, turns_of
+from ..turns import answered, assert_keys, play_sessions, served, turns_of
 
 SESSIONS = [f"s-{number}" for number in range(100)]
 TURNS = 6
@@ -24,12 +22,7 @@ async def play(smg: SmgGateway, aiohttp_client: AiohttpClient, enabled: bool = T
     client = await aiohttp_client(
         pinned_server(smg.url, enabled=enabled), connector=TCPConnector(limit=AT_A_TIME)
     )
-
-    async def session(session_id: str) -> None:
-        for number in range(1, TURNS + 1):
-            await turn(client, session_id, number)
-
-    await asyncio.gather(*map(session, SESSIONS))
+    await play_sessions(client, SESSIONS, TURNS)
     arrived = turns_of(*smg.workers)
     assert len(arrived) == len(SESSIONS) * TURNS
     assert_keys(arrived, plugin=enabled)
@@ -109,15 +102,9 @@ async def test_any_session_id_has_a_key_that_the_gateway_takes(
         for session_id in ODD_IDS:
             async with routing_session(session_id):
                 for _ in range(5):
-                    await post(session, smg, "/v1/chat/completions", chat(repr(session_id)))
+                    await answered(session, smg.url / CHAT, json=chat(repr(session_id)))
             smg.assert_pinned(session_id, turns=5, config=config)
     assert +await smg.branches() == branches
-
-
-async def post(session: ClientSession, smg: SmgGateway, path: str, body: object) -> None:
-    async with session.post(smg.url.with_path(path), json=body) as response:
-        assert response.status == 200, await response.text()
-        await response.read()
 
 
 MESSAGES = [{"role": "user", "content": "hello"}]
@@ -135,15 +122,14 @@ async def test_every_path_that_the_config_names_is_pinned_and_no_other(
     smg_gateway: StartSmgGateway, policy: str
 ) -> None:
     smg = await smg_gateway(3, policy=policy)
-    for path, body in BODIES.items():
+    for path in BODIES:
         config = RoutingConfig(smg.url, paths=path)
         async with ClientSession(trace_configs=[Routing(config).trace_config()]) as session:
             for number in range(5):
                 async with routing_session(f"{path}#{number}"):
-                    for _ in range(4):
-                        await post(session, smg, path, {"model": "stub", **body})
-                    for other in BODIES.keys() - {path}:
-                        await post(session, smg, other, {"model": "stub", **BODIES[other]})
+                    for called in [path] * 4 + [*BODIES.keys() - {path}]:
+                        body = {"model": "stub", **BODIES[called]}
+                        await answered(session, smg.url.with_path(called), json=body)
                 smg.assert_pinned(f"{path}#{number}", turns=4)
     keyed = [call for call in turns_of(*smg.workers) if call.keys]
     assert {call.path for call in keyed} == BODIES.keys()

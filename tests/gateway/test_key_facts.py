@@ -15,7 +15,7 @@ from aiohttp_smg_routing.testing import SmgGateway, StartSmgGateway, canned
 from harness.agents import CHAT, chat
 
 from ..smg import SMG, answer_when_all_are_there
-from ..turns import forget, served, turns_of
+from ..turns import answered, forget, served, turns_of
 from ..waiting import until
 
 KEY = "X-SMG-Routing-Key"
@@ -152,9 +152,7 @@ async def test_new_sessions_go_where_the_fewest_calls_or_keys_are(
 
 async def play_one(smg: SmgGateway, name: str) -> None:
     async with ClientSession() as session:
-        url = smg.url / CHAT
-        async with session.post(url, json=chat(name), headers={KEY: name}) as response:
-            assert response.status == 200
+        await answered(session, smg.url / CHAT, json=chat(name), headers={KEY: name})
 
 
 def test_a_pin_is_forgotten_after_four_hours_without_a_call() -> None:

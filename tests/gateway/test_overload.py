@@ -1,6 +1,5 @@
 """Worker overload protection moves sessions; SMG 1.12 and newer have it on by default."""
 
-import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from harness.proxies import pinned_server
 
 from ..series import samples_of
 from ..smg import SMG, names_workers
-from ..turns import forget, served, turn
+from ..turns import forget, play_sessions, served
 from .loaded import POLLS, Kind, LoadedWorker, loaded_workers, report
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ class Sessions:
     async def turn(self) -> dict[str, LoadedWorker]:
         """Play a turn of each session; return the worker that received it."""
         forget(*(worker.recorder for worker in self.workers))
-        await asyncio.gather(*(turn(self.client, each) for each in SESSIONS))
+        await play_sessions(self.client, SESSIONS)
         return {each: worker for worker in self.workers for each in served(worker.recorder)}
 
     async def counts(self, name: str) -> float | None:

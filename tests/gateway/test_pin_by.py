@@ -5,7 +5,6 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 from aiohttp import ClientSession, web
@@ -23,12 +22,12 @@ from aiohttp_smg_routing.testing import (
     canned,
     smg_gateway,
 )
-from harness.agents import CHAT, chat
+from harness.agents import CHAT, CHAT_PATH, chat
 from harness.proxies import CLIENT, pinned_server
 from harness.workers import models, recorders
 
 from ..smg import SMG, answer_when_all_are_there, names_workers
-from ..turns import turn, turns_of
+from ..turns import answered, turn, turns_of
 
 SESSIONS = [f"s-{number}" for number in range(8)]
 TURNS = 4
@@ -172,8 +171,7 @@ async def test_a_turn_that_calls_a_second_model_says_so_and_each_keeps_its_worke
         async def turn_and_verdict(request: web.Request) -> web.Response:
             session_id = request.match_info["session_id"]
             body = await request.json()
-            async with request.app[CLIENT].post(url, json=body) as response:
-                assert response.status == 200
+            await answered(request.app[CLIENT], url, json=body)
             with routing_session(session_id, {"json:model": "judge"}):
                 body = {**body, "model": "judge"}
                 async with request.app[CLIENT].post(url, json=body) as response:
@@ -184,8 +182,7 @@ async def test_a_turn_that_calls_a_second_model_says_so_and_each_keeps_its_worke
         for turn in range(1, TURNS + 1):
             for session_id in SESSIONS:
                 body = {**chat(session_id, turn), "model": "policy"}
-                async with client.post(f"/judged/{session_id}", json=body) as response:
-                    assert response.status == 200
+                await answered(client, f"/judged/{session_id}", json=body)
         pairs = len(SESSIONS) * len(models)
         assert running.on_one_worker(models) == pairs
         branches = +await running.smg.branches()
@@ -209,9 +206,7 @@ async def test_the_samples_of_a_group_share_a_worker(
 
     async def turn(group: str, sample: int) -> None:
         body = {**chat(f"{group}/sample-{sample}"), "group": group}
-        headers = {"X-Group-Id": group}
-        async with client.post("/v1/chat/completions", json=body, headers=headers) as response:
-            assert response.status == 200, await response.text()
+        await answered(client, CHAT_PATH, json=body, headers={"X-Group-Id": group})
 
     for _ in range(TURNS):
         await asyncio.gather(*(turn(group, sample) for group in groups for sample in range(4)))
@@ -251,8 +246,7 @@ async def test_many_calls_of_one_group_at_once_do_not_stay_together_under_the_ov
 
     async def call() -> None:
         with routing_session("group-1"):
-            async with session.post(smg.url / CHAT, json=chat("")) as response:
-                assert response.status == 200
+            await answered(session, smg.url / CHAT, json=chat(""))
 
     async with ClientSession(trace_configs=[routing.trace_config()]) as session:
         await asyncio.gather(*(call() for _ in range(16)))
@@ -273,8 +267,7 @@ async def test_a_call_outside_any_group_is_pinned_by_its_session(
     client = await aiohttp_client(app)
     for _ in range(TURNS):
         for session_id in SESSIONS:
-            async with client.post("/v1/chat/completions", json=chat(session_id)) as response:
-                assert response.status == 200
+            await answered(client, CHAT_PATH, json=chat(session_id))
     for session_id in SESSIONS:
         smg.assert_pinned(session_id, turns=TURNS, config=app[ROUTING].config)
 
@@ -285,10 +278,8 @@ async def test_end_drops_all_pins_of_a_session_and_no_other(smg_gateway: StartSm
     routing = Routing({"gateway": str(smg.url), "pin_by": "{session_id}/{header:X-Part}"})
 
     async def turn(session_id: str, part: str | None) -> None:
-        body: Any = chat(session_id)
         with routing_session(session_id, {"header:X-Part": part}):
-            async with session.post(smg.url / CHAT, json=body) as response:
-                assert response.status == 200
+            await answered(session, smg.url / CHAT, json=chat(session_id))
 
     def pins(session_id: str) -> list[SessionPin]:
         return routing.pins.of(session_id)

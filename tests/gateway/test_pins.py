@@ -1,12 +1,10 @@
 """The ledger's counts agree with what the real gateway did."""
 
-import asyncio
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 from aiohttp import ClientSession, TCPConnector
@@ -22,15 +20,7 @@ from harness.proxies import pinned_server
 from harness.workers import worker_processes
 
 from ..smg import names_workers
-from ..turns import turn
-
-if TYPE_CHECKING:
-    from ..turns import Client
-
-
-async def turn_of_all(client: "Client", sessions: Iterable[str]) -> None:
-    """Play a turn of every session."""
-    await asyncio.gather(*(turn(client, each) for each in sessions))
+from ..turns import play_sessions
 
 
 @names_workers
@@ -46,14 +36,14 @@ async def test_when_a_worker_is_killed_exactly_its_sessions_move_once(
         app = pinned_server(smg.url)
         client = await aiohttp_client(app)
         for _ in range(3):
-            await turn_of_all(client, sessions)
+            await play_sessions(client, sessions)
         pins = app[ROUTING].pins
         dead = workers[0]
         lost = {pin.session for pin in pins.sessions() if pin.worker == str(dead.url.origin())}
         assert 0 < len(lost) < len(sessions)
         await dead.kill()
         for _ in range(3):
-            await turn_of_all(client, sessions)
+            await play_sessions(client, sessions)
         moved = {pin.session for pin in pins.sessions() if pin.moves}
         assert moved == lost
         moves = len(lost)
@@ -78,7 +68,7 @@ async def test_the_moves_after_a_gateway_has_lost_its_sticky_map_are_seen(
             urls = [worker.url for worker in workers]
             async with run_smg_gateway(urls, policy="manual", port=port) as smg:
                 for _ in range(2):
-                    await turn_of_all(client, sessions)
+                    await play_sessions(client, sessions)
                 assert (await smg.branches())["vacant"] == len(sessions)
             for worker in workers:
                 for user in {call.json()["user"] for call in worker.calls if call.body}:
@@ -101,12 +91,7 @@ async def test_turns_at_once_are_counted_to_the_last(
     ):
         app = pinned_server(smg.url)
         client = await aiohttp_client(app, connector=TCPConnector(limit=64))
-
-        async def play(session_id: str) -> None:
-            for _ in range(turns):
-                await turn(client, session_id)
-
-        await asyncio.gather(*(play(f"s-{number}") for number in range(sessions)))
+        await play_sessions(client, (f"s-{number}" for number in range(sessions)), turns)
         assert +await smg.branches() == {
             "vacant": sessions,
             "occupied_hit": sessions * (turns - 1),

@@ -27,6 +27,7 @@ from ..metered import metrics_of
 from ..monitoring import ALERTS, DASHBOARD, DOCS, OUTCOMES, expressions
 from ..programs import program
 from ..smg import names_workers
+from ..turns import answered, play_sessions_at
 from ..waiting import PATIENCE_SECONDS
 from .loaded import POLLS, loaded_workers
 
@@ -133,16 +134,6 @@ class Asking:
         return sorted(left)
 
 
-async def post(client: ClientSession, url: URL, session_id: str, **headers: str) -> None:
-    async with client.post(url, json=chat(session_id), headers=headers) as response:
-        assert response.status == 200, await response.text()
-
-
-async def turns(client: ClientSession, server: URL, sessions: Sequence[str]) -> None:
-    urls = [server / "sessions" / session_id / CHAT for session_id in sessions]
-    await asyncio.gather(*map(post, [client] * len(urls), urls, sessions))
-
-
 def branch(name: str) -> str:
     return f'smg_manual_policy_branch_total{{branch="{name}"}} > 0'
 
@@ -194,18 +185,18 @@ async def test_every_query_of_the_dashboard_and_the_alerts_finds_something(tmp_p
 
         await workers[0].report(kv_usage=0.95)
         for _ in range(3):  # all sessions go to the other worker
-            await turns(client, server, SESSIONS)
+            await play_sessions_at(server, SESSIONS)
         # A branch's series begins with its first call, and rate() needs a later one.
         assert await asking.silent({"hits": branch("occupied_hit")}) == []
-        await turns(client, server, SESSIONS)
-        await turns(client, wrong_header, SESSIONS)
+        await play_sessions_at(server, SESSIONS)
+        await play_sessions_at(wrong_header, SESSIONS)
         await workers[0].report(kv_usage=0.1)
         await workers[1].report(kv_usage=0.95)
-        await turns(client, server, SESSIONS)  # now the sessions move
-        await turns(client, unnamed, SESSIONS[:20])
+        await play_sessions_at(server, SESSIONS)  # now the sessions move
+        await play_sessions_at(unnamed, SESSIONS[:20])
         await bad_calls(client, server, unmatched)
         for key in ({"X-SMG-Routing-Key": "k"}, {}):
-            await post(client, hashing.url / CHAT, "s-1", **key)
+            await answered(client, hashing.url / CHAT, json=chat("s-1"), headers=key)
 
         queries = {**dict(expressions()), **variables()}
         assert await asking.silent(queries) == []
@@ -224,10 +215,10 @@ async def test_every_query_of_the_dashboard_and_the_alerts_finds_something(tmp_p
 async def bad_calls(client: ClientSession, server: URL, unmatched: URL) -> None:
     """Make calls that have no session, are late, or go to a gateway that is not in the config."""
     for number in range(20):
-        await post(client, server / CHAT, "no session")
-        await post(client, server / "late" / f"late-{number}", "late")
-        await post(client, unmatched / "elsewhere" / f"s-{number}", "unmatched")
-    await post(client, server / "wait", "late")
+        await answered(client, server / CHAT, json=chat("no session"))
+        await answered(client, server / "late" / f"late-{number}")
+        await answered(client, unmatched / "elsewhere" / f"s-{number}", json=chat("unmatched"))
+    await answered(client, server / "wait")
 
 
 async def assert_watch_says_the_same(asking: Asking, smg: SmgGateway, server: URL) -> None:

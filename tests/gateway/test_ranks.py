@@ -21,7 +21,7 @@ from harness.agents import CHAT, chat
 from harness.workers import models, recorders
 
 from ..smg import SMG
-from ..turns import turns_of
+from ..turns import answered, turns_of
 
 SESSIONS = [f"s-{number}" for number in range(24)]
 
@@ -51,9 +51,7 @@ async def test_each_session_stays_on_one_rank_and_the_ledger_names_it() -> None:
         async with ClientSession(trace_configs=[routing.trace_config()]) as session:
             for _, name in itertools.product(range(4), SESSIONS):
                 with routing_session(name):
-                    url = smg.url / CHAT
-                    async with session.post(url, json=chat(name)) as response:
-                        assert response.status == 200
+                    await answered(session, smg.url / CHAT, json=chat(name))
         served = defaultdict(set)
         for worker in workers:
             for body in [call.json() for call in turns_of(worker)]:

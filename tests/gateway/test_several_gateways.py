@@ -13,7 +13,7 @@ from harness.workers import recorders
 
 from ..gateways import gateways
 from ..smg import names_workers
-from ..turns import assert_keys, served, turns_of
+from ..turns import answered, assert_keys, served, turns_of
 
 SESSIONS = [f"s-{number}" for number in range(24)]
 TURNS = 8
@@ -27,8 +27,7 @@ async def play(both: Sequence[SmgGateway], *, turns: int = TURNS) -> Routing:
         with routing_session(session_id):
             for turn in range(turns):
                 url = both[(number + turn) % len(both)].url / CHAT
-                async with session.post(url, json=chat(session_id)) as response:
-                    assert response.status == 200, await response.text()
+                await answered(session, url, json=chat(session_id))
 
     async with ClientSession(trace_configs=[routing.trace_config()]) as session:
         await asyncio.gather(*(play_session(*each) for each in enumerate(SESSIONS)))

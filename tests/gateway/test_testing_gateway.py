@@ -12,6 +12,7 @@ from harness.agents import CHAT, chat
 from harness.processes import local_url
 
 from ..smg import names_workers
+from ..turns import answered
 from .loaded import POLLS, loaded_workers
 
 
@@ -63,9 +64,7 @@ async def test_an_overloaded_worker_keeps_its_sessions(smg_gateway: StartSmgGate
                 await workers[0].report(kv_usage=kv_usage)
                 for number in range(8):
                     with routing_session(f"s-{number}"):
-                        url = smg.url / CHAT
-                        async with session.post(url, json=chat("s")) as response:
-                            assert response.status == 200
+                        await answered(session, smg.url / CHAT, json=chat("s"))
         for number in range(8):
             replace(smg, workers=tuple(recorders)).assert_pinned(f"s-{number}", turns=2)
 

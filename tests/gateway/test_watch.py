@@ -8,24 +8,24 @@ import re
 import signal
 from asyncio.subprocess import PIPE
 from collections import deque
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp import ClientSession, web
+from aiohttp import web
 from yarl import URL
 
 from aiohttp_smg_routing.testing import free_port, smg_gateway
-from harness.agents import CHAT, chat
 from harness.processes import CLI, ROOT, environment, local_url
 from harness.servers import serve
 from harness.workers import worker_processes
 
 from ..commands import gateway, verify, watch_once
 from ..metered import metered_server
+from ..turns import play_sessions_at
 from ..verify_servers import in_background
 from ..waiting import soon
 from .loaded import POLLS, loaded_workers, report
@@ -35,19 +35,6 @@ FAST = ("--interval", "0.2")
 
 def causes(seen: dict[str, Any]) -> list[str]:
     return [cause["name"] for cause in seen["causes"]]
-
-
-async def play(server: URL, sessions: Iterable[str], turns: int = 1) -> None:
-    """Play turns of sessions through a session server, each session at its own pace."""
-
-    async def one(session_id: str) -> None:
-        url = server / "sessions" / session_id / CHAT
-        for number in range(1, turns + 1):
-            async with client.post(url, json=chat(session_id, number)) as response:
-                await response.read()
-
-    async with ClientSession() as client:
-        await asyncio.gather(*map(one, sessions))
 
 
 @dataclass
@@ -117,7 +104,7 @@ def test_verdict_on_a_job_that_is_pinned_and_one_that_is_not() -> None:
     with in_background(job("manual", "--assignment-mode", "min_group")) as (metrics, server):
         status, seen = watch_once(metrics, server)
         assert (status, causes(seen)) == (2, ["no_calls"])
-        asyncio.run(play(server, sessions, turns=5))
+        asyncio.run(play_sessions_at(server, sessions, turns=5))
         status, seen = watch_once(metrics, server)
         assert (status, seen["verdict"], causes(seen)) == (0, "pinned", ["idle"])
         manual = seen["gateway"]["total"]["branches"]["manual"]
@@ -128,7 +115,7 @@ def test_verdict_on_a_job_that_is_pinned_and_one_that_is_not() -> None:
         status, alone = watch_once(metrics)
         assert (status, alone["server"]) == (0, None)
     with in_background(job("consistent_hashing")) as (metrics, server):
-        asyncio.run(play(server, sessions, turns=5))
+        asyncio.run(play_sessions_at(server, sessions, turns=5))
         status, seen = watch_once(metrics, server)
         assert (status, seen["verdict"]) == (0, "pinned")
         # A new key for each call would look the same to the gateway.
@@ -137,7 +124,7 @@ def test_verdict_on_a_job_that_is_pinned_and_one_that_is_not() -> None:
         assert "the key chose the worker of 60 of 60 calls" in alone["sentence"]
         assert "give the metrics URL of a session server" in alone["sentence"]
     with in_background(job("random")) as (metrics, server):
-        asyncio.run(play(server, sessions, turns=5))
+        asyncio.run(play_sessions_at(server, sessions, turns=5))
         status, seen = watch_once(metrics, server)
         assert (status, seen["verdict"]) == (1, "not pinned")
         assert "policy" in causes(seen)
@@ -151,7 +138,7 @@ async def test_gateway_that_the_session_server_does_not_call_is_said_to_be_anoth
         watching(other.metrics_url, server.url) as watch,
     ):
         await watch.until("no_calls")
-        await play(server.url, [f"s-{number}" for number in range(12)], turns=5)
+        await play_sessions_at(server.url, [f"s-{number}" for number in range(12)], turns=5)
         seen = await watch.until("other_gateway")
     assert seen["verdict"] == "could not tell"
     assert "sessions are on workers that this gateway does not have" in str(seen["causes"])
@@ -168,12 +155,12 @@ async def test_worker_that_is_killed_is_said_while_it_is_down(tmp_path: Path) ->
             metered_server(smg.url) as server,
             watching(smg.metrics_url, server.url) as watch,
         ):
-            await play(server.url, sessions, turns=3)
+            await play_sessions_at(server.url, sessions, turns=3)
             await watch.until(verdict="pinned")
             await workers[0].kill()
             seen = await watch.until("worker_down")
             assert seen["gateway"]["workers"][str(workers[0].url.origin())]["healthy"] is False
-            await play(server.url, sessions)
+            await play_sessions_at(server.url, sessions)
             await watch.until("worker_lost", moved=1)  # the first look may come during the turns
 
 
@@ -190,7 +177,7 @@ async def test_gateway_and_server_that_are_killed_and_come_back_are_said_to_be_s
                 smg_gateway(urls, policy="manual", args=args, port=port),
                 watching(url, server.url) as watch,
             ):
-                await play(server.url, sessions, turns=3)
+                await play_sessions_at(server.url, sessions, turns=3)
                 await watch.until(verdict="pinned")
                 await server.kill()
                 seen = await watch.until("no_server_counters")
@@ -202,7 +189,7 @@ async def test_gateway_and_server_that_are_killed_and_come_back_are_said_to_be_s
                 await watch.until("no_counters", verdict="could not tell")
                 async with smg_gateway(urls, policy="manual", args=args, port=port) as smg:
                     await watch.until("no_calls")
-                    await play(server.url, sessions, turns=3)
+                    await play_sessions_at(server.url, sessions, turns=3)
                     await watch.until(verdict="pinned")
                     smg.process.kill()
                     seen = await watch.until("no_counters", verdict="could not tell")
@@ -234,7 +221,7 @@ async def test_block_on_the_page_is_one_that_the_command_prints() -> None:
         ):
             await report(workers)
             sessions = [f"s-{number}" for number in range(20)]
-            await play(server.url, sessions, turns=2)
+            await play_sessions_at(server.url, sessions, turns=2)
             process = await asyncio.create_subprocess_exec(
                 *(*CLI, "watch", str(smg.metrics_url), str(server.url)),
                 *("--once", "--interval", "1"),
@@ -243,7 +230,7 @@ async def test_block_on_the_page_is_one_that_the_command_prints() -> None:
             )
             ended = asyncio.ensure_future(soon(process.communicate()))
             while not ended.done():
-                await play(server.url, sessions)
+                await play_sessions_at(server.url, sessions)
                 await asyncio.wait({ended}, timeout=0.1)
             out, _ = await ended
     assert process.returncode == 0
@@ -261,7 +248,7 @@ async def test_overloaded_workers_and_the_engines_own_figures_are_shown() -> Non
             metered_server(smg.url) as server,
         ):
             await workers[0].report(kv_usage=0.95)
-            await play(server.url, [f"s-{number}" for number in range(12)], turns=2)
+            await play_sessions_at(server.url, [f"s-{number}" for number in range(12)], turns=2)
             _, seen = await asyncio.to_thread(watch_once, smg.metrics_url, program=True)
     assert "overloaded" in causes(seen)
     one, other = (seen["gateway"]["workers"][str(url.origin())] for url in urls)

@@ -16,7 +16,7 @@ from aiohttp_smg_routing.testing import Recorder, SmgGateway, free_port
 from harness.agents import CHAT_PATH, chat
 from harness.processes import answering, local_url
 
-from ..turns import assert_keys, turns_of
+from ..turns import answered, assert_keys, turns_of
 
 SESSIONS = [f"s-{number}" for number in range(8)]
 TURNS = 3
@@ -24,7 +24,7 @@ TURNS = 3
 
 def by_body(session_id: str) -> Mapping[str, Any]:
     """Return the arguments of ``post()`` for a turn whose body names its session."""
-    return {"url": CHAT_PATH, "json": chat(session_id)}
+    return {"path": CHAT_PATH, "json": chat(session_id)}
 
 
 async def play(url: URL, call: Callable[[str], Mapping[str, Any]]) -> None:
@@ -34,9 +34,7 @@ async def play(url: URL, call: Callable[[str], Mapping[str, Any]]) -> None:
         # Each turn has a new connection, which any process of the server may accept.
         async with ClientSession(url, connector=TCPConnector(force_close=True)) as agent:
             for _ in range(TURNS):
-                async with agent.post(**call(session_id)) as response:
-                    assert response.status == 200, await response.text()
-                    await response.read()
+                await answered(agent, **call(session_id))
 
     await asyncio.gather(*map(session, SESSIONS))
 
@@ -54,7 +52,7 @@ async def play_asks(url: URL, *, stream: bool) -> None:
     await play(
         url,
         lambda session_id: {
-            "url": f"/sessions/{session_id}/ask",
+            "path": f"/sessions/{session_id}/ask",
             "json": chat(session_id, stream=stream),
         },
     )

@@ -34,7 +34,7 @@ async def test_what_goes_out_carries_the_key_and_what_is_cached_is_no_call(
     app.router.add_post("/{session_id}", handler)
     client = await aiohttp_client(app)
     await play(
-        client.make_url("/"), lambda session_id: {"url": session_id, "json": chat(session_id)}
+        client.make_url("/"), lambda session_id: {"path": session_id, "json": chat(session_id)}
     )
     assert_all_pinned(recording_gateway, turns=1)
     assert routing.pins.summary() == PinSummary(unknown=len(SESSIONS), sessions=len(SESSIONS))

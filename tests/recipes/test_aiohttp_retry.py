@@ -11,6 +11,7 @@ from aiohttp_smg_routing import RoutingConfig, setup
 from aiohttp_smg_routing.testing import Recorder, failure
 from harness.agents import chat
 
+from ..turns import answered
 from .serving import SESSIONS
 
 RETRYING = web.AppKey("retrying", RetryClient)
@@ -39,7 +40,6 @@ async def test_each_attempt_keeps_the_key(
     client = await aiohttp_client(app)
     for session_id in SESSIONS:
         recording_gateway.answer_with(failure(503), failure(500))
-        async with client.post(f"/sessions/{session_id}", json=chat(session_id)) as response:
-            assert response.status == 200
+        await answered(client, f"/sessions/{session_id}", json=chat(session_id))
         recording_gateway.assert_pinned(session_id, turns=3)
     assert routing.pins.summary().failed == 2 * len(SESSIONS)

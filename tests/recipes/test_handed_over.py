@@ -14,7 +14,7 @@ from aiohttp_smg_routing import ROUTING, current_session_id, in_session, routing
 from aiohttp_smg_routing.testing import Recorder, StartSmgGateway
 from harness.agents import CHAT, chat
 
-from ..turns import turns_of
+from ..turns import answered, turns_of
 from .serving import SESSIONS, TURNS, assert_all_pinned, play_asks
 
 REMEDIES = pytest.mark.parametrize("remedy", ["in_session", "routing_session"])
@@ -87,8 +87,7 @@ async def test_a_task_of_the_first_request_sends_its_key_for_all_and_that_is_lat
     server = Server(recording_gateway.url, "by the first request")
     client = await aiohttp_client(server.app)
     for session_id in ("s-0", "s-1", "s-2"):
-        async with client.post(f"/sessions/{session_id}/ask", json=chat(session_id)) as response:
-            assert response.status == 200
+        await answered(client, f"/sessions/{session_id}/ask", json=chat(session_id))
     turns = turns_of(recording_gateway)
     assert [(call.json()["user"], call.keys) for call in turns] == [
         ("s-0", [b"s-0"]),
@@ -106,8 +105,7 @@ async def test_while_the_first_request_runs_nothing_shows_it(
     server.may_end.clear()
 
     async def play(session_id: str) -> None:
-        async with client.post(f"/sessions/{session_id}/ask", json=chat(session_id)) as response:
-            assert response.status == 200
+        await answered(client, f"/sessions/{session_id}/ask", json=chat(session_id))
 
     first = asyncio.create_task(play("s-0"))
     await server.played.wait()

@@ -12,6 +12,7 @@ from aiohttp_smg_routing import ROUTING, setup
 from aiohttp_smg_routing.testing import Recorder, StartSmgGateway, answer
 from harness.agents import chat
 
+from ..turns import answered
 from .serving import SESSIONS, TURNS, asks, assert_all_pinned, play_asks
 
 if TYPE_CHECKING:  # importing it takes seconds, and each process collects this file
@@ -78,8 +79,7 @@ async def test_the_sdks_own_retries_carry_it_too(
     client = await aiohttp_client(app)
     busy = answer(status=503, headers={"Retry-After-Ms": "1"})
     recording_gateway.answer_with(busy, busy)
-    async with client.post("/sessions/s-1/ask", json=chat("s-1")) as response:
-        assert response.status == 200
+    await answered(client, "/sessions/s-1/ask", json=chat("s-1"))
     recording_gateway.assert_pinned("s-1", turns=3)
     assert app[ROUTING].pins.summary().failed == 2
 

@@ -62,11 +62,11 @@ async def as_on_the_page(folder: Path, port: int, shell: str) -> AsyncIterator[U
 
 
 def by_header(session_id: str) -> Mapping[str, Any]:
-    return {"url": CHAT_PATH, "json": chat(session_id), "headers": {"X-Session-Id": session_id}}
+    return {"path": CHAT_PATH, "json": chat(session_id), "headers": {"X-Session-Id": session_id}}
 
 
 def by_path(session_id: str) -> Mapping[str, Any]:
-    return {"url": f"/sessions/{session_id}/chat", "json": chat(session_id)}
+    return {"path": f"/sessions/{session_id}/chat", "json": chat(session_id)}
 
 
 async def assert_ids_pinned(smg: SmgGateway) -> None:

@@ -128,4 +128,4 @@ async def test_sub_apps(
 
 
 def turn_of(path: str) -> Any:
-    return lambda session_id: {"url": path.format(session_id), "json": chat(session_id)}
+    return lambda session_id: {"path": path.format(session_id), "json": chat(session_id)}

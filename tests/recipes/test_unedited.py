@@ -10,25 +10,25 @@ from aiohttp_smg_routing import RoutingConfig, setup
 from aiohttp_smg_routing.testing import StartSmgGateway
 from harness.agents import CHAT_PATH, chat
 
-from .serving import SESSIONS, TURNS, assert_gateway_pinned, play
+from .serving import SESSIONS, TURNS, assert_gateway_pinned, by_body, play
 from .unedited import make_app
 
 
 def by_metadata(session_id: str) -> Mapping[str, Any]:
-    return {"url": CHAT_PATH, "json": {**chat("someone"), "metadata": {"session_id": session_id}}}
+    return {"path": CHAT_PATH, "json": {**chat("someone"), "metadata": {"session_id": session_id}}}
 
 
 def by_streamed_body(session_id: str) -> Mapping[str, Any]:
-    return {"url": CHAT_PATH, "json": chat(session_id, stream=True)}
+    return {"path": CHAT_PATH, "json": chat(session_id, stream=True)}
 
 
 def by_token(session_id: str) -> Mapping[str, Any]:
     headers = {"Authorization": f"Bearer {session_id}"}
-    return {"url": CHAT_PATH, "json": chat("someone"), "headers": headers}
+    return {"path": CHAT_PATH, "json": chat("someone"), "headers": headers}
 
 
 def by_header_only(session_id: str) -> Mapping[str, Any]:
-    return {"url": CHAT_PATH, "json": chat("someone"), "headers": {"X-Session-Id": session_id}}
+    return {"path": CHAT_PATH, "json": chat("someone"), "headers": {"X-Session-Id": session_id}}
 
 
 SERVERS: dict[str, tuple[dict[str, Any], Callable[[str], Mapping[str, Any]]]] = {
@@ -73,7 +73,7 @@ async def test_placeholder_ids_are_no_session(
         },
     )
     client = await aiohttp_client(app)
-    await play(client.make_url("/"), lambda session_id: {"url": CHAT_PATH, "json": chat("default")})
+    await play(client.make_url("/"), lambda _: by_body("default"))
     assert +await smg.branches() == {"no_routing_id": len(SESSIONS) * TURNS}
 
 

@@ -20,6 +20,7 @@ from harness.agents import CHAT, CHAT_PATH
 from harness.workers import recorders
 
 from ..gateways import gateway_program, worker_urls
+from ..turns import answered
 
 PAGE = Path(__file__).parents[2] / "docs" / "gateways.md"
 
@@ -93,8 +94,7 @@ async def play(
             with routing_session(session_id):
                 for _ in range(turns):
                     body = {**random_turn(session_id), **fields}
-                    async with client.post(gateway.url / CHAT, json=body) as response:
-                        assert response.status == 200
+                    await answered(client, gateway.url / CHAT, json=body)
 
         await asyncio.gather(*map(one, sessions))
 

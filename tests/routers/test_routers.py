@@ -21,7 +21,7 @@ from harness.servers import serve
 
 from ..commands import LOAD, verify
 from ..series import samples_of
-from ..turns import forget
+from ..turns import answered, forget
 from ..verify_servers import in_background
 from .launch import FACTS, HEADER, is_pinned, launched, random_turn, served_by_prompt
 
@@ -48,8 +48,7 @@ async def play_on_a_server(gateway: SmgGateway) -> PinSummary:
 
         async def one(session_id: str) -> None:
             url = server / "sessions" / session_id / CHAT
-            async with client.post(url, json=random_turn(session_id)) as response:
-                assert response.status == 200, await response.text()
+            await answered(client, url, json=random_turn(session_id))
 
         for _ in range(TURNS):  # in random order, so that round_robin doesn't look pinned
             await asyncio.gather(*map(one, random.sample(SESSIONS, len(SESSIONS))))

@@ -14,6 +14,7 @@ from aiohttp_smg_routing import ROUTING_KEY_HEADER
 from harness.agents import CHAT
 
 from ..commands import verify
+from ..turns import answered
 from .launch import HEADER, is_pinned, launched, play, random_turn, served_by_prompt
 
 POLICIES = ["consistent_hash", "sticky_least_loaded"]
@@ -42,9 +43,7 @@ async def test_without_its_header_others_choose_the_worker(policy: str, name: st
     async with launched(policy) as gateway, ClientSession() as session:
 
         async def call(whose: str, headers: Mapping[str, str]) -> None:
-            body = random_turn(whose)
-            async with session.post(gateway.url / CHAT, json=body, headers=headers) as r:
-                assert r.status == 200
+            await answered(session, gateway.url / CHAT, json=random_turn(whose), headers=headers)
 
         for _, whose in itertools.product(range(2), SESSIONS):
             await call(whose, {name: whose})
@@ -68,8 +67,7 @@ async def test_of_two_headers_the_last_one_counts() -> None:
         url = gateway.url / CHAT
         for number, name in itertools.product(range(4), SESSIONS):
             for headers in ([(HEADER, f"{number}"), (HEADER, name)],):
-                async with session.post(url, json=random_turn(name), headers=headers) as response:
-                    assert response.status == 200
+                await answered(session, url, json=random_turn(name), headers=headers)
         assert is_pinned(served_by_prompt(gateway.workers))
 
 
@@ -77,16 +75,12 @@ async def test_finish_session_frees_its_place() -> None:
     async with launched("sticky_least_loaded") as gateway, ClientSession() as session:
 
         async def worker_of(name: str) -> URL:
-            url = gateway.url / CHAT
-            async with session.post(
-                url, json=random_turn(name), headers={HEADER: name}
-            ) as response:
-                assert response.status == 200
+            body, headers = random_turn(name), {HEADER: name}
+            await answered(session, gateway.url / CHAT, json=body, headers=headers)
             return served_by_prompt(gateway.workers)[name][-1]
 
         workers = {name: await worker_of(name) for name in ("a", "b", "c")}
         assert len({*workers.values()}) == 3
         url = gateway.url.with_path("/finish_session").with_query(session_id="b")
-        async with session.post(url) as response:
-            assert response.status == 200
+        await answered(session, url)
         assert await worker_of("d") == workers["b"]

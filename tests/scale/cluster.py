@@ -18,7 +18,7 @@ from harness.processes import answering, local_url, together
 from harness.proxies import pinned_server
 from harness.servers import serve
 
-from ..turns import assert_keys, served, turns_of
+from ..turns import answered, assert_keys, served, turns_of
 
 SERVERS, WORKERS = 3, 4
 SESSIONS = [f"s-{number}" for number in range(48)]
@@ -61,10 +61,7 @@ async def play(servers: Sequence[URL], turns: int, sessions: Iterable[str] = SES
         async with limit, ClientSession(connector=TCPConnector(force_close=True)) as agent:
             for turn in range(turns):
                 server = servers[(number + turn) % len(servers)]
-                url = server / CHAT
-                async with agent.post(url, json=chat(session_id, turn + 1)) as response:
-                    assert response.status == 200, await response.text()
-                    await response.read()
+                await answered(agent, server / CHAT, json=chat(session_id, turn + 1))
 
     await asyncio.gather(*(session(*each) for each in enumerate(sessions)))
 

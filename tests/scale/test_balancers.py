@@ -25,7 +25,7 @@ from harness.agents import CHAT, chat
 from harness.proxies import pinned_server
 from harness.servers import serve
 
-from ..turns import assert_keys, forget, served, turns_of
+from ..turns import answered, assert_keys, forget, served, turns_of
 from .cluster import (
     SESSIONS,
     branches,
@@ -187,8 +187,7 @@ async def test_no_header_of_a_client_has_the_key_dropped_on_the_way(shared: Shar
     async with serve(pinned_server(front.url)) as server, ClientSession() as agent:
         url = server / f"sessions/s-1/{CHAT}"
         for named in (KEY, KEY.lower(), f"keep-alive, {KEY}", f"close , {KEY.upper()},x-a"):
-            async with agent.post(url, json=chat("s-1"), headers={"Connection": named}) as response:
-                assert response.status == 200, named
+            await answered(agent, url, json=chat("s-1"), headers={"Connection": named})
     # All on one worker, with the key.
     assert served_with_keys(*behind)["s-1"].most_common(1)[0][1] == 4
     assert await branches(both) - before == {"vacant": 1, "occupied_hit": 3}
@@ -258,7 +257,6 @@ async def test_a_turn_of_megabytes_for_a_gateway_that_is_gone_comes_to_the_other
     ):
         await kill(stops)
         for key in SESSIONS[:16]:  # about half are for the gateway that is gone
-            post = client.post(front.url / CHAT, data=megabytes(key), headers={KEY: key})
-            async with post as response:
-                assert response.status == 200, await response.text()
+            url = front.url / CHAT
+            await answered(client, url, data=megabytes(key), headers={KEY: key})
         assert {sum(each.values()) for each in served_with_keys(*behind).values()} == {1}
