@@ -6,11 +6,12 @@ import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
+from harness.processes import ROOT, finished
+
 
 def python(code: str, *flags: str, env: Mapping[str, str] | None = None) -> str:
-    """Run code in a new Python, with this environment by default; return what it prints."""
-    argv = [sys.executable, *flags, "-c", textwrap.dedent(code)]
-    done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)  # noqa: S603
+    """Run code in a new Python, with ``env`` added to this environment; return what it prints."""
+    done = finished(ROOT, sys.executable, *flags, "-c", textwrap.dedent(code), env=env)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -16,7 +16,6 @@ import inspect
 import json
 import re
 import shlex
-import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -44,7 +43,7 @@ from aiohttp_smg_routing.testing import (
     recording_gateway,
 )
 from harness.agents import CHAT
-from harness.processes import ROOT, local_url
+from harness.processes import ROOT, finished, local_url
 from harness.workers import recorders
 
 from .commands import verify
@@ -256,7 +255,7 @@ def shell(example: Example) -> None:
         command, *words = shlex.split(line, comments=True)
         command = command.removeprefix(".venv/bin/")
         if command == "make":
-            subprocess.run(["make", "--dry-run", *words], cwd=ROOT, check=True, capture_output=True)  # noqa: S603, S607
+            finished(ROOT, "make", "--dry-run", *words, check=True)
         elif command == "pip":
             named = re.findall(r"(?:aiohttp_smg_routing|\.)\[([^\]]+)\]", line)
             extras = ",".join(named).split(",") if named else []

@@ -120,8 +120,7 @@ def test_one_run_renews_the_blocks_of_a_command_on_every_page(tmp_path: Path) ->
         re.MULTILINE,
     )
     assert source, text
-    argv = ("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
-    head = subprocess.run(argv, capture_output=True, text=True).stdout  # noqa: S603
+    head = finished(ROOT, "git", "rev-parse", "--short", "HEAD").stdout
     assert source[1] == (head.strip() or "unknown")
     everything = (tmp_path / "README.md").read_text()
     assert everything.endswith(other)  # the block of a command that did not run

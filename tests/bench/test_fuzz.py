@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.processes import ROOT
+from harness.processes import ROOT, finished
 
 pytestmark = pytest.mark.skipif(
     (sys.platform, platform.machine()) != ("linux", "x86_64"), reason="atheris has no wheel for it"
@@ -17,13 +17,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def fuzz(tree: Path, seconds: int) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(  # noqa: S603
-        [sys.executable, "-m", "fuzz", str(seconds)],
-        cwd=tree,
-        capture_output=True,
-        text=True,
-        errors="replace",
-    )
+    return finished(tree, sys.executable, "-m", "fuzz", str(seconds), errors="replace")
 
 
 @pytest.fixture
@@ -58,8 +52,8 @@ def test_a_broken_law_is_found_and_its_input_kept(tree: Path) -> None:
     [found] = tree.glob("fuzz-key-crash-*")
 
     def again() -> int:
-        command = [sys.executable, "-m", "fuzz.run", "key", found.name]
-        return subprocess.run(command, cwd=tree, capture_output=True).returncode  # noqa: S603
+        argv = (sys.executable, "-m", "fuzz.run", "key", found.name)
+        return finished(tree, *argv, errors="replace").returncode
 
     assert again() != 0
     key.write_text(whole)

@@ -2,7 +2,6 @@
 
 import asyncio
 import itertools
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import AsyncGenerator, Iterable, Sequence
@@ -13,6 +12,7 @@ from yarl import URL
 
 from aiohttp_smg_routing.testing import SmgGateway, StartSmgGateway, canned
 from harness.agents import CHAT, chat
+from harness.processes import ROOT, finished
 
 from ..smg import SMG, answer_when_all_are_there
 from ..turns import answered, forget, served, turns_of
@@ -157,8 +157,8 @@ async def play_one(smg: SmgGateway, name: str) -> None:
 
 def test_a_pin_is_forgotten_after_four_hours_without_a_call() -> None:
     """The test reads the program's help instead of waiting."""
-    argv = [sys.executable, "-m", "smg", "launch", "--help"]
-    told = subprocess.run(argv, capture_output=True, text=True, check=True).stdout  # noqa: S603
+    argv = (sys.executable, "-m", "smg", "launch", "--help")
+    told = finished(ROOT, *argv, check=True).stdout
     option = told.partition("\n  --max-idle-secs")[2].partition("\n  --")[0]
     assert "(default: 14400)" in option
 

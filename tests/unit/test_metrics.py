@@ -502,7 +502,7 @@ def test_without_metrics_nothing_is_registered_and_prometheus_client_is_not_impo
         import prometheus_client
         print("smg_routing" in prometheus_client.generate_latest().decode())
     """
-    assert python(textwrap.dedent(SERVE) + textwrap.dedent(look), *STRICT, env={}) == "[]\nFalse\n"
+    assert python(textwrap.dedent(SERVE) + textwrap.dedent(look), *STRICT) == "[]\nFalse\n"
 
 
 def test_without_metrics_no_extra_is_needed() -> None:
@@ -510,7 +510,7 @@ def test_without_metrics_no_extra_is_needed() -> None:
         import sys
         sys.modules["prometheus_client"] = None  # to import it is an ImportError
     """
-    assert python(textwrap.dedent(block) + textwrap.dedent(SERVE), *STRICT, env={}) == ""
+    assert python(textwrap.dedent(block) + textwrap.dedent(SERVE), *STRICT) == ""
 
 
 def test_a_disabled_config_registers_nothing(registry: CollectorRegistry) -> None:

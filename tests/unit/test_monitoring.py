@@ -1,9 +1,7 @@
 """promtool accepts the alert rules and the dashboard, and the pages document what they read."""
 
 import json
-import os
 import re
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from pytest_aiohttp.plugin import AiohttpClient
 
 from aiohttp_smg_routing import ROUTING
 from aiohttp_smg_routing.testing import Recorder, completion
+from harness.processes import ROOT, finished
 from harness.proxies import pinned_server
 
 from ..monitoring import (
@@ -36,9 +35,9 @@ from ..programs import program
 
 def promtool(*args: str | Path) -> str:
     """Run promtool and return what it printed; it must succeed."""
-    argv = [program("promtool", "prometheus"), *map(str, args)]
-    env = {**os.environ, "GOGC": "400"}  # it has memory to spare, and collects garbage less often
-    done = subprocess.run(argv, env=env, capture_output=True, text=True, check=False)  # noqa: S603
+    argv = (program("promtool", "prometheus"), *map(str, args))
+    env = {"GOGC": "400"}  # it has memory to spare, and collects garbage less often
+    done = finished(ROOT, *argv, env=env)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -1,6 +1,5 @@
 import asyncio
 import socket
-import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from aiohttp_smg_routing.testing import child_process, free_port, free_ports, processes
+from harness.processes import ROOT, finished
 
 
 async def never() -> bool:
@@ -105,10 +105,8 @@ def test_a_port_is_given_once_while_its_process_runs(monkeypatch: pytest.MonkeyP
         f"processes.OWN_PORTS = {ports}\n"
         "print(free_ports(1))"
     )
-    asking = subprocess.run(  # noqa: S603  # our own Python
-        [sys.executable, "-c", asks], capture_output=True, text=True
-    )
-    assert "only 0 of 1 ports of 127.0.0.1 are free" in asking.stderr
+    said = finished(ROOT, sys.executable, "-c", asks).stderr
+    assert "only 0 of 1 ports of 127.0.0.1 are free" in said
 
 
 def test_a_given_port_is_for_whoever_listens_on_it() -> None:

@@ -21,7 +21,7 @@ from aiohttp_smg_routing import __main__, __version__
 from aiohttp_smg_routing.__main__ import main
 from aiohttp_smg_routing.testing import free_port
 from aiohttp_smg_routing.verify import cli, report, streams
-from harness.processes import CLI, local_url
+from harness.processes import CLI, ROOT, finished, local_url
 from harness.servers import serve
 
 from ..commands import broken_pipe
@@ -509,8 +509,7 @@ def test_without_the_extra_the_command_says_what_to_install(
 
 
 def test_python_dash_m_is_the_command() -> None:
-    done = subprocess.run([*CLI, "verify", "--help"], capture_output=True, text=True, check=True)  # noqa: S603
-    assert "GATEWAY_URL" in done.stdout
+    assert "GATEWAY_URL" in finished(ROOT, *CLI, "verify", "--help", check=True).stdout
 
 
 def test_core_does_not_import_the_command() -> None:

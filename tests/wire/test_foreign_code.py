@@ -3,7 +3,6 @@
 import asyncio
 import functools
 import logging
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from types import MethodType
@@ -26,6 +25,7 @@ from aiohttp_smg_routing import (
     setup,
 )
 from aiohttp_smg_routing.testing import Recorder, completion, redirect
+from harness.processes import ROOT, finished
 from harness.proxies import CLIENT, pinned_server
 
 from ..turns import PATH, keys, said
@@ -279,9 +279,7 @@ async def test_a_client_session_that_was_replaced_before_the_import_is_no_other(
     gateway: Recorder, how: str
 ) -> None:
     argv = (sys.executable, "-W", "ignore", "-c", REPLACED, str(gateway.url), how)
-    done = await asyncio.to_thread(
-        subprocess.run, argv, capture_output=True, text=True, check=False
-    )
+    done = await asyncio.to_thread(finished, ROOT, *argv)
     assert done.returncode == 0, done.stderr
     assert [call.values("X-Own") for call in gateway.calls] == [[b"1"]] * 4
     assert [call.keys for call in gateway.calls] == [[b"kept"], [], [b"kept"], [b"s-1"]]

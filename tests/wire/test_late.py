@@ -3,7 +3,6 @@
 import asyncio
 import queue
 import ssl
-import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -29,6 +28,7 @@ from aiohttp_smg_routing import (
     setup,
 )
 from aiohttp_smg_routing.testing import Recorder, completion
+from harness.processes import ROOT, finished
 from harness.proxies import CLIENT, pinned_server, proxy_server
 
 from ..crosstalk import (
@@ -336,7 +336,7 @@ async def test_executor_threads_of_a_python_whose_threads_inherit_the_context_ar
     gateway: Recorder,
 ) -> None:
     argv = (sys.executable, "-X", "thread_inherit_context=1", "-c", INHERITING, str(gateway.url))
-    done = await asyncio.to_thread(subprocess.run, argv, capture_output=True, text=True, check=True)
+    done = await asyncio.to_thread(finished, ROOT, *argv, check=True)
     keys = [key for sent in gateway.calls for key in sent.keys]
     wrong = sum(key != f"s-{number}".encode() for number, key in enumerate(keys))
     assert wrong > 0
