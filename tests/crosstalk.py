@@ -1,9 +1,10 @@
 """Calls whose body is the id of the session that they belong to."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aiohttp import ClientSession, web
+from yarl import URL
 
 from aiohttp_smg_routing.testing import Recorder
 from harness.proxies import CLIENT, pinned_server
@@ -36,6 +37,16 @@ async def in_handler(request: web.Request, wire: Recorder) -> web.StreamResponse
     """Handle a turn with one call."""
     await call(request, wire)
     return web.Response()
+
+
+def anew(url: URL | str, **options: Any) -> Handler:
+    """Return a handler that makes a ClientSession for its call."""
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        async with ClientSession(**options) as session, session.post(url):
+            return web.Response()
+
+    return handler
 
 
 async def two_chunks(request: web.Request, wire: Recorder) -> AsyncIterator[bytes]:

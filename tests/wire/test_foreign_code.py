@@ -28,6 +28,7 @@ from aiohttp_smg_routing.testing import Recorder, completion, redirect
 from harness.processes import ROOT, finished
 from harness.proxies import CLIENT, pinned_server
 
+from ..crosstalk import anew
 from ..turns import PATH, keys, said
 
 PLAIN: Any = ClientSession.__init__
@@ -167,12 +168,8 @@ async def test_a_wrapper_of_others_may_come_later_and_go_first_or_last(
 
 @pytest.mark.parametrize("wrap", WRAPPERS)
 async def test_an_app_starts_serves_and_ends_beside_a_tracer(gateway: Recorder, wrap: Any) -> None:
-    async def handler(request: web.Request) -> web.Response:
-        async with ClientSession() as session, session.post(gateway.chat):
-            return web.Response()
-
     app = web.Application()
-    app.router.add_post("/{session_id}", handler)
+    app.router.add_post("/{session_id}", anew(gateway.chat))
     setup(app, RoutingConfig(gateway.url, instrument=True))
     set_constructor(wrap(lambda: None))
     try:

@@ -4,6 +4,7 @@ import asyncio
 import sys
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from aiohttp_smg_routing import (
 )
 from aiohttp_smg_routing.testing import Recorder
 
+from ..crosstalk import anew
 from ..turns import keys
 
 PLAIN = ClientSession.__init__
@@ -228,13 +230,8 @@ async def test_sessions_made_in_threads_are_among_them(gateway: Recorder) -> Non
 
 def server(wire: Recorder, **config: Any) -> web.Application:
     """Return a server without the plugin that makes a ClientSession for each call."""
-
-    async def handler(request: web.Request) -> web.Response:
-        async with ClientSession() as session, session.post(wire.chat):
-            return web.Response()
-
     app = web.Application()
-    app.router.add_post("/{session_id}", handler)
+    app.router.add_post("/{session_id}", anew(wire.chat))
     setup(app, {"gateway": str(wire.url), "instrument": True, **config})
     return app
 
@@ -455,6 +452,13 @@ async def at_each_step(begin: Callable[[], Trial]) -> int:
     return await asyncio.to_thread(asyncio.run, count())
 
 
+async def call_once(wire: Recorder, connector: BaseConnector) -> None:
+    async with ClientSession(connector=connector, connector_owner=False) as session:
+        with routing_session("s-1"):
+            async with session.post(wire.chat):
+                pass
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("order", ["first", "last"])
 @pytest.mark.parametrize("what", ["lets go", "comes"])
@@ -478,12 +482,6 @@ async def test_a_call_is_tagged_and_counted_once_wherever_another_app_lets_go_or
             else:
                 blocks.append(theirs.instrument())
 
-        async def work(connector: BaseConnector) -> None:
-            async with ClientSession(connector=connector, connector_owner=False) as session:
-                with routing_session("s-1"):
-                    async with session.post(gateway.chat):
-                        pass
-
         async def check() -> None:
             for block in blocks:
                 block.close()
@@ -491,7 +489,7 @@ async def test_a_call_is_tagged_and_counted_once_wherever_another_app_lets_go_or
             counts = [routing.pins.summary().unknown for routing in (theirs, ours)]
             assert counts == [0, 1] or (gateways == "one" and counts == [1, 0])
 
-        return Trial(work, do, check)
+        return Trial(partial(call_once, gateway), do, check)
 
     assert await at_each_step(begin) > 50
 
@@ -504,17 +502,11 @@ async def test_a_near_miss_fails_no_call_wherever_the_last_app_lets_go(
     def begin() -> Trial:
         block = Routing(config).instrument()
 
-        async def work(connector: BaseConnector) -> None:
-            async with ClientSession(connector=connector, connector_owner=False) as session:
-                with routing_session("s-1"):
-                    async with session.post(elsewhere.chat):
-                        pass
-
         async def check() -> None:
             block.close()
             assert elsewhere.calls.pop().keys == []
 
-        return Trial(work, block.close, check)
+        return Trial(partial(call_once, elsewhere), block.close, check)
 
     assert await at_each_step(begin) > 50
 

@@ -19,6 +19,7 @@ from harness.proxies import CLIENT, pinned_server
 
 from ..crosstalk import (
     Handler,
+    anew,
     assert_no_crosstalk,
     call,
     in_handler,
@@ -419,16 +420,16 @@ async def test_one_request_that_is_handled_as_several_at_once_keeps_their_sessio
     assert_no_crosstalk(gateway, 3)
 
 
+@web.middleware
+async def again(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Run the handler a second time without a session, as a middleware above the plugin may."""
+    await handler(request.clone(headers={"X-Session-Id": "first"}))
+    return await handler(request.clone(headers={}))
+
+
 async def test_a_second_try_of_a_request_has_nothing_of_the_first_ones_session(
     gateway: Recorder, aiohttp_client: AiohttpClient
 ) -> None:
-    """A middleware above the plugin may run the handler again without a session."""
-
-    @web.middleware
-    async def again(request: web.Request, handler: Handler) -> web.StreamResponse:
-        await handler(request.clone(headers={"X-Session-Id": "first"}))
-        return await handler(request.clone(headers={}))
-
     async def handler(request: web.Request) -> web.Response:
         async with request.app[CLIENT].post(gateway.chat):
             return web.Response(text=str(current_session_id()))
@@ -445,11 +446,6 @@ async def test_a_second_try_of_a_request_has_nothing_of_the_first_ones_session(
 async def test_a_second_try_of_a_request_has_nothing_of_an_inner_apps_session_of_the_first(
     gateway: Recorder, elsewhere: Recorder, outgoing: ClientSession, aiohttp_client: AiohttpClient
 ) -> None:
-    @web.middleware
-    async def again(request: web.Request, handler: Handler) -> web.StreamResponse:
-        await handler(request.clone(headers={"X-Session-Id": "first"}))
-        return await handler(request.clone(headers={}))
-
     @web.middleware
     async def judging(request: web.Request, handler: Handler) -> web.StreamResponse:
         await calling(elsewhere)(request)
@@ -566,12 +562,7 @@ async def test_a_request_without_a_session_goes_by_its_apps_on_missing(
 ) -> None:
     app = web.Application()
     hook = Routing(RoutingConfig(gateway.url, on_missing=outer)).trace_config()
-
-    async def handler(request: web.Request) -> web.Response:
-        async with ClientSession(trace_configs=[hook]) as session, session.post(gateway.chat):
-            return web.Response()
-
-    app.router.add_post("/", handler)
+    app.router.add_post("/", anew(gateway.chat, trace_configs=[hook]))
     setup(app, RoutingConfig(gateway.url, on_missing=inner))
     client = await aiohttp_client(app)
     async with client.post("/") as response:
@@ -585,12 +576,8 @@ async def test_an_inner_app_that_finds_no_session_leaves_the_outer_apps(
     config = RoutingConfig(gateway.url, session_id="header:X-Inner")
     hook = Routing(config).trace_config()
 
-    async def handler(request: web.Request) -> web.Response:
-        async with ClientSession(trace_configs=[hook]) as session, session.post(gateway.chat):
-            return web.Response()
-
     app, sub = web.Application(), web.Application()
-    sub.router.add_post("/{session_id}", handler)
+    sub.router.add_post("/{session_id}", anew(gateway.chat, trace_configs=[hook]))
     setup(sub, config)
     setup(app, RoutingConfig(gateway.url))
     app.add_subapp("/sub", sub)

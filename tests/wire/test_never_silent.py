@@ -31,6 +31,7 @@ from aiohttp_smg_routing.testing import Recorder, free_port, redirect
 from harness.agents import CHAT_PATH
 from harness.proxies import CLIENT, client_session, pinned_server
 
+from ..crosstalk import anew
 from ..turns import PATH, said
 
 # At start-up
@@ -702,13 +703,8 @@ async def test_a_client_session_that_is_made_anew_at_run_time_is_said(
     gateway: Recorder, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The ClientSession that the app had at start-up has the hook, but makes no calls."""
-
-    async def handler(request: web.Request) -> web.Response:
-        async with ClientSession() as session, session.post(gateway.chat):
-            return web.Response()
-
     app = without_hook(gateway.chat)
-    app.router.add_post("/anew/{session_id}", handler)
+    app.router.add_post("/anew/{session_id}", anew(gateway.chat))
     setup(app, {"gateway": str(gateway.url), "client_session": "client"})
     client = await aiohttp_client(app)
     for _ in range(50):
@@ -794,13 +790,9 @@ def sometimes_calling(url: URL) -> web.Application:
     async def reward(request: web.Request) -> web.Response:
         return web.Response()
 
-    async def anew(request: web.Request) -> web.Response:
-        async with ClientSession() as session, session.post(url):
-            return web.Response()
-
     app = without_hook(url)
     app.router.add_post("/{session_id}/reward", reward)
-    app.router.add_post("/{session_id}/anew", anew)
+    app.router.add_post("/{session_id}/anew", anew(url))
     return app
 
 
