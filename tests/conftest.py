@@ -15,6 +15,10 @@ from harness.proc import processes_in
 # doubles the time of the import. No test needs them.
 os.environ["SSL_CERT_FILE"] = str(Path(__file__).with_name("authority.pem"))
 
+# They are the options of the commands, and a shell may have set some.
+for variable in [name for name in os.environ if name.startswith("SMG_")]:
+    del os.environ[variable]
+
 # A shell makes background jobs ignore Ctrl-C, and nohup makes them ignore a hang-up. The programs
 # that tests start and stop by a signal would inherit this.
 for number, by_default in (

@@ -29,12 +29,6 @@ HERE = __name__
 
 
 @pytest.fixture(autouse=True)
-def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith("SMG_ROUTING_")]:
-        monkeypatch.delenv(name)
-
-
-@pytest.fixture(autouse=True)
 def _signals() -> Iterator[None]:
     """Restore the signals: the command resets them when it becomes the server."""
     before = {it: signal.getsignal(it) for it in (signal.SIGPIPE, signal.SIGXFSZ)}

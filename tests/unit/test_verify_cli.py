@@ -56,11 +56,6 @@ def url() -> Iterator[URL]:
         yield url
 
 
-@pytest.fixture(autouse=True)
-def no_key_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("SMG_API_KEY", raising=False)
-
-
 FEW = ("--sessions", "8")  # enough for a verdict, where the test is not about the turns
 
 

@@ -90,12 +90,6 @@ class UsersServer:
         return self.process.returncode
 
 
-@pytest.fixture(autouse=True)
-def no_options_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith("SMG_")]:
-        monkeypatch.delenv(name)
-
-
 @asynccontextmanager
 async def users_server(
     folder: Path,
