@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from importlib import import_module
 from typing import Any
 
 from aiohttp import ClientSession, TCPConnector, web
@@ -37,6 +38,12 @@ async def play(url: URL, call: Callable[[str], Mapping[str, Any]]) -> None:
                 await answered(agent, **call(session_id))
 
     await asyncio.gather(*map(session, SESSIONS))
+
+
+def clients_of(sdk: str) -> Mapping[str, Callable[[], Any]]:
+    """Return what makes each client that an SDK may have; importing one takes seconds."""
+    of_aiohttp = "DefaultAioHttpClient"
+    return {"default": lambda: None, "aiohttp": lambda: getattr(import_module(sdk), of_aiohttp)()}
 
 
 def asks(ask: Callable[[web.Request], Awaitable[web.Response]], gateway: URL) -> web.Application:

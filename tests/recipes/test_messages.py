@@ -11,12 +11,13 @@ from pytest_aiohttp.plugin import AiohttpClient
 from aiohttp_smg_routing import ROUTING, RoutingConfig, setup
 from aiohttp_smg_routing.testing import Answer, Call, Recorder, StartSmgGateway, answer, canned
 
-from .serving import SESSIONS, TURNS, assert_gateway_pinned, play_asks
+from .serving import SESSIONS, TURNS, assert_gateway_pinned, clients_of, play_asks
 from .unedited import make_app
 
 if TYPE_CHECKING:  # importing it takes seconds, and each process collects this file
     from anthropic import AsyncAnthropic
 
+CLIENTS = clients_of("anthropic")
 EVENTS = b"""\
 event: message_start
 data: {"type":"message_start","message":{"id":"m","type":"message","role":"assistant",\
@@ -41,12 +42,6 @@ def new_sdk(url: str, http_client: Any = None) -> "AsyncAnthropic":
     from anthropic import AsyncAnthropic
 
     return AsyncAnthropic(base_url=url, api_key="none", http_client=http_client)
-
-
-def aiohttp_of_the_sdk() -> Any:
-    from anthropic import DefaultAioHttpClient
-
-    return DefaultAioHttpClient()
 
 
 def streamed(call: Call) -> Answer:
@@ -90,7 +85,7 @@ async def test_each_session_stays_on_one_worker(
     url = str((await aiohttp_client(app)).make_url("/"))
 
     async def agent(session_id: str) -> None:
-        async with new_sdk(url, aiohttp_of_the_sdk()) as sdk:
+        async with new_sdk(url, CLIENTS["aiohttp"]()) as sdk:
             for _ in range(TURNS):
                 await message(sdk, session_id, stream=stream)
 
@@ -99,9 +94,6 @@ async def test_each_session_stays_on_one_worker(
 
 
 # In a server
-
-
-CLIENTS: dict[str, Callable[[], Any]] = {"default": lambda: None, "aiohttp": aiohttp_of_the_sdk}
 
 
 def add_ask(app: web.Application, sdk: "AsyncAnthropic") -> None:

@@ -13,19 +13,13 @@ from aiohttp_smg_routing.testing import Recorder, StartSmgGateway, answer
 from harness.agents import chat
 
 from ..turns import answered
-from .serving import SESSIONS, TURNS, asks, assert_all_pinned, play_asks
+from .serving import SESSIONS, TURNS, asks, assert_all_pinned, clients_of, play_asks
 
 if TYPE_CHECKING:  # importing it takes seconds, and each process collects this file
     from openai import AsyncOpenAI
 
 
-def aiohttp_of_the_sdk() -> Any:
-    from openai import DefaultAioHttpClient
-
-    return DefaultAioHttpClient()
-
-
-CLIENTS: dict[str, Callable[[], Any]] = {"default": lambda: None, "aiohttp": aiohttp_of_the_sdk}
+CLIENTS = clients_of("openai")
 
 
 @pytest.fixture(params=[*CLIENTS])
