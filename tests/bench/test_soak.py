@@ -26,6 +26,7 @@ from soak.causes import causes
 from soak.run import Load, Result, alongside, compare_keys, descriptors_left
 
 from ..stopping import assert_stopped
+from ..waiting import soon, until
 
 
 @pytest.fixture
@@ -57,12 +58,7 @@ async def test_a_short_soak_loses_nothing(folder: Path) -> None:
 @pytest.mark.skipif(not HAS_PROC, reason="it is told by /proc that the session server runs")
 async def test_a_soak_that_is_stopped_leaves_nothing_behind(folder: Path) -> None:
     async with running(folder, "-m", "soak") as process:
-
-        async def until_it_serves() -> None:
-            while "session_server.py" not in " ".join(processes_in(folder).values()):  # noqa: ASYNC110
-                await asyncio.sleep(0.05)
-
-        await asyncio.wait_for(until_it_serves(), 60)
+        await until(lambda: "session_server.py" in " ".join(processes_in(folder).values()))
         await assert_stopped(process, signal.SIGTERM, 143)
 
 
@@ -149,7 +145,7 @@ async def test_an_outage_ends_when_the_agents_that_are_left_have_met_it(agents: 
             result.tally.end("reported")
 
     async with restartable(URL(), dying) as gateway:
-        await asyncio.wait_for(run.kill_gateway(result, gateway, asyncio.Lock()), 30)
+        await soon(run.kill_gateway(result, gateway, asyncio.Lock()))
         assert gateway.kills == len(run.GATEWAY_KILLS)
 
 
@@ -158,11 +154,11 @@ async def test_what_fails_beside_the_load_ends_the_soak_at_once() -> None:
         raise LookupError
 
     with pytest.raises(LookupError):
-        await asyncio.wait_for(alongside(forever(), forever(), fail()), 30)
+        await soon(alongside(forever(), forever(), fail()))
 
 
 async def test_the_load_that_is_over_ends_what_is_done_beside_it() -> None:
-    await asyncio.wait_for(alongside(asyncio.sleep(0), forever()), 30)
+    await soon(alongside(asyncio.sleep(0), forever()))
 
 
 async def forever() -> None:

@@ -6,11 +6,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from aiohttp import ClientSession
 
 from aiohttp_smg_routing.testing import SmgGateway, smg_gateway
 
 from ..commands import Run, verify
+from ..series import samples_of
 from ..verify_servers import caching_workers, in_background
 
 ON, OFF = ("--worker-overload-protection",), ("--disable-worker-overload-protection",)
@@ -23,13 +23,12 @@ async def loaded(kv_usage: Sequence[float], *args: str) -> AsyncIterator[SmgGate
     async with (
         caching_workers(len(kv_usage), kv_usage=kv_usage) as urls,
         smg_gateway(urls, policy="manual", args=args) as smg,
-        ClientSession() as session,
     ):
-        text = ""
-        while text.count("\nsmg_engine_token_usage{") < len(kv_usage):
+        known = 0
+        while known < len(kv_usage):
             await asyncio.sleep(0.05)
-            async with session.get(smg.metrics_url) as response:
-                text = await response.text()
+            series = [sample.name for sample in await samples_of(smg.metrics_url)]
+            known = series.count("smg_engine_token_usage")
         yield smg
 
 

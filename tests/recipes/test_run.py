@@ -1,6 +1,5 @@
 """Unchanged servers, started by the commands of docs/recipes.md, with the real gateway."""
 
-import asyncio
 import json
 import os
 import re
@@ -9,7 +8,7 @@ import shutil
 import sys
 from asyncio.subprocess import DEVNULL
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +16,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
-from aiohttp import ClientSession
 from yarl import URL
 
 from aiohttp_smg_routing.testing import Recorder, SmgGateway, StartSmgGateway, failure, free_port
@@ -27,6 +25,7 @@ from harness.processes import ROOT, answering, local_url
 from ..programs import SCRIPTS, absent
 from ..ray_programs import options, ray_program
 from ..turns import assert_keys, turns_of
+from ..waiting import until_answered
 from .serving import SESSIONS, TURNS, assert_gateway_pinned, by_body, play
 
 PAGE = (ROOT / "docs" / "recipes.md").read_text()
@@ -163,11 +162,6 @@ async def ray_driver(
     """Run a program with a Ray cluster until the block ends; leave nothing behind."""
     env = {"RAY_INIT": json.dumps(options(str(folder), 1)), "PYTHONPATH": str(ROOT), **given}
     async with ray_program(folder, *argv, env=env, stdout=DEVNULL) as process:
-        async with ClientSession() as session:
-            while process.returncode is None:
-                with suppress(OSError):
-                    async with session.get(local_url(int(argv[2]))):
-                        break
-                await asyncio.sleep(0.05)
+        await until_answered(local_url(int(argv[2])), process)
         assert process.returncode is None, (folder / "log").read_text()
         yield

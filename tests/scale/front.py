@@ -1,6 +1,5 @@
 """A balancer in front of the gateways, with the configuration of docs/scaling.md."""
 
-import asyncio
 import re
 from collections import defaultdict
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -12,12 +11,14 @@ from typing import Protocol
 from yarl import URL
 
 from aiohttp_smg_routing.testing import Recorder, SmgGateway
+from harness.processes import ROOT
 from harness.workers import recorders
 
 from ..gateways import gateways
+from ..waiting import until
 from .cluster import WORKERS
 
-PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
+PAGE = ROOT / "docs" / "scaling.md"
 
 
 @dataclass(frozen=True)
@@ -30,19 +31,16 @@ class Front:
     async def gateways(self, turns: int) -> Mapping[str, Sequence[URL]]:
         """Wait for ``turns`` turns; return the gateways that answered each session, in order."""
         served = defaultdict(list)
-        for line in await asyncio.wait_for(self._logged(turns), 30):
+        await until(lambda: len(self._logged()) >= turns)  # it is written after the answer
+        for line in self._logged():
             key, gateway, status = line.split()
             assert status == "200", line
             served[key].append(URL(f"http://{gateway}"))
         return served
 
-    async def _logged(self, turns: int) -> Sequence[str]:
-        while True:  # the log is written some time after the answer
-            lines = self.log.read_text().splitlines()
-            lines = [line for line in lines if not line.startswith("- ")]
-            if len(lines) >= turns:
-                return lines
-            await asyncio.sleep(0.01)
+    def _logged(self) -> Sequence[str]:
+        lines = self.log.read_text().splitlines()
+        return [line for line in lines if not line.startswith("- ")]
 
 
 class Balancer(Protocol):

@@ -19,6 +19,7 @@ from aiohttp_smg_routing.testing import Recorder, free_port
 from harness.processes import ROOT, local_url, running
 
 from ..commands import RUN, run_program
+from ..waiting import until_answered
 
 pytestmark = pytest.mark.thorough
 
@@ -103,13 +104,7 @@ async def users_server(
     url = local_url(free_port())
     given = {"GATEWAY": str(gateway.url), "PORT": str(url.port), **(env or {})}
     async with running(folder, *argv, **given) as process:
-        async with ClientSession() as session:
-            while process.returncode is None:
-                try:
-                    async with session.get(url):
-                        break
-                except OSError:
-                    await asyncio.sleep(0.05)
+        await until_answered(url, process)
         yield UsersServer(process, url)
 
 
