@@ -18,13 +18,14 @@ from yarl import URL
 
 from aiohttp_smg_routing import RoutingConfig, setup
 from aiohttp_smg_routing.testing import Recorder, StartSmgGateway
+from harness.processes import ROOT
 
 from .unedited import make_app
 
 Row = Mapping[str, str]
 Request = Mapping[str, Any]
 
-PAGE = (Path(__file__).parents[2] / "docs" / "agents.md").read_text("utf-8")
+PAGE = (ROOT / "docs" / "agents.md").read_text("utf-8")
 RECORDED: Mapping[str, Sequence[Request]] = json.loads(
     Path(__file__).with_name("agents.json").read_text("utf-8")
 )

@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +13,12 @@ from yarl import URL
 from aiohttp_smg_routing import setup
 from aiohttp_smg_routing.testing import Recorder
 from harness.agents import CHAT_PATH, chat
+from harness.processes import ROOT
 
 from .serving import assert_all_pinned, by_body, play, serving
 from .unedited import make_app
 
-RECIPES = Path(__file__).parents[2] / "docs" / "recipes.md"
+RECIPES = ROOT / "docs" / "recipes.md"
 
 
 def gunicorn_as_in_the_recipe() -> list[str]:

@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from aiohttp import ClientSession
@@ -17,12 +16,13 @@ from yarl import URL
 from aiohttp_smg_routing import Routing, RoutingConfig, routing_session
 from aiohttp_smg_routing.testing import Recorder, SmgGateway
 from harness.agents import CHAT, CHAT_PATH
+from harness.processes import ROOT
 from harness.workers import recorders
 
 from ..gateways import gateway_program, worker_urls
 from ..turns import answered
 
-PAGE = Path(__file__).parents[2] / "docs" / "gateways.md"
+PAGE = ROOT / "docs" / "gateways.md"
 
 _PROGRAMS = {
     "smg": ("smg", "launch", "--disable-tokenizer-autoload", "--log-level", "warn"),
