@@ -9,6 +9,8 @@ from yarl import URL
 from aiohttp_smg_routing.testing import Recorder
 from harness.proxies import CLIENT, pinned_server
 
+from .turns import answered
+
 if TYPE_CHECKING:
     from .turns import Client
 
@@ -73,9 +75,7 @@ async def in_streamed_response(request: web.Request, wire: Recorder) -> web.Stre
 async def three_turns(client: "Client", session_id: str) -> None:
     """Play three turns of a session, one after the other, on connections that are kept alive."""
     for _ in range(3):
-        async with client.post(f"/{session_id}") as response:
-            assert response.status == 200
-            await response.read()
+        await answered(client, f"/{session_id}")
 
 
 def assert_no_crosstalk(wire: Recorder, calls: int) -> None:

@@ -20,6 +20,7 @@ from aiohttp_smg_routing import RoutingConfig, setup
 from aiohttp_smg_routing.testing import Recorder, StartSmgGateway
 from harness.processes import ROOT
 
+from ..turns import answered
 from .unedited import make_app
 
 Row = Mapping[str, str]
@@ -63,11 +64,8 @@ def body_of(request: Request, text: str = "hello") -> dict[str, Any]:
 
 async def send(server: URL, request: Request, *, text: str = "hello", below: str = "") -> None:
     url = f"{server.origin()}{below}{request['path']}"
-    async with (
-        ClientSession() as agent,
-        agent.post(url, json=body_of(request, text), headers=request["headers"]) as response,
-    ):
-        assert response.status == 200, await response.text()
+    async with ClientSession() as agent:
+        await answered(agent, url, json=body_of(request, text), headers=request["headers"])
 
 
 StartServer = Callable[..., Awaitable[URL]]

@@ -19,6 +19,7 @@ from aiohttp_smg_routing.testing import Recorder, free_port
 from harness.processes import ROOT, local_url, running
 
 from ..commands import RUN, run_program
+from ..turns import answered
 from ..waiting import until_answered
 
 pytestmark = pytest.mark.thorough
@@ -79,8 +80,7 @@ class UsersServer:
         async with ClientSession() as session:
             for session_id in sessions * turns:
                 url = self.url / "sessions" / session_id / "turn"
-                async with session.post(url, json={"user": session_id}) as response:
-                    assert response.status == 200, await response.text()
+                await answered(session, url, json={"user": session_id})
 
     async def stop(self) -> int:
         """Stop the process with SIGTERM; return its exit status."""
