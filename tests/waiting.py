@@ -11,7 +11,7 @@ from yarl import URL
 
 T = TypeVar("T")
 
-PATIENCE_SECONDS = 30
+PATIENCE_SECONDS = 60
 
 
 async def soon(awaitable: Awaitable[T]) -> T:
