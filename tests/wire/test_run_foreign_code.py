@@ -40,6 +40,16 @@ def test_what_a_launcher_adds_to_pythonpath_stays(tmp_path: Path) -> None:
     assert run.stdout == f"/added:{ROOT} True\n"
 
 
+def test_a_launcher_may_name_the_arguments_of_execve(tmp_path: Path) -> None:
+    server = "import sys; print('aiohttp_smg_routing' in sys.modules)"
+    code = (
+        "import os, sys; "
+        f"os.execve(path=sys.executable, argv=[sys.executable, '-c', {server!r}], env=os.environ)"
+    )
+    run = run_program(tmp_path, *RUN, "--", sys.executable, "-c", code)
+    assert (run.returncode, run.stdout) == (0, "True\n")
+
+
 def test_a_sitecustomize_that_fails_says_so_as_without_run(tmp_path: Path) -> None:
     own = tmp_path / "own"
     own.mkdir()

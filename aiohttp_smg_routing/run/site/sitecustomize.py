@@ -44,23 +44,23 @@ def _keep_over_exec(here: str, given: dict[str, Any]) -> None:
     """Stay in this process where it becomes the server by ``exec``, as launchers do."""
     execve, process = os.execve, os.getpid()
 
-    def keep(path: Any, argv: Any, environ: Mapping[Any, Any]) -> NoReturn:
+    def keep(path: Any, argv: Any, env: Mapping[Any, Any]) -> NoReturn:
         if os.getpid() == process:
-            before = environ.get("PYTHONPATH")
+            before = env.get("PYTHONPATH")
             run = json.dumps({**given, "has_pythonpath": before is not None})
             parts = [here, *([before] if before else [])]
-            environ = {
-                **environ,
+            env = {
+                **env,
                 "AIOHTTP_SMG_ROUTING_RUN": run,
                 "PYTHONPATH": os.pathsep.join(parts),
             }
-        execve(path, argv, environ)
+        execve(path, argv, env)
 
     def keep_own(path: Any, argv: Any, /) -> NoReturn:
         keep(path, argv, os.environ)
 
     # The other functions of os call these two.
-    os.execve, os.execv = keep, keep_own  # type: ignore[assignment]
+    os.execve, os.execv = keep, keep_own
 
 
 def _go_on() -> None:
