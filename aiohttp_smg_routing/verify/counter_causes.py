@@ -99,7 +99,7 @@ def _by_branches(
         yield known_causes.shared_key(told, unless)
     moved = keyed.outcomes["moved"]
     if missed := counters.of("occupied_miss"):
-        yield known_causes.worker_lost(missed)
+        yield known_causes.worker_lost(seen.load.kind, missed)
     elif moved and counters.of("routing_key_hit") >= keyed.answered + control.answered:
         yield Cause(
             "worker_lost",

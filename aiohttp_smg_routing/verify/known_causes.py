@@ -73,10 +73,13 @@ def uncounted(policies: str, advice: str) -> Cause:
     )
 
 
-def replicas(kind: Kind | None, metrics: URL, calls: int, ours: int, advice: str) -> Cause:
+def replicas(
+    kind: Kind | None, metrics: URL, calls: int, ours: int, advice: str, *, hashes: bool = False
+) -> Cause:
     """Return the cause for a gateway that routed fewer calls than were made.
 
-    ``advice`` is how to name the right one, if it routed none.
+    ``advice`` is how to name the right one, if it routed none. If the policy is
+    ``consistent_hashing``, it ``hashes`` the keys.
     """
     if calls == 0:
         return Cause(
@@ -84,10 +87,17 @@ def replicas(kind: Kind | None, metrics: URL, calls: int, ours: int, advice: str
             f"The gateway whose metrics are at {metrics} routed none of {ours} calls.",
             advice,
         )
+    some = f"The gateway whose metrics are at {metrics} routed {calls} of {ours} calls: others "
+    if hashes:
+        return Cause(
+            "replicas",
+            f"{some}routed the rest. Replicas with consistent_hashing send a key to the same "
+            "worker if they have the same workers.",
+            "Compare GET /workers of the gateways, and run watch on each of them.",
+        )
     return Cause(
         "replicas",
-        f"The gateway whose metrics are at {metrics} routed {calls} of {ours} calls: "
-        "others behind the same address routed the rest, and replicas do not share their pins.",
+        f"{some}behind the same address routed the rest, and replicas do not share their pins.",
         f"{REPLICAS_ADVICE[kind]}.",
     )
 
@@ -114,10 +124,17 @@ def circuit_open(workers: str, kind: Kind | None) -> Cause:
     )
 
 
-def worker_lost(missed: int) -> Cause:
+def worker_lost(kind: Kind | None, missed: int) -> Cause:
     """Return the cause for keys whose worker was not there."""
-    text = f"{missed} calls found the worker of their session gone."
-    return Cause("worker_lost", text, WORKER_ADVICE)
+    text = f"{missed} calls went to another worker than their session's, which was gone or failed."
+    if kind != "smg":
+        return Cause("worker_lost", text, WORKER_ADVICE)
+    return Cause(
+        "worker_lost",
+        f"{text} SMG 1.13 also tries another one if the worker answers 408, 429 or 5xx.",
+        f"{WORKER_ADVICE} If all are healthy, find out why they answer so. With --disable-retries "
+        "such a call fails, and its session stays.",
+    )
 
 
 def spilled(calls: int) -> Cause:

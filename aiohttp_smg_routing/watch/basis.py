@@ -10,6 +10,7 @@ from ..verify.seen import Counters
 from .view import Share, View, kept_by_gateway, kept_by_server
 
 _MANY = 100  # calls; the probes of ``verify`` are a small share of so many
+_A_RUN = 250  # calls; a run of ``verify`` makes as many, or some more
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +27,11 @@ class Basis:
     """Whether the gateway's counts are all so far."""
 
     def without_probes(self, keyed: Share) -> Share:
-        """Return the share of all calls so far less those that ``verify`` made without a key."""
-        probes = PROBES if self.is_all and keyed.of >= _MANY else 0
+        """Return the share of all calls so far less those that ``verify`` made without a key.
+
+        Nobody says how often it ran. A run with its default options makes 292 calls.
+        """
+        probes = PROBES * (keyed.of // _A_RUN or keyed.of >= _MANY) if self.is_all else 0
         return Share(keyed.part, max(keyed.part, keyed.of - probes))
 
     @property
@@ -82,6 +86,11 @@ def tells(view: View, counters: Counters, pool: str) -> bool:
     if policy == "consistent_hashing":
         return page is not None and page.tells_keys
     return not (policy is None or policy == "prefix_hash" or policy in UNCOUNTED_POLICIES)
+
+
+def hashes(counters: Counters) -> bool:
+    """Tell whether ``consistent_hashing`` chose all workers, on which replicas agree."""
+    return {policy for its in counters.pools.values() for policy in its} == {"consistent_hashing"}
 
 
 def policies_of(counters: Counters, pool: str) -> str:

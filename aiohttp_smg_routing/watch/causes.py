@@ -7,8 +7,17 @@ from ..verify.cause import Cause
 from ..verify.counting import beyond_chance
 from ..verify.evidence import FEWEST
 from ..verify.facts import KEY_ONLY_POLICIES, NO_KEY_BRANCHES, PROBES
-from ..verify.seen import Counters
-from .basis import Basis, is_below, keyed_by, new_keys, policies_of, pools_of, telling, tells
+from .basis import (
+    Basis,
+    hashes,
+    is_below,
+    keyed_by,
+    new_keys,
+    policies_of,
+    pools_of,
+    telling,
+    tells,
+)
 from .page import KEYED
 from .states import states
 from .view import Share, View, kept_by_gateway, kept_by_server
@@ -23,7 +32,8 @@ _OTHERS_ADVICE = (
     "ClientSession: name it in client_session, too, or set instrument = true."
 )
 _PROBES_ADVICE = f" Each run of verify makes {PROBES} calls without a key, too."
-_FEWEST_KEYS = 50  # all new; fewer may be of sessions that have just begun
+_FEWEST_KEYS = 50  # nearly all new; fewer may be of sessions that have just begun
+_FEW_LATER = 20  # new keys for each call whose key came again
 _LEFT_OUT = frozenset(("worker_down", "circuit_open", "overloaded"))
 _SPARE = 20  # calls; fewer may be under way between a session server and its gateway
 
@@ -45,7 +55,7 @@ def _key_causes(view: View, basis: Basis, min_kept: float) -> Iterator[Cause]:
     kind = page.load.kind
     for pool in pools_of(counters):
         policies, keyed = policies_of(counters, pool), keyed_by(counters, pool)
-        advice = _key_advice(view, counters, keyed) + _PROBES_ADVICE * basis.is_all
+        advice = _key_advice(view, basis, keyed)
         if policies in ("prefix_hash", "consistent_hashing") and not tells(view, counters, pool):
             yield known_causes.any_key(policies)
         elif not tells(view, counters, pool):
@@ -67,14 +77,15 @@ def _key_causes(view: View, basis: Basis, min_kept: float) -> Iterator[Cause]:
             yield known_causes.policy(kind, policies)
 
 
-def _key_advice(view: View, counters: Counters, keyed: Share) -> str:
+def _key_advice(view: View, basis: Basis, keyed: Share) -> str:
     """Return where to look for the keys of calls that came without one."""
-    server = (view.server_now or {}) if counters is view.now else view.server_totals
+    server = view.server_totals if basis.is_all else (view.server_now or {})
+    probes = _PROBES_ADVICE * (basis.is_all or keyed.of - keyed.part <= PROBES)
     sent = sum(server.get(name, 0) for name in KEYED)
     if sent and 20 * abs(sent - keyed.part) <= sent:  # a few are under way
-        return _OTHERS_ADVICE
+        return _OTHERS_ADVICE + probes
     is_sender = any(view.server_totals.get(name) for name in KEYED)
-    return _SENT_ADVICE if is_sender else known_causes.SERVER_ADVICE
+    return (_SENT_ADVICE if is_sender else known_causes.SERVER_ADVICE) + probes
 
 
 def _uncounted(view: View, policies: str) -> Cause:
@@ -99,7 +110,7 @@ def _moves(view: View, basis: Basis, min_kept: float, found: set[str]) -> Iterat
     if page is None:
         return
     if missed := counters.of("occupied_miss"):
-        yield known_causes.worker_lost(missed)
+        yield known_causes.worker_lost(page.load.kind, missed)
     if spilled := counters.of("cap_respill"):
         yield known_causes.spilled(spilled)
     yield from _one_key(view, found)
@@ -119,7 +130,7 @@ def _one_key(view: View, found: set[str]) -> Iterator[Cause]:
             yield known_causes.shared_key(f"has met one key only in {totals.calls} calls")
         return
     got = [name for name, calls in totals.workers.items() if calls]
-    if len(got) != 1 or view.workers < 2 or found & _LEFT_OUT:
+    if len(got) != 1 or view.workers < 2 or _models(view) > 1 or found & _LEFT_OUT:
         return
     is_chance = sessions and not beyond_chance(1, view.workers, sessions)
     if not is_chance and totals.of("routing_key_hit") >= FEWEST:
@@ -127,6 +138,10 @@ def _one_key(view: View, found: set[str]) -> Iterator[Cause]:
             f"sent all {totals.calls} calls to one worker of {view.workers}",
             "unless they are of few sessions, or its hash ring lacks workers, ",
         )
+
+
+def _models(view: View) -> int:
+    return view.gateway.page.models if view.gateway.page else 0
 
 
 def _many_keys(view: View, basis: Basis) -> Iterator[Cause]:
@@ -138,11 +153,15 @@ def _many_keys(view: View, basis: Basis) -> Iterator[Cause]:
         if counters is view.now:
             server = view.server_now or {}
         new = server.get("first", 0)
-    elif telling(counters) >= FEWEST:
-        return
-    if new >= _FEWEST_KEYS and kept_by_server(server).of < FEWEST:
+    elif counters is view.now:
+        server = view.server_now or {}
+    later = kept_by_server(server).of
+    if "manual" in view.totals.branches:
+        later = max(later, telling(counters))
+    # A client that tries some calls again brings a few keys twice.
+    if new >= _FEWEST_KEYS and later < max(FEWEST, new / _FEW_LATER):
         when = f" in the {view.gateway.span}" if counters is view.now else ""
-        guess = "unless no session has had its second turn, "
+        guess = "unless hardly any session has had its second turn, "
         yield known_causes.key_changes(new, f"{counters.calls} calls{when}", guess)
 
 
@@ -187,4 +206,5 @@ def _calls_elsewhere(view: View) -> Cause | None:
         view.now.calls,
         ours,
         "Give the metrics URL of the gateway that the session server calls.",
+        hashes=hashes(view.now),
     )

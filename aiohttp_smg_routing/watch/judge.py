@@ -3,7 +3,7 @@
 from ..verify.evidence import FEWEST
 from ..verify.judge import Verdict
 from ..verify.seen import Answer, Counters
-from .basis import Basis, basis_of, is_below, keyed_by, pools_of, tells
+from .basis import Basis, basis_of, hashes, is_below, keyed_by, pools_of, tells
 from .causes import causes
 from .view import Share, View
 
@@ -39,6 +39,8 @@ def _decide(view: View, basis: Basis, found: set[str], min_kept: float) -> tuple
     if is_below(kept, min_kept):
         return "not pinned", said
     is_told = basis.is_seen or all(tells(view, counters, pool) for pool in pools)
+    if basis.is_seen and hashes(counters):
+        found = found - {"replicas"}
     unsure = _unsure(counters, kept, found, is_told=is_told)
     return ("could not tell", unsure.format(said)) if unsure else ("pinned", said)
 

@@ -10,7 +10,7 @@ from typing import Final, Literal
 from prometheus_client.samples import Sample
 
 from ..verify.ask import counted, shrank
-from ..verify.facts import CIRCUITS, OPEN
+from ..verify.facts import CACHE_KEEPERS, CIRCUITS, OPEN
 from ..verify.seen import Counters, GatewayLoad
 
 Circuit = Literal["closed", "open", "half open"]
@@ -63,12 +63,35 @@ class Gateway:
     counters: Counters
     load: GatewayLoad
     workers: Mapping[str, Worker] = field(default_factory=dict)
-    pool_sizes: Mapping[str, int] = field(default_factory=dict)
-    """How many workers of each kind it has."""
+    pools: Mapping[tuple[str, str], int] = field(default_factory=dict)
+    """How many workers of each kind and model it has."""
     in_flight: int | None = None
     """How many calls its workers have now; None if it doesn't say, as vllm-router."""
     tells_keys: bool = True
     """Whether ``consistent_hashing`` counts a call as keyed by our key alone."""
+
+    @property
+    def pool_sizes(self) -> Mapping[str, int]:
+        """How many workers of each kind it has."""
+        sizes: Counter[str] = Counter()
+        for (kind, _), size in self.pools.items():
+            sizes[kind] += size
+        return dict(sizes)
+
+    @property
+    def models(self) -> int:
+        """How many models its workers serve. A call goes to a worker of its model only."""
+        return len({model for (_, model), size in self.pools.items() if size})
+
+    @property
+    def choices(self) -> int:
+        """How many workers there are to choose from for a call, at the most."""
+        return max((n for (kind, _), n in self.pools.items() if kind in CACHE_KEEPERS), default=0)
+
+    @property
+    def down(self) -> int:
+        """How many of its workers are not healthy."""
+        return sum(worker.healthy is False for worker in self.workers.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +115,12 @@ def read_gateway(samples: Sequence[Sample]) -> Gateway:
     values: dict[str, defaultdict[str, list[float]]] = {
         name: defaultdict(list) for name in sorted(named)
     }
-    sizes: Counter[str] = Counter()
+    pools: Counter[tuple[str, str]] = Counter()
     for sample in samples:
         if isfinite(sample.value):
             if sample.name == _POOL_SIZE:
-                sizes[sample.labels.get("worker_type", "regular")] += int(sample.value)
+                kind = sample.labels.get("worker_type", "regular")
+                pools[kind, sample.labels.get("model", "")] += int(sample.value)
             elif (worker := sample.labels.get("worker", "")) in values:
                 values[worker][sample.name].append(sample.value)
     # SMG gives 0 if the engine has no figure.
@@ -116,7 +140,7 @@ def read_gateway(samples: Sequence[Sample]) -> Gateway:
             )
             for name, its in values.items()
         },
-        dict(sizes) or {"regular": len(values)},
+        dict(pools) or {("regular", ""): len(values)},
         None if load.kind == "vllm-router" else in_flight,
         load.kind != "smg" or any(sample.name == _SINCE_1_13 for sample in samples),
     )

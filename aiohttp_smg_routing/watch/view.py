@@ -7,7 +7,6 @@ from functools import cached_property
 
 from ..verify.ask import growth
 from ..verify.counting import answering
-from ..verify.facts import CACHE_KEEPERS
 from ..verify.seen import Counters
 from .endpoint import Look
 from .page import Gateway, Server
@@ -81,25 +80,30 @@ class View:
     @cached_property
     def workers(self) -> int:
         """How many workers there are to choose from: the size of the largest pool."""
-        page = self.gateway.page
-        return (
-            max((page.pool_sizes.get(name, 0) for name in CACHE_KEEPERS), default=0) if page else 0
-        )
+        return self.gateway.page.choices if self.gateway.page else 0
 
     @cached_property
     def calls_skew(self) -> Skew | None:
-        """The spread of the current calls; None if there are none, or several kinds of workers."""
-        if self.now is None or len(self.now.pools) > 1:
+        """The spread of the current calls; None if there are none, or several kinds of workers.
+
+        Several models count as several kinds, because the counters don't tell them apart.
+        """
+        page = self.gateway.page
+        if page is None or self.now is None or len(self.now.pools) > 1 or page.models > 1:
             return None
-        return _skew(self.now.workers, self.workers)
+        return _skew(self.now.workers, self.workers - page.down)
 
     @cached_property
     def sessions_skew(self) -> Skew | None:
-        """The spread of the active sessions; None if nobody names their workers."""
-        if not (self.server and self.server.page and self.gateway.page):
+        """The spread of the active sessions; None if nobody names their workers.
+
+        None also if there are several models: nobody says which of them a session calls.
+        """
+        page = self.gateway.page
+        if not (self.server and self.server.page and page) or page.models > 1:
             return None
-        sizes, active = self.gateway.page.pool_sizes, self.server.page.active or {}
-        return _skew(active, sizes.get(answering(tuple(sizes)), 0))
+        sizes, active = page.pool_sizes, self.server.page.active or {}
+        return _skew(active, sizes.get(answering(tuple(sizes)), 0) - page.down)
 
 
 def _skew(counts: Mapping[str, int], workers: int) -> Skew | None:

@@ -4,13 +4,13 @@ import asyncio
 import itertools
 import sys
 from collections import Counter
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 
 import pytest
 from aiohttp import ClientSession
 from yarl import URL
 
-from aiohttp_smg_routing.testing import SmgGateway, StartSmgGateway, canned
+from aiohttp_smg_routing.testing import Answer, Call, SmgGateway, StartSmgGateway, canned, failure
 from harness.agents import CHAT, chat
 from harness.processes import ROOT, finished
 
@@ -148,6 +148,40 @@ async def test_new_sessions_go_where_the_fewest_calls_or_keys_are(
     if counts_calls:
         assert sorted(new[worker.url] for worker in smg.workers) == [0, 6, 6]
     assert (busy in new) is not counts_calls
+
+
+@pytest.mark.parametrize("policy", ["manual", "consistent_hashing"])
+@pytest.mark.parametrize("status", [408, 429, 500, 503])
+@pytest.mark.parametrize("args", [(), ("--disable-retries",)])
+async def test_one_call_that_a_worker_refuses_is_tried_again_elsewhere_by_smg_1_13(
+    smg_gateway: StartSmgGateway, policy: str, status: int, args: Sequence[str]
+) -> None:
+    smg = await smg_gateway(3, policy=policy, args=args)
+    await play_one(smg, "s-1")
+    [own] = [worker for worker in smg.workers if turns_of(worker)]
+    own.answer = refuses_once(status)
+    async with (
+        ClientSession() as session,
+        session.post(smg.url / CHAT, json=chat("s-1"), headers={KEY: "s-1"}) as response,
+    ):
+        assert response.status == (status if args else 200)
+    for _ in range(3):
+        await play_one(smg, "s-1")
+    elsewhere = sum(len(turns_of(worker)) for worker in smg.workers if worker is not own)
+    assert elsewhere == (SMG >= (1, 13) and not args)
+
+
+def refuses_once(status: int) -> Callable[[Call], Answer]:
+    """Return answers of which the first to a turn is an error with this status."""
+    refused: list[Call] = []
+
+    def answer(call: Call) -> Answer:
+        if call.method == "POST" and not refused:
+            refused.append(call)
+            return failure(status)
+        return canned(call)
+
+    return answer
 
 
 async def play_one(smg: SmgGateway, name: str) -> None:

@@ -90,6 +90,8 @@ def hashed_to_one(**state: Any) -> str:
     return smg(calls, policy="consistent_hashing", workers={W1: 40, W2: 0}, **state)
 
 
+OTHER_MODEL = 'smg_worker_pool_size{worker_type="regular",model="judge"} 1\n'
+TWO_MODELS = smg({"vacant": 5, "occupied_hit": 100}, workers={W1: 105, W2: 0}, more=OTHER_MODEL)
 LONG = {"vacant": 500, "occupied_hit": 200_000}  # a gateway that has run for a long time
 
 CASES: dict[str, tuple[View, str, list[str], str]] = {
@@ -181,6 +183,12 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         ["key_lost"],
         "the key chose the worker of 288 of 296 calls",
     ),
+    "as many calls without a key as four runs of verify make": (
+        view(None, smg({"vacant": 672, "occupied_hit": 480, "no_routing_id": 16})),
+        "pinned",
+        [],
+        "480 of 480 later calls came to the worker of their key, since the gateway started",
+    ),
     "as many calls without a key just now": (
         view(IDLE, smg({"vacant": 168, "occupied_hit": 120, "no_routing_id": 4})),
         "not pinned",
@@ -250,6 +258,28 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         "could not tell",
         ["key_changes"],
         "200000 of 200000 later calls came to the worker of their key, since the gateway started; ",
+    ),
+    "each call has a key of its own, after turns that the session server kept": (
+        view(
+            smg({"vacant": 20, "occupied_hit": 100}),
+            smg({"vacant": 420, "occupied_hit": 100}),
+            (server_page(first=20, kept=100), server_page(first=420, kept=100)),
+        ),
+        "could not tell",
+        ["key_changes"],
+        "100 of 100 later calls came to the worker of their session, since the session server",
+    ),
+    "each call has a key of its own, and some are tried again": (
+        view(IDLE, smg({"vacant": 1000, "occupied_hit": 49})),
+        "could not tell",
+        ["key_changes"],
+        "49 of 49 later calls came to the worker of their key, in the last 10 s; but see below",
+    ),
+    "one session of twenty has had its second turn": (
+        view(IDLE, smg({"vacant": 1000, "occupied_hit": 50})),
+        "pinned",
+        [],
+        "50 of 50 later calls came to the worker of their key, in the last 10 s",
     ),
     "each call had a key of its own, until now": (
         view(smg({"vacant": 100}), smg({"vacant": 100})),
@@ -448,6 +478,26 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         ["replicas"],
         "100 of 100 later calls came to the worker of their key, in the last 10 s; but see below",
     ),
+    "another gateway, which hashes the keys too, has the rest": (
+        view(
+            IDLE,
+            smg({"routing_key_hit": 100}, policy="consistent_hashing"),
+            (server_page(), server_page(first=10, kept=200)),
+        ),
+        "pinned",
+        ["replicas"],
+        "200 of 200 later calls came to the worker of their session, in the last 10 s",
+    ),
+    "another gateway, which hashes the keys too, has the rest, and nobody saw where to": (
+        view(
+            IDLE,
+            smg({"routing_key_hit": 100}, policy="consistent_hashing"),
+            (server_page(), server_page(unknown=210)),
+        ),
+        "could not tell",
+        ["replicas"],
+        "but see below",
+    ),
     "a few more turns than the gateway routed may be under way": (
         view(IDLE, PINNED, (server_page(), server_page(unknown=124))),
         "pinned",
@@ -606,6 +656,39 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         ["one_sided"],
         "",
     ),
+    "one side has the sessions, because only it is healthy": (
+        view(
+            IDLE,
+            smg({"vacant": 5, "occupied_hit": 100}, health={W2: 0}),
+            (server_page(), server_page({W1: 20}, {W1: 20, W2: 9}, first=5, kept=100)),
+        ),
+        "pinned",
+        ["worker_down"],
+        "",
+    ),
+    "one side has the sessions of its model": (
+        view(
+            IDLE,
+            TWO_MODELS,
+            (server_page(), server_page({W1: 20}, {W1: 20}, first=5, kept=100)),
+        ),
+        "pinned",
+        [],
+        "",
+    ),
+    "one side has the calls of its model": (view(IDLE, TWO_MODELS), "pinned", [], ""),
+    "one side has the hashed calls of its model": (
+        view(IDLE, hashed_to_one(more=OTHER_MODEL)),
+        "could not tell",
+        [],
+        "but the gateway does not count the keys that come again",
+    ),
+    "each of two models has one worker": (
+        view(IDLE, smg({"vacant": 5, "occupied_hit": 100}, workers={W1: 105}, more=OTHER_MODEL)),
+        "could not tell",
+        ["one_worker"],
+        "only one worker is known",
+    ),
     "calls of a session server that are wrong": (
         view(
             IDLE,
@@ -656,10 +739,11 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
     ("case", "is_named"),
     [
         ("more calls without a key than verify makes", True),
-        ("as many calls without a key just now", False),
+        ("as many calls without a key just now", True),
+        ("all keys lost just now, under the override", False),
     ],
 )
-def test_lost_keys_since_the_start_may_be_those_of_verify(case: str, is_named: bool) -> None:
+def test_a_few_lost_keys_may_be_those_of_verify(case: str, is_named: bool) -> None:
     [cause] = judge(CASES[case][0], 0.99).causes
     assert cause.name == "key_lost"
     assert ("Each run of verify makes 4 calls without a key" in cause.advice) == is_named
