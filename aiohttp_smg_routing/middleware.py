@@ -45,7 +45,7 @@ def inbound(rules: Rules) -> Middleware:
         scope.session_id, scope.owner = session_id, rules
         if session_id is None:
             resource = request.match_info.route.resource
-            scope.route = resource.canonical if resource else request.rel_url.raw_path
+            scope.route = resource.canonical if resource else "(no route)"  # a path may hold an id
         elif is_simple:
             scope.name = scope.key = session_key(session_id, form, secret, prefix)
         else:

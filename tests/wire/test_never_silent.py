@@ -1126,9 +1126,12 @@ async def test_calls_that_miss_after_one_that_was_right_are_said_when_there_are_
     assert line.startswith(f"POST {elsewhere.chat} goes out without a key: its port is ")
 
 
-async def test_a_route_that_an_agent_made_up_puts_no_line_into_the_log(
-    gateway: Recorder, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("path", ["/x%0AWARNING:root:forged", "/session/sk-credential/turn"])
+async def test_a_path_that_an_agent_made_up_is_not_logged(
+    gateway: Recorder, aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture, path: str
 ) -> None:
+    """It may forge a line, or hold an id that is a credential."""
+
     @web.middleware
     async def proxy(request: web.Request, handler: Handler) -> web.StreamResponse:
         async with request.app[CLIENT].post(gateway.chat):
@@ -1137,10 +1140,10 @@ async def test_a_route_that_an_agent_made_up_puts_no_line_into_the_log(
     app = pinned_server(gateway.url, on_missing="warn")
     app.middlewares.append(proxy)
     client = await aiohttp_client(app)
-    async with client.post(URL("/x%0AWARNING:root:forged", encoded=True)):
+    async with client.post(URL(path, encoded=True)):
         pass
     [line] = said(caplog)
-    assert "found none in route /x%0AWARNING:root:forged;" in line
+    assert "found none in route (no route);" in line
 
 
 # Two mistakes at once
