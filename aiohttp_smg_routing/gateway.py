@@ -5,6 +5,7 @@ Measured on SMG 1.9 to 1.13. ``docs/gateways.md`` has the whole table.
 
 import re
 from collections.abc import Iterable
+from ipaddress import ip_address
 from typing import Final
 
 from aiohttp import hdrs
@@ -96,11 +97,11 @@ def difference(url: URL, gateways: Iterable[URL], paths: Iterable[str]) -> str:
         return f"{said}; if it is to be pinned, add {url.raw_path.removeprefix(base)} to paths"
     if names == {"path"} and url.raw_path.endswith(path):
         there = f"{origin(url)}{url.raw_path.removesuffix(path)}"
-        return f"{said}; if that is the gateway, add {there} to gateway"
-    # Never advise to add another host: it may be a judge model, which would get session ids.
+        return f"{said}; if that is a gateway, add {there} to gateway"
+    # It may be a judge model, which would get session ids: never advise to add another host.
     is_loopback = _is_loopback(url) and _is_loopback(nearest)
     if "path" not in names and (is_loopback or "host" not in names):
-        return f"{said}; add {origin(url)}{base} to gateway"
+        return f"{said}; if that is a gateway, add {origin(url)}{base} to gateway"
     return said
 
 
@@ -116,8 +117,11 @@ def _differing(url: URL, gateway: URL, path: str) -> list[tuple[str, str, str]]:
 
 
 def _is_loopback(url: URL) -> bool:
-    host = host_of(url)
-    return host in ("localhost", "::1", "0.0.0.0") or host.startswith("127.")  # noqa: S104
+    try:
+        address = ip_address(host_of(url))
+    except ValueError:
+        return host_of(url) == "localhost"
+    return address.is_loopback or address.is_unspecified
 
 
 _MOST_WORKERS = 1000

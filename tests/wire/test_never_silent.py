@@ -255,35 +255,38 @@ NEAR: dict[str, tuple[str, str, str]] = {
     "localhost for 127.0.0.1": (
         "http://127.0.0.1:{port}",
         "http://localhost:{port}/v1/chat/completions",
-        "its host is localhost, and the gateway is 127.0.0.1; add http://localhost:{port} to "
-        "gateway",
+        "its host is localhost, and the gateway is 127.0.0.1; if that is a gateway, add "
+        "http://localhost:{port} to gateway",
     ),
     "127.0.0.1 for localhost": (
         "http://localhost:{port}/base",
         "http://127.0.0.1:{port}/base/v1/chat/completions",
-        "its host is 127.0.0.1, and the gateway is localhost; add http://127.0.0.1:{port}/base to "
-        "gateway",
+        "its host is 127.0.0.1, and the gateway is localhost; if that is a gateway, add "
+        "http://127.0.0.1:{port}/base to gateway",
     ),
     "http for https": (
         "https://127.0.0.1:{port}",
         "http://127.0.0.1:{port}/v1/chat/completions",
-        "its scheme is http, and the gateway's is https; add http://127.0.0.1:{port} to gateway",
+        "its scheme is http, and the gateway's is https; if that is a gateway, add "
+        "http://127.0.0.1:{port} to gateway",
     ),
     "https for http": (
         "http://127.0.0.1:{port}",
         "https://127.0.0.1:{port}/v1/chat/completions",
-        "its scheme is https, and the gateway's is http; add https://127.0.0.1:{port} to gateway",
+        "its scheme is https, and the gateway's is http; if that is a gateway, add "
+        "https://127.0.0.1:{port} to gateway",
     ),
     "a config without the port": (
         "http://gateway.example",
         "http://gateway.example:{port}/v1/chat/completions",
-        "its port is {port}, and the gateway's is 80; add http://gateway.example:{port} to gateway",
+        "its port is {port}, and the gateway's is 80; if that is a gateway, add "
+        "http://gateway.example:{port} to gateway",
     ),
     "another port and scheme": (
         "https://gateway.example",
         "http://gateway.example:{port}/v1/chat/completions",
         "its scheme is http, and the gateway's is https; its port is {port}, and the gateway's is "
-        "443; add http://gateway.example:{port} to gateway",
+        "443; if that is a gateway, add http://gateway.example:{port} to gateway",
     ),
     "a path that is not among ours": (
         "http://127.0.0.1:{port}",
@@ -307,13 +310,13 @@ NEAR: dict[str, tuple[str, str, str]] = {
         "http://127.0.0.1:{port}/base",
         "http://127.0.0.1:{port}/v1/chat/completions",
         "its path is /v1/chat/completions, and the gateway's is /base/v1/chat/completions; if that "
-        "is the gateway, add http://127.0.0.1:{port} to gateway",
+        "is a gateway, add http://127.0.0.1:{port} to gateway",
     ),
     "a base path that only begins like the config's": (
         "http://127.0.0.1:{port}/base",
         "http://127.0.0.1:{port}/based/v1/chat/completions",
         "its path is /based/v1/chat/completions, and the gateway's is /base/v1/chat/completions; "
-        "if that is the gateway, add http://127.0.0.1:{port}/based to gateway",
+        "if that is a gateway, add http://127.0.0.1:{port}/based to gateway",
     ),
     "a judge model elsewhere": (
         "http://127.0.0.1:{port}",
@@ -336,6 +339,11 @@ NEAR: dict[str, tuple[str, str, str]] = {
         "http://judge.example:{port}/v1/chat/completions",
         "its host is judge.example, and the gateway is localhost; its port is {port}, and the "
         "gateway's is 80",
+    ),
+    "a name that only begins like a loopback address": (
+        "http://127.0.0.1:{port}",
+        "http://127.judge.example:{port}/v1/chat/completions",
+        "its host is 127.judge.example, and the gateway is 127.0.0.1",
     ),
 }
 
@@ -380,7 +388,7 @@ def test_advice_that_is_followed_helps(config: str, url: str) -> None:
     """A config with the additions that ``explain()`` advises makes the call carry the key."""
     config, url = config.format(port=30000), url.format(port=30000)
     sentence = Routing({"gateway": config}).explain("POST", url)
-    advised = sentence.partition("; add ")[2].removesuffix(" to gateway")
+    advised = sentence.partition("; if that is a gateway, add ")[2].removesuffix(" to gateway")
     routing = Routing({"gateway": [config, advised]})
     assert routing.explain("POST", url) == (
         f"POST {url} carries X-SMG-Routing-Key, if it has a session"
@@ -424,7 +432,7 @@ def test_explain_names_the_gateway_and_the_path_that_are_nearest() -> None:
     )
     assert routing.explain("POST", f"http://10.0.0.1:30001{CHAT_PATH}") == (
         f"POST http://10.0.0.1:30001{CHAT_PATH} goes out without a key: its port is 30001, and the "
-        "gateway's is 30000; add http://10.0.0.1:30001 to gateway"
+        "gateway's is 30000; if that is a gateway, add http://10.0.0.1:30001 to gateway"
     )
 
 
@@ -433,7 +441,8 @@ def test_explain_knows_the_path_of_the_gateway(base: str) -> None:
     routing = Routing({"gateway": f"http://gateway{base}"})
     said = routing.explain("POST", f"http://gateway:81/maX{CHAT_PATH}")
     assert said.endswith(
-        "its port is 81, and the gateway's is 80; add http://gateway:81/maX to gateway"
+        "its port is 81, and the gateway's is 80; if that is a gateway, add http://gateway:81/maX "
+        "to gateway"
     )
 
 
