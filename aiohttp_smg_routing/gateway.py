@@ -82,27 +82,29 @@ def host_of(url: URL) -> str:
         return ""
 
 
-def difference(url: URL, gateways: Iterable[URL], paths: Iterable[str]) -> str:
-    """Say how a URL differs from the nearest call to a gateway, and what to change."""
+def difference(url: URL, gateways: Iterable[URL], paths: Iterable[str]) -> tuple[str, str, str]:
+    """Say how a URL differs from the nearest call to a gateway.
+
+    Also returns what may be added to the config: the option and the value, or two empty texts.
+    """
     if not origin(url):
-        return "its host or port cannot be read"
+        return "its host or port cannot be read", "", ""
     calls = [(gateway, path) for gateway in gateways for path in paths]
     nearest, path = min(calls, key=lambda call: len(_differing(url, *call)))
     differing = _differing(url, nearest, path)
     said = "; ".join(f"its {name} is {its}, and {right}" for name, its, right in differing)
     if "//" in url.raw_path:
-        return f"{said}; write one slash"
+        return f"{said}; write one slash", "", ""
     names, base = {name for name, _, _ in differing}, nearest.raw_path.rstrip("/")
     if names == {"path"} and url.raw_path.startswith(f"{base}/"):
-        return f"{said}; if it is to be pinned, add {url.raw_path.removeprefix(base)} to paths"
+        return said, "paths", url.raw_path.removeprefix(base)
     if names == {"path"} and url.raw_path.endswith(path):
-        there = f"{origin(url)}{url.raw_path.removesuffix(path)}"
-        return f"{said}; if that is a gateway, add {there} to gateway"
+        return said, "gateway", f"{origin(url)}{url.raw_path.removesuffix(path)}"
     # It may be a judge model, which would get session ids: never advise to add another host.
     is_loopback = _is_loopback(url) and _is_loopback(nearest)
     if "path" not in names and (is_loopback or "host" not in names):
-        return f"{said}; if that is a gateway, add {origin(url)}{base} to gateway"
-    return said
+        return said, "gateway", f"{origin(url)}{base}"
+    return said, "", ""
 
 
 def _differing(url: URL, gateway: URL, path: str) -> list[tuple[str, str, str]]:

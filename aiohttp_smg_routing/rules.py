@@ -2,12 +2,13 @@
 
 import logging
 from collections import Counter
+from typing import Any
 
 from aiohttp import hdrs
 from multidict import CIMultiDict, istr
 from yarl import URL
 
-from .config import RoutingConfig, name_and_key
+from .config import ConfigError, RoutingConfig, name_and_key
 from .context import Owner, Scope, current_scope, session_scope
 from .gateway import (
     ROUTING_KEY_HEADER,
@@ -241,8 +242,22 @@ class Rules(Owner):
             return f"{_shown(method, url)} carries {self.config.header}, if it has a session"
         why = "only a POST carries one" if self.config.enabled else "enabled is false"
         if self.config.enabled and method.upper() == hdrs.METH_POST:
-            why = difference(url, self.config.gateway, self.config.paths)
+            why = self._difference(url)
         return f"{_shown(method, url)} goes out without a key: {why}"
+
+    def _difference(self, url: URL) -> str:
+        """Say how a URL differs from a call to a gateway, and what to add if that helps."""
+        said, option, value = difference(url, self.config.gateway, self.config.paths)
+        if not option:
+            return said
+        options: dict[str, Any] = {"gateway": self.config.gateway, "paths": self.config.paths}
+        options[option] += (value,)
+        try:
+            helped = Rules(RoutingConfig(**options), self.pins).gateway_of(hdrs.METH_POST, url)
+        except ConfigError:
+            return said
+        condition = "it is to be pinned" if option == "paths" else "that is a gateway"
+        return f"{said}; if {condition}, add {value} to {option}" if helped else said
 
 
 def _shown(method: str, url: URL) -> str:

@@ -396,6 +396,24 @@ def test_advice_that_is_followed_helps(config: str, url: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("gateway", "paths", "url"),
+    [
+        ("http://gateway", CHAT_PATH, "http://gateway/"),
+        ("http://gateway", CHAT_PATH, "http://gateway/v1/models/a*b"),
+        ("http://gateway/v1", "/chat/completions", "http://gateway/v1/v1/chat/completions"),
+        ("http://gateway/llm", CHAT_PATH, "http://gateway/v1/v1/chat/completions"),
+        ("http://gateway", CHAT_PATH, "http://gateway/v1/./responses"),
+    ],
+)
+def test_no_config_is_advised_that_is_refused_or_does_not_help(
+    gateway: str, paths: str, url: str
+) -> None:
+    routing = Routing({"gateway": gateway, "paths": paths})
+    sentence = routing.explain("POST", URL(url, encoded=True))
+    assert sentence.endswith(f"and the gateway's is {URL(gateway).path.rstrip('/')}{paths}")
+
+
+@pytest.mark.parametrize(
     ("config", "method", "problem"),
     [
         ({}, "GET", "only a POST carries one"),
