@@ -9,7 +9,7 @@ from multidict import CIMultiDict, istr
 from yarl import URL
 
 from .config import ConfigError, RoutingConfig, name_and_key
-from .context import Owner, Scope, current_scope, session_scope
+from .context import Owner, Scope, current_scope, current_session_id, session_scope
 from .gateway import (
     ROUTING_KEY_HEADER,
     TARGET_WORKER_HEADER,
@@ -242,12 +242,14 @@ class Rules(Owner):
             return f"{_shown(method, url)} carries {self.config.header}, if it has a session"
         why = "only a POST carries one" if self.config.enabled else "enabled is false"
         if self.config.enabled and method.upper() == hdrs.METH_POST:
-            why = self._difference(url)
+            why = self._difference(_without_session_id(url))
         return f"{_shown(method, url)} goes out without a key: {why}"
 
     def _difference(self, url: URL) -> str:
         """Say how a URL differs from a call to a gateway, and what to add if that helps."""
         said, option, value = difference(url, self.config.gateway, self.config.paths)
+        if "{session_id}" in value:
+            return f"{said}; leave the session id out of the path"
         if not option:
             return said
         options: dict[str, Any] = {"gateway": self.config.gateway, "paths": self.config.paths}
@@ -261,4 +263,14 @@ class Rules(Owner):
 
 
 def _shown(method: str, url: URL) -> str:
-    return f"{method} {origin(url)}{url.raw_path}"
+    return f"{method} {origin(url)}{_without_session_id(url).raw_path}"
+
+
+def _without_session_id(url: URL) -> URL:
+    """Return a URL to be shown: the id of the session that makes the call may be a credential."""
+    session_id = current_session_id()
+    if session_id not in url.parts:
+        return url
+    parts = zip(url.parts, url.raw_parts, strict=True)
+    shown = ["{session_id}" if part == session_id else raw for part, raw in parts]
+    return url.with_path("/" + "/".join(shown[1:]), encoded=True)

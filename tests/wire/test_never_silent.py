@@ -473,6 +473,41 @@ def test_no_sentence_shows_what_is_secret_in_a_url() -> None:
         assert "hush" not in routing.explain("POST", url)
 
 
+@pytest.mark.parametrize(
+    ("base", "session_id", "given"),
+    [
+        ("", "sk-credential", "/sessions/sk-credential"),
+        ("/llm", "sk-credential", "/sessions/sk-credential"),
+        ("", "sk/cre dential", "/sessions/sk%2Fcre%20dential"),
+    ],
+)
+async def test_a_session_id_in_the_path_of_a_call_is_not_shown_and_not_advised(
+    gateway: Recorder,
+    caplog: pytest.LogCaptureFixture,
+    base: str,
+    session_id: str,
+    given: str,
+) -> None:
+    """The server passes the path of the request on. One path for each session is no remedy."""
+    caplog.set_level(logging.DEBUG, "aiohttp_smg_routing")
+    config = RoutingConfig(f"{gateway.url}{base}", key="digest", secret="k" * 32)
+    routing = Routing(config)
+    url = URL(f"{gateway.url}{given}{CHAT_PATH}", encoded=True)
+    async with ClientSession(trace_configs=[routing.trace_config()]) as session:
+        with routing_session(session_id):
+            for _ in range(20):
+                async with session.post(url):
+                    pass
+    assert gateway.last.path == url.raw_path
+    path = "/sessions/{session_id}/v1/chat/completions"
+    assert said(caplog) == [
+        f"POST {gateway.url}{path} goes out without a key: its path is {path}, and the gateway's "
+        f"is {base}{CHAT_PATH}; leave the session id out of the path"
+    ]
+    assert "credential" not in caplog.text
+    assert "cre%20dential" not in caplog.text
+
+
 async def test_what_is_not_near_is_not_counted(
     gateway: Recorder, caplog: pytest.LogCaptureFixture
 ) -> None:
