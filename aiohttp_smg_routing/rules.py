@@ -147,16 +147,16 @@ class Rules(Owner):
             why, remedy = "its routing_session() has none, or an ignored one", "Pass it the id"
         else:
             why = f"it is made by {running_code()}, outside the requests of the app"
-            remedy = "Call setup() on the app that serves sessions; run a thread in copy_context()"
+            remedy = (
+                "Make it within routing_session(...) or with in_session(...); run a thread in "
+                "copy_context(); or call setup() on the app that serves sessions"
+            )
         problem = f"{_shown(method, url)} has no session: {why}"
         if is_noticed:
             message = "%d calls to the gateway, and none had a session. %s. %s."
             say(logger, logging.WARNING, message, self._runs["missing"], problem, remedy)
         if self.config.on_missing == "raise":
-            raise MissingSessionError(
-                f"{problem}. {remedy}, make the call within routing_session(...), or set "
-                "on_missing = 'pass'"
-            )
+            raise MissingSessionError(f"{problem}. {remedy}, or set on_missing = 'pass'")
         if self.config.on_missing == "warn":
             self.missing_log.warn("%s; the gateway may route it to any worker", problem)
 
