@@ -183,9 +183,8 @@ class Rules(Owner):
                 message = "%s. It has no session either: see session_id."
                 say(logger, logging.WARNING, message, self.explain(method, url))
             return
-        rules = scope.owner if isinstance(scope.owner, Rules) else self
-        is_own, level = rules.gateway_of(method, url) is not None, logging.DEBUG
-        if is_own or rules._is_near(url):
+        rules, level = self._rules_of(scope), logging.DEBUG
+        if rules.gateway_of(method, url) is not None or rules._is_near(url):
             rules.pins.count("unmatched")
             if not rules._has_tagged:
                 rules._runs["idle"] = 0
@@ -193,15 +192,24 @@ class Rules(Owner):
             if rules._is_noticed("unmatched", origin(url)):
                 level = logging.WARNING
         if logger.isEnabledFor(level):
-            why = "its ClientSession has no hook of this app: name it in client_session"
-            no_hook = f"{_shown(method, url)} goes out without a key: {why}"
-            say(logger, level, "%s", no_hook if is_own else rules.explain(method, url))
+            say(logger, level, "%s", rules._why_not(method, url))
 
     def note_redirected(self, method: str, url: URL, to: URL) -> None:
-        """Log a redirect that the key does not follow, once for each target."""
-        if self._once.is_new(("redirected", origin(to))):
-            message = "%s is redirected to %s. That is not in gateway, so the key does not follow."
-            say(logger, logging.WARNING, message, _shown(method, url), f"{origin(to)}{to.raw_path}")
+        """Log a redirect that the key does not follow, once for each origin."""
+        rules = self._rules_of(session_scope())
+        if rules._once.is_new(("redirected", origin(to))):
+            message = "%s is redirected, and the key does not follow: %s"
+            why = rules._why_not(method, to)
+            say(logger, logging.WARNING, message, _shown(method, url), why)
+
+    def _rules_of(self, scope: Scope | None) -> "Rules":
+        return scope.owner if scope and isinstance(scope.owner, Rules) else self
+
+    def _why_not(self, method: str, url: URL) -> str:
+        if self.gateway_of(method, url) is None:
+            return self.explain(method, url)
+        why = "its ClientSession has no hook of this app: name it in client_session"
+        return f"{_shown(method, url)} goes out without a key: {why}"
 
     def note_request(self, method: str, scope: Scope) -> None:
         """Note a request that ended before a call to the gateway was seen."""

@@ -233,7 +233,7 @@ async def test_the_key_follows_no_redirect_off_the_gateway(
     assert gateway.last.keys == [b"s-1"]
     assert elsewhere.last.keys == []
     assert elsewhere.last.values("X-SMG-Target-Worker") == []
-    assert "so the key does not follow" in caplog.text
+    assert "is redirected, and the key does not follow: " in caplog.text
 
 
 @pytest.mark.parametrize("status", [301, 302, 303])

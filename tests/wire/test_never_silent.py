@@ -27,7 +27,7 @@ from aiohttp_smg_routing import (
     routing_session,
     setup,
 )
-from aiohttp_smg_routing.testing import Recorder, free_port, redirect
+from aiohttp_smg_routing.testing import Recorder, completion, free_port, redirect
 from harness.agents import CHAT_PATH
 from harness.proxies import CLIENT, client_session, pinned_server
 
@@ -1163,20 +1163,44 @@ async def test_many_requests_that_wait_before_their_calls_are_no_reason_to_speak
     assert inner[ROUTING].pins.summary().unknown == 60
 
 
+@pytest.mark.parametrize("is_gateway", [False, True])
 async def test_a_gateway_that_redirects_elsewhere_is_said_at_once_and_once(
-    gateway: Recorder, elsewhere: Recorder, caplog: pytest.LogCaptureFixture
+    gateway: Recorder, elsewhere: Recorder, caplog: pytest.LogCaptureFixture, is_gateway: bool
 ) -> None:
-    gateway.answer = lambda call: redirect(elsewhere.chat, 308)
+    """The line says what differs: the target may be the gateway, with another path."""
+    there = URL(f"{gateway.chat}/") if is_gateway else elsewhere.chat
+    for _ in range(3):
+        gateway.answer_with(redirect(there, 308), *[completion()] * is_gateway)
     routing = Routing({"gateway": str(gateway.url)})
     async with ClientSession(trace_configs=[routing.trace_config()]) as session:
         for _ in range(3):
             with routing_session("s-1"):
                 async with session.post(gateway.chat):
                     pass
-    assert elsewhere.last.keys == []
+    assert (gateway if is_gateway else elsewhere).last.keys == []
+    why = routing.explain("POST", there)
     assert said(caplog) == [
-        f"POST {gateway.chat} is redirected to {elsewhere.chat}. That is not in gateway, so "
-        "the key does not follow."
+        f"POST {gateway.chat} is redirected, and the key does not follow: {why}"
+    ]
+
+
+async def test_a_redirect_within_a_request_is_explained_by_the_config_of_its_app(
+    gateway: Recorder,
+    elsewhere: Recorder,
+    aiohttp_client: AiohttpClient,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    gateway.answer = lambda call: redirect(elsewhere.chat, 308)
+    other = Routing({"gateway": "http://other.example"})
+    app = without_hook(gateway.chat)
+    routing = setup(app, {"gateway": str(gateway.url), "instrument": True})
+    with other.instrument():
+        client = await aiohttp_client(app)
+        async with client.post("/s-1") as response:
+            assert response.status == 200
+    why = routing.explain("POST", elsewhere.chat)
+    assert said(caplog) == [
+        f"POST {gateway.chat} is redirected, and the key does not follow: {why}"
     ]
 
 
