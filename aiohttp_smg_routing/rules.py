@@ -208,7 +208,10 @@ class Rules(Owner):
     def _why_not(self, method: str, url: URL) -> str:
         if self.gateway_of(method, url) is None:
             return self.explain(method, url)
-        why = "its ClientSession has no hook of this app: name it in client_session"
+        why = (
+            "its client has no hook of this app: name a ClientSession in client_session, pass "
+            "httpx_hooks() to an httpx client, or set instrument = true"
+        )
         return f"{_shown(method, url)} goes out without a key: {why}"
 
     def note_request(self, method: str, scope: Scope) -> None:

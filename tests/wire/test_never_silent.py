@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 
+import httpx
 import pytest
 from aiohttp import ClientError, ClientSession, TCPConnector, web
 from aiohttp.abc import AbstractResolver
@@ -647,6 +648,12 @@ async def test_a_near_miss_within_a_request_counts_for_the_app_of_the_request(
     assert counts == [PinSummary(), PinSummary(unmatched=1)]
 
 
+NO_HOOK = (
+    "its client has no hook of this app: name a ClientSession in client_session, pass "
+    "httpx_hooks() to an httpx client, or set instrument = true"
+)
+
+
 async def test_a_call_to_the_apps_gateway_by_a_session_that_has_only_anothers_hook_is_said(
     gateway: Recorder,
     elsewhere: Recorder,
@@ -665,7 +672,28 @@ async def test_a_call_to_the_apps_gateway_by_a_session_that_has_only_anothers_ho
     counts = (routing.pins.summary(), other.pins.summary())
     assert counts == (PinSummary(unmatched=60), PinSummary())
     [line] = said(caplog)
-    assert "its ClientSession has no hook of this app" in line
+    assert line == f"POST {gateway.chat} goes out without a key: {NO_HOOK}"
+
+
+async def test_an_httpx_client_that_has_only_anothers_hook_is_told_what_httpx_takes(
+    gateway: Recorder, elsewhere: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    hooks = Routing({"gateway": str(elsewhere.url)}).httpx_hooks()
+
+    async def handler(request: web.Request) -> web.Response:
+        async with httpx.AsyncClient(event_hooks=hooks) as client:
+            await client.post(str(gateway.chat))
+        return web.Response()
+
+    app = web.Application()
+    app.router.add_post("/{session_id}", handler)
+    setup(app, {"gateway": str(gateway.url)})
+    async with TestClient(TestServer(app)) as client:
+        for _ in range(20):
+            async with client.post("/s-1") as response:
+                assert response.status == 200
+    [line] = said(caplog)
+    assert line == f"POST {gateway.chat} goes out without a key: {NO_HOOK}"
 
 
 async def test_a_hook_of_apps_that_have_ended_does_not_keep_near_misses_from_being_counted(
