@@ -217,6 +217,7 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
         yield
     routing.pins.show(False)
     routing._rules.missing_log.flush()
+    routing._rules.unmatched_log.flush()
     for session in routing._attached:  # aiohttp sends no on_cleanup if start-up failed
         compat.remove_hook(session, routing._hook)
 

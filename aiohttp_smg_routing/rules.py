@@ -57,11 +57,15 @@ class Rules(Owner):
         self._hosts = frozenset(host_of(url) for url, _ in places)
         names = [path.lower().split("/")[1:] for path in config.paths]
         self._tails = tuple("/" + "/".join(its[1:] or its) for its in names)  # without "/v1"
-        self._has_tagged, self._once, self._runs = False, Once(), Counter[str]()
+        self._has_tagged, self._runs = False, Counter[str]()
+        # A memory for each kind of line, so that many lines of one do not silence the others.
+        self._once = {what: Once() for what in (*NOTICED, "late", "redirected")}
         ignored = ", or one of ignore_ids," if config.ignore_ids else ""
         self._found = f"{named_sources(config.session_id)} found none{ignored} in route"
         hint = "no source of session_id finds one, or the calls are made outside a request"
         self.missing_log: Capped = Capped(logger, "calls without a session", hint)
+        hint = "gateway or paths may be wrong, or other services are called"
+        self.unmatched_log: Capped = Capped(logger, "URLs that resemble the gateway's", hint)
 
     def gateway_of(self, method: str, url: URL) -> str | None:
         """Return the gateway of a call that carries a key; None for any other call."""
@@ -172,7 +176,7 @@ class Rules(Owner):
         )
         if self.config.on_late == "raise":
             raise MissingSessionError(problem)
-        if self._once.is_new(("late", code)):
+        if self._once["late"].is_new(code):
             say(logger, logging.WARNING, "%s. This is logged once for that code.", problem)
 
     def note_unmatched(self, method: str, url: URL) -> None:
@@ -183,21 +187,22 @@ class Rules(Owner):
                 message = "%s. It has no session either: see session_id."
                 say(logger, logging.WARNING, message, self.explain(method, url))
             return
-        rules, level = self._rules_of(scope), logging.DEBUG
+        rules = self._rules_of(scope)
         if rules.gateway_of(method, url) is not None or rules._is_near(url):
             rules.pins.count("unmatched")
             if not rules._has_tagged:
                 rules._runs["idle"] = 0
                 scope.called()
-            if rules._is_noticed("unmatched", origin(url)):
-                level = logging.WARNING
-        if logger.isEnabledFor(level):
-            say(logger, level, "%s", rules._why_not(method, url))
+            if rules._is_noticed("unmatched", _shown(method, url)):
+                rules.unmatched_log.warn("%s", rules._why_not(method, url))
+                return
+        if logger.isEnabledFor(logging.DEBUG):
+            say(logger, logging.DEBUG, "%s", rules._why_not(method, url))
 
     def note_redirected(self, method: str, url: URL, to: URL) -> None:
         """Log a redirect that the key does not follow, once for each origin."""
         rules = self._rules_of(session_scope())
-        if rules._once.is_new(("redirected", origin(to))):
+        if rules._once["redirected"].is_new(origin(to)):
             message = "%s is redirected, and the key does not follow: %s"
             why = rules._why_not(method, to)
             say(logger, logging.WARNING, message, _shown(method, url), why)
@@ -242,7 +247,7 @@ class Rules(Owner):
         """Count one more; tell whether there are now enough to log, and none was logged yet."""
         self._runs[what] += 1
         is_run = self._runs[what] >= (NOTICED_LATER if self._has_tagged else NOTICED[what])
-        return is_run and self._once.is_new((what, where, self._has_tagged))
+        return is_run and self._once[what].is_new((where, self._has_tagged))
 
     def _is_near(self, url: URL) -> bool:
         return host_of(url) in self._hosts or url.raw_path.rstrip("/").lower().endswith(self._tails)

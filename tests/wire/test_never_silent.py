@@ -549,21 +549,46 @@ async def test_near_misses_outside_a_session_are_said_once_and_not_counted(
     assert line.endswith(" It has no session either: see session_id.")
 
 
-async def test_near_misses_are_said_once_for_each_origin(
+async def test_near_misses_are_said_once_for_each_origin_and_path(
     gateway: Recorder, caplog: pytest.LogCaptureFixture
 ) -> None:
-    port = gateway.url.port
-    hosts = ("localhost", "127.0.0.2", "judge.example")
+    """A call that is rightly not pinned does not hide a wrong path on the same origin."""
+    hosts = ("127.0.0.1", "localhost", "judge.example")
     urls = [
-        f"http://{host}:{port}{path}" for host in hosts for path in (CHAT_PATH, f"/x{CHAT_PATH}")
+        f"http://{host}:{gateway.url.port}{path}{CHAT_PATH}"
+        for host in hosts
+        for path in ("/x", "/y")
     ]
     async with playing({"gateway": str(gateway.url)}, *urls) as (routing, play):
         await play(40)
         assert routing.pins.summary() == PinSummary(unmatched=240)
-    lines = said(caplog)
-    assert len(lines) == 3
-    for host in hosts:
-        assert sum(f"http://{host}:" in line.partition(" goes out")[0] for line in lines) == 1
+    where = [line.partition(" goes out without a key: ")[0] for line in said(caplog)]
+    assert sorted(where) == sorted(f"POST {url}" for url in urls)
+
+
+async def test_more_near_misses_than_are_remembered_neither_flood_the_log_nor_silence_it(
+    gateway: Recorder, elsewhere: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    port = gateway.url.port
+    urls = [f"http://customer-{number}.example:{port}{CHAT_PATH}" for number in range(1100)]
+    async with playing({"gateway": str(gateway.url)}, *urls) as (routing, play):
+        await play(1)
+        assert routing.pins.summary() == PinSummary(unmatched=1100)
+        lines = said(caplog)
+        assert sum(" goes out without a key: " in line for line in lines) == 60
+        hint = "gateway or paths may be wrong, or other services are called"
+        assert f"20 URLs that resemble the gateway's: {hint}" in lines
+        assert len(lines) == 61
+        gateway.answer = lambda call: redirect(elsewhere.chat)
+        async with ClientSession(trace_configs=[routing.trace_config()]) as session:
+            with routing_session("s-1"):
+                async with session.post(gateway.chat):
+                    pass
+        [line] = said(caplog)[61:]
+        assert " is redirected, " in line
+    assert said(caplog)[62:] == [
+        "940 more URLs that resemble the gateway's: at most 60 a minute are logged one by one"
+    ]
 
 
 @pytest.mark.parametrize("before", [0, 19])
