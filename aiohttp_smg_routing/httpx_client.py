@@ -90,7 +90,7 @@ class HttpxHook:
 
     def _begin(self, request: Any) -> _Hop:
         """Judge a request that is about to leave, unless it has been judged."""
-        method, url = request.method, URL(str(request.url), encoded=True)
+        method, url = request.method, _url(request)
         sending = client.under_way.get()
         if isinstance(sending, _Hop) and sending.has_within(url):  # by a transport
             return sending
@@ -116,6 +116,13 @@ class HttpxHook:
             if before and before.header:
                 targets[0].note_redirected(method, before.url, url)
         return hop
+
+
+def _url(request: Any) -> URL:
+    try:
+        return URL(str(request.url), encoded=True)
+    except (ValueError, IndexError):  # httpx sends to hosts that yarl refuses; no gateway has one
+        return URL.build(path=request.url.path)
 
 
 def _keep(hop: _Hop, request: Any) -> None:

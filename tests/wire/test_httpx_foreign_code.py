@@ -2,9 +2,10 @@
 
 import asyncio
 import copy
+import logging
 import sys
-from collections.abc import Generator
-from contextlib import ExitStack
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -22,9 +23,12 @@ MODULES = pytest.mark.parametrize("module", [httpx, httpx2], ids=["httpx", "http
 
 
 class Wire:
-    """A transport that records the keys of each request, and gives the answers that a test sets."""
+    """A transport that records the keys of each request, and gives the answers that a test sets.
 
-    def __init__(self, module: ModuleType, *outcomes: int | Exception) -> None:
+    An answer is a status, the target of a redirect, or an error.
+    """
+
+    def __init__(self, module: ModuleType, *outcomes: int | str | Exception) -> None:
         self.module, self.outcomes = module, [*outcomes]
         self.keys: list[list[bytes]] = []
         self.requests: list[Any] = []
@@ -36,10 +40,24 @@ class Wire:
         outcome = self.outcomes.pop(0) if self.outcomes else 200
         if isinstance(outcome, Exception):
             raise outcome
+        if isinstance(outcome, str):
+            return self.module.Response(307, headers={"Location": outcome})
         return self.module.Response(outcome)
 
     def client(self, **options: Any) -> Any:
-        return self.module.Client(transport=self.module.MockTransport(self), **options)
+        transport = self.module.MockTransport(self)
+        return self.module.Client(transport=transport, follow_redirects=True, **options)
+
+
+@contextmanager
+def any_client(wire: Wire, routing: Routing, is_instrumented: bool) -> Iterator[Any]:
+    """Make a client that has the hook in one way or the other."""
+    if not is_instrumented:
+        with wire.client(event_hooks=routing.httpx_hooks()) as client:
+            yield client
+        return
+    with routing.instrument(), wire.client() as client:
+        yield client
 
 
 @pytest.fixture
@@ -154,6 +172,39 @@ async def test_a_transport_that_tries_twice_by_another_client_is_counted_once(
                     await client.post(CHAT_URL)
     assert wire.keys == [[b"s-1"], [b"s-1"], [b"s-2"], [b"s-2"]]
     assert routing.pins.summary() == PinSummary(unknown=2, sessions=2)
+
+
+# httpx takes these, and yarl does not.
+UNREADABLE = [r"http://tenant\box", "http://[fe80::1%25x]]]"]
+
+
+@MODULES
+@pytest.mark.parametrize("is_instrumented", [False, True])
+@pytest.mark.parametrize("host", UNREADABLE)
+def test_a_url_that_yarl_cannot_read_leaves_as_without_the_plugin(
+    module: ModuleType,
+    routing: Routing,
+    is_instrumented: bool,
+    host: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.DEBUG, "aiohttp_smg_routing")  # the line about such a call too
+    wire = Wire(module)
+    with any_client(wire, routing, is_instrumented) as client, routing_session("s-1"):
+        for method in ("GET", "POST"):
+            client.request(method, f"{host}/v1/chat/completions", headers={"X-A": "1"})
+    assert wire.keys == [[], []]
+
+
+@MODULES
+@pytest.mark.parametrize("is_instrumented", [False, True])
+def test_the_key_does_not_follow_a_redirect_to_a_url_that_yarl_cannot_read(
+    module: ModuleType, routing: Routing, is_instrumented: bool
+) -> None:
+    wire = Wire(module, r"http://tenant\box/v1/chat/completions")
+    with any_client(wire, routing, is_instrumented) as client, routing_session("s-1"):
+        client.post(CHAT_URL)
+    assert wire.keys == [[b"s-1"], []]
 
 
 @MODULES
