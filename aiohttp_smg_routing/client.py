@@ -21,6 +21,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from . import compat
+from .gateway import path_of, server_of
 from .ledger import PendingCall
 from .log import say
 from .rules import Rules
@@ -37,8 +38,11 @@ class Sending:
 
     def has_within(self, url: URL) -> bool:
         """Tell whether a call to ``url`` that starts during this one is the same call."""
-        place = self.url.raw_authority, self.url.raw_path
-        return not self.is_over and place == (url.raw_authority, url.raw_path)
+        return not self.is_over and _place(url) == _place(self.url)
+
+
+def _place(url: URL) -> tuple[object, str]:
+    return server_of(url), path_of(url)
 
 
 #: The call that an httpx client sends in this context, so that it is judged and counted only once.

@@ -5,6 +5,7 @@ Measured on SMG 1.9 to 1.13. ``docs/gateways.md`` has the whole table.
 
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from ipaddress import ip_address
 from typing import Final
 
@@ -72,14 +73,34 @@ def origin(url: URL) -> str:
 
 
 def host_of(url: URL) -> str:
-    """Return the host of a URL in lower case, or an empty string if it can't be read.
+    """Return the host of a URL in one spelling, or an empty string if it can't be read.
 
-    yarl leaves capitals in some hosts that are not ASCII, and in any URL that is encoded already.
+    yarl leaves capitals in some hosts that are not ASCII, and any spelling in an encoded URL.
     """
     try:
-        return (url.raw_host or "").lower()
+        host = (url.raw_host or "").lower()
     except ValueError:  # an encoded URL is read only now: aiohttp is about to refuse it
         return ""
+    if ":" in host:
+        with suppress(ValueError):  # an address of a later version of IP
+            return ip_address(host).compressed
+    return host
+
+
+def server_of(url: URL) -> tuple[str, str, int | None] | None:
+    """Return the scheme, host and port of a URL in one spelling, or None if they can't be read."""
+    try:
+        return url.scheme, host_of(url), url.port
+    except ValueError:  # aiohttp is about to refuse this encoded URL
+        return None
+
+
+def path_of(url: URL) -> str:
+    """Return the path of a URL as yarl spells it, but with its dot segments.
+
+    A client that sends them asks for another resource. yarl keeps them in a relative URL.
+    """
+    return URL(f"x/{url.raw_path}").raw_path[2:]
 
 
 def difference(url: URL, gateways: Iterable[URL], paths: Iterable[str]) -> tuple[str, str, str]:

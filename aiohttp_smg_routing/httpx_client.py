@@ -15,6 +15,7 @@ from yarl import URL
 
 from . import client, compat
 from .context import current_scope
+from .gateway import path_of
 from .ledger import PendingCall
 from .log import say
 from .rules import Rules
@@ -119,8 +120,10 @@ class HttpxHook:
 
 
 def _url(request: Any) -> URL:
+    """Return the URL of a request, with its path in the spelling that a gateway's has."""
     try:
-        return URL(str(request.url), encoded=True)
+        url = URL(str(request.url), encoded=True)
+        return url.with_path(path_of(url), encoded=True)
     except (ValueError, IndexError):  # httpx sends to hosts that yarl refuses; no gateway has one
         return URL.build(path=request.url.path)
 

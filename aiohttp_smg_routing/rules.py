@@ -17,6 +17,7 @@ from .gateway import (
     host_of,
     keep_past_proxies,
     origin,
+    server_of,
 )
 from .ledger import PendingCall, PinLedger
 from .log import Capped, Once, running_code, say
@@ -50,9 +51,7 @@ class Rules(Owner):
         self.exact: dict[tuple[str, str, str, str], str] = {
             (hdrs.METH_POST, url.scheme, url.raw_authority, path): str(url) for url, path in places
         }
-        self._normalized = {
-            (url.scheme, host_of(url), url.port, path): str(url) for url, path in places
-        }
+        self._normalized = {(server_of(url), path): str(url) for url, path in places}
         self._paths = frozenset(path for _, path in places)
         self._hosts = frozenset(host_of(url) for url, _ in places)
         names = [path.lower().split("/")[1:] for path in config.paths]
@@ -72,10 +71,7 @@ class Rules(Owner):
         # aiohttp before 3.14 passes on the method as given, and any version an encoded URL.
         if url.raw_path not in self._paths or method.upper() != hdrs.METH_POST:
             return None
-        try:
-            return self._normalized.get((url.scheme, host_of(url), url.port, url.raw_path))
-        except ValueError:  # aiohttp is about to refuse this encoded URL
-            return None
+        return self._normalized.get((server_of(url), url.raw_path))
 
     def begin(self, gateway: str, method: str, url: URL, headers: CIMultiDict[str]) -> PendingCall:
         """Put the key on the ``headers`` of a call to ``gateway``, if the call has a session.

@@ -13,6 +13,7 @@ import httpx
 import httpx2
 import pytest
 from aiohttp import ClientSession
+from yarl import URL
 
 from aiohttp_smg_routing import PinSummary, Routing, RoutingConfig, routing_session
 from aiohttp_smg_routing.testing import Recorder
@@ -172,6 +173,56 @@ async def test_a_transport_that_tries_twice_by_another_client_is_counted_once(
                     await client.post(CHAT_URL)
     assert wire.keys == [[b"s-1"], [b"s-1"], [b"s-2"], [b"s-2"]]
     assert routing.pins.summary() == PinSummary(unknown=2, sessions=2)
+
+
+@MODULES
+@pytest.mark.parametrize(
+    "base",
+    [
+        *("http://[0:0:0:0:0:0:0:1]:30000", "http://[::FFFF:127.0.0.1]", "http://[FE80::1%25a]"),
+        *("http://h/v1%2fx", "http://h/%7Eteam", "http://h/a[b]|^", "http://h//a", "http://h/%c3é"),
+    ],
+)
+def test_a_gateway_is_the_same_in_each_spelling_that_httpx_keeps(
+    module: ModuleType, base: str
+) -> None:
+    wire = Wire(module)
+    with any_client(wire, Routing({"gateway": base}), True) as client, routing_session("s-1"):
+        client.post(f"{base}/v1/chat/completions")
+    assert wire.keys == [[b"s-1"]]
+
+
+@pytest.mark.parametrize("is_encoded", [False, True])
+async def test_a_transport_of_aiohttps_that_spells_the_url_in_its_way_is_counted_once(
+    gateway: Recorder, is_encoded: bool
+) -> None:
+    async def send(request: httpx.Request) -> httpx.Response:
+        url = URL(str(request.url), encoded=is_encoded)
+        async with session.post(url, headers=request.headers.multi_items()) as response:
+            return httpx.Response(response.status)
+
+    base = f"{gateway.url}/%7Eteam"
+    routing = Routing({"gateway": base})
+    with routing.instrument():
+        async with (
+            ClientSession() as session,
+            httpx.AsyncClient(transport=httpx.MockTransport(send)) as client,
+        ):
+            with routing_session("s-1"):
+                await client.post(f"{base}/v1/chat/completions")
+    assert gateway.last.keys == [b"s-1"]
+    assert routing.pins.summary() == PinSummary(unknown=1, sessions=1)
+
+
+@MODULES
+@pytest.mark.parametrize("path", ["/x/%2e%2e", "/%2e", "/x%2f..", "//", "/v1%2F.."])
+def test_a_path_that_names_another_resource_on_the_wire_carries_no_key(
+    module: ModuleType, routing: Routing, path: str
+) -> None:
+    wire = Wire(module)
+    with any_client(wire, routing, True) as client, routing_session("s-1"):
+        client.post(f"{GATEWAY}{path}/v1/chat/completions")
+    assert wire.keys == [[]]
 
 
 # httpx takes these, and yarl does not.
