@@ -15,7 +15,7 @@ from yarl import URL
 
 from . import client, compat
 from .context import current_scope
-from .gateway import path_of
+from .gateway import ROUTING_KEY_HEADER, TARGET_WORKER_HEADER, path_of
 from .ledger import PendingCall
 from .log import say
 from .rules import Rules
@@ -34,6 +34,7 @@ class _Hop(client.Sending):
         self.hook, self.request, self.scope = hook, weakref.ref(request), current_scope()
         self.call: PendingCall | None = None  # until its outcome is counted
         self.header = ""  # the one that carries the key
+        self.headers: Any = None  # those that are sent instead of the request's
 
     def end(self, response: Any) -> None:
         """Count the outcome of the request; it is a failure if there is no response."""
@@ -54,7 +55,7 @@ class HttpxHook:
         """Return the hooks for a client, which may be sync or async."""
 
         def request_hook(request: Any) -> _Done:
-            self._begin(request)
+            self._begin(request, on_copy=False)
             return _DONE
 
         def response_hook(response: Any) -> _Done:
@@ -67,30 +68,36 @@ class HttpxHook:
 
     def send(self, original: Callable[[Any], Any], request: Any) -> Any:
         """Send a request of a sync client."""
-        hop, response = self._begin(request), None
+        hop, response = self._begin(request, on_copy=True), None
         if hop is client.under_way.get():
             return original(request)
-        with _sending(hop, request):
+        with _sending(hop, request) as sent:
             try:
-                response = original(request)
+                response = original(sent)
+                _restore(request, sent, response)
                 return response
             finally:
                 hop.end(response)
 
     async def send_async(self, original: Callable[[Any], Any], request: Any) -> Any:
         """Send a request of an async client."""
-        hop, response = self._begin(request), None
+        hop, response = self._begin(request, on_copy=True), None
         if hop is client.under_way.get():
             return await original(request)
-        with _sending(hop, request):
+        with _sending(hop, request) as sent:
             try:
-                response = await original(request)
+                response = await original(sent)
+                _restore(request, sent, response)
                 return response
             finally:
                 hop.end(response)
 
-    def _begin(self, request: Any) -> _Hop:
-        """Judge a request that is about to leave, unless it has been judged."""
+    def _begin(self, request: Any, *, on_copy: bool) -> _Hop:
+        """Judge a request that is about to leave, unless it has been judged.
+
+        The key goes on the request itself, or ``on_copy``: the caller may send one request in two
+        sessions at once.
+        """
         method, url = request.method, _url(request)
         sending = client.under_way.get()
         if isinstance(sending, _Hop) and sending.has_within(url):  # by a transport
@@ -103,14 +110,17 @@ class HttpxHook:
             return before
         hop = _Hop(self, request, url)
         _keep(hop, request)
-        if before and before.header:
-            request.headers.pop(before.header, None)
+        if before and before.header and not (is_again and before.headers):
+            for name in (before.header, ROUTING_KEY_HEADER, TARGET_WORKER_HEADER):
+                request.headers.pop(name, None)
         targets = self._hook.targets  # read once: another thread may change it
         for rules in targets:
             gateway = rules.gateway_of(method, url)
             if gateway is not None:
-                hop.call = _with_key(rules, gateway, method, url, request)
+                headers = request.headers.copy() if on_copy else request.headers
+                hop.call = _with_key(rules, gateway, method, url, headers)
                 hop.header = hop.call.header
+                hop.headers = headers if on_copy and hop.header else None
                 return hop
         if targets and method.upper() == hdrs.METH_POST and not is_again:
             targets[0].note_unmatched(method, url)
@@ -133,17 +143,34 @@ def _keep(hop: _Hop, request: Any) -> None:
 
 
 @contextmanager
-def _sending(hop: _Hop, request: Any) -> Iterator[None]:
-    """Keep the hop in the context and off the request, whose extensions a transport may copy."""
-    token = client.under_way.set(hop)
-    request.extensions = {it: its for it, its in request.extensions.items() if it != _EXTENSION}
+def _sending(hop: _Hop, request: Any) -> Iterator[Any]:
+    """Return what to send: the request, or a copy of it with the headers of the hop.
+
+    Keep the hop in the context and off what is sent, whose extensions a transport may copy.
+    """
+    token, sent = client.under_way.set(hop), request
+    if hop.headers:  # copy.copy() would lose the stream of the body
+        sent = object.__new__(type(request))
+        vars(sent).update(vars(request), headers=hop.headers)
+    sent.extensions = {it: its for it, its in request.extensions.items() if it != _EXTENSION}
     try:
-        yield
+        yield sent
+    except Exception as error:
+        _restore(request, sent, error)
+        raise
     finally:
+        vars(request).update(vars(sent), headers=request.headers)  # a transport may read the body
         _keep(hop, request)
         hop.is_over = True
         with suppress(ValueError):  # garbage collection runs in any context
             client.under_way.reset(token)
+
+
+def _restore(request: Any, sent: Any, outcome: Any) -> None:
+    """Make a response or an error name the request of the caller, not what was sent."""
+    with suppress(AttributeError, RuntimeError):  # most errors have none
+        if outcome.request is sent:
+            outcome.request = request
 
 
 class _Done:
@@ -156,16 +183,24 @@ class _Done:
 _DONE = _Done()
 
 
-def _with_key(rules: Rules, gateway: str, method: str, url: URL, request: Any) -> PendingCall:
-    headers = CIMultiDict(
-        (name.decode("latin-1"), value.decode("latin-1")) for name, value in request.headers.raw
+def _with_key(rules: Rules, gateway: str, method: str, url: URL, headers: Any) -> PendingCall:
+    before = CIMultiDict(
+        (name.decode("latin-1"), value.decode("latin-1")) for name, value in headers.raw
     )
-    call = rules.begin(gateway, method, url, headers)
-    if call.header:  # in place: an auth flow may hold the object
-        request.headers.clear()
-        request.headers.update(
-            [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
-        )
+    after = before.copy()
+    call = rules.begin(gateway, method, url, after)
+    # In place, because an auth flow may hold the object, and only what differs, because others may
+    # send it now.
+    for name in before:
+        if name not in after:
+            headers.pop(name, None)
+    headers.update(
+        [
+            (name.encode("latin-1"), value.encode("latin-1"))
+            for name, value in after.items()
+            if after.getall(name) != before.getall(name, None)
+        ]
+    )
     return call
 
 

@@ -331,6 +331,93 @@ def test_what_an_auth_flow_writes_on_headers_that_it_holds_is_sent(
 
 
 @MODULES
+async def test_one_request_that_is_sent_in_two_sessions_at_once_carries_the_key_of_each(
+    module: ModuleType, routing: Routing
+) -> None:
+    keys, go_on = [], asyncio.Event()
+
+    async def tries(request: Any) -> Any:
+        for _ in range(2):
+            keys.append(request.headers["X-SMG-Routing-Key"])
+            if keys[-1] == "s-2":
+                go_on.set()
+            await go_on.wait()
+        return module.Response(200)
+
+    request = module.Request("POST", CHAT_URL)
+    with routing.instrument():
+        async with module.AsyncClient(transport=module.MockTransport(tries)) as client:
+
+            async def turn(session_id: str) -> None:
+                with routing_session(session_id):
+                    response = await client.send(request)
+                assert response.request is request
+
+            await asyncio.gather(turn("s-1"), turn("s-2"))
+    assert sorted(keys[:2]) == sorted(keys[2:]) == ["s-1", "s-2"]
+
+
+@MODULES
+def test_a_key_never_stands_on_the_request_of_the_caller(
+    module: ModuleType, routing: Routing
+) -> None:
+    wire, own = Wire(module), [("X-SMG-Routing-Key", "own"), ("X-SMG-Target-Worker", "1")]
+    request = module.Request("POST", CHAT_URL, headers=own)
+    before = request.headers.raw
+    with routing.instrument(), wire.client() as client:
+        with routing_session("s-1"):
+            client.send(request)
+            client.send(request)
+        assert request.headers.raw == before
+        client.send(request)
+    assert wire.keys == [[b"s-1"], [b"s-1"], [b"own"]]
+
+
+@MODULES
+def test_an_error_names_the_request_of_the_caller(module: ModuleType, routing: Routing) -> None:
+    class OtherError(Exception):
+        request = "its own"
+
+    wire = Wire(module, module.ConnectError("refused"), OtherError())
+    request = module.Request("POST", CHAT_URL)
+    with routing.instrument(), wire.client() as client, routing_session("s-1"):
+        with pytest.raises(module.ConnectError) as refused:
+            client.send(request)
+        with pytest.raises(OtherError) as other:
+            client.send(request)
+    assert refused.value.request is request
+    assert other.value.request == "its own"
+
+
+@MODULES
+def test_a_body_that_a_transport_has_read_follows_a_redirect(
+    module: ModuleType, routing: Routing
+) -> None:
+    wire = Wire(module, CHAT_URL)
+    with routing.instrument(), wire.client() as client, routing_session("s-1"):
+        client.post(CHAT_URL, content=(part for part in [b"a", b"b"]))
+    assert [request.content for request in wire.requests] == [b"ab", b"ab"]
+
+
+@MODULES
+def test_the_hook_takes_no_header_off_a_request_that_others_may_send_now(
+    module: ModuleType, routing: Routing
+) -> None:
+    seen = []
+
+    class Headers(module.Headers):  # type: ignore[misc, name-defined]
+        def update(self, headers: Any = None) -> None:
+            seen.append("Host" in self)
+            super().update(headers)
+
+    request = module.Request("POST", CHAT_URL)
+    request.headers = Headers(request.headers)
+    with any_client(Wire(module), routing, False) as client, routing_session("s-1"):
+        client.send(request)
+    assert seen == [True]
+
+
+@MODULES
 def test_a_transport_finds_the_extensions_of_the_caller(
     module: ModuleType, routing: Routing
 ) -> None:
