@@ -2,7 +2,7 @@
 
 import logging
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +21,7 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from . import compat
+from .context import current_scope
 from .gateway import path_of, server_of
 from .ledger import PendingCall
 from .log import say
@@ -33,12 +34,20 @@ class Sending:
     """A call of an httpx client. Its transport may send it by another client, such as aiohttp's."""
 
     def __init__(self, url: URL) -> None:
-        self.url = url
+        self.url, self.scope = url, current_scope()
+        self.header = self.key = ""  # empty if it carries no key
         self.is_over = False
 
-    def has_within(self, url: URL) -> bool:
-        """Tell whether a call to ``url`` that starts during this one is the same call."""
-        return not self.is_over and _place(url) == _place(self.url)
+    def has_within(self, url: URL, headers: Mapping[str, str]) -> bool:
+        """Tell whether a call that starts during this one is the same call, passed on.
+
+        Its key shows it, because the code that yields the body may make a call to the same URL.
+        """
+        if self.is_over or _place(url) != _place(self.url):
+            return False
+        if self.header:
+            return headers.get(self.header) == self.key
+        return current_scope() is self.scope
 
 
 def _place(url: URL) -> tuple[object, str]:
@@ -46,7 +55,7 @@ def _place(url: URL) -> tuple[object, str]:
 
 
 #: The call that an httpx client sends in this context, so that it is judged and counted only once.
-#: Its transport may also make other calls, and start tasks that make them later.
+#: Its transport and its body may also make other calls, and start tasks that make them later.
 under_way: ContextVar[Sending | None] = ContextVar("aiohttp_smg_routing_under_way", default=None)
 
 
@@ -74,7 +83,7 @@ class Hook(TraceConfig):
         context.call = None
         method, url = params.method, params.url
         sending = under_way.get()
-        if sending and sending.has_within(url):
+        if sending and sending.has_within(url, params.headers):
             return
         targets = self.targets  # read once: another thread may change it
         for rules in targets:

@@ -31,9 +31,8 @@ class _Hop(client.Sending):
 
     def __init__(self, hook: "HttpxHook", request: Any, url: URL) -> None:
         super().__init__(url)
-        self.hook, self.request, self.scope = hook, weakref.ref(request), current_scope()
+        self.hook, self.request = hook, weakref.ref(request)
         self.call: PendingCall | None = None  # until its outcome is counted
-        self.header = ""  # the one that carries the key
         self.headers: Any = None  # those that are sent instead of the request's
 
     def end(self, response: Any) -> None:
@@ -100,7 +99,7 @@ class HttpxHook:
         """
         method, url = request.method, _url(request)
         sending = client.under_way.get()
-        if isinstance(sending, _Hop) and sending.has_within(url):  # by a transport
+        if isinstance(sending, _Hop) and sending.has_within(url, request.headers):  # by a transport
             return sending
         before: _Hop | None = request.extensions.get(_EXTENSION)
         is_again = before is not None and before.request() is request
@@ -119,7 +118,7 @@ class HttpxHook:
             if gateway is not None:
                 headers = request.headers.copy() if on_copy else request.headers
                 hop.call = _with_key(rules, gateway, method, url, headers)
-                hop.header = hop.call.header
+                hop.header, hop.key = hop.call.header, hop.call.key
                 hop.headers = headers if on_copy and hop.header else None
                 return hop
         if targets and method.upper() == hdrs.METH_POST and not is_again:

@@ -4,7 +4,7 @@ import asyncio
 import copy
 import logging
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import AsyncGenerator, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from types import ModuleType
 from typing import Any
@@ -122,6 +122,33 @@ async def test_a_task_that_a_call_started_carries_its_key_on_the_same_url(
         go_on.set()
         await asyncio.gather(*tasks)
     assert gateway.last.keys == [b"s-1"]
+
+
+@MODULES
+@pytest.mark.parametrize("is_in_session", [False, True])
+@pytest.mark.parametrize("kind", ["httpx", "aiohttp"])
+async def test_a_call_that_is_made_while_a_call_to_the_same_url_yields_its_body_carries_its_key(
+    gateway: Recorder, module: ModuleType, kind: str, is_in_session: bool
+) -> None:
+    routing = Routing(RoutingConfig(gateway.url))
+    with routing.instrument():
+        async with module.AsyncClient() as client, ClientSession() as session:
+
+            async def body() -> AsyncGenerator[bytes, None]:
+                yield b"{"
+                with ExitStack() if is_in_session else routing_session("s-1"):
+                    if kind == "httpx":
+                        await client.post(str(gateway.chat))
+                    else:
+                        async with session.post(gateway.chat):
+                            pass
+                yield b"}"
+
+            with routing_session("s-1") if is_in_session else ExitStack():
+                await client.post(str(gateway.chat), content=body())
+    inner, outer = sorted(gateway.calls, key=lambda call: len(call.body))
+    assert (inner.keys, outer.keys) == ([b"s-1"], [b"s-1"] if is_in_session else [])
+    assert routing.pins.summary().unknown == 1 + is_in_session
 
 
 @MODULES
