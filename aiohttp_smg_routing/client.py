@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from aiohttp import (
     ClientResponse,
@@ -59,6 +60,11 @@ def _place(url: URL) -> tuple[object, str]:
 under_way: ContextVar[Sending | None] = ContextVar("aiohttp_smg_routing_under_way", default=None)
 
 
+#: By redirect: the header that a hook has just set for the next hop. The hook of the hop before it,
+#: which may come later in the list, must not take it off as its own.
+_next_header: WeakKeyDictionary[ClientResponse, str] = WeakKeyDictionary()
+
+
 class Hook(TraceConfig):
     """A ``TraceConfig`` that puts the key on calls to its gateways, and leaves others alone.
 
@@ -108,10 +114,17 @@ class Hook(TraceConfig):
         if hop is None:
             return
         call: PendingCall | None = context.call
-        if call:
+        if call and _next_header.get(params.response) != call.header.lower():
             params.headers.popall(call.header, None)
         await self._start(session, context, hop)
-        if call and call.header and not context.call and hop.method != hdrs.METH_GET:
+        if context.call:
+            _next_header[params.response] = context.call.header.lower()
+        elif (
+            call
+            and call.header
+            and hop.method != hdrs.METH_GET
+            and not _claimed(compat.hooks(session), hop.method, hop.url)
+        ):
             self.targets[0].note_redirected(hop.method, params.url, hop.url)
 
     async def _end(

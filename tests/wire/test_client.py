@@ -27,6 +27,7 @@ from aiohttp_smg_routing import (
     Routing,
     RoutingConfig,
     routing_session,
+    setup,
 )
 from aiohttp_smg_routing.testing import Call, Recorder, answer, completion, failure, redirect
 from harness.proxies import CLIENT, pinned_server
@@ -571,6 +572,57 @@ async def test_hooks_of_two_gateways_on_one_session_stay_apart(
     assert elsewhere.last.keys == []
     [pin] = elsewhere.last.values("X-Pin")
     assert pin.startswith(b"sha256-")
+
+
+@pytest.mark.parametrize("header", ["x-smg-routing-key", "X-Pin"])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+async def test_a_redirect_from_one_gateway_to_another_carries_the_key_of_each(
+    gateway: Recorder,
+    elsewhere: Recorder,
+    order: tuple[int, int],
+    header: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    routings = [
+        Routing(RoutingConfig(gateway.url)),
+        Routing(RoutingConfig(elsewhere.url, header=header)),
+    ]
+    async with ClientSession() as session:
+        for number in order:
+            routings[number].attach(session)
+        with routing_session("s-1"):
+            for wire, other in ((elsewhere, gateway), (gateway, elsewhere)):
+                wire.answer = lambda call, to=other.chat: redirect(to)  # type: ignore[misc]
+                other.answer = lambda call: completion()
+                async with session.post(wire.chat):
+                    pass
+    assert [call.keys for call in gateway.calls] == [[b"s-1"]] * 2
+    assert [call.values("X-Pin") for call in gateway.calls] == [[]] * 2
+    assert [call.values(header) for call in elsewhere.calls] == [[b"s-1"]] * 2
+    assert [it.pins.summary() for it in routings] == [PinSummary(unknown=1, sessions=1)] * 2
+    assert "does not follow" not in caplog.text
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+async def test_an_apps_key_does_not_follow_a_redirect_to_the_gateway_of_another_hook(
+    gateway: Recorder, elsewhere: Recorder, order: tuple[int, int], aiohttp_client: AiohttpClient
+) -> None:
+    elsewhere.answer = lambda call: redirect(gateway.chat)
+    async with ClientSession() as session:
+
+        async def handler(request: web.Request) -> web.Response:
+            async with session.post(elsewhere.chat):
+                return web.Response()
+
+        app = web.Application()
+        app.router.add_post("/{session_id}", handler)
+        routings = [Routing(RoutingConfig(gateway.url)), setup(app, {"gateway": elsewhere.url})]
+        for number in order:
+            routings[number].attach(session)
+        client = await aiohttp_client(app)
+        async with client.post("/s-1"):
+            pass
+    assert (elsewhere.last.keys, gateway.last.keys) == ([b"s-1"], [])
 
 
 async def test_a_base_path_in_the_gateways_url_is_respected(gateway: Recorder) -> None:
