@@ -4,9 +4,10 @@ from collections.abc import Iterator
 
 from . import known_causes
 from .cause import Cause
+from .chance import more_than_chance
 from .counter_causes import by_counters, other_calls
 from .counting import answering, fresh_ids, key_use, pools
-from .evidence import Evidence, bounds, more_than_chance
+from .evidence import Evidence, bounds
 from .facts import POLICY_ADVICE
 from .seen import Answer, Seen
 from .summary import Summary

@@ -39,12 +39,13 @@ def by_counters(
     elif unused:
         yield _not_used(seen, counters, unused)
     elif counters.calls < ours:
+        right = "the gateway that the session server calls" if seen.plan.through else "this one"
         yield known_causes.replicas(
             seen.load.kind,
             seen.plan.metrics,
             counters.calls,
             ours,
-            "Give the metrics of this one with --metrics URL.",
+            f"Give the metrics of {right} with --metrics URL.",
         )
     else:
         yield from _by_pool(seen, counters, ours)

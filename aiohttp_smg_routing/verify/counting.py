@@ -1,14 +1,12 @@
 """Reads the gateway's counters for each pool, which is a kind of worker."""
 
 import re
-from math import comb, log
 from typing import Literal
 
+from .chance import beyond_chance, more_than_chance
 from .facts import CACHE_KEEPERS, KEY_BRANCHES, KEY_ONLY_POLICIES, UNCOUNTED_POLICIES
-from .seen import Counters, Seen
-from .summary import Summary
-
-CHANCE = 0.001  # anything less probable is no accident
+from .seen import ARMS, Counters, Seen
+from .summary import Summary, summarise
 
 Use = Literal["used", "not used", "untold"]
 
@@ -102,7 +100,23 @@ def _total(counters: Counters, series: str) -> int:
 
 
 def key_use(seen: Seen, pool: str) -> Use:
-    """Tell from the counters whether the key chose the pool's worker in all calls, or in none."""
+    """Tell from the counters whether the key chose the pool's worker in all calls, or in none.
+
+    Counters that also have calls of others, or lack some of ours, may be of another gateway. They
+    don't outweigh the workers' names if those show the key at work.
+    """
+    use = _counted_use(seen, pool)
+    if use == "not used" and not is_ours(seen) and _names_show_key(seen):
+        return "untold"
+    return use
+
+
+def _names_show_key(seen: Seen) -> bool:
+    keyed, control = (summarise(seen.turns, arm) for arm in ARMS)
+    return more_than_chance(keyed, control)
+
+
+def _counted_use(seen: Seen, pool: str) -> Use:
     counters = seen.counters
     if counters is None:
         return "untold"
@@ -143,18 +157,6 @@ def counts_any_call(seen: Seen, pool: str) -> bool:
     if seen.probe is None or policy is None:
         return False
     return _total(seen.probe, series_of(seen.counters or Counters(), policy)) > 0
-
-
-def beyond_chance(reached: int, workers: int, keys: int) -> bool:
-    """Tell whether it is no accident that so many keys came to so few of the workers.
-
-    If each key comes to a worker at random, the probability that any ``reached`` workers get all of
-    them is less than ``CHANCE``.
-    """
-    if not 0 < reached < workers:
-        return False
-    keys = min(keys, 10**9)  # a page of metrics may have any number
-    return log(comb(workers, reached)) + keys * log(reached / workers) < log(CHANCE)
 
 
 def key_count(seen: Seen) -> int:

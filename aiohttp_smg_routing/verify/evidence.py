@@ -1,11 +1,10 @@
 """Weighs what was seen: answers each question that the rules of the verdict ask."""
 
 from dataclasses import dataclass
-from math import exp, lgamma
 from typing import Literal
 
+from .chance import more_than_chance
 from .counting import (
-    CHANCE,
     Use,
     answering,
     kept_by_counters,
@@ -100,23 +99,3 @@ def _played(seen: Seen, keyed: Summary) -> Played:
         return "nothing"
     enough = max(FEWEST, seen.plan.planned / 2)
     return "enough" if keyed.later >= enough else "too little"
-
-
-def more_than_chance(keyed: Summary, control: Summary) -> bool:
-    """Tell whether the keyed arm kept more turns than the other arm, beyond chance.
-
-    Fisher's exact test, one-sided: how likely is a keyed arm this good if the key did nothing?
-    """
-    kept, moved = keyed.outcomes["kept"], keyed.outcomes["moved"]
-    other_kept, other_moved = control.outcomes["kept"], control.outcomes["moved"]
-    mine, all_kept = kept + moved, kept + other_kept
-    total = mine + other_kept + other_moved
-
-    def ways(of: int, taken: int) -> float:
-        return lgamma(of + 1) - lgamma(taken + 1) - lgamma(of - taken + 1)
-
-    likelihood = sum(
-        exp(ways(mine, more) + ways(total - mine, all_kept - more) - ways(total, all_kept))
-        for more in range(kept, min(mine, all_kept) + 1)
-    )
-    return likelihood < CHANCE

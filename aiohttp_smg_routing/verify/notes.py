@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from ..gateway import VALID_KEY
 from . import known_causes
 from .cause import Cause
+from .chance import beyond_chance
 from .counting import (
-    beyond_chance,
     is_stable,
     key_count,
     keys_tell,

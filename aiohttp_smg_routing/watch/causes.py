@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from ..verify import known_causes
 from ..verify.cause import Cause
-from ..verify.counting import beyond_chance
+from ..verify.chance import beyond_chance
 from ..verify.evidence import FEWEST
 from ..verify.facts import KEY_ONLY_POLICIES, NO_KEY_BRANCHES, PROBES
 from .basis import (

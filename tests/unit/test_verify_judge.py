@@ -11,7 +11,8 @@ import pytest
 from yarl import URL
 
 from aiohttp_smg_routing.verify.cause import Cause
-from aiohttp_smg_routing.verify.counting import Use, beyond_chance
+from aiohttp_smg_routing.verify.chance import beyond_chance
+from aiohttp_smg_routing.verify.counting import Use
 from aiohttp_smg_routing.verify.evidence import Evidence, Played, Stayed
 from aiohttp_smg_routing.verify.judge import decide, judge
 from aiohttp_smg_routing.verify.seen import (
@@ -96,6 +97,7 @@ def counted(policy: str, pool: str = "regular", calls: int = CALLS, **branches: 
     return Counters({pool: {policy: calls}}, {series: branches} if branches else {})
 
 
+HOMES = [f"http://w{n}" for n in range(3)]
 MANUAL = counted("manual", vacant=168, occupied_hit=120)
 HASHING = counted("consistent_hashing", routing_key_hit=CALLS)
 PREFIX = counted("prefix_hash", ring_hit=CALLS)
@@ -502,6 +504,14 @@ CASES = {
         0,
         ["other_calls"],
     ),
+    "pinned, by the metrics of another, busy gateway with the same workers": (
+        seen(
+            counters=replace(counted("random", calls=700), workers=dict.fromkeys(HOMES, 9)),
+            probe=counted("random", calls=40),
+        ),
+        0,
+        ["other_calls"],
+    ),
     "pinned although others call it, too": (
         seen(counters=counted("manual", calls=900, vacant=60, occupied_hit=400)),
         0,
@@ -644,14 +654,38 @@ CASES = {
         ["key_lost"],
     ),
     "the server calls another gateway": (
-        seen(counters=Counters(), probe=NO_KEY, plan=THROUGH),
+        seen(arm("keyed", 40), counters=Counters(), probe=NO_KEY, plan=THROUGH),
         1,
         ["key_lost"],
     ),
     "the server calls another gateway, and others this one": (
-        seen(counters=counted("manual", calls=20, no_routing_id=20), plan=THROUGH),
+        seen(
+            arm("keyed", 40),
+            counters=counted("manual", calls=20, no_routing_id=20),
+            plan=THROUGH,
+        ),
         1,
         ["key_lost"],
+    ),
+    "the server calls another gateway, on which the key is at work": (
+        seen(counters=Counters(), probe=NO_KEY, plan=THROUGH),
+        2,
+        ["other_gateway", "keys_unseen"],
+    ),
+    "the server calls another gateway, on which the key is at work, and others this one": (
+        seen(counters=counted("manual", calls=20, no_routing_id=20), plan=THROUGH),
+        2,
+        ["replicas", "keys_unseen"],
+    ),
+    "the server hides the worker, and calls another gateway": (
+        unnamed(Counters(), plan=THROUGH, probe=NO_KEY),
+        1,
+        ["key_lost", "no_worker_name"],
+    ),
+    "no key chose a worker, although only those of one session are kept": (
+        seen(counters=IGNORED, plan=THROUGH),
+        1,
+        ["policy"],
     ),
     "through a server, by the metrics of another gateway": (
         seen(counters=Counters(), probe=Counters(), plan=THROUGH),
@@ -916,6 +950,10 @@ def test_keys_that_are_spread_by_chance_seldom_look_as_if_they_were_not() -> Non
         ("hashed, and some workers get no session", "left_out", "168 sessions came to 3 of 5"),
         ("ids that the override takes for one", "shared_key", "no new key"),
         ("the server calls another gateway", "key_lost", "does it call another host"),
+        (
+            *("the server calls another gateway, on which the key is at work", "other_gateway"),
+            "that the session server calls with --metrics URL",
+        ),
         ("the server does not send the key", "key_lost", "does it call another host"),
         ("some keys lost", "key_lost", "--header NAME"),
         ("overloaded", "overloaded", "--disable-worker-overload-protection"),
