@@ -111,22 +111,25 @@ def _no_difference(seen: Seen, keyed: Summary, control: Summary) -> Iterator[Cau
             "keys_unseen",
             "Sessions stayed, but nothing shows that a key did it: a session server may write the "
             "session's id into the prompt, which cache_aware follows.",
-            "Give the metrics of the gateway that it calls with --metrics URL.",
+            _to_tell(seen),
         )
     elif moved > kept:
         yield _too_few(keyed.later)
     elif kept:
-        if seen.counters is None:
-            advice = "Give the gateway's metrics with --metrics URL: they tell if it used the key."
-        elif seen.counters.calls > seen.sent:
-            advice = "Run it when nothing else calls the gateway: then its counters tell."
-        elif seen.plan.through:
-            advice = "Run it without --through first, to see whether the gateway itself pins."
-        else:
-            advice = "Its counters do not tell here: see the cause before this one."
         yield Cause(
             "same_without_key",
             "Turns in new sessions stayed together too. The policy follows the prompt, as "
             "cache_aware does until workers are busy, or something else that all calls share.",
-            advice,
+            _to_tell(seen),
         )
+
+
+def _to_tell(seen: Seen) -> str:
+    """Say how to find out whether the key did it."""
+    if seen.counters is None:
+        return "Give the gateway's metrics with --metrics URL: they tell if it used the key."
+    if seen.counters.calls > seen.sent:
+        return "Run it when nothing else calls the gateway: then its counters tell."
+    if seen.plan.through:
+        return "Run it without --through first, to see whether the gateway itself pins."
+    return "Its counters do not tell here: see the cause before this one."

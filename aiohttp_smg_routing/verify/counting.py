@@ -4,7 +4,7 @@ import re
 from typing import Literal
 
 from .chance import beyond_chance, more_than_chance
-from .facts import CACHE_KEEPERS, KEY_BRANCHES, KEY_ONLY_POLICIES, UNCOUNTED_POLICIES
+from .facts import CACHE_KEEPERS, KEY_BRANCHES, KEY_ONLY_POLICIES, PROBES, UNCOUNTED_POLICIES
 from .seen import ARMS, Counters, Seen
 from .summary import Summary, summarise
 
@@ -152,11 +152,17 @@ def keys_arrive(seen: Seen) -> bool:
 
 
 def counts_any_call(seen: Seen, pool: str) -> bool:
-    """Tell whether calls without a key count as routed by a key, as the probe shows."""
+    """Tell whether calls without a key count as routed by a key, as the probe shows.
+
+    If others called the gateway meanwhile, their keys count in the probe, too. Then it shows
+    nothing of a policy that hashes nothing but keys.
+    """
     policy = policy_of(seen.counters or Counters(), pool)
     if seen.probe is None or policy is None:
         return False
-    return _total(seen.probe, series_of(seen.counters or Counters(), policy)) > 0
+    series = series_of(seen.counters or Counters(), policy)
+    may_count_any = series in ("consistent_hashing", "prefix_hash")
+    return (may_count_any or seen.probe.calls <= PROBES) and _total(seen.probe, series) > 0
 
 
 def key_count(seen: Seen) -> int:

@@ -703,6 +703,34 @@ CASES = {
         2,
         ["other_calls", "keys_unseen"],
     ),
+    "through a server, and others call the gateway with keys, even during the probe": (
+        seen(
+            counters=counted("manual", calls=900, vacant=60, occupied_hit=840),
+            plan=THROUGH,
+            probe=counted("manual", calls=40, occupied_hit=36, no_routing_id=4),
+        ),
+        2,
+        ["other_calls", "keys_unseen"],
+    ),
+    "through a server, and others called the gateway with keys only during the probe": (
+        seen(plan=THROUGH, probe=counted("manual", calls=40, occupied_hit=36, no_routing_id=4)),
+        0,
+        [],
+    ),
+    "hashed, and others called the gateway during the probe, perhaps without keys": (
+        seen(
+            plan=THROUGH,
+            counters=HASHING,
+            probe=counted("consistent_hashing", calls=40, routing_key_hit=40),
+        ),
+        2,
+        ["any_key", "keys_unseen"],
+    ),
+    "any call has a key, which a proxy puts there": (
+        seen(plan=THROUGH, probe=counted("manual", calls=4, occupied_hit=4)),
+        2,
+        ["any_key", "keys_unseen"],
+    ),
     "through a server before two replicas": (
         seen(counters=counted("consistent_hashing", calls=144, routing_key_hit=144), plan=THROUGH),
         2,
@@ -950,6 +978,12 @@ def test_keys_that_are_spread_by_chance_seldom_look_as_if_they_were_not() -> Non
         ("hashed, and some workers get no session", "left_out", "168 sessions came to 3 of 5"),
         ("ids that the override takes for one", "shared_key", "no new key"),
         ("the server calls another gateway", "key_lost", "does it call another host"),
+        ("through a server, without counters", "keys_unseen", "--metrics URL"),
+        (
+            *("through a server, and others call the gateway, too", "keys_unseen"),
+            "Run it when nothing else calls the gateway",
+        ),
+        ("through a server before two replicas", "keys_unseen", "without --through first"),
         (
             *("the server calls another gateway, on which the key is at work", "other_gateway"),
             "that the session server calls with --metrics URL",
