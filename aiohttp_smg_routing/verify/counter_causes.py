@@ -50,6 +50,8 @@ def by_counters(
     else:
         yield from _by_pool(seen, counters, ours)
     if counters.calls > seen.sent:
+        if missed := counters.of("occupied_miss"):  # the gateway's own retries may be the rest
+            yield known_causes.worker_lost(seen.load.kind, missed)
         yield other_calls(seen, counters)
     elif not unused and counters.calls >= ours:
         yield from _by_branches(seen, counters, keyed, control)

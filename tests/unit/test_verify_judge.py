@@ -483,6 +483,16 @@ CASES = {
         1,
         ["worker_lost"],
     ),
+    "a call that failed was tried again on another worker": (
+        seen(
+            arm("keyed", LATER - 2),
+            counters=counted(
+                "manual", calls=CALLS + 1, vacant=168, occupied_hit=120, occupied_miss=1
+            ),
+        ),
+        1,
+        ["worker_lost", "other_calls"],
+    ),
     "one key for many sessions": (
         seen(
             arm("keyed", 100),
