@@ -43,6 +43,14 @@ def notes(seen: Seen, keyed: Summary, answer: Answer) -> Iterator[Cause]:
             "gone elsewhere than the key's counters say.",
             "See GET /workers, and run this again when all of them are healthy.",
         )
+    if answer == "pinned" and seen.plan.through and seen.plan.concurrency == 1:
+        yield Cause(
+            "one_connection",
+            "One call at a time may need only one connection of the session server: replicas "
+            "behind the gateway's address, which do not share their pins, would not show.",
+            "Run this again without --concurrency 1. The session server must then pass on the "
+            "header that names the worker (SMG 1.10 and newer).",
+        )
     yield from _spread(seen, keyed)
     yield from _load(seen)
     yield from _caches(keyed, answer)

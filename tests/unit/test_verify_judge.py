@@ -708,6 +708,17 @@ CASES = {
         ["keys_unseen"],
     ),
     "through a server": (seen(plan=THROUGH), 0, []),
+    "through a server, one call at a time": (
+        seen(plan=replace(THROUGH, concurrency=1)),
+        0,
+        ["one_connection"],
+    ),
+    "moved, through a server, one call at a time": (
+        seen(arm("keyed", 40), plan=replace(THROUGH, concurrency=1), counters=IGNORED),
+        1,
+        ["policy"],
+    ),
+    "one call at a time, without a server": (seen(plan=replace(PLAN, concurrency=1)), 0, []),
     "through a server, and others call the gateway, too": (
         seen(counters=counted("manual", calls=900, vacant=60, occupied_hit=400), plan=THROUGH),
         2,
