@@ -1,8 +1,10 @@
 """Asks the gateway about itself: its models, its workers and their load, its counters."""
 
+import asyncio
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import isfinite
+from typing import TypeVar
 
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
@@ -23,6 +25,11 @@ from .facts import (
     WORKER_CALLS,
 )
 from .seen import Counters, GatewayLoad
+
+_LONGEST = 4 * 2**20  # characters, which take seconds to parse; 1,000 workers have 2 MB
+_LONGEST_LINE = 64 * 2**10  # characters; the parser's time grows with their square
+
+P = TypeVar("P")
 
 
 async def models(client: Client, gateway: URL) -> tuple[str, ...]:
@@ -75,11 +82,22 @@ async def read_metrics(client: Client, metrics: URL) -> tuple[Counters, GatewayL
 
     Raises ``CallError``, and ``ValueError``.
     """
-    return counted(samples_of(client, await client.text(metrics)))
+    return await read_page(client, metrics, counted)
+
+
+async def read_page(client: Client, metrics: URL, read: Callable[[Sequence[Sample]], P]) -> P:
+    """Return what ``read`` makes of a page of metrics. Raises ``CallError``, and ``ValueError``."""
+    text = await client.text(metrics)
+    # A page of hundreds of workers takes a moment: what is measured or shown goes on meanwhile.
+    return await asyncio.to_thread(lambda: read(samples_of(client, text)))
 
 
 def samples_of(client: Client, text: str) -> list[Sample]:
     """Return all samples of a page of metrics, with printable labels. Raises ``ValueError``."""
+    if len(text) > _LONGEST:
+        raise ValueError(f"the page has more than {_LONGEST // 2**20} MiB")
+    if max(map(len, text.split("\n"))) > _LONGEST_LINE:
+        raise ValueError(f"the page has a line of more than {_LONGEST_LINE // 2**10} KiB")
     try:
         return [
             sample._replace(

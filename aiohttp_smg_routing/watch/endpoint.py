@@ -10,15 +10,11 @@ from typing import Generic, TypeVar
 from prometheus_client.samples import Sample
 from yarl import URL
 
-from ..verify.ask import samples_of
+from ..verify.ask import read_page
 from ..verify.call import CallError, Client
 
 WINDOW_SECONDS = 10
 """How many seconds the current figures cover; one interval if that is longer."""
-
-_LONGEST = 4 * 2**20  # characters, which take seconds to parse; 1,000 workers have 2 MB
-
-_LONGEST_LINE = 64 * 2**10  # characters; the parser's time grows with their square
 
 P = TypeVar("P")
 
@@ -71,9 +67,7 @@ class Endpoint(Generic[P]):
     async def look(self) -> None:
         """Look once. It ends within seconds, whatever answers."""
         try:
-            text = await self._client.text(self.seen.url)
-            # A page of hundreds of workers takes a moment: the picture goes on meanwhile.
-            page = await asyncio.to_thread(self._parse, text)
+            page = await read_page(self._client, self.seen.url, self._read)
         except CallError as error:
             self.failed(error.failure.reason)
         except ValueError as error:
@@ -85,13 +79,6 @@ class Endpoint(Generic[P]):
         """Look every ``interval`` seconds, until it is cancelled."""
         while True:
             await asyncio.gather(self.look(), asyncio.sleep(interval))
-
-    def _parse(self, text: str) -> P:
-        if len(text) > _LONGEST:
-            raise ValueError(f"the page has more than {_LONGEST // 2**20} MiB")
-        if max(map(len, text.splitlines()), default=0) > _LONGEST_LINE:
-            raise ValueError(f"the page has a line of more than {_LONGEST_LINE // 2**10} KiB")
-        return self._read(samples_of(self._client, text))
 
     def failed(self, error: str) -> None:
         """Note that there is no page now, and since when."""

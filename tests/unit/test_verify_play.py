@@ -1,13 +1,16 @@
 """The calls and their order; a run whose calls fail, or whose time is up."""
 
 import asyncio
+import threading
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import pytest
 from aiohttp import web
+from prometheus_client.samples import Sample
 from yarl import URL
 
 from aiohttp_smg_routing.testing import free_port
@@ -23,6 +26,7 @@ from harness.servers import serve
 from ..clock import let_pass
 from ..crosstalk import Handler
 from ..verify_servers import engine, fake_gateway, models, stream
+from ..waiting import PATIENCE_SECONDS
 
 METRICS = URL("http://127.0.0.1:1/metrics")
 USAGE: dict[str, object] = {"prompt_tokens": 1}
@@ -584,6 +588,9 @@ async def test_metrics_of_something_else_are_said_to_be_so() -> None:
         ('smg_worker_selection_total{policy="manual"} NaN\n', "smg_worker_selection_total is nan"),
         ('smg_worker_selection_total{a="b", ="d"} 1\n', "the answer is not a page of metrics"),
         ("smg_x sesame\n", "***"),
+        ("smg_x{" + 'a="1",' * 2**14 + "} 1\n", "the page has a line of more than 64 KiB"),
+        ("smg_x{" + 'a="1",\r' * 2**14 + "} 1\n", "the page has a line of more than 64 KiB"),
+        ("# \n" * 2**21, "the page has more than 4 MiB"),
     ],
 )
 async def test_metrics_that_are_odd_are_said_to_be_so(text: str, words: str) -> None:
@@ -618,6 +625,20 @@ async def test_names_that_a_server_gives_are_printable_and_hold_no_key() -> None
         assert await ask.models(client, url) == (" [31m ***  x",)
         counters, _ = await ask.read_metrics(client, url / "metrics")
     assert counters == Counters({"regular": {" ***": 1}}, {"manual": {" ***": 1}})
+
+
+async def test_calls_go_on_while_a_page_of_metrics_is_read() -> None:
+    loop, reading, may_end = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+
+    def read(samples: Sequence[Sample]) -> bool:
+        loop.call_soon_threadsafe(reading.set)
+        return may_end.wait(PATIENCE_SECONDS)
+
+    async with serve(fake_gateway(recorder([]))) as url, Client(60, None) as client:
+        task = asyncio.create_task(ask.read_page(client, url / "metrics", read))
+        await reading.wait()
+        may_end.set()
+        assert await task
 
 
 async def metrics_of(text: str) -> tuple[Counters, GatewayLoad]:
