@@ -2,7 +2,7 @@
 
 import os
 from io import StringIO, TextIOWrapper
-from typing import Any, TextIO, cast
+from typing import IO, Any, TextIO, cast
 
 from rich.console import Console
 
@@ -64,6 +64,10 @@ def terminal(stream: TextIO) -> Console:
     console = Console(
         file=stream, force_terminal=is_terminal, force_interactive=is_terminal, highlight=False
     )
-    if not is_terminal or console.width > _WIDTH:
-        console.width = _WIDTH
+    console.width = columns(stream) if is_terminal else _WIDTH
     return console
+
+
+def columns(stream: IO[str]) -> int:
+    """Return how many columns of a terminal to use; 0 of them mean that nobody knows its width."""
+    return min(_WIDTH, Console(file=stream).width or _WIDTH)

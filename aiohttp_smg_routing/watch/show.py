@@ -8,8 +8,9 @@ from rich.text import Text
 
 from ..verify.judge import Verdict
 from ..verify.report import COLOURS
+from ..verify.streams import columns
 from .document import document
-from .report import WIDTH, lines
+from .report import lines
 from .view import View
 
 Show = Callable[[View, Verdict], None]
@@ -34,7 +35,7 @@ class Picture:
 
     def _redraw(self, view: View, verdict: Verdict) -> None:
         # The console has a fixed width, and the terminal may have shrunk below it.
-        self._console.width = min(WIDTH, Console(file=self._console.file).width)
+        self._console.width = columns(self._console.file)
         width, height = self._console.size
         # A Text, because what a server said must not count as markup.
         text = "\n".join(lines(view, verdict, width, height))

@@ -59,6 +59,23 @@ def test_narrow_terminal_keeps_its_width(monkeypatch: pytest.MonkeyPatch) -> Non
     assert max(map(len, shown.splitlines())) <= 60
 
 
+@pytest.mark.parametrize(("columns", "most"), [("0", 80), ("1", 1), ("7", 7)])
+def test_terminal_of_any_width_is_written_to(
+    columns: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", columns)
+    console = terminal(Terminal())
+    assert console.width == most
+    seen = Seen(PLAN, (Turn("keyed", 1, 1, "unknown"),))
+    bars = Bars(PLAN, console)
+    show_plan(seen, console)
+    bars.start()
+    bars.stop()
+    show_seen(seen, console)
+    show_verdict(judge(seen, 1), console)
+
+
 @pytest.mark.usefixtures("wide")
 def test_file_gets_neither_bars_nor_colours_nor_long_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")

@@ -1072,7 +1072,7 @@ def test_picture_follows_a_terminal_that_is_resized(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("COLUMNS", "200")
     seen = view(None, PINNED)
     with Picture(terminal(out)) as redraw:
-        for columns, width in ((200, 80), (40, 40), (100, 80)):
+        for columns, width in ((200, 80), (40, 40), (1, 1), (100, 80), (0, 80)):
             monkeypatch.setenv("COLUMNS", str(columns))
             out.truncate(out.seek(0))
             redraw(seen, judge(seen, 0.99))
