@@ -175,9 +175,8 @@ def verify(**options: Any) -> int:
         if options[name] is not None and options["through"] is None:
             raise click.UsageError(f"--{name.replace('_', '-')} needs --through.")
     names = {field.name for field in fields(Plan)}
-    gateway = options["gateway"]
-    default = URL.build(scheme="http", host=gateway.host, port=METRICS_PORT, path="/metrics")
-    options["metrics"] = options["metrics"] or default
+    beside = options["gateway"].with_scheme("http").with_port(METRICS_PORT)
+    options["metrics"] = options["metrics"] or beside.with_path("/metrics")
     plan = Plan(**{name: value for name, value in options.items() if name in names})
     return _verify(
         plan,

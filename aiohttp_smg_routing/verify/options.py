@@ -16,6 +16,9 @@ from .chain import endpoint
 
 API_KEY_VARIABLE = "SMG_API_KEY"
 
+# A name, or an address that may have a zone. yarl takes what can't be a host, such as <host>.
+_HOST = re.compile(r"[\w.~-]+|[\da-f:.]+(%[\w.~-]+)?", re.IGNORECASE)
+
 
 class FiniteRange(click.FloatRange):
     """A range of numbers that refuses ``nan`` and ``inf``, which pass click's lower bounds."""
@@ -45,7 +48,8 @@ def url(ctx: click.Context, param: click.Parameter, value: str | None) -> URL | 
         url = URL(value)
         if url.user is not None or url.password is not None:
             raise click.BadParameter(f"no user or password in a URL: use {API_KEY_VARIABLE}.")
-        if url.scheme in ("http", "https") and url.host and not url.query_string + url.fragment:
+        is_whole = url.scheme in ("http", "https") and not url.query_string + url.fragment
+        if is_whole and _HOST.fullmatch(url.host or ""):
             return url
     raise click.BadParameter("it is not a URL of the form http://HOST:PORT.")
 

@@ -186,6 +186,13 @@ def test_unknown_model_lists_those_that_exist(capsys: pytest.CaptureFixture[str]
         ["verify", "10.0.0.1:30000"],
         ["verify", "ftp://10.0.0.1"],
         ["verify", "http://10.0.0.1:99999"],
+        ["verify", "http://<host>:30000"],
+        ["verify", "http://{host}:1"],
+        ["verify", "http://gateway :30000"],
+        ["verify", "http://%zz:1"],
+        ["verify", "http://10.0.0.1", "--metrics", "http://<host>:29000/metrics"],
+        ["verify", "http://10.0.0.1", "--through", "http://<host>:8080"],
+        ["watch", "http://<host>:29000/metrics", "--once", "--interval", "0.1"],
         ["verify", "http://10.0.0.1/?a=b"],
         ["verify", f"http://user:{SECRET}@10.0.0.1"],
         ["verify", f"http://user:{SECRET}@10.0.0.1:99999"],
@@ -240,6 +247,29 @@ def test_wrong_usage_is_64(argv: list[str], capsys: pytest.CaptureFixture[str]) 
     assert captured.out == ""
     assert "Usage: aiohttp-smg-routing" in captured.err
     assert SECRET not in captured.err
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "10.0.0.1",
+        "[fe80::1]",
+        "[fe80::1%25eth0]",
+        "[::ffff:10.0.0.1]",
+        "a_b",
+        "a-b.c.",
+        "bücher.de",
+    ],
+)
+def test_name_or_address_is_a_host(host: str) -> None:
+    given = f"https://{host}:1/smg"
+    assert cli.verify.make_context("verify", [given]).params["gateway"] == URL(given)
+
+
+def test_metrics_are_looked_for_on_an_address_of_ipv6_too(tmp_path: Path) -> None:
+    file = tmp_path / "seen.json"
+    assert main(["verify", f"https://[::1]:{free_port()}/smg", "--json", str(file)]) == 2
+    assert json.loads(file.read_text())["plan"]["metrics"] == "http://[::1]:29000/metrics"
 
 
 def test_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
