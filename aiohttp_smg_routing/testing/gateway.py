@@ -114,7 +114,8 @@ async def smg_gateway(
     newer turn it on, and it moves the sessions of a worker whose KV cache is 80 % full.
 
     Raises ``ModuleNotFoundError`` if the gateway is not installed, ``RuntimeError`` with the end of
-    its output if it does not start within 60 seconds. SMG 1.9 is then started once more.
+    its output if it does not start within 60 seconds, or wants an API key. SMG 1.9 is then started
+    once more.
 
     >>> async with smg_gateway(3, policy="manual") as smg:
     ...     await smg.branches()
@@ -200,6 +201,10 @@ async def run_gateway(
 
         async def ready() -> bool:
             async with session.get(url / "workers") as response:
+                if response.status in (401, 403):
+                    said = f"it answers GET /workers with {response.status}: leave out its API key"
+                    raise ChildProcessError(said)
+                response.raise_for_status()
                 known = (await response.json())["workers"]
             # Another gateway may hold the port that this one was given: its workers differ.
             found = {_RANK.sub("", worker["url"]) for worker in known}

@@ -141,3 +141,11 @@ async def test_another_gateway_on_the_port_is_not_taken_for_the_one_that_starts(
     other = await smg_gateway(1, policy="manual")
     with pytest.raises(RuntimeError, match="did not start"):
         await smg_gateway(1, policy="manual", port=other.url.port)
+
+
+async def test_a_gateway_that_wants_an_api_key_is_an_error_with_a_remedy(
+    smg_gateway: StartSmgGateway,
+) -> None:
+    said = r"did not start: it answers GET /workers with 401: leave out its API key\. The end of"
+    with pytest.raises(RuntimeError, match=said):
+        await smg_gateway(1, policy="manual", args=("--api-key", "sesame"))
