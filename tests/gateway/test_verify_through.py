@@ -100,6 +100,18 @@ def test_server_that_calls_another_gateway_is_not_pinned(
     assert "another host" in run.said
 
 
+def test_server_whose_calls_a_replica_pins_is_not_said_to_move(
+    tmp_path: Path, hashing: SmgGateway
+) -> None:
+    with (
+        in_background(gateway("consistent_hashing")) as replica,
+        in_background(session_server(replica.url)) as through,
+    ):
+        options = (*LOAD, "--metrics", hashing.metrics_url, "--through", through.url)
+        run = verify(tmp_path, hashing.url, *options)
+    assert (run.status, run.causes) == (2, ["other_gateway", "keys_unseen"]), run.out
+
+
 def test_metrics_of_another_gateway_are_no_proof_that_no_call_came(
     tmp_path: Path, manual: SmgGateway
 ) -> None:
