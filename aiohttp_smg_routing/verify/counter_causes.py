@@ -46,6 +46,7 @@ def by_counters(
             counters.calls,
             ours,
             f"Give the metrics of {right} with --metrics URL.",
+            hashes={*counters.branches} == {"consistent_hashing"},
         )
     else:
         yield from _by_pool(seen, counters, ours)

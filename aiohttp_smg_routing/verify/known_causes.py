@@ -93,7 +93,7 @@ def replicas(
             "replicas",
             f"{some}routed the rest. Replicas with consistent_hashing send a key to the same "
             "worker if they have the same workers.",
-            "Compare GET /workers of the gateways, and run watch on each of them.",
+            "Compare GET /workers of the gateways. Give the metrics of one after the other.",
         )
     return Cause(
         "replicas",

@@ -1045,6 +1045,15 @@ SMG_ONLY = (
 )
 
 
+@pytest.mark.parametrize(
+    ("what", "is_told"), [("replicas", True), ("through a server before two replicas", False)]
+)
+def test_only_replicas_that_do_not_hash_the_keys_are_told_to(what: str, is_told: bool) -> None:
+    cause = judge(replace(CASES[what][0], load=GatewayLoad("smg")), 0.99).causes[0]
+    assert cause.name == "replicas"
+    assert ("--policy consistent_hashing" in cause.advice) == is_told
+
+
 @pytest.mark.parametrize("kind", ["sglang-router", "vllm-router"])
 @pytest.mark.parametrize("what", CASES)
 def test_advice_names_no_flag_that_the_gateway_rejects(
