@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from functools import cache, wraps
 from operator import attrgetter
 from types import FunctionType, SimpleNamespace
-from typing import Any, TypeGuard
+from typing import Any
 
 from aiohttp import StreamReader, TraceConfig, streams, web, web_urldispatcher
 from aiohttp.abc import AbstractStreamWriter
@@ -179,9 +179,10 @@ def is_answered(writer: AbstractStreamWriter) -> bool:
     return getattr(writer, "_eof", True) or transport is None or transport.is_closing()
 
 
-def is_to_be_sent(response: object) -> "TypeGuard[web.Response]":
-    """Tell whether aiohttp sends an answer's body in pieces after its handler has returned."""
-    return isinstance(getattr(response, "_body", None), Payload)  # a subclass may have its own body
+def body_to_send(response: object) -> Payload | None:
+    """Return an answer's body if aiohttp calls its ``write()`` after the handler has returned."""
+    body = getattr(response, "_body", None)  # a subclass may have its own ``body``
+    return body if isinstance(body, Payload) else None
 
 
 def storage_name(key: object) -> str:

@@ -8,8 +8,12 @@ import weakref
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from inspect import isawaitable
+from typing import Any
+from weakref import WeakKeyDictionary
 
 from aiohttp import hdrs, web
+from aiohttp.abc import AbstractStreamWriter
+from aiohttp.payload import Payload
 from aiohttp.typedefs import Handler, Middleware
 
 from . import compat
@@ -66,26 +70,46 @@ def inbound(rules: Rules) -> Middleware:
             response = raised
             raise
         finally:
-            if compat.is_to_be_sent(response):
-                _send_in_scope(response, request.method, scope, rules)
+            body = compat.body_to_send(response)
+            writer = None if scope.writer is None else scope.writer()
+            if body is not None and writer is not None:
+                writing = vars(body).get("write")
+                if not isinstance(writing, _Writing):
+                    writing = vars(body)["write"] = _Writing(body)
+                writing.answers(writer, request.method, scope, rules)
             elif not scope.has_called:
                 rules.note_request(request.method, scope)
 
     return middleware
 
 
-def _send_in_scope(response: web.Response, method: str, scope: Scope, rules: Rules) -> None:
-    """Have the body of an answer sent in the scope of this code, whichever task sends it.
+class _Writing:
+    """Stands for ``write()`` of a body, and sends it in the scope of the code that answers with it.
 
     The request lasts until the body is sent. If a middleware runs the handler in a task, as
-    ``wait_for()`` does before Python 3.12, aiohttp sends the body outside that task.
+    ``wait_for()`` does before Python 3.12, aiohttp sends the body outside that task. This is kept
+    on the body, because a middleware may send a copy of the answer. Several answers may share it.
     """
-    if "write_eof" in vars(response):  # set by the middleware of an inner app
-        return
-    write_eof, current = response.write_eof, current_scope()
 
-    async def write_in_scope(data: bytes = b"") -> None:
-        vars(response).pop("write_eof", None)  # the response may answer another request, too
+    def __init__(self, body: Payload) -> None:
+        self._body, self._write = body, body.write
+        self._sent: WeakKeyDictionary[
+            AbstractStreamWriter, tuple[Scope | None, str, Scope, Rules]
+        ] = WeakKeyDictionary()
+
+    def answers(
+        self, writer: AbstractStreamWriter, method: str, scope: Scope, rules: Rules
+    ) -> None:
+        """Note the request that ``writer`` answers, unless the middleware of an inner app did."""
+        self._sent.setdefault(writer, (current_scope(), method, scope, rules))
+
+    async def __call__(self, writer: AbstractStreamWriter) -> None:
+        request = self._sent.pop(writer, None)
+        if not self._sent:
+            vars(self._body).pop("write", None)
+        if request is None:
+            return await self._write(writer)
+        current, method, scope, rules = request
         before, task, sent = current_scope(), _current_task(), current
         while sent is not None:
             if sent.task is not None and task is not None:
@@ -93,13 +117,14 @@ def _send_in_scope(response: web.Response, method: str, scope: Scope, rules: Rul
             sent = sent.outer or sent.around
         enter_scope(current)
         try:
-            await write_eof(data)
+            await self._write(writer)
         finally:
             enter_scope(before)
             if not scope.has_called:
                 rules.note_request(method, scope)
 
-    vars(response)["write_eof"] = write_in_scope
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._body, "write")  # of the copy, which has no other yet
 
 
 def _of_outer_app(scope: Scope, around: Scope | None) -> Scope | None:

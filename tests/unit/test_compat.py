@@ -395,35 +395,36 @@ async def test_an_answer_is_over_where_the_client_has_hung_up(
     assert compat.is_answered(writers[0])
 
 
-async def test_an_answer_is_to_be_sent_piece_by_piece_where_aiohttp_ends_it_so(
+async def test_a_body_is_sent_piece_by_piece_where_aiohttp_calls_the_write_that_it_has(
     aiohttp_client: AiohttpClient,
 ) -> None:
-    """aiohttp must also call ``write_eof()`` of that same response."""
-    ended = []
+    """It must pass the writer of the request."""
+    writers = []
 
     async def handler(request: web.Request) -> web.Response:
-        async def body() -> AsyncIterator[bytes]:
+        async def chunks() -> AsyncIterator[bytes]:
             yield b"chunk"
 
-        response = web.Response(body=body())
-        assert compat.is_to_be_sent(response)
-        write_eof = response.write_eof
+        response = web.Response(body=chunks())
+        body = compat.body_to_send(response)
+        assert body is not None
+        write = body.write
 
-        async def watched(data: bytes = b"") -> None:
-            ended.append(data)
-            await write_eof(data)
+        async def watched(writer: AbstractStreamWriter) -> None:
+            writers.append(writer is request.writer)
+            await write(writer)
 
-        vars(response)["write_eof"] = watched
+        vars(body)["write"] = watched
         return response
 
     for other in (web.Response(body=b"whole"), web.Response(), web.StreamResponse(), None):
-        assert not compat.is_to_be_sent(other)
+        assert compat.body_to_send(other) is None
     app = web.Application()
     app.router.add_get("/", handler)
     client = await aiohttp_client(app)
     async with client.get("/") as response:
         assert await response.read() == b"chunk"
-    assert ended == [b""]
+    assert writers == [True]
 
 
 @pytest.mark.parametrize("writer", [None, object(), SimpleNamespace(), Mock()])

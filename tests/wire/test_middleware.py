@@ -1,8 +1,10 @@
 """No crosstalk: each call has the key of the session whose inbound request caused it."""
 
 import asyncio
+import copy
+import pickle
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -464,6 +466,15 @@ async def test_a_second_try_of_a_request_has_nothing_of_an_inner_apps_session_of
     assert [sent.keys for sent in elsewhere.calls] == [[], [b"first"], [], []]
 
 
+async def in_task(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Handle a request in a task, outside of which aiohttp sends the answer."""
+
+    async def handle() -> web.StreamResponse:
+        return await handler(request)
+
+    return await asyncio.create_task(handle())
+
+
 class Calling(Payload):
     """A body that several answers may share."""
 
@@ -482,7 +493,9 @@ async def test_a_body_that_several_answers_have_is_sent_in_the_session_of_each(
 
     @web.middleware
     async def holding(request: web.Request, handler: Handler) -> web.StreamResponse:
-        response = await handler(request)
+        if request.path == "/aside":
+            return web.Response(body=body)
+        response = await in_task(request, handler)
         if request.path == "/s-0":
             has_come.set()
             await may_go.wait()
@@ -507,9 +520,75 @@ async def test_a_body_that_several_answers_have_is_sent_in_the_session_of_each(
     await has_come.wait()
     for number in (1, 2):
         await post(f"/s-{number}")
+    await post("/aside")  # the plugin does not see it
     may_go.set()
     await held
-    assert [sent.keys for sent in gateway.calls] == [[b"s-1"], [b"s-2"], [b"s-0"]]
+    assert [sent.keys for sent in gateway.calls] == [[b"s-1"], [b"s-2"], [], [b"s-0"]]
+    assert "write" not in vars(body)  # it is left as it was
+
+
+async def test_a_body_of_an_inner_app_below_a_task_is_sent_in_the_inner_apps_session(
+    gateway: Recorder, elsewhere: Recorder, aiohttp_client: AiohttpClient
+) -> None:
+    @web.middleware
+    async def below(request: web.Request, handler: Handler) -> web.StreamResponse:
+        return await in_task(request, handler)
+
+    app = web.Application()
+    setup(app, RoutingConfig(elsewhere.url, session_id="query:outer"))
+    app.middlewares.append(below)
+    app.add_subapp("/sub", server_with(partial(in_streamed_body, wire=gateway), gateway))
+    client = await aiohttp_client(app)
+    async with client.post("/sub/s-1?outer=o-1") as response:
+        assert await response.text() == "chunkchunk"
+    assert_no_crosstalk(gateway, 2)
+
+
+COPIES: dict[str, Callable[[web.StreamResponse], web.StreamResponse]] = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda response: pickle.loads(pickle.dumps(response)),  # noqa: S301
+}
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+async def test_a_middleware_may_send_copies_of_an_answer(
+    gateway: Recorder, aiohttp_client: AiohttpClient, copied: Any
+) -> None:
+    """A cache does that."""
+    cache: list[web.StreamResponse] = []
+
+    @web.middleware
+    async def caching(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if not cache:
+            cache.append(await handler(request))
+        return copied(cache[0])  # type: ignore[no-any-return]
+
+    async def handler(request: web.Request) -> web.Response:
+        return web.Response(body="answer")
+
+    app = server_with(handler, gateway)
+    app.middlewares.insert(0, caching)
+    client = await aiohttp_client(app)
+    for _ in range(2):
+        async with client.post("/s-1") as response:
+            assert await response.text() == "answer"
+
+
+async def test_a_copy_of_a_streamed_answer_is_sent_in_the_session_of_its_request(
+    gateway: Recorder, aiohttp_client: AiohttpClient
+) -> None:
+    @web.middleware
+    async def copying(request: web.Request, handler: Handler) -> web.StreamResponse:
+        return copy.copy(await in_task(request, handler))
+
+    app = server_with(partial(in_streamed_body, wire=gateway), gateway)
+    app.middlewares.insert(0, copying)
+    client = await aiohttp_client(app)
+    for session_id in ("s-1", "s-2"):
+        async with client.post(f"/{session_id}") as response:
+            assert await response.text() == "chunkchunk"
+    assert_no_crosstalk(gateway, 4)
 
 
 class Writer(AbstractStreamWriter):
