@@ -140,7 +140,8 @@ class JsonBody:
 
     async def document(self, request: web.Request) -> Any:
         """Return the document in the body, or None."""
-        if not _may_be_read(request):
+        charset = _charset_to_read(request)
+        if charset is None:
             return None
         body, size = b"", request.content_length or 0
         if size <= self._max_size:
@@ -151,7 +152,7 @@ class JsonBody:
                 f"has a JSON body of more than the {self._max_size} bytes that json_max_size allows"
             )
             return None
-        return _parsed(body, (request.charset or "utf-8").lower())
+        return _parsed(body, charset)
 
     async def value(self, request: web.Request, path: str) -> str | int | None:
         """Return the text or integer at a path of the document, or None."""
@@ -248,9 +249,13 @@ async def peek_json(request: web.Request) -> Any:
     return await _body_of(request).document(request)
 
 
-def _may_be_read(request: web.Request) -> bool:
-    """Tell whether a body is JSON, and arrives before the client sees any answer."""
+def _charset_to_read(request: web.Request) -> str | None:
+    """Return the charset of a body that is JSON, and arrives before the client sees any answer."""
     if hdrs.EXPECT in request.headers and compat.has_own_expect_handler(request):
-        return False  # the client may wait until the handler asks for the body
-    kind = request.content_type  # a stream may wait for the answer to begin
-    return kind.endswith(("/json", "+json")) and kind != "application/stream+json"
+        return None  # the client may wait until the handler asks for the body
+    try:
+        kind, charset = request.content_type, (request.charset or "utf-8").lower()
+    except Exception:  # Python's parser fails at some values, such as "application/json; charset*"
+        return None
+    is_json = kind.endswith(("/json", "+json")) and kind != "application/stream+json"
+    return charset if is_json else None  # a stream may wait for the answer to begin

@@ -565,6 +565,18 @@ async def test_json_source_reads_json_content_types_only(
     assert caplog.records == []
 
 
+@pytest.mark.parametrize("parameter", ["x*", "charset*", "charset*=x", "+json*"])
+async def test_a_content_type_that_aiohttp_fails_to_parse_fails_nothing_here(
+    aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture, parameter: str
+) -> None:
+    """Some versions parse some of these."""
+    data, headers = b'{"user": "s-1"}', {"Content-Type": f"application/json; {parameter}"}
+    for sources in ((), ("json:user",)):
+        echo = await echoed(aiohttp_client, data, *sources, read=by_itself, headers=headers)
+        assert echo[1] in [repr((it, data, it)) for it in (None, {"user": "s-1"})]
+    assert caplog.records == []
+
+
 @pytest.mark.parametrize(
     ("encoding", "charset"),
     [
