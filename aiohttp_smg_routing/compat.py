@@ -188,8 +188,3 @@ def body_to_send(response: object) -> Payload | None:
 def storage_name(key: object) -> str:
     """Return the name of an ``AppKey`` or ``RequestKey`` with its module, and a string as it is."""
     return key if isinstance(key, str) else getattr(key, "_name", "")
-
-
-def request_key(name: str, kind: type) -> Any:
-    """Return a key of a request's storage: a string if aiohttp is older than 3.14."""
-    return getattr(web, "RequestKey", lambda name, _: name)(name, kind)

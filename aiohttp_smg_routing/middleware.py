@@ -168,9 +168,10 @@ class Finder:
 
         ``readers`` are the sources that are left to ask.
         """
-        if self._body:
-            read_body_with(request, self._body)
-        readers = readers or iter(self._readers)
+        if readers is None:
+            readers = iter(self._readers)
+            if self._body:
+                read_body_with(self._body)
         for source, read in readers:
             try:
                 found = read(request)

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 from aiohttp import hdrs, web
@@ -65,7 +66,7 @@ def _stored(name: str) -> Reader:
 def _json(path: str) -> Reader:
     if not all(path.split(".")):
         raise ValueError("has an empty name in its path: use 'json:metadata.session_id'")
-    return lambda request: _body_of(request).value(request, path)
+    return lambda request: _body.get().value(request, path)
 
 
 _KINDS: Mapping[str, Callable[[str], Reader]] = {
@@ -156,12 +157,11 @@ class JsonBody:
 
     async def value(self, request: web.Request, path: str) -> str | int | None:
         """Return the text or integer at a path of the document, or None."""
-        found: dict[str, str | int | None] = request.get(_FOUND, {})
+        found = _found.get({})
         if path not in found:
             document = await self.document(request)
             # Only these are kept, or the conversation would be in memory twice.
-            found = {**found, **{it: _at(document, it) for it in {path, *self._paths}}}
-            request[_FOUND] = found
+            found.update({it: _at(document, it) for it in {path, *self._paths}})
         return found[path]
 
     async def _peek(self, request: web.Request) -> bytes:
@@ -203,15 +203,11 @@ class JsonBody:
             say(logger, logging.WARNING, message, what)
 
 
-_BODY = compat.request_key("aiohttp_smg_routing.body", JsonBody)
-_FOUND = compat.request_key("aiohttp_smg_routing.found", dict)
-
-
 _ANY_BODY = JsonBody(JSON_MAX_SIZE)  # one for all, so that it logs a fault once
-
-
-def _body_of(request: web.Request) -> JsonBody:
-    return request.get(_BODY) or _ANY_BODY
+#: How to read the body of the request that this context serves, and what was found in that body.
+#: They are not in the request's storage, because a handler may list that, or answer with it.
+_body: ContextVar[JsonBody] = ContextVar("aiohttp_smg_routing_body", default=_ANY_BODY)
+_found: ContextVar[dict[str, str | int | None]] = ContextVar("aiohttp_smg_routing_found")
 
 
 def _at(document: Any, path: str) -> str | int | None:
@@ -230,9 +226,10 @@ def _parsed(body: bytes, charset: str) -> Any:
         return None
 
 
-def read_body_with(request: web.Request, body: JsonBody) -> None:
-    """Let the sources read the body of ``request`` with ``body`` and its limit."""
-    request[_BODY] = body
+def read_body_with(body: JsonBody) -> None:
+    """Let the sources read the body of a new request with ``body`` and its limit."""
+    _body.set(body)
+    _found.set({})
 
 
 async def peek_json(request: web.Request) -> Any:
@@ -246,7 +243,7 @@ async def peek_json(request: web.Request) -> Any:
     ...     return (await peek_json(request))["messages"][0]["name"]
     >>> config = RoutingConfig("http://10.0.0.1:30000", session_id=session_id)
     """
-    return await _body_of(request).document(request)
+    return await _body.get().document(request)
 
 
 def _charset_to_read(request: web.Request) -> str | None:

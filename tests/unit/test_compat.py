@@ -296,26 +296,6 @@ def test_a_key_of_a_storage_has_its_module_in_its_name() -> None:
         assert compat.storage_name(web.RequestKey("sid", str)).endswith(".sid")
 
 
-async def test_a_key_of_our_own_is_kept_on_a_request_without_a_warning(
-    aiohttp_client: AiohttpClient,
-) -> None:
-    key, other = compat.request_key("tests.one", str), compat.request_key("tests.other", str)
-
-    async def handler(request: web.Request) -> web.Response:
-        assert key not in request
-        request[key] = "one"
-        assert request.get(other) is None
-        return web.Response(text=request[key])
-
-    app = web.Application()
-    app.router.add_get("/", handler)
-    client = await aiohttp_client(app)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        async with client.get("/") as response:
-            assert await response.text() == "one"
-
-
 def test_nothing_private_of_another_package_is_used_elsewhere() -> None:
     """Only compat.py may: its tests fail when aiohttp changes. This covers the core only."""
     used, own = {}, set()

@@ -380,6 +380,17 @@ async def test_json_max_size_holds_for_peek_json_too(
         assert len(over) == 1
 
 
+async def test_an_inner_app_reads_up_to_its_own_json_max_size(
+    aiohttp_client: AiohttpClient,
+) -> None:
+    app = web.Application()
+    app.add_subapp("/sub", echo_server("json:user", read=body_of))
+    setup(app, {"gateway": "http://gateway", "session_id": "json:user", "json_max_size": 100})
+    client = await aiohttp_client(app)
+    async with client.post("/sub/", data=body_with("s-1", 101), headers=JSON) as response:
+        assert (await response.json())[0] == "s-1"
+
+
 async def test_peek_json_has_a_limit_where_nothing_is_set_up_and_says_it_once(
     aiohttp_client: AiohttpClient, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -510,6 +521,18 @@ async def test_what_an_earlier_middleware_did_to_the_body_stays_so(
     if plain[0] == 200:
         assert json.loads(plugged[1]) == [session_id, json.loads(plain[1])[1]]
     assert "session id source" not in caplog.text
+
+
+async def stored(request: web.Request) -> object:
+    return list(request)
+
+
+async def test_the_requests_storage_stays_as_it_is(aiohttp_client: AiohttpClient) -> None:
+    """A handler may sort its keys, or answer with it as JSON."""
+    options = {"pin_by": "{session_id}{json:model}"}
+    for source in ("json:user", first_message):
+        echo = await echoed(aiohttp_client, b"{}", source, read=stored, options=options)
+        assert echo[1] == "[]"
 
 
 async def test_the_middleware_alone_reads_the_body_too(aiohttp_client: AiohttpClient) -> None:
