@@ -105,6 +105,25 @@ def wrap_runner(about_to_start: Callable[[web.Application], Awaitable[None]]) ->
     _wrap(web.AppRunner, "setup", around, None)
 
 
+def when_cleaned_up(app: web.Application, done: Callable[[], object]) -> None:
+    """Call ``done()`` when an app and those below it have been cleaned up, even if that fails.
+
+    A last handler could not: others may be added behind it, and after one that raises aiohttp runs
+    no more.
+    """
+
+    class Cleanup(type(app.on_cleanup)):  # type: ignore[misc]
+        __slots__ = ()
+
+        async def send(self, *args: Any, **kwargs: Any) -> None:
+            try:
+                await super().send(*args, **kwargs)
+            finally:
+                done()
+
+    app.on_cleanup.__class__ = Cleanup
+
+
 def tree(app: web.Application) -> Iterator[web.Application]:
     """Yield an app and all that are below it."""
     yield app

@@ -61,6 +61,7 @@ class Routing:
         self._hook = client.Hook(self._rules)
         self._hooked = False
         self._attached: WeakSet[ClientSession] = WeakSet()
+        self._undo = ExitStack()  # of what the app's start did
 
     def trace_config(self) -> TraceConfig:
         """Return the hook, for a ``ClientSession`` that you make.
@@ -155,8 +156,8 @@ def setup(app: web.Application, config: RoutingConfig | Mapping[str, Any]) -> Ro
     It appends the middleware, so that it runs after those that ``app`` has already. When the app
     starts, it puts the hook on each ``ClientSession`` that ``client_session`` names, or with
     ``instrument`` on all that are made while the app runs, and logs where the hook is. The hooks
-    come off when the app is cleaned up. If ``enabled`` is false, nothing is installed. Returns the
-    ``Routing``, which is also ``app[ROUTING]``.
+    come off when the app and its sub-apps have been cleaned up. If ``enabled`` is false, nothing is
+    installed. Returns the ``Routing``, which is also ``app[ROUTING]``.
 
     Raises ``ConfigError`` with every fault of the config (at start-up for a ``client_session`` that
     is not there), ``RuntimeError`` if ``app`` is set up already or frozen, ``TypeError`` if it is
@@ -179,6 +180,7 @@ def setup(app: web.Application, config: RoutingConfig | Mapping[str, Any]) -> Ro
     if routing.config.enabled:
         app.middlewares.append(routing.middleware)
         app.cleanup_ctx.insert(0, _running)  # before the app makes its own sessions
+        compat.when_cleaned_up(app, routing._undo.close)
         if routing.config.hide_worker_ids:
             app.on_response_prepare.append(partial(hide, routing.config.worker_header))
     return routing
@@ -206,19 +208,29 @@ async def _running(app: web.Application) -> AsyncIterator[None]:
     routing = app[ROUTING]
     _metrics(routing.config)  # the registry may have been emptied since setup()
     routing.pins.show(True)
+    routing._undo.callback(_ended, routing)
     for session in routing._attached:  # by attach(), or by an earlier run of the app
         client.attach(session, routing._hook)
-    with ExitStack() as stack:
-        if routing.config.instrument:
-            stack.callback(httpx_client.instrument(routing._rules))
-            for value in app.values():
-                if compat.is_client_session(value):  # made before the app starts
-                    client.attach_every(value)
+    if routing.config.instrument:
+        routing._undo.callback(httpx_client.instrument(routing._rules))
+        for value in app.values():
+            if compat.is_client_session(value):  # made before the app starts
+                client.attach_every(value)
+    has_started = False
+    try:
         yield
+        has_started = app.on_cleanup.frozen
+    finally:
+        if not has_started:  # then aiohttp sends no on_cleanup
+            routing._undo.close()
+
+
+def _ended(routing: Routing) -> None:
+    """Hide the pins and take the hook off every ClientSession that it was attached to."""
     routing.pins.show(False)
     routing._rules.missing_log.flush()
     routing._rules.unmatched_log.flush()
-    for session in routing._attached:  # aiohttp sends no on_cleanup if start-up failed
+    for session in routing._attached:
         compat.remove_hook(session, routing._hook)
 
 

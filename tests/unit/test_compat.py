@@ -5,6 +5,8 @@ import asyncio
 import inspect
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -311,6 +313,34 @@ def test_nothing_private_of_another_package_is_used_elsewhere() -> None:
                 used[node.attr] = f"{path.name}:{node.lineno}"
     private = {name for name in used if name.startswith("_") and not name.startswith("__")}
     assert {name: used[name] for name in private - own} == {}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+async def test_an_app_is_cleaned_up_when_all_have_been_that_were_added_later(fails: bool) -> None:
+    order: list[str] = []
+
+    def note(what: str, error: type[Exception] | None = None) -> Any:
+        async def handler(_: web.Application) -> None:
+            order.append(what)
+            if error:
+                raise error
+
+        return handler
+
+    app, inner = web.Application(), web.Application()
+    app.on_cleanup.append(note("before"))
+    compat.when_cleaned_up(app, partial(order.append, "all"))
+    compat.when_cleaned_up(inner, partial(order.append, "all of the inner one"))
+    app.on_cleanup.append(note("after"))
+    inner.on_cleanup.append(note("inner", ZeroDivisionError if fails else None))
+    app.add_subapp("/inner", inner)
+    app.on_cleanup.append(note("last"))
+    runner = web.AppRunner(app)
+    await runner.setup()
+    with suppress(ZeroDivisionError):
+        await runner.cleanup()
+    last = [] if fails else ["last"]
+    assert order == ["before", "after", "inner", "all of the inner one", *last, "all"]
 
 
 async def test_an_answer_is_sent_with_its_end_and_the_end_of_the_middlewares(

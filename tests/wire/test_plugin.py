@@ -299,6 +299,37 @@ async def test_calls_that_an_app_makes_at_its_clean_up_carry_the_key(gateway: Re
     assert gateway.last.keys == [b"s-1"]
 
 
+@pytest.mark.parametrize("is_inner", [False, True])
+@pytest.mark.parametrize("config", [{"client_session": "client"}, {"instrument": True}])
+async def test_calls_that_apps_make_when_their_contexts_have_ended_carry_the_key(
+    gateway: Recorder, outgoing: ClientSession, config: dict[str, Any], is_inner: bool
+) -> None:
+    """The handlers and the inner app are added after ``setup()``, and the app runs twice."""
+
+    async def flush(_: web.Application) -> None:
+        await keys(outgoing, gateway)
+
+    async def drain(app: web.Application) -> AsyncIterator[None]:
+        yield
+        await flush(app)
+
+    app, inner = web.Application(), web.Application()
+    setup_app = inner if is_inner else app
+    setup_app[CLIENT] = outgoing
+    setup(setup_app, RoutingConfig(gateway.url, **config))
+    inner.cleanup_ctx.append(drain)
+    for each in (app, inner):
+        each.on_cleanup.append(flush)
+    app.add_subapp("/inner", inner)
+    for _ in range(2):
+        runner = web.AppRunner(app)
+        await runner.setup()
+        gateway.calls.clear()
+        await runner.cleanup()
+        assert [call.keys for call in gateway.calls] == [[b"s-1"]] * 3
+        assert await keys(outgoing, gateway) == []
+
+
 @pytest.mark.parametrize("where", ["cleanup_ctx", "on_cleanup"])
 async def test_an_app_whose_own_clean_up_fails_leaves_no_hook(
     gateway: Recorder, outgoing: ClientSession, where: str
