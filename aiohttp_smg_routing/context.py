@@ -154,7 +154,8 @@ class routing_session:  # noqa: N801 - used like a function, as contextlib.suppr
 
     It works as ``with`` and as ``async with``, and outranks the session of a request around it.
     None, or an empty or blank id, means no session. Tasks that the block starts keep the session.
-    ``parts`` are the values of the sources in ``pin_by``, such as ``{"json:model": "judge"}``.
+    ``parts`` are the values of the sources in ``pin_by``, such as ``{"json:model": "judge"}``. A
+    source that they leave out keeps its value from around the block, if the session is the same.
 
     Put it around the code that consumes a generator, not around a ``yield``: code that runs between
     two values would be in this session. Raises ``RuntimeError`` if it is used for a second block,
@@ -185,7 +186,7 @@ class routing_session:  # noqa: N801 - used like a function, as contextlib.suppr
         self._scope.is_block = True
         self._scope.around = around and (around.around if around.is_block else around)
         is_same = around is not None and around.session_id == self._session_id
-        self._scope.parts = around.parts if around and is_same and not self._parts else self._parts
+        self._scope.parts = {**(around.parts if around and is_same else {}), **self._parts}
         if owner and self._session_id is not None:
             config = owner.config
             self._scope.name, key = name_and_key(config, self._session_id, self._scope.parts)

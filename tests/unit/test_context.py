@@ -25,6 +25,7 @@ from aiohttp_smg_routing import (
     in_session,
     routing_session,
 )
+from aiohttp_smg_routing.config import name_and_key
 from aiohttp_smg_routing.context import Scope
 from aiohttp_smg_routing.testing import Recorder
 from harness.proxies import CLIENT, pinned_server
@@ -136,6 +137,39 @@ async def test_a_block_says_what_the_sources_of_pin_by_find(gateway: Recorder) -
         for nothing in ({}, {"json:model": None}, {"json:model": ""}, {"query:model": "judge"}):
             assert await key("s-1", nothing) == b"s-1"
     assert {pin.session for pin in routing.pins.sessions()} == {"s-1", "s-2", "s-1/judge"}
+
+
+async def test_a_block_keeps_the_parts_of_its_sessions_request_that_it_does_not_name(
+    gateway: Recorder, aiohttp_client: AiohttpClient
+) -> None:
+    async def handler(request: web.Request) -> web.Response:
+        async def key() -> bytes:
+            async with request.app[CLIENT].post(gateway.chat):
+                [sent] = gateway.last.keys
+                return sent
+
+        async def key_in(*block: Any) -> bytes:
+            with routing_session(*block):
+                return await key()
+
+        keys.append(await key())
+        assert await key_in("s-1", {"json:model": "judge"}) == judge
+        assert await key_in("s-1", {"json:model": "judge", "header:X-Team": "red"}) == judge
+        assert await key_in("s-1", {"header:X-Team": None}) == b"s-1"
+        assert await key_in("s-2", {"json:model": "judge"}) == b"s-2"
+        return web.Response()
+
+    keys: list[bytes] = []
+    config = RoutingConfig(gateway.url, pin_by="{session_id}/{json:model}/{header:X-Team}")
+    _, key_of_judge = name_and_key(config, "s-1", {"json:model": "judge", "header:X-Team": "red"})
+    judge = key_of_judge.encode()
+    app = pinned_server(gateway.url, pin_by=config.pin_by.template)
+    app.router.add_post("/{session_id}", handler)
+    client = await aiohttp_client(app)
+    for model in ("policy", "judge"):
+        async with client.post("/s-1", json={"model": model}, headers={"X-Team": "red"}) as answer:
+            assert answer.status == 200
+    assert keys[0] != keys[1] == judge
 
 
 # A block around a yield is wrong, and the log says so.
