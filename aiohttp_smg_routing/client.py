@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ref
 
 from aiohttp import (
     ClientResponse,
@@ -22,8 +22,8 @@ from multidict import CIMultiDict
 from yarl import URL
 
 from . import compat
-from .context import current_scope
-from .gateway import path_of, server_of
+from .context import Scope, current_scope
+from .gateway import TARGET_WORKER_HEADER, path_of, server_of
 from .ledger import PendingCall
 from .log import say
 from .rules import Rules
@@ -35,20 +35,23 @@ class Sending:
     """A call of an httpx client. Its transport may send it by another client, such as aiohttp's."""
 
     def __init__(self, url: URL) -> None:
-        self.url, self.scope = url, current_scope()
-        self.header = self.key = ""  # empty if it carries no key
-        self.is_over = False
+        self.url: URL = url
+        self.scope: Scope | None = current_scope()
+        self.header: str = ""  # empty if it carries no key
+        self.key: str = ""
+        self.is_over: bool = False
 
     def has_within(self, url: URL, headers: Mapping[str, str]) -> bool:
         """Tell whether a call that starts during this one is the same call, passed on.
 
-        Its key shows it, because the code that yields the body may make a call to the same URL.
+        Its key shows it, because the code that yields the body may make a call to the same URL. The
+        headers of an agent, which that code may have copied, do not.
         """
-        if self.is_over or _place(url) != _place(self.url):
+        if self.is_over or _place(url) != _place(self.url) or current_scope() is not self.scope:
             return False
-        if self.header:
-            return headers.get(self.header) == self.key
-        return current_scope() is self.scope
+        if not self.header:
+            return True
+        return headers.get(self.header) == self.key and TARGET_WORKER_HEADER not in headers
 
 
 def _place(url: URL) -> tuple[object, str]:
@@ -60,9 +63,11 @@ def _place(url: URL) -> tuple[object, str]:
 under_way: ContextVar[Sending | None] = ContextVar("aiohttp_smg_routing_under_way", default=None)
 
 
-#: By redirect: the header that a hook has just set for the next hop. The hook of the hop before it,
-#: which may come later in the list, must not take it off as its own.
-_next_header: WeakKeyDictionary[ClientResponse, str] = WeakKeyDictionary()
+#: The redirect for whose next hop a hook has just set a header, and that header. The hook of the
+#: hop before, which may come later in the list, must not take it off as its own.
+_just_set: "ContextVar[tuple[ref[ClientResponse] | None, str]]" = ContextVar(
+    "aiohttp_smg_routing_just_set", default=(None, "")
+)
 
 
 class Hook(TraceConfig):
@@ -114,18 +119,17 @@ class Hook(TraceConfig):
         if hop is None:
             return
         call: PendingCall | None = context.call
-        if call and _next_header.get(params.response) != call.header.lower():
+        redirect, header = _just_set.get()
+        is_set = redirect is not None and redirect() is params.response
+        if call and not (is_set and header == call.header.lower()):
             params.headers.popall(call.header, None)
         await self._start(session, context, hop)
         if context.call:
-            _next_header[params.response] = context.call.header.lower()
-        elif (
-            call
-            and call.header
-            and hop.method != hdrs.METH_GET
-            and not _claimed(compat.hooks(session), hop.method, hop.url)
-        ):
-            self.targets[0].note_redirected(hop.method, params.url, hop.url)
+            _just_set.set((ref(params.response), context.call.header.lower()))
+        elif call and call.header and hop.method != hdrs.METH_GET:
+            targets = self.targets  # none if the app has ended meanwhile
+            if targets and not _claimed(compat.hooks(session), hop.method, hop.url):
+                targets[0].note_redirected(hop.method, params.url, hop.url)
 
     async def _end(
         self, session: ClientSession, context: SimpleNamespace, params: TraceRequestEndParams

@@ -106,7 +106,7 @@ def path_of(url: URL) -> str:
 def difference(url: URL, gateways: Iterable[URL], paths: Iterable[str]) -> tuple[str, str, str]:
     """Say how a URL differs from the nearest call to a gateway.
 
-    Also returns what may be added to the config: the option and the value, or two empty texts.
+    Also returns what may be added to the config: the option and the value, or two empty strings.
     """
     if not origin(url):
         return "its host or port cannot be read", "", ""

@@ -26,7 +26,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 _EXTENSION = "aiohttp_smg_routing"
 
 
-class _Hop(client.Sending):
+class _Judged(client.Sending):
     """A request that has been judged: one hop of a call."""
 
     def __init__(self, hook: "HttpxHook", request: Any, url: URL) -> None:
@@ -58,7 +58,7 @@ class HttpxHook:
             return _DONE
 
         def response_hook(response: Any) -> _Done:
-            hop: _Hop | None = response.request.extensions.get(_EXTENSION)
+            hop: _Judged | None = response.request.extensions.get(_EXTENSION)
             if hop:
                 hop.end(response)
             return _DONE
@@ -91,7 +91,7 @@ class HttpxHook:
             finally:
                 hop.end(response)
 
-    def _begin(self, request: Any, *, on_copy: bool) -> _Hop:
+    def _begin(self, request: Any, *, on_copy: bool) -> _Judged:
         """Judge a request that is about to leave, unless it has been judged.
 
         The key goes on the request itself, or ``on_copy``: the caller may send one request in two
@@ -99,15 +99,17 @@ class HttpxHook:
         """
         method, url = request.method, _url(request)
         sending = client.under_way.get()
-        if isinstance(sending, _Hop) and sending.has_within(url, request.headers):  # by a transport
+        if isinstance(sending, _Judged) and sending.has_within(
+            url, request.headers
+        ):  # by a transport
             return sending
-        before: _Hop | None = request.extensions.get(_EXTENSION)
+        before: _Judged | None = request.extensions.get(_EXTENSION)
         is_again = before is not None and before.request() is request
         is_judged = before and is_again and before.hook is not self and before.call
         # From another scope, it is a new try: the one there has failed.
         if before and is_judged and before.scope is current_scope():
             return before
-        hop = _Hop(self, request, url)
+        hop = _Judged(self, request, url)
         _keep(hop, request)
         if before and before.header and not (is_again and before.headers):
             for name in (before.header, ROUTING_KEY_HEADER, TARGET_WORKER_HEADER):
@@ -129,7 +131,10 @@ class HttpxHook:
 
 
 def _url(request: Any) -> URL:
-    """Return the URL of a request, with its path in the spelling that a gateway's has."""
+    """Return the URL of a request without its query, its path in the spelling of a gateway's.
+
+    If yarl refuses the host, return the path alone.
+    """
     try:
         url = URL(str(request.url), encoded=True)
         return url.with_path(path_of(url), encoded=True)
@@ -137,12 +142,12 @@ def _url(request: Any) -> URL:
         return URL.build(path=request.url.path)
 
 
-def _keep(hop: _Hop, request: Any) -> None:
+def _keep(hop: _Judged, request: Any) -> None:
     request.extensions = {**request.extensions, _EXTENSION: hop}  # the old dict may be the caller's
 
 
 @contextmanager
-def _sending(hop: _Hop, request: Any) -> Iterator[Any]:
+def _sending(hop: _Judged, request: Any) -> Iterator[Any]:
     """Return what to send: the request, or a copy of it with the headers of the hop.
 
     Keep the hop in the context and off what is sent, whose extensions a transport may copy.

@@ -7,6 +7,7 @@ import traceback
 import weakref
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
 from inspect import isawaitable
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -89,10 +90,11 @@ class _Writing:
     The request lasts until the body is sent. If a middleware runs the handler in a task, as
     ``wait_for()`` does before Python 3.12, aiohttp sends the body outside that task. This is kept
     on the body, because a middleware may send a copy of the answer. Several answers may share it.
+    The reference is weak, because a body that is never sent, as for HEAD, may hold a file open.
     """
 
     def __init__(self, body: Payload) -> None:
-        self._body, self._write = body, body.write
+        self._body, self._own = weakref.ref(body), vars(body).get("write")
         self._sent: WeakKeyDictionary[
             AbstractStreamWriter, tuple[Scope | None, str, Scope, Rules]
         ] = WeakKeyDictionary()
@@ -103,12 +105,16 @@ class _Writing:
         """Note the request that ``writer`` answers, unless the middleware of an inner app did."""
         self._sent.setdefault(writer, (current_scope(), method, scope, rules))
 
-    async def __call__(self, writer: AbstractStreamWriter) -> None:
-        request = self._sent.pop(writer, None)
+    async def __call__(self, writer: AbstractStreamWriter, *args: Any, **kwargs: Any) -> None:
+        body, request = self._body(), self._sent.pop(writer, None)
+        assert body is not None  # noqa: S101 - it is what this is called on
         if not self._sent:
-            vars(self._body).pop("write", None)
+            vars(body).pop("write", None)
+            vars(body).update({} if self._own is None else {"write": self._own})
+        write = self._own or partial(type(body).write, body)
         if request is None:
-            return await self._write(writer)
+            await write(writer, *args, **kwargs)
+            return
         current, method, scope, rules = request
         before, task, sent = current_scope(), _current_task(), current
         while sent is not None:
@@ -117,14 +123,14 @@ class _Writing:
             sent = sent.outer or sent.around
         enter_scope(current)
         try:
-            await self._write(writer)
+            await write(writer, *args, **kwargs)
         finally:
             enter_scope(before)
             if not scope.has_called:
                 rules.note_request(method, scope)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (self._body, "write")  # of the copy, which has no other yet
+        return getattr, (self._body(), "write")  # of the copy, which has no other yet
 
 
 def _of_outer_app(scope: Scope, around: Scope | None) -> Scope | None:

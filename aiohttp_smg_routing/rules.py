@@ -42,17 +42,14 @@ class Rules(Owner):
         self.config: RoutingConfig = config
         self.pins: PinLedger = pins
         self.header: istr = istr(config.header)  # saves multidict the lower-casing
-        places = [
-            (gateway, gateway.raw_path.rstrip("/") + path)
-            for gateway in (config.gateway if config.enabled else ())
-            for path in config.paths
-        ]
+        places = _places(config)
         # Keyed by parts of the URL's text, because yarl computes host and port on each access.
         self.exact: dict[tuple[str, str, str, str], str] = {
             (hdrs.METH_POST, url.scheme, url.raw_authority, path): str(url) for url, path in places
         }
         self._normalized = {(server_of(url), path): str(url) for url, path in places}
         self._paths = frozenset(path for _, path in places)
+        self._segments = frozenset(segment for path in self._paths for segment in path.split("/"))
         self._hosts = frozenset(host_of(url) for url, _ in places)
         names = [path.lower().split("/")[1:] for path in config.paths]
         self._tails = tuple("/" + "/".join(its[1:] or its) for its in names)  # without "/v1"
@@ -106,7 +103,7 @@ class Rules(Owner):
         if hdrs.CONNECTION in headers:
             keep_past_proxies(headers, header)
         if logger.isEnabledFor(logging.DEBUG):
-            say(logger, logging.DEBUG, "%s carries the key of %s", _shown(method, url), name)
+            say(logger, logging.DEBUG, "%s carries the key of %s", self._shown(method, url), name)
         return PendingCall(owner.pins, header, name, gateway, key)
 
     def _whose(self, method: str, url: URL) -> "tuple[Rules, Scope | None]":
@@ -151,7 +148,7 @@ class Rules(Owner):
                 "Make it within routing_session(...) or with in_session(...); run a thread in "
                 "copy_context(); or call setup() on the app that serves sessions"
             )
-        problem = f"{_shown(method, url)} has no session: {why}"
+        problem = f"{self._shown(method, url)} has no session: {why}"
         if is_noticed:
             message = "%d calls to the gateway, and none had a session. %s. %s."
             say(logger, logging.WARNING, message, self._runs["missing"], problem, remedy)
@@ -164,7 +161,7 @@ class Rules(Owner):
         self.pins.count("late")
         if self.config.on_late == "pass":
             return
-        code, call = running_code(), _shown(method, url)
+        code, call = running_code(), self._shown(method, url)
         problem = (
             f"{call} is made by {code} in the session of a request that has ended. If that code "
             "serves other sessions too, start it when the app starts; if it is a job of this "
@@ -189,7 +186,7 @@ class Rules(Owner):
             if not rules._has_tagged:
                 rules._runs["idle"] = 0
                 scope.called()
-            if rules._is_noticed("unmatched", _shown(method, url)):
+            if rules._is_noticed("unmatched", self._shown(method, url)):
                 rules.unmatched_log.warn("%s", rules._why_not(method, url))
                 return
         if logger.isEnabledFor(logging.DEBUG):
@@ -201,7 +198,7 @@ class Rules(Owner):
         if rules._once["redirected"].is_new(origin(to)):
             message = "%s is redirected, and the key does not follow: %s"
             why = rules._why_not(method, to)
-            say(logger, logging.WARNING, message, _shown(method, url), why)
+            say(logger, logging.WARNING, message, self._shown(method, url), why)
 
     def _rules_of(self, scope: Scope | None) -> "Rules":
         return scope.owner if scope and isinstance(scope.owner, Rules) else self
@@ -213,7 +210,7 @@ class Rules(Owner):
             "its client has no hook of this app: name a ClientSession in client_session, pass "
             "httpx_hooks() to an httpx client, or set instrument = true"
         )
-        return f"{_shown(method, url)} goes out without a key: {why}"
+        return f"{self._shown(method, url)} goes out without a key: {why}"
 
     def note_request(self, method: str, scope: Scope) -> None:
         """Note a request that ended before a call to the gateway was seen."""
@@ -251,11 +248,11 @@ class Rules(Owner):
     def explain(self, method: str, url: URL) -> str:
         """Return a sentence: the call carries a key, or why it does not and what to change."""
         if self.gateway_of(method, url):
-            return f"{_shown(method, url)} carries {self.config.header}, if it has a session"
+            return f"{self._shown(method, url)} carries {self.config.header}, if it has a session"
         why = "only a POST carries one" if self.config.enabled else "enabled is false"
         if self.config.enabled and method.upper() == hdrs.METH_POST:
-            why = self._difference(_without_session_id(url))
-        return f"{_shown(method, url)} goes out without a key: {why}"
+            why = self._difference(self._without_session_id(url))
+        return f"{self._shown(method, url)} goes out without a key: {why}"
 
     def _difference(self, url: URL) -> str:
         """Say how a URL differs from a call to a gateway, and what to add if that helps."""
@@ -267,22 +264,34 @@ class Rules(Owner):
         options: dict[str, Any] = {"gateway": self.config.gateway, "paths": self.config.paths}
         options[option] += (value,)
         try:
-            helped = Rules(RoutingConfig(**options), self.pins).gateway_of(hdrs.METH_POST, url)
+            places = _places(RoutingConfig(**options))
         except ConfigError:
             return said
+        call = server_of(url), url.raw_path
+        helped = any((server_of(gateway), path) == call for gateway, path in places)
         condition = "it is to be pinned" if option == "paths" else "that is a gateway"
         return f"{said}; if {condition}, add {value} to {option}" if helped else said
 
+    def _shown(self, method: str, url: URL) -> str:
+        return f"{method} {origin(url)}{self._without_session_id(url).raw_path}"
 
-def _shown(method: str, url: URL) -> str:
-    return f"{method} {origin(url)}{_without_session_id(url).raw_path}"
+    def _without_session_id(self, url: URL) -> URL:
+        """Return a URL to be shown: the id of the session that makes the call may be a credential.
+
+        An agent may choose an id such as ``v1``, which every path has.
+        """
+        session_id = current_session_id()
+        if session_id not in url.parts or session_id in self._segments:
+            return url
+        parts = zip(url.parts, url.raw_parts, strict=True)
+        shown = ["{session_id}" if part == session_id else raw for part, raw in parts]
+        return url.with_path("/" + "/".join(shown[1:]), encoded=True)
 
 
-def _without_session_id(url: URL) -> URL:
-    """Return a URL to be shown: the id of the session that makes the call may be a credential."""
-    session_id = current_session_id()
-    if session_id not in url.parts:
-        return url
-    parts = zip(url.parts, url.raw_parts, strict=True)
-    shown = ["{session_id}" if part == session_id else raw for part, raw in parts]
-    return url.with_path("/" + "/".join(shown[1:]), encoded=True)
+def _places(config: RoutingConfig) -> list[tuple[URL, str]]:
+    """Return the gateway and the path of each call that a config names."""
+    return [
+        (gateway, gateway.raw_path.rstrip("/") + path)
+        for gateway in (config.gateway if config.enabled else ())
+        for path in config.paths
+    ]

@@ -156,7 +156,7 @@ class JsonBody:
         return _parsed(body, charset)
 
     async def value(self, request: web.Request, path: str) -> str | int | None:
-        """Return the text or integer at a path of the document, or None."""
+        """Return the string or integer at a path of the document, or None."""
         found = _found.get({})
         if path not in found:
             document = await self.document(request)
@@ -247,7 +247,7 @@ async def peek_json(request: web.Request) -> Any:
 
 
 def _charset_to_read(request: web.Request) -> str | None:
-    """Return the charset of a body that is JSON, and arrives before the client sees any answer."""
+    """Return the charset of a JSON body that arrives before the answer begins, or None."""
     if hdrs.EXPECT in request.headers and compat.has_own_expect_handler(request):
         return None  # the client may wait until the handler asks for the body
     try:

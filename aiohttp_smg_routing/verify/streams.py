@@ -6,7 +6,7 @@ from typing import IO, Any, TextIO, cast
 
 from rich.console import Console
 
-_WIDTH = 80
+WIDTH = 80
 
 
 def lasting(stream: TextIO | None) -> TextIO:
@@ -64,10 +64,10 @@ def terminal(stream: TextIO) -> Console:
     console = Console(
         file=stream, force_terminal=is_terminal, force_interactive=is_terminal, highlight=False
     )
-    console.width = columns(stream) if is_terminal else _WIDTH
+    console.width = columns(stream) if is_terminal else WIDTH
     return console
 
 
 def columns(stream: IO[str]) -> int:
     """Return how many columns of a terminal to use; 0 of them mean that nobody knows its width."""
-    return min(_WIDTH, Console(file=stream).width or _WIDTH)
+    return min(WIDTH, Console(file=stream).width or WIDTH)

@@ -10,7 +10,7 @@ from ..verify.seen import Counters
 from .view import Share, View, kept_by_gateway, kept_by_server
 
 _MANY = 100  # calls; the probes of ``verify`` are a small share of so many
-_A_RUN = 250  # calls; a run of ``verify`` makes as many, or some more
+_A_RUN = 250  # calls; a run of ``verify`` with its default options makes 292
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +29,10 @@ class Basis:
     def without_probes(self, keyed: Share) -> Share:
         """Return the share of all calls so far less those that ``verify`` made without a key.
 
-        Nobody says how often it ran. A run with its default options makes 292 calls.
+        Nobody says how often it ran.
         """
-        probes = PROBES * (keyed.of // _A_RUN or keyed.of >= _MANY) if self.is_all else 0
+        runs = max(keyed.of // _A_RUN, keyed.of >= _MANY) if self.is_all else 0
+        probes = PROBES * runs
         return Share(keyed.part, max(keyed.part, keyed.of - probes))
 
     @property

@@ -90,7 +90,9 @@ class Gateway:
 
     @property
     def down(self) -> int:
-        """How many of its workers are not healthy."""
+        """How many of its workers are not healthy; 0 if there are several kinds of them."""
+        if len(self.pool_sizes) > 1:
+            return 0
         return sum(worker.healthy is False for worker in self.workers.values())
 
 

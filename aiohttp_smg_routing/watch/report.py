@@ -8,6 +8,7 @@ from typing import Any
 from ..verify.facts import KEY_BRANCHES, NO_KEY_BRANCHES
 from ..verify.judge import Verdict
 from ..verify.seen import Counters
+from ..verify.streams import WIDTH
 from .endpoint import Look
 from .page import Gateway, Server, Worker
 from .view import Share, View, kept_by_gateway, kept_by_server
@@ -18,7 +19,6 @@ _SERVER_ROWS = ("first", "kept", "moved", "unknown", "untagged", "failed", "late
 _ORDER = (*KEY_BRANCHES, *NO_KEY_BRANCHES)
 _COLUMNS = "{:<{name}} {:>11} {:>13} {:>13}"
 _WORKER_COLUMNS = "{:<{name}} {:<9} {:>8} {:>9} {:>8} {:>6} {:>5} {:>5}"
-WIDTH = 80
 
 
 def lines(

@@ -459,7 +459,9 @@ async def test_workers_that_are_left_out_for_a_while_are_seen() -> None:
     async def metrics(request: web.Request) -> web.Response:
         nonlocal reads
         reads += 1
-        if reads == 3:  # two reads precede: before the turns, and after the probe
+        # Two reads precede: before the turns, and after the probe. The next read begins when the
+        # third page has been read whole.
+        if reads == 4:
             has_been_read.set()
         overloaded = f"smg_workers_overloaded {int(reads == 3)}"
         circuit = f'smg_worker_cb_state{{worker="w"}} {int(reads == 3)}'
@@ -475,7 +477,7 @@ async def test_workers_that_are_left_out_for_a_while_are_seen() -> None:
     async with serve(fake_gateway(chat)) as url, serve(app) as other:
         plan = Plan(url, other / "metrics", sessions=2, turns=2)
         seen = await Play(plan, api_key=None).run()
-    assert reads == 4
+    assert reads == 5
     assert (seen.load.overloaded, seen.load.circuits) == (1, 1)
 
 

@@ -666,6 +666,20 @@ CASES: dict[str, tuple[View, str, list[str], str]] = {
         ["worker_down"],
         "",
     ),
+    "one side has the sessions, while a worker of another kind is down": (
+        view(
+            IDLE,
+            smg(
+                {"vacant": 5, "occupied_hit": 100},
+                more='smg_worker_pool_size{worker_type="prefill",model="m"} 1\n'
+                'smg_worker_health{worker="http://10.0.0.9:8000"} 0\n',
+            ),
+            (server_page(), server_page({W1: 20}, {W1: 20}, first=5, kept=100)),
+        ),
+        "pinned",
+        ["worker_down", "one_sided"],
+        "",
+    ),
     "one side has the sessions of its model": (
         view(
             IDLE,

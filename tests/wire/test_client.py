@@ -10,6 +10,7 @@ import aiohttp
 import pytest
 from aiohttp import (
     ClientError,
+    ClientResponse,
     ClientResponseError,
     ClientSession,
     FormData,
@@ -601,6 +602,42 @@ async def test_a_redirect_from_one_gateway_to_another_carries_the_key_of_each(
     assert [call.values(header) for call in elsewhere.calls] == [[b"s-1"]] * 2
     assert [it.pins.summary() for it in routings] == [PinSummary(unknown=1, sessions=1)] * 2
     assert "does not follow" not in caplog.text
+
+
+async def test_a_redirect_after_the_end_of_the_app_that_has_the_hook_fails_nothing(
+    gateway: Recorder, elsewhere: Recorder
+) -> None:
+    hooked = Routing(RoutingConfig(gateway.url)).instrument()
+
+    def ends_it(call: Call) -> bytes:
+        hooked.close()
+        return redirect(elsewhere.url / "elsewhere")
+
+    gateway.answer = ends_it
+    async with ClientSession() as session:
+        with routing_session("s-1"):
+            async with session.post(gateway.chat) as response:
+                assert response.status == 200
+    assert elsewhere.last.keys == []
+
+
+class ComparedResponse(ClientResponse):
+    """A response that has no hash, as a dataclass has none."""
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+
+async def test_a_redirect_that_answers_with_a_response_of_ones_own_class_fails_nothing(
+    gateway: Recorder,
+) -> None:
+    gateway.answer_with(redirect(gateway.chat.with_query(again=1)), completion())
+    hook = Routing(RoutingConfig(gateway.url)).trace_config()
+    async with ClientSession(trace_configs=[hook], response_class=ComparedResponse) as session:
+        with routing_session("s-1"):
+            async with session.post(gateway.chat) as response:
+                assert response.status == 200
+    assert [call.keys for call in gateway.calls] == [[b"s-1"]] * 2
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])

@@ -152,6 +152,35 @@ async def test_a_call_that_is_made_while_a_call_to_the_same_url_yields_its_body_
 
 
 @MODULES
+@pytest.mark.parametrize(
+    "copied",
+    [
+        {"X-SMG-Routing-Key": "s-1"},
+        {"X-SMG-Routing-Key": "s-1", "X-SMG-Target-Worker": "0"},
+    ],
+)
+@pytest.mark.parametrize("session_id", ["s-1", "judge"])
+async def test_a_call_that_a_body_makes_with_the_headers_of_an_agent_carries_its_own_key(
+    gateway: Recorder, module: ModuleType, session_id: str, copied: dict[str, str]
+) -> None:
+    routing = Routing(RoutingConfig(gateway.url))
+    with routing.instrument():
+        async with module.AsyncClient() as client:
+
+            async def body() -> AsyncGenerator[bytes, None]:
+                yield b"{"
+                with routing_session(session_id):
+                    await client.post(str(gateway.chat), headers=copied)
+                yield b"}"
+
+            with routing_session("s-1"):
+                await client.post(str(gateway.chat), content=body())
+    inner, outer = sorted(gateway.calls, key=lambda call: len(call.body))
+    assert (inner.keys, outer.keys) == ([session_id.encode()], [b"s-1"])
+    assert inner.values("X-SMG-Target-Worker") == []
+
+
+@MODULES
 @pytest.mark.parametrize("is_copied", [False, True])
 def test_a_transport_that_is_another_client_is_counted_once(
     module: ModuleType, routing: Routing, is_copied: bool

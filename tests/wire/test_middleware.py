@@ -2,15 +2,18 @@
 
 import asyncio
 import copy
+import gc
 import pickle
 import sys
+import weakref
 from collections.abc import AsyncIterator, Callable
 from functools import partial
+from io import BytesIO
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from aiohttp import ClientSession, Payload, TCPConnector, web
+from aiohttp import BytesPayload, ClientSession, Payload, TCPConnector, web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.test_utils import make_mocked_request
 from pytest_aiohttp.plugin import AiohttpClient
@@ -30,6 +33,7 @@ from ..crosstalk import (
     server_with,
     three_turns,
 )
+from ..waiting import until
 
 if TYPE_CHECKING:
     from pytest_aiohttp.plugin import AiohttpServer  # since 1.1, which needs aiohttp 3.11
@@ -589,6 +593,60 @@ async def test_a_copy_of_a_streamed_answer_is_sent_in_the_session_of_its_request
         async with client.post(f"/{session_id}") as response:
             assert await response.text() == "chunkchunk"
     assert_no_crosstalk(gateway, 4)
+
+
+async def test_a_body_that_is_not_sent_is_freed_at_once(
+    gateway: Recorder, aiohttp_client: AiohttpClient
+) -> None:
+    """It may hold a file open."""
+    bodies: list[weakref.ref[BytesIO]] = []
+
+    async def handler(request: web.Request) -> web.Response:
+        body = BytesIO(b"answer")
+        bodies.append(weakref.ref(body))
+        return web.Response(body=body)
+
+    app = server_with(handler, gateway)
+    app.router.add_get("/{session_id}", handler)
+    client = await aiohttp_client(app)
+    gc.collect()
+    gc.disable()
+    try:
+        async with client.head("/s-1") as response:
+            assert response.status == 200
+        await until(lambda: bodies[0]() is None)
+    finally:
+        gc.enable()
+
+
+async def test_a_middleware_may_write_a_body_in_its_own_way(
+    gateway: Recorder, aiohttp_client: AiohttpClient
+) -> None:
+    written: list[object] = []
+
+    class Body(BytesPayload):
+        async def write(self, writer: AbstractStreamWriter, *, end: bool = True) -> None:
+            written.append(end)
+
+    @web.middleware
+    async def writes(request: web.Request, handler: Handler) -> web.StreamResponse:
+        response: Any = await handler(request)
+        await response.body.write(Writer(), end=False)
+        return web.Response()
+
+    async def handler(request: web.Request) -> web.Response:
+        body: Any = Body(b"")
+        if request.query:
+            body.write = partial(body.write, end=None)  # the handler's own
+        return web.Response(body=body)
+
+    app = server_with(handler, gateway)
+    app.middlewares.insert(0, writes)
+    client = await aiohttp_client(app)
+    for path in ("/s-1", "/s-1?own"):
+        async with client.post(path) as response:
+            assert response.status == 200
+    assert written == [False, False]
 
 
 class Writer(AbstractStreamWriter):

@@ -509,6 +509,22 @@ async def test_a_session_id_in_the_path_of_a_call_is_not_shown_and_not_advised(
     assert "cre%20dential" not in caplog.text
 
 
+async def test_an_agent_can_not_spoil_a_line_by_an_id_that_every_path_has(
+    gateway: Recorder, caplog: pytest.LogCaptureFixture
+) -> None:
+    routing = Routing(RoutingConfig(gateway.url.with_port(1)))
+    async with ClientSession(trace_configs=[routing.trace_config()]) as session:
+        with routing_session("v1"):
+            for _ in range(20):
+                async with session.post(gateway.chat):
+                    pass
+    [line] = said(caplog)
+    assert line.endswith(
+        f"its port is {gateway.url.port}, and the gateway's is 1; if that is a "
+        f"gateway, add {gateway.url} to gateway"
+    )
+
+
 async def test_what_is_not_near_is_not_counted(
     gateway: Recorder, caplog: pytest.LogCaptureFixture
 ) -> None:
