@@ -16,8 +16,8 @@ TESTS = {
     "config": "unit/test_config unit/test_secrets unit/test_keys wire/test_plugin",
     "context": "unit/test_context unit/test_log wire/test_late wire/test_middleware "
     "wire/test_client wire/test_never_silent",
-    "gateway": "unit/test_config unit/test_keys wire/test_client wire/test_plugin "
-    "wire/test_never_silent unit/test_verify_play unit/test_ledger",
+    "gateway": "unit/test_gateway unit/test_config unit/test_keys wire/test_client "
+    "wire/test_plugin wire/test_never_silent unit/test_verify_play unit/test_ledger",
     "httpx_client": "wire/test_httpx wire/test_httpx_foreign_code",
     "keys": "unit/test_keys unit/test_config unit/test_secrets",
     "ledger": "unit/test_ledger unit/test_metrics wire/test_client",

@@ -6,7 +6,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -247,6 +248,25 @@ def test_a_process_that_ends_without_an_app_says_so_unless_it_is_one_of_many(
     printed = python(f"import sys; sys.stderr = sys.stdout; {code}")
     assert said in printed
     assert len(printed.splitlines()) == bool(said)
+
+
+@pytest.mark.usefixtures("installed")
+async def test_a_process_says_at_its_end_that_it_served_no_app_unless_it_did_or_is_a_child(
+    aiohttp_client: AiohttpClient,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setenv("SMG_ROUTING_GATEWAY", URL)
+    at_end: list[Callable[[], object]] = []
+    monkeypatch.setattr(atexit, "register", lambda *given: at_end.append(partial(*given)))
+    install(is_child=True)
+    assert at_end == []
+    install()
+    at_end[0]()
+    assert caplog.text.count("served no aiohttp app") == 1
+    await aiohttp_client(web.Application())
+    at_end[0]()
+    assert caplog.text.count("served no aiohttp app") == 1
 
 
 # The command
