@@ -81,7 +81,7 @@ _lines.setFormatter(logging.Formatter("aiohttp-smg-routing run: %(message)s"))
 async def _show_lines(_: web.Application) -> None:
     """Print the start-up line on standard error if the server's logging would drop it."""
     if not (plugin_logger.isEnabledFor(logging.INFO) and plugin_logger.hasHandlers()):
-        _lines.setStream(sys.stderr)
+        _lines.stream = sys.stderr  # setStream() flushes the one before, which may be closed
         plugin_logger.addHandler(_lines)
         plugin_logger.setLevel(logging.INFO)
 
