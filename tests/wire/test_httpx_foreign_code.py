@@ -281,25 +281,23 @@ def test_a_path_that_names_another_resource_on_the_wire_carries_no_key(
     assert wire.keys == [[]]
 
 
-# httpx takes these, and yarl does not.
-UNREADABLE = [r"http://tenant\box", "http://[fe80::1%25x]]]"]
+# httpx takes it, and yarl does not.
+UNREADABLE = r"http://tenant\box"
 
 
 @MODULES
 @pytest.mark.parametrize("is_instrumented", [False, True])
-@pytest.mark.parametrize("host", UNREADABLE)
 def test_a_url_that_yarl_cannot_read_leaves_as_without_the_plugin(
     module: ModuleType,
     routing: Routing,
     is_instrumented: bool,
-    host: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     caplog.set_level(logging.DEBUG, "aiohttp_smg_routing")  # the line about such a call too
     wire = Wire(module)
     with any_client(wire, routing, is_instrumented) as client, routing_session("s-1"):
         for method in ("GET", "POST"):
-            client.request(method, f"{host}/v1/chat/completions", headers={"X-A": "1"})
+            client.request(method, f"{UNREADABLE}/v1/chat/completions", headers={"X-A": "1"})
     assert wire.keys == [[], []]
 
 
@@ -308,7 +306,7 @@ def test_a_url_that_yarl_cannot_read_leaves_as_without_the_plugin(
 def test_the_key_does_not_follow_a_redirect_to_a_url_that_yarl_cannot_read(
     module: ModuleType, routing: Routing, is_instrumented: bool
 ) -> None:
-    wire = Wire(module, r"http://tenant\box/v1/chat/completions")
+    wire = Wire(module, f"{UNREADABLE}/v1/chat/completions")
     with any_client(wire, routing, is_instrumented) as client, routing_session("s-1"):
         client.post(CHAT_URL)
     assert wire.keys == [[b"s-1"], []]
