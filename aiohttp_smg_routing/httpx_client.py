@@ -99,10 +99,8 @@ class HttpxHook:
         """
         method, url = request.method, _url(request)
         sending = client.under_way.get()
-        if isinstance(sending, _Judged) and sending.has_within(
-            url, request.headers
-        ):  # by a transport
-            return sending
+        if isinstance(sending, _Judged) and sending.has_within(url, request.headers):
+            return sending  # a transport passes it on
         before: _Judged | None = request.extensions.get(_EXTENSION)
         is_again = before is not None and before.request() is request
         is_judged = before and is_again and before.hook is not self and before.call

@@ -130,7 +130,7 @@ def _one_key(view: View, found: set[str]) -> Iterator[Cause]:
             yield known_causes.shared_key(f"has met one key only in {totals.calls} calls")
         return
     got = [name for name, calls in totals.workers.items() if calls]
-    if len(got) != 1 or view.workers < 2 or _models(view) > 1 or found & _LEFT_OUT:
+    if len(got) != 1 or view.workers < 2 or view.models > 1 or found & _LEFT_OUT:
         return
     is_chance = sessions and not beyond_chance(1, view.workers, sessions)
     if not is_chance and totals.of("routing_key_hit") >= FEWEST:
@@ -138,10 +138,6 @@ def _one_key(view: View, found: set[str]) -> Iterator[Cause]:
             f"sent all {totals.calls} calls to one worker of {view.workers}",
             "unless they are of few sessions, or its hash ring lacks workers, ",
         )
-
-
-def _models(view: View) -> int:
-    return view.gateway.page.models if view.gateway.page else 0
 
 
 def _many_keys(view: View, basis: Basis) -> Iterator[Cause]:

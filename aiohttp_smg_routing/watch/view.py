@@ -83,13 +83,18 @@ class View:
         return self.gateway.page.choices if self.gateway.page else 0
 
     @cached_property
+    def models(self) -> int:
+        """How many models the workers serve, as far as it is known."""
+        return self.gateway.page.models if self.gateway.page else 0
+
+    @cached_property
     def calls_skew(self) -> Skew | None:
         """The spread of the current calls; None if there are none, or several kinds of workers.
 
         Several models count as several kinds, because the counters don't tell them apart.
         """
         page = self.gateway.page
-        if page is None or self.now is None or len(self.now.pools) > 1 or page.models > 1:
+        if page is None or self.now is None or len(self.now.pools) > 1 or self.models > 1:
             return None
         return _skew(self.now.workers, self.workers - page.down)
 
@@ -100,7 +105,7 @@ class View:
         None also if there are several models: nobody says which of them a session calls.
         """
         page = self.gateway.page
-        if not (self.server and self.server.page and page) or page.models > 1:
+        if not (self.server and self.server.page and page) or self.models > 1:
             return None
         sizes, active = page.pool_sizes, self.server.page.active or {}
         return _skew(active, sizes.get(answering(tuple(sizes)), 0) - page.down)

@@ -12,7 +12,7 @@ from aiohttp import web
 from aiohttp_smg_routing.testing import SmgGateway
 from harness.servers import serve, session_server
 
-from ..commands import LOAD, gateway, verify
+from ..commands import LOAD, Run, gateway, verify
 from ..verify_servers import in_background, proxy
 
 NAME = "x-smg-routed-worker-id"
@@ -103,25 +103,24 @@ def test_server_that_calls_another_gateway_is_not_pinned(
 def test_server_whose_calls_a_replica_pins_is_not_said_to_move(
     tmp_path: Path, hashing: SmgGateway
 ) -> None:
-    with (
-        in_background(gateway("consistent_hashing")) as replica,
-        in_background(session_server(replica.url)) as through,
-    ):
-        options = (*LOAD, "--metrics", hashing.metrics_url, "--through", through.url)
-        run = verify(tmp_path, hashing.url, *options)
+    with in_background(gateway("consistent_hashing")) as replica:
+        run = verify_apart(tmp_path, hashing, calls=replica, metrics=hashing)
     assert (run.status, run.causes) == (2, ["other_gateway", "keys_unseen"]), run.out
 
 
 def test_metrics_of_another_gateway_are_no_proof_that_no_call_came(
     tmp_path: Path, manual: SmgGateway
 ) -> None:
-    with (
-        in_background(gateway("manual")) as other,
-        in_background(session_server(manual.url)) as through,
-    ):
-        options = (*LOAD, "--metrics", other.metrics_url, "--through", through.url)
-        run = verify(tmp_path, manual.url, *options)
+    with in_background(gateway("manual")) as other:
+        run = verify_apart(tmp_path, manual, calls=manual, metrics=other)
     assert (run.status, run.causes) == (2, ["other_gateway", "keys_unseen"]), run.out
+
+
+def verify_apart(folder: Path, smg: SmgGateway, *, calls: SmgGateway, metrics: SmgGateway) -> Run:
+    """Verify a gateway through a session server that calls one, with the metrics of another."""
+    with in_background(session_server(calls.url)) as through:
+        options = (*LOAD, "--metrics", metrics.metrics_url, "--through", through.url)
+        return verify(folder, smg.url, *options)
 
 
 def test_session_id_in_the_prompt_is_not_the_key_at_work(tmp_path: Path) -> None:
